@@ -1,0 +1,88 @@
+"""Batches of rows: read, decode, encode and pad. Runs in the workers of the data loader."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from qwen_vl_sft.data import Rows
+from qwen_vl_sft.encode import IGNORE_INDEX, Encoded, Encoder
+from qwen_vl_sft.errors import BadRow
+
+logger = logging.getLogger(__name__)
+# A place in a batch that holds no row: the last step of an epoch, or of an evaluation, is filled up with these.
+NO_ROW = -1
+
+
+class Collator:
+    """Makes a padded batch of B rows out of dataset items.
+
+    An item is `{"row": index}` into `rows`, with `NO_ROW` for an empty place, or a raw row of a streamed dataset.
+
+    Args:
+        rows: where indices are looked up.
+        encoder: makes tensors of a conversation.
+        skip_bad_rows: a row that cannot be used after all is left out and counted; otherwise it raises `BadRow`.
+        filler: index of a good row. It stands, with nothing to learn, in a batch that would have no row at all.
+    """
+
+    def __init__(self, rows: Rows, encoder: Encoder, skip_bad_rows: bool = False, filler: int = 0) -> None:
+        self.rows = rows
+        self.encoder = encoder
+        self.skip_bad_rows = skip_bad_rows
+        self.filler = filler
+        # Shared with the worker processes.
+        self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()
+
+    @property
+    def skipped(self) -> int:
+        """Rows left out so far by this process and its workers."""
+        return int(self._skipped)
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        encoded = [row for item in items if (row := self._encode(item)) is not None]
+        return pad(encoded or [self._filler_row(items)], self.encoder.pad_token_id)
+
+    def _encode(self, item: dict[str, Any]) -> Encoded | None:
+        if item.get("row") == NO_ROW:
+            return None
+        try:
+            return self.rows.encode(item, self.encoder)
+        except BadRow as error:
+            if not self.skip_bad_rows:
+                raise
+            self._skipped += 1
+            logger.warning("skipped: %s", error)
+            return None
+
+    def _filler_row(self, items: Sequence[dict[str, Any]]) -> Encoded:
+        if self.rows.streamed:
+            raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
+        return self.rows.encode({"row": self.filler}, self.encoder).without_labels()
+
+
+def pad(rows: Sequence[Encoded], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """Pad B encoded rows to the longest, T tokens, on the `side` given ("left" for generation).
+
+    Returns `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` [B, T]; `pixel_values` [P, values of a patch]
+    and `image_grid_thw` [I, 3] over all images, absent when there are none.
+    """
+
+    def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+    batch = {
+        "input_ids": padded([row.input_ids for row in rows], pad_token_id),
+        "attention_mask": padded([torch.ones_like(row.input_ids) for row in rows], 0),
+        "mm_token_type_ids": padded([row.mm_token_type_ids for row in rows], 0),
+        "labels": padded([row.labels for row in rows], IGNORE_INDEX),
+    }
+    pixels = [row.pixel_values for row in rows if row.pixel_values is not None]
+    if pixels:
+        batch["pixel_values"] = torch.cat(pixels)
+        batch["image_grid_thw"] = torch.cat([row.image_grid_thw for row in rows])
+    return batch

@@ -1,0 +1,176 @@
+"""The keys of a recipe that are ours or TRL's `ModelConfig` and `ScriptArguments` names, with their defaults.
+
+Every other key of a recipe is a field of TRL's `SFTConfig`, which extends transformers' `TrainingArguments`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(default: Any, text: str) -> Any:
+    """A recipe key: its default and its line in --help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DataSettings:
+    """What is read and how it is encoded."""
+
+    dataset_name: str | None = key(None, "Hub id, local folder (parquet, JSONL, images) or local file")
+    dataset_config: str | None = key(None, "configuration of the Hub dataset")
+    dataset_train_split: str = key("train", "split to train on; slices such as train[:10%] are allowed")
+    dataset_test_split: str | None = key(None, "split to evaluate on while training")
+    dataset_streaming: bool = key(False, "read rows as they come; needs max_steps")
+    dataset_format: Literal["auto", "chartqa", "messages"] = key(
+        "auto", "chartqa: image, query, label; messages: messages and images; auto: told by the columns"
+    )
+    system_message: str | None = key(
+        None, "put before rows that bring none; default: the tutorial's for chartqa, none for messages; '' for none"
+    )
+    max_train_samples: int | None = key(None, "at most so many training rows (after shuffle_dataset)")
+    max_eval_samples: int | None = key(None, "at most so many evaluation rows")
+    shuffle_dataset: bool = key(False, "shuffle by data_seed (or seed) before the cap; epochs are always shuffled")
+    bad_rows: Literal["error", "skip"] = key("error", "rows that cannot be used: stop, or leave out and count")
+    overlong: Literal["error", "drop"] = key("error", "rows longer than max_length: stop, or leave out and count")
+    max_length: int | None = key(None, "most tokens of a row, images included; an image is never cut")
+    verify_images: bool = key(True, "decode every image once before training instead of reading its header only")
+    dataset_num_proc: int | None = key(None, "processes that check the rows before training")
+    train_on: Literal["assistant", "all"] = key(
+        "assistant", "loss on answers and their end-of-turn, or on every token but images and padding"
+    )
+    min_pixels: int | None = key(None, "smaller images are enlarged to so many pixels; default: the processor's")
+    max_pixels: int | None = key(None, "larger images are reduced to so many pixels; default: the processor's")
+
+
+@dataclass
+class ModelSettings:
+    """The base model and what of it is trained."""
+
+    model_name_or_path: str | None = key(None, "Hub id or local folder")
+    model_revision: str = key("main", "branch, tag or commit of the Hub model")
+    dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "precision of the weights that are not 4 or 8 bit")
+    attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
+    trust_remote_code: bool = key(False, "run model code that comes from the Hub")
+    use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")
+    load_in_4bit: bool = key(False, "QLoRA: base weights in 4 bits")
+    load_in_8bit: bool = key(False, "base weights in 8 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type")
+    use_bnb_nested_quant: bool = key(True, "quantize the quantization constants too (double quantization)")
+    use_peft: bool = key(True, "train a LoRA adapter; false trains the model's own weights")
+    lora_r: int = key(16, "rank")
+    lora_alpha: int = key(32, "scale: the adapter is multiplied by alpha / r")
+    lora_dropout: float = key(0.0, "dropout on the adapter's input")
+    lora_scope: Literal["language", "vision", "merger", "all"] = key(
+        "language", "part of the model that gets LoRA: all linear layers there, unless lora_target_modules says which"
+    )
+    lora_target_modules: list[str] | None = key(None, "names of layers, e.g. [q_proj, v_proj]; default: by lora_scope")
+    lora_modules_to_save: list[str] | None = key(None, "layers trained in full beside the adapter")
+    use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
+    use_dora: bool = key(False, "weight-decomposed LoRA")
+    freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) leaves the vision tower as it is")
+
+
+@dataclass
+class RunSettings:
+    """The run as a whole."""
+
+    global_batch_size: int | None = key(
+        None, "rows of one optimizer step over all processes; gradient_accumulation_steps follows from it"
+    )
+    overwrite_output_dir: bool = key(False, "delete what a former run left in output_dir")
+
+
+GROUPS: dict[str, type] = {"Data": DataSettings, "Model and LoRA": ModelSettings, "Run": RunSettings}
+
+# Where our default differs from TRL's.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "report_to": ["tensorboard"],
+    # The filter replaces a NaN in the logs with the average so far; a NaN should be seen.
+    "logging_nan_inf_filter": False,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
+# Set by the package for every run, so not keys of a recipe.
+FIXED_TRAINING_ARGUMENTS: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "max_length": None,
+    "average_tokens_across_devices": True,
+}
+
+_STRATEGY = "the strategy is the launcher's: accelerate launch --config_file accelerate_configs/..."
+_LOSS = "which tokens are learned is set by train_on"
+_ENCODING = "rows are encoded by this package; see dataset_format, system_message and max_length"
+# Fields of SFTConfig that a recipe may not set, and why.
+REFUSED_KEYS: dict[str, str] = {
+    "deepspeed": _STRATEGY,
+    "fsdp": _STRATEGY,
+    "fsdp_config": _STRATEGY,
+    "parallelism_config": _STRATEGY,
+    "accelerator_config": _STRATEGY,
+    "local_rank": _STRATEGY,
+    "assistant_only_loss": _LOSS,
+    "completion_only_loss": _LOSS,
+    "label_smoothing_factor": _LOSS,
+    "dataset_text_field": _ENCODING,
+    "dataset_kwargs": _ENCODING,
+    "chat_template_path": _ENCODING,
+    "eos_token": _ENCODING,
+    "pad_token": _ENCODING,
+    "truncation_mode": "nothing is ever truncated; see overlong",
+    "pad_to_multiple_of": _ENCODING,
+    "packing": "rows are padded, not packed, in this version",
+    "packing_strategy": "rows are padded, not packed, in this version",
+    "padding_free": "rows are padded, not packed, in this version",
+    "eval_packing": "rows are padded, not packed, in this version",
+    "model_init_kwargs": "the model has keys of its own: dtype, attn_implementation, load_in_4bit, ...",
+    "remove_unused_columns": "columns are read by dataset_format",
+    "label_names": "the labels are this package's",
+    "average_tokens_across_devices": "the loss is always the token mean of the global batch",
+    "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
+    "train_sampling_strategy": "every epoch visits each row once, in an order that follows from the seed",
+    "length_column_name": "every epoch visits each row once, in an order that follows from the seed",
+    "dataloader_drop_last": "every epoch visits each row once",
+    "do_train": "scripts/sft.py always trains",
+    "do_eval": "use eval_strategy",
+    "do_predict": "use scripts/evaluate.py",
+    "prediction_loss_only": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
+    "include_for_metrics": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
+    "batch_eval_metrics": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
+    "eval_accumulation_steps": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
+    "eval_do_concat_batches": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
+    "eval_use_gather_object": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
+    "router_aux_loss_coef": "mixture-of-experts models are not supported",
+    "activation_checkpointing": "write gradient_checkpointing, the name TRL uses",
+    "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs, the name TRL uses",
+    "use_liger_kernel": "its patch of Qwen2-VL does not import with transformers 5.23",
+    "liger_kernel_config": "its patch of Qwen2-VL does not import with transformers 5.23",
+    "enable_jit_checkpoint": "it can save in the middle of a step, from which a resume is not exact",
+    "use_cache": "it is always off while training",
+    "hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",
+    "push_to_hub": "publish the finished run folder with `hf upload`; this version does not push while training",
+}
+REFUSED_KEYS |= {
+    name: REFUSED_KEYS["push_to_hub"]
+    for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
+}
+
+# Names that users of other versions and trainers write, and today's.
+FORMER_KEYS: dict[str, str] = {
+    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
+    "evaluation_strategy": "eval_strategy",
+    "torch_dtype": "dtype",
+    "max_seq_length": "max_length",
+    "model_name": "model_name_or_path",
+    "overwrite_output": "overwrite_output_dir",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "quantization_bit": "load_in_4bit or load_in_8bit",
+    "dataset": "dataset_name",
+    "cutoff_len": "max_length",
+    "logging_dir": "output_dir (logs are written beneath it)",
+    "no_cuda": "use_cpu",
+    "tokenizer_name": "model_name_or_path (the processor comes with the model)",
+}
