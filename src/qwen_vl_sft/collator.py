@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qwen_vl_sft.data import Rows
 from qwen_vl_sft.encode import IGNORE_INDEX, Encoded, Encoder
 from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.flops import Work
 
 logger = logging.getLogger(__name__)
 # A place in a batch that holds no row: the last step of an epoch, or of an evaluation, is filled up with these.
@@ -43,9 +45,12 @@ class Collator:
         """Rows left out so far by this process and its workers."""
         return int(self._skipped)
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch as `pad` makes it, and under "work" what it asks of the model, as plain numbers."""
         encoded = [row for item in items if (row := self._encode(item)) is not None]
-        return pad(encoded or [self._filler_row(items)], self.encoder.pad_token_id)
+        batch: dict[str, Any] = pad(encoded or [self._filler_row(items)], self.encoder.pad_token_id)
+        batch["work"] = asdict(sum((work_of(row) for row in encoded), Work()))
+        return batch
 
     def _encode(self, item: dict[str, Any]) -> Encoded | None:
         if item.get("row") == NO_ROW:
@@ -63,6 +68,20 @@ class Collator:
         if self.rows.streamed:
             raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
         return self.rows.encode({"row": self.filler}, self.encoder).without_labels()
+
+
+def work_of(row: Encoded) -> Work:
+    """What one row asks of the model."""
+    patches = row.image_grid_thw.prod(-1)
+    return Work(
+        tokens=len(row.input_ids),
+        tokens_squared=len(row.input_ids) ** 2,
+        learned=int((row.labels != IGNORE_INDEX).sum()),
+        images=len(patches),
+        patches=int(patches.sum()),
+        patches_squared=int((patches**2).sum()),
+        rows=1,
+    )
 
 
 def pad(rows: Sequence[Encoded], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:

@@ -62,6 +62,10 @@ class Rows:
         assert isinstance(self.dataset, Dataset)
         return Rows(self.dataset.select(indices), self.format, self.name, self.folder)
 
+    def without_data(self) -> Rows:
+        """The format and the name alone, cheap to send to another process."""
+        return Rows(Dataset.from_dict({}), self.format, self.name, self.folder)
+
     def where(self, row_id: int) -> str:
         """How a message names a row."""
         return f"{self.name}, row {row_id}"

@@ -1,0 +1,103 @@
+"""Which attention is used, and one call over all images of a batch where PyTorch's own kernels do the work.
+
+transformers' Qwen-VL vision towers see all images of a batch as one sequence. With sdpa they loop over images in Python,
+in every layer; an attention whose name holds "flash" gets the boundaries instead and makes one call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qwen_vl_sft.errors import UserError
+
+# "flash" in the name makes the vision tower pass the boundaries between images.
+SEGMENTED = "segmented_flash"
+
+
+def resolve_attention(wanted: str, on_cpu: bool, dtype: str) -> str:
+    """The attention implementation of the language model: the wanted one, or for "auto" the best installed.
+
+    Raises `UserError` when the wanted one is not installed or does not fit the device or the dtype.
+    """
+    installed = {
+        "flash_attention_3": importlib.util.find_spec("flash_attn_interface") is not None,
+        "flash_attention_2": importlib.util.find_spec("flash_attn") is not None,
+    }
+    if wanted == "auto":
+        usable = [] if on_cpu or dtype == "float32" else [name for name, found in installed.items() if found]
+        return usable[0] if usable else "sdpa"
+    if wanted in installed:
+        if not installed[wanted]:
+            raise UserError(f"attn_implementation: {wanted} is not installed; install it, or leave the key out for auto")
+        if on_cpu or dtype == "float32":
+            why = "runs on CUDA only" if on_cpu else "takes bfloat16 or float16, not float32"
+            raise UserError(f"attn_implementation: {wanted} {why}; leave the key out for auto")
+    elif wanted not in ("sdpa", "eager"):
+        raise UserError(
+            f"attn_implementation: {wanted!r} is unknown; auto, sdpa, eager, flash_attention_2 or flash_attention_3"
+        )
+    return wanted
+
+
+def use_segmented_vision_attention(model: Any) -> None:
+    """Have the vision tower attend in one call over all images, exactly, with PyTorch's own kernels."""
+    AttentionInterface.register(SEGMENTED, _segmented_attention)
+    AttentionMaskInterface.register(SEGMENTED, sdpa_mask)
+    model.set_attn_implementation({"vision_config": SEGMENTED})
+
+
+def _segmented_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention inside segments of one row: `query`, `key`, `value` [1, heads, T, D] -> [1, T, heads, D]."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if attention_mask is not None or dropout or query.shape[0] != 1:
+        raise RuntimeError("segments of one row take no attention mask and no dropout")
+    # Under autocast the rotary embedding leaves query and key in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    attend = _varlen_kernel() if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) else None
+    if attend is not None:
+        packed = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+        longest = int(max_length_q)
+        return attend(*packed, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling)[None], None
+    return _attend_by_length(query, key, value, cu_seq_lens_q, scaling), None
+
+
+def _varlen_kernel() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+def _attend_by_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """One call when all segments are of one length, as charts of one size are; else a call for each segment."""
+    lengths = boundaries.diff()
+    if (lengths == lengths[0]).all():
+        count, length = len(lengths), int(lengths[0])
+        # [1, heads, count * length, D] -> [count, heads, length, D]
+        parts = [tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)]
+        attended = scaled_dot_product_attention(*parts, scale=scaling)
+        return attended.transpose(1, 2).flatten(0, 1)[None]
+    splits = [tensor.split(lengths.tolist(), dim=2) for tensor in (query, key, value)]
+    attended = [scaled_dot_product_attention(*parts, scale=scaling) for parts in zip(*splits, strict=True)]
+    return torch.cat(attended, dim=2).transpose(1, 2)

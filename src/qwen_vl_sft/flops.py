@@ -1,0 +1,101 @@
+"""Useful floating-point operations of a training step, and the share of a GPU's peak that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Dense bf16 peak in FLOP/s by a piece of the device's name, from NVIDIA's datasheets (without sparsity).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 150e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU in FLOP/s, None when it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+@dataclass
+class Work:
+    """What the model had to compute: sums over samples, whatever the padding.
+
+    `tokens` and `tokens_squared` (a sample's tokens squared, for attention), `learned` tokens, `images`, `patches` and
+    `patches_squared` (an image's patches squared).
+    """
+
+    tokens: int = 0
+    tokens_squared: int = 0
+    learned: int = 0
+    images: int = 0
+    patches: int = 0
+    patches_squared: int = 0
+    rows: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class FlopCounter:
+    """FLOPs of training on some work, counted as 2 a multiply-add over the matrix products that must be done.
+
+    A frozen layer costs its forward and the gradient of its input; a trained one also the gradient of its weights; the
+    adapter itself is left out, and so is all recomputation. Attention is counted over the causal half.
+    """
+
+    per_token: float
+    per_token_squared: float
+    per_learned: float
+    per_patch: float
+    per_patch_squared: float
+    language_passes: float
+    vision_passes: float
+
+    @classmethod
+    def of(cls, config: Any, peft: bool, vision_frozen: bool) -> FlopCounter:
+        """Count from a Qwen-VL configuration: `peft` when only adapters train, `vision_frozen` without vision gradients."""
+        text, vision = config.get_text_config(), config.vision_config
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+        layer = text.hidden_size * (2 * queries + 2 * keys) + 3 * text.hidden_size * text.intermediate_size
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size
+        inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+        gated = 3 if config.model_type == "qwen2_5_vl" else 2
+        block = 4 * width * width + gated * width * inner
+        merged = width * vision.spatial_merge_size**2
+        merger = (merged * merged + merged * text.hidden_size) / vision.spatial_merge_size**2
+        return cls(
+            per_token=2 * text.num_hidden_layers * layer,
+            per_token_squared=2 * text.num_hidden_layers * queries,
+            per_learned=2 * text.hidden_size * text.vocab_size,
+            per_patch=2 * (vision.depth * block + merger),
+            per_patch_squared=4 * vision.depth * width,
+            language_passes=2 if peft else 3,
+            vision_passes=1 if vision_frozen else 2 if peft else 3,
+        )
+
+    def flops(self, work: Work) -> float:
+        """FLOPs of forward and backward over `work`."""
+        language = (
+            self.per_token * work.tokens
+            + self.per_token_squared * work.tokens_squared
+            + self.per_learned * work.learned
+        )
+        vision = self.per_patch * work.patches + self.per_patch_squared * work.patches_squared
+        return language * self.language_passes + vision * self.vision_passes

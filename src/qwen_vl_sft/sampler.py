@@ -1,0 +1,49 @@
+"""The order of rows: every epoch visits each row once, on any number of processes, and follows from the seed alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from qwen_vl_sft.collator import NO_ROW
+
+
+def places(rows: int, multiple_of: int) -> Dataset:
+    """Dataset items `{"row": index}` for `rows` rows, filled up with empty places to a whole number of batches.
+
+    Without them the launcher would fill up with rows that are trained on, or counted, twice.
+    """
+    total = math.ceil(rows / multiple_of) * multiple_of
+    return Dataset.from_dict({"row": [*range(rows), *[NO_ROW] * (total - rows)]})
+
+
+class EpochSampler(Sampler[int]):
+    """Places in a new random order each epoch, the empty ones last.
+
+    Args:
+        rows: number of rows.
+        total: number of places.
+        seed: seed of the order.
+    """
+
+    def __init__(self, rows: int, total: int, seed: int) -> None:
+        self.rows = rows
+        self.total = total
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from range(self.rows, self.total)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is given next."""
+        self.epoch = epoch

@@ -1,0 +1,128 @@
+"""TRL's SFTTrainer with exact normalisation on every model and world, and a clock on data and work."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from qwen_vl_sft.flops import Work
+from qwen_vl_sft.model import part_of
+from qwen_vl_sft.sampler import EpochSampler
+
+
+class VisionSFTTrainer(SFTTrainer):
+    """Trains on batches of `Collator`.
+
+    The loss is the mean over the learned tokens of the global batch; the evaluation loss the mean over the learned
+    tokens of all evaluation rows. Both hold for any micro-batch size and any number of processes.
+    """
+
+    def __init__(self, *args: Any, sampler: EpochSampler | None = None, **kwargs: Any) -> None:
+        self._sampler = sampler
+        self.work = Work()  # done by this process since `take_work`
+        self.waited = 0.0  # seconds spent waiting for data since `take_work`
+        self._eval_sums: torch.Tensor | None = None
+        super().__init__(*args, **kwargs)
+        # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
+        # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares. Can go when TRL
+        # sets this attribute for models that it gives its fused output head.
+        self.model_accepts_loss_kwargs = True
+
+    def take_work(self) -> tuple[Work, float]:
+        """The work done by this process and the seconds it waited for data since the last call."""
+        taken = self.work, self.waited
+        self.work, self.waited = Work(), 0.0
+        return taken
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of one step, and count the seconds that takes."""
+        began = time.perf_counter()
+        timed = _Timed(epoch_iterator)
+        batches, items = super().get_batch_samples(timed, num_batches, device)
+        self.waited += min(timed.seconds, time.perf_counter() - began)
+        return batches, items
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss, with the collator's numbers kept out of the model's inputs."""
+        self.work += Work(**inputs.pop("work"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Sum loss, right tokens and learned tokens; the loss returned is that of the batch alone."""
+        inputs = self._prepare_inputs(inputs)
+        inputs.pop("work")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = torch.stack([-outputs.log_probs.sum(), outputs.is_top1.sum(), outputs.label_mask.sum()]).double()
+        self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        return (sums[0] / sums[2].clamp(min=1)).float(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Replace the Trainer's mean over batches by the mean over learned tokens."""
+        self._eval_sums = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert self._eval_sums is not None, "an evaluation without batches"
+        loss, right, learned = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
+        output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
+        return output
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: TRL's card shows how to use a text model."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self._sampler
+
+
+class _Timed:
+    """An iterator that adds up the seconds its source takes."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source = source
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        began = time.perf_counter()
+        try:
+            return next(self.source)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def is_vision_frozen(model: nn.Module) -> bool:
+    """Whether nothing in the vision tower or its merger trains."""
+    return not any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) != "language"
+    )
+
+
+def run_frozen_vision_without_gradients(model: nn.Module) -> None:
+    """Build no graph over a vision tower in which nothing trains.
+
+    The graph would be kept, and run backwards, because checkpointing makes its input require gradients.
+    """
+    visual = next(module for name, module in model.named_modules() if name.endswith("visual"))
+    forward = visual.forward
+
+    @functools.wraps(forward)
+    def without_gradients(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    visual.forward = without_gradients
