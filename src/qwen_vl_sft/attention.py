@@ -36,7 +36,9 @@ def resolve_attention(wanted: str, on_cpu: bool, dtype: str) -> str:
         return usable[0] if usable else "sdpa"
     if wanted in installed:
         if not installed[wanted]:
-            raise UserError(f"attn_implementation: {wanted} is not installed; install it, or leave the key out for auto")
+            raise UserError(
+                f"attn_implementation: {wanted} is not installed; install it, or leave the key out for auto"
+            )
         if on_cpu or dtype == "float32":
             why = "runs on CUDA only" if on_cpu else "takes bfloat16 or float16, not float32"
             raise UserError(f"attn_implementation: {wanted} {why}; leave the key out for auto")
@@ -68,7 +70,9 @@ def _segmented_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention inside segments of one row: `query`, `key`, `value` [1, heads, T, D] -> [1, T, heads, D]."""
     if cu_seq_lens_q is None or max_length_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if attention_mask is not None or dropout or query.shape[0] != 1:
         raise RuntimeError("segments of one row take no attention mask and no dropout")
     # Under autocast the rotary embedding leaves query and key in float32.

@@ -1,15 +1,14 @@
-"""What a person sees while training: a bar, a line a log, and speed measured over all processes."""
+"""Hooks into the Trainer's loop: the order of an epoch, the clock, and what a person sees while training."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from qwen_vl_sft.flops import FlopCounter, Work, peak_flops
+from qwen_vl_sft.launch import World, check_running
+from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.sampler import EpochSampler
 
 
@@ -24,72 +23,28 @@ class EpochOrder(TrainerCallback):
         self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
-class Throughput(TrainerCallback):
-    """Adds speed to the training logs: tokens, images and rows a second, waiting for data, memory and MFU.
+class PauseMeter(TrainerCallback):
+    """Stops the clock of the meter while the Trainer evaluates or saves."""
 
-    Seconds of evaluation and saving are not counted. Call `measure` from all processes at once.
-    """
-
-    def __init__(self, counter: FlopCounter) -> None:
-        self.counter = counter
-        self.trainer: Any = None
-        self.total = Work()
-        self.seconds = 0.0
-        self.waited = 0.0
-        self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        self._began: float | None = None
-        self._elapsed = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; it began with the fetching of the step's data when a step came before."""
-        if self._began is None:
-            self._began = time.perf_counter()
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock when something other than training follows."""
-        if control.should_log or control.should_evaluate or control.should_save:
-            self._pause()
+        """Pause when something other than training follows; a log follows a full step, so it needs the time so far."""
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.meter.pause()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count what came after the last log."""
-        self._pause()
-        self.measure()
 
-    def measure(self) -> dict[str, float]:
-        """Speed of all processes together since the last call, as log entries."""
-        work, waited = self.trainer.take_work()
-        seconds, self._elapsed = self._elapsed, 0.0
-        numbers = torch.tensor([*vars(work).values(), waited], dtype=torch.float64, device=self.trainer.args.device)
-        totals = self.trainer.accelerator.reduce(numbers, reduction="sum").tolist()
-        processes = self.trainer.accelerator.num_processes
-        everyones, waited = Work(*(int(value) for value in totals[:-1])), totals[-1] / processes
-        self.total += everyones
-        self.seconds += seconds
-        self.waited += waited
-        return self.speeds(everyones, seconds, waited) if seconds else {}
+class CheckWorld(TrainerCallback):
+    """Stops a run whose model was not wrapped as the launcher was asked to."""
 
-    def speeds(self, work: Work, seconds: float, waited: float) -> dict[str, float]:
-        """Rates of some work of all processes in some seconds."""
-        rates = {
-            "tokens_per_second": round(work.tokens / seconds, 1),
-            "images_per_second": round(work.images / seconds, 3),
-            "rows_per_second": round(work.rows / seconds, 3),
-            "data_wait": round(waited / seconds, 4),
-        }
-        if self._peak:
-            flops = self.counter.flops(work) / seconds / self.trainer.accelerator.num_processes
-            rates["mfu"] = round(flops / self._peak, 4)
-            rates["tflops_per_gpu"] = round(flops / 1e12, 1)
-        if torch.cuda.is_available() and self.trainer.args.device.type == "cuda":
-            rates["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        return rates
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.trainer: Any = None
 
-    def _pause(self) -> None:
-        if self._began is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._elapsed += time.perf_counter() - self._began
-            self._began = None
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The Trainer has prepared the model by now."""
+        check_running(self.world, self.trainer.accelerator, self.trainer.model_wrapped)
 
 
 class Progress(ProgressCallback):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwen_vl_sft.data import Rows
 from qwen_vl_sft.encode import IGNORE_INDEX, Encoded, Encoder
-from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.errors import BadRow, OverLongRow
 from qwen_vl_sft.flops import Work
 
 logger = logging.getLogger(__name__)
@@ -30,13 +30,22 @@ class Collator:
         encoder: makes tensors of a conversation.
         skip_bad_rows: a row that cannot be used after all is left out and counted; otherwise it raises `BadRow`.
         filler: index of a good row. It stands, with nothing to learn, in a batch that would have no row at all.
+        skip_overlong: the same for rows longer than `max_length`, which a stream meets only here.
     """
 
-    def __init__(self, rows: Rows, encoder: Encoder, skip_bad_rows: bool = False, filler: int = 0) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        encoder: Encoder,
+        skip_bad_rows: bool = False,
+        filler: int = 0,
+        skip_overlong: bool = False,
+    ) -> None:
         self.rows = rows
         self.encoder = encoder
         self.skip_bad_rows = skip_bad_rows
         self.filler = filler
+        self.skip_overlong = skip_overlong
         # Shared with the worker processes.
         self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()
 
@@ -58,7 +67,8 @@ class Collator:
         try:
             return self.rows.encode(item, self.encoder)
         except BadRow as error:
-            if not self.skip_bad_rows:
+            skip = self.skip_overlong if isinstance(error, OverLongRow) else self.skip_bad_rows
+            if not skip:
                 raise
             self._skipped += 1
             logger.warning("skipped: %s", error)

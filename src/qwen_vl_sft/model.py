@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
@@ -155,6 +157,13 @@ def freeze_vision_tower(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def is_vision_frozen(model: nn.Module) -> bool:
+    """Whether nothing in the vision tower or its merger trains."""
+    return not any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) != "language"
+    )
+
+
 def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:
     try:
         return factory.from_pretrained(
@@ -163,6 +172,6 @@ def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:
             trust_remote_code=settings.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model_name_or_path: {settings.model_name_or_path} cannot be loaded: {reason}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,9 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
 
 def build(values: Mapping[str, Any]) -> Recipe:
     """A recipe from typed values; keys that are not named take their defaults."""
-    values = {name: str(BUILTIN.get(value, value)) if isinstance(value, str) else value for name, value in values.items()}
+    values = {
+        name: str(BUILTIN.get(value, value)) if isinstance(value, str) else value for name, value in values.items()
+    }
     groups, used = [], set()
     for group in GROUPS.values():
         names = {entry.name for entry in fields(group)}
@@ -109,53 +111,14 @@ def build(values: Mapping[str, Any]) -> Recipe:
     return Recipe(*groups, training=training, stated=frozenset(values))
 
 
-def parse_command_line(arguments: Sequence[str], flags: Sequence[str] = ()) -> tuple[str | None, dict[str, Any], set[str]]:
-    """Split `--recipe FILE --key value --list a b --switch` into the file, the keys, and the `flags` given.
-
-    Values are read as YAML; a key without a value is true.
-    """
-    recipe, overrides, given = None, {}, set()
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
-        position += 1
-        if not word.startswith("--"):
-            raise UserError(f"command line: {word!r} stands alone; write --key value, or --recipe FILE for a recipe")
-        name, assigned, value = word[2:].partition("=")
-        words = [value] if assigned else []
-        while not assigned and position < len(arguments) and not arguments[position].startswith("--"):
-            words.append(arguments[position])
-            position += 1
-        name = name.replace("-", "_")
-        if name in flags and not words:
-            given.add(name)
-        elif name in ("recipe", "config"):
-            if len(words) != 1:
-                raise UserError("command line: --recipe takes one file")
-            recipe = words[0]
-        elif name in overrides:
-            raise UserError(f"command line: --{name} is given twice; keep one")
-        else:
-            overrides[name] = _command_line_value(name, words)
-    return recipe, overrides, given
-
-
-def _command_line_value(name: str, words: list[str]) -> Any:
-    try:
-        values = [load_yaml(word) if word else "" for word in words]
-    except (yaml.YAMLError, ValueError):
-        values = list(words)  # not YAML, such as a bare `train[:10%]` or `@x`: plain text
-    # A split slice such as [1:2] must stay as it was written.
-    values = [word if isinstance(value, dict) and not word.startswith("{") else value for word, value in zip(words, values)]
-    return True if not values else values[0] if len(values) == 1 else values
-
-
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         shipped = sorted(str(file) for file in Path("recipes").glob("*.yaml"))
-        raise UserError(f"recipe {path} does not exist" + (f"; here are {', '.join(shipped)}" if shipped else "")) from None
+        raise UserError(
+            f"recipe {path} does not exist" + (f"; here are {', '.join(shipped)}" if shipped else "")
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     try:

@@ -56,7 +56,14 @@ def _required(recipe: Recipe, world: World) -> Iterator[str]:
 
 
 def _ranges(recipe: Recipe, world: World) -> Iterator[str]:
-    at_least_one = ("max_train_samples", "max_eval_samples", "max_length", "min_pixels", "max_pixels", "dataset_num_proc")
+    at_least_one = (
+        "max_train_samples",
+        "max_eval_samples",
+        "max_length",
+        "min_pixels",
+        "max_pixels",
+        "dataset_num_proc",
+    )
     values = recipe.values()
     positive = {name: values[name] for name in (*at_least_one, "lora_r", "lora_alpha", "global_batch_size")}
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

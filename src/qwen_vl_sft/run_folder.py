@@ -71,7 +71,9 @@ def resolve_resume(folder: Path, resume: str | None) -> Path | None:
     return newest_checkpoint(folder) if resume == LATEST else Path(resume) if resume else None
 
 
-def begin(folder: Path, overwrite: bool, recipe_yaml: str, system_message: str | None, environment: dict[str, Any]) -> None:
+def begin(
+    folder: Path, overwrite: bool, recipe_yaml: str, system_message: str | None, environment: dict[str, Any]
+) -> None:
     """Make the folder, and write what is known before training."""
     if overwrite and folder.is_dir() and _is_run(folder):
         shutil.rmtree(folder)
@@ -118,7 +120,9 @@ def _version(name: str) -> str | None:
 def _git_commit() -> str | None:
     source = Path(__file__).parent
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=source, capture_output=True)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=source, capture_output=True
+        )
     except OSError:
         return None
     return found.stdout.decode().strip() or None

@@ -50,7 +50,9 @@ class ModelSettings:
 
     model_name_or_path: str | None = key(None, "Hub id or local folder")
     model_revision: str = key("main", "branch, tag or commit of the Hub model")
-    dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "precision of the weights that are not 4 or 8 bit")
+    dtype: Literal["bfloat16", "float16", "float32"] = key(
+        "bfloat16", "precision of the weights that are not 4 or 8 bit"
+    )
     attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")
@@ -152,10 +154,9 @@ REFUSED_KEYS: dict[str, str] = {
     "hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",
     "push_to_hub": "publish the finished run folder with `hf upload`; this version does not push while training",
 }
-REFUSED_KEYS |= {
-    name: REFUSED_KEYS["push_to_hub"]
-    for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
-}
+REFUSED_KEYS |= dict.fromkeys(
+    ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"), REFUSED_KEYS["push_to_hub"]
+)
 
 # Names that users of other versions and trainers write, and today's.
 FORMER_KEYS: dict[str, str] = {

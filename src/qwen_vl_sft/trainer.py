@@ -12,8 +12,9 @@ from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.flops import Work
-from qwen_vl_sft.model import part_of
+from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.sampler import EpochSampler
 
 
@@ -24,10 +25,12 @@ class VisionSFTTrainer(SFTTrainer):
     tokens of all evaluation rows. Both hold for any micro-batch size and any number of processes.
     """
 
-    def __init__(self, *args: Any, sampler: EpochSampler | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sampler: EpochSampler | None, meter: Meter, eval_collator: Collator, **kwargs: Any
+    ) -> None:
         self._sampler = sampler
-        self.work = Work()  # done by this process since `take_work`
-        self.waited = 0.0  # seconds spent waiting for data since `take_work`
+        self.meter = meter
+        self.eval_collator = eval_collator
         self._eval_sums: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
         # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
@@ -35,23 +38,23 @@ class VisionSFTTrainer(SFTTrainer):
         # sets this attribute for models that it gives its fused output head.
         self.model_accepts_loss_kwargs = True
 
-    def take_work(self) -> tuple[Work, float]:
-        """The work done by this process and the seconds it waited for data since the last call."""
-        taken = self.work, self.waited
-        self.work, self.waited = Work(), 0.0
-        return taken
-
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of one step, and count the seconds that takes."""
-        began = time.perf_counter()
+        self.meter.resume()
         timed = _Timed(epoch_iterator)
-        batches, items = super().get_batch_samples(timed, num_batches, device)
-        self.waited += min(timed.seconds, time.perf_counter() - began)
-        return batches, items
+        fetched = super().get_batch_samples(timed, num_batches, device)
+        self.meter.waited += timed.seconds
+        return fetched
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the speed of all processes to a training log."""
+        if "loss" in logs:
+            logs.update(self.meter.measure(self.accelerator))
+        super().log(logs, start_time)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, with the collator's numbers kept out of the model's inputs."""
-        self.work += Work(**inputs.pop("work"))
+        self.meter.work += Work(**inputs.pop("work"))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(
@@ -80,6 +83,14 @@ class VisionSFTTrainer(SFTTrainer):
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
         return output
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The loader of evaluation rows, which have a collator of their own."""
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = train_collator
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's card shows how to use a text model."""
 
@@ -103,13 +114,6 @@ class _Timed:
             return next(self.source)
         finally:
             self.seconds += time.perf_counter() - began
-
-
-def is_vision_frozen(model: nn.Module) -> bool:
-    """Whether nothing in the vision tower or its merger trains."""
-    return not any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) != "language"
-    )
 
 
 def run_frozen_vision_without_gradients(model: nn.Module) -> None:

@@ -1,0 +1,56 @@
+"""Fine-tune a Qwen-VL model on the data of a recipe, on one process or many.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml scripts/sft.py --recipe recipes/chartqa_qlora.yaml
+python scripts/sft.py --recipe recipes/chartqa_qlora.yaml --learning_rate 1e-4 --dry_run
+"""
+
+from __future__ import annotations
+
+import sys
+
+from qwen_vl_sft.command_line import format_help, parse_command_line
+from qwen_vl_sft.errors import exits_with_user_errors
+
+SWITCHES = {"dry_run": "check everything, print the resolved recipe and the plan, and stop", "help": "this text"}
+
+
+@exits_with_user_errors
+def main() -> None:
+    """Check the recipe, the data and the launch; load the model; train; write the run folder."""
+    recipe_file, overrides, switches = parse_command_line(sys.argv[1:], flags=tuple(SWITCHES))
+    if "help" in switches:
+        print(format_help(__doc__ or "", SWITCHES))
+        return
+    # The libraries take seconds to import; --help and a mistyped command line need none of them.
+    from qwen_vl_sft import launch, plan, preparation, recipe_rules, run_folder, training
+    from qwen_vl_sft.recipe import read_recipe
+
+    recipe = read_recipe(recipe_file, overrides)
+    world = launch.read_world(use_cpu=recipe.get("use_cpu"))
+    recipe_rules.check(recipe, world)
+    global_batch = recipe_rules.resolve_batch(recipe, world)
+
+    launch.start(world)
+    data = preparation.prepare_data(recipe, world)
+    if world.rank == 0:
+        if "dry_run" in switches:
+            print(recipe.to_yaml())
+        print(plan.describe(recipe, world, data, global_batch), flush=True)
+        for warning in plan.warnings(recipe):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if "dry_run" in switches:
+        return
+
+    resume = run_folder.resolve_resume(recipe.output_dir, recipe.get("resume_from_checkpoint"))
+    args = training.sft_config(recipe, world)
+    trainer = training.build_trainer(recipe, world, args, data, global_batch)
+    if world.rank == 0:
+        training.begin_run_folder(recipe, world, data)
+    metrics = training.train(trainer, world, recipe, resume)
+    if world.rank == 0:
+        training.finish_run_folder(recipe, trainer, data, metrics)
+        print(plan.outcome(recipe, metrics), flush=True)
+
+
+if __name__ == "__main__":
+    main()

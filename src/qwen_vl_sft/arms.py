@@ -1,0 +1,124 @@
+"""The arms of an evaluation: which message and which weights each is asked with, and in which precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.evaluation_options import ADAPTER_FILE, ARMS, Plan, TunedModel, tuned_settings
+from qwen_vl_sft.launch_world import World
+from qwen_vl_sft.settings import ModelSettings
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def choose_arms(plan: Plan, system_message: str) -> tuple[str, ...]:
+    """The arms asked for, or all that can be told apart, in the order in which one model serves them all."""
+    if plan.options.arms is not None:
+        if "prompted" in plan.options.arms and not system_message:
+            raise UserError(
+                "--arms: prompted is the base model with a system message, and there is none, so it would repeat base;"
+                " leave it out, or give --system_message"
+            )
+        return tuple(arm for arm in ARMS if arm in plan.options.arms)
+    return ("base", *(["prompted"] if system_message else []), *(["tuned"] if plan.tuned else []))
+
+
+def make_encoder(arm: str, processor: Any, system_message: str) -> Encoder:
+    """How prompts of an arm are made; a row's own system message stays in every arm."""
+    return Encoder(processor, system_message=system_message if arm != "base" and system_message else None)
+
+
+def load_run_processor(plan: Plan) -> Any:
+    """The run's processor with its pixel limits, or the model's without a run; `min_pixels`, `max_pixels` win over both."""
+    from transformers import AutoProcessor
+
+    from qwen_vl_sft.model import load_processor
+
+    limits = plan.recipe.data.min_pixels, plan.recipe.data.max_pixels
+    if plan.tuned is None:
+        return load_processor(plan.recipe.model, *limits)
+    folder = plan.tuned.folder
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        folder = plan.tuned.home  # a checkpoint may hold weights alone
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run: {folder} holds no usable processor: {str(error).splitlines()[0]}") from None
+    size = processor.image_processor.size
+    shortest, longest = limits[0] or size["shortest_edge"], limits[1] or size["longest_edge"]
+    processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+    return processor
+
+
+def load_arm(plan: Plan, arm: str, model: Any, world: World) -> Any:
+    """The model of an arm. `model` is that of the arm before, or None: base and prompted share one, tuned builds on it."""
+    from qwen_vl_sft.model import load_model
+
+    def load(settings: ModelSettings) -> Any:
+        return load_model(settings, world.on_cpu, world.local_rank)
+
+    if arm != "tuned":
+        return model if model is not None else load(plan.recipe.model)
+    assert plan.tuned is not None
+    if not plan.tuned.is_adapter:
+        return load(tuned_settings(plan.recipe.model, plan.tuned))
+    return attach_adapter(model if model is not None else load(plan.recipe.model), plan.tuned.folder)
+
+
+def attach_adapter(model: Any, folder: Path) -> Any:
+    """Put a run's adapter on the base model and prove that each of its weights found a place.
+
+    PEFT loads an adapter of another model without an error, and then it does nothing. Raises `UserError`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        # Without a device PEFT puts the adapter of every process on the first GPU.
+        tuned = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--run: the adapter in {folder} does not fit its base model: {error}") from None
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        saved = set(file.keys())
+    unplaced = sorted(saved.symmetric_difference(get_peft_model_state_dict(tuned)))
+    if unplaced:
+        raise UserError(
+            f"--run: {len(unplaced)} weights of the adapter in {folder} and of the base model have no counterpart, the"
+            f" first of them {unplaced[0]}; give the base model it was trained on with --model_name_or_path"
+        )
+    return tuned
+
+
+def describe_precision(settings: ModelSettings) -> str:
+    """The precision of weights and computing, in words."""
+    if settings.load_in_8bit:
+        return f"8-bit weights, computed in {settings.dtype}"
+    if settings.load_in_4bit:
+        double = ", double quantization" if settings.use_bnb_nested_quant else ""
+        return f"4-bit {settings.bnb_4bit_quant_type} weights{double}, computed in {settings.dtype}"
+    return settings.dtype
+
+
+def precision_summary(plan: Plan) -> dict[str, Any]:
+    """In which precision the arms were scored and the run was trained."""
+    scored = describe_precision(plan.recipe.model)
+    trained = describe_precision(plan.trained) if plan.trained else None
+    return {"scored": scored, "trained": trained, "scored_as_trained": trained is None or scored == trained}
+
+
+def identify(tuned: TunedModel | None) -> list[list[Any]]:
+    """The weights of a run, by name, size and time: a resumed evaluation must meet the same."""
+    files = sorted(tuned.folder.glob("*.safetensors")) if tuned else []
+    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
+
+
+def model_identity(plan: Plan) -> dict[str, Any]:
+    """Everything about the models that the answers depend on, as plain values."""
+    settings = dataclasses.asdict(plan.recipe.model)
+    lora = [name for name in settings if name.startswith(("lora", "use_peft", "use_rslora", "use_dora", "freeze"))]
+    weights = {"run": str(plan.tuned.folder) if plan.tuned else None, "run_weights": identify(plan.tuned)}
+    return {name: value for name, value in settings.items() if name not in lora} | weights

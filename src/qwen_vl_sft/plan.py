@@ -1,0 +1,88 @@
+"""What a run will do, in words: printed before training, and all that --dry_run does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_vl_sft.attention import resolve_attention
+from qwen_vl_sft.launch import World
+from qwen_vl_sft.lora import find_targets, lora_config, outside_scope
+from qwen_vl_sft.model import build_on_meta, count_parameters, format_parameters, freeze_vision_tower
+from qwen_vl_sft.preparation import PreparedData
+from qwen_vl_sft.recipe import Recipe
+from qwen_vl_sft.scan import Scan
+
+
+def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> str:
+    """The plan of a run: world, batch, steps, rows and trainable parameters, at most 80 columns."""
+    attention = resolve_attention(recipe.model.attn_implementation, world.on_cpu, recipe.model.dtype)
+    per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
+    lines = [
+        f"model       {recipe.model.model_name_or_path}, {_precision(recipe)}, attention {attention}",
+        f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
+        f"batch       {global_batch} rows a step = {per_device} a device x {world.processes} x {accumulation} accumulated",
+        f"steps       {data.steps(recipe, global_batch)}",
+        *(_rows_line(name, part) for name, part in (("train", data.train), ("evaluation", data.evaluation)) if part),
+        f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
+        f"output      {recipe.output_dir}",
+        "",
+        trainable_table(recipe),
+    ]
+    return "\n".join(lines)
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What will work but may not be meant."""
+    found = []
+    if recipe.model.use_peft and recipe.model.lora_target_modules:
+        found += outside_scope(find_targets(build_on_meta(recipe.model), recipe.model), recipe.model)
+    if recipe.data.train_on == "all":
+        found.append(
+            "train_on: all also learns the prompt's fixed text; answers usually come out worse than with assistant"
+        )
+    return found
+
+
+def trainable_table(recipe: Recipe) -> str:
+    """The table of trainable parameters, from the model's structure alone: no weight is loaded."""
+    from peft import get_peft_model
+
+    model = build_on_meta(recipe.model)
+    if recipe.model.use_peft:
+        model = get_peft_model(model, lora_config(model, recipe.model))
+    elif recipe.model.freeze_vision_tower:
+        freeze_vision_tower(model)
+    return format_parameters(count_parameters(model))
+
+
+def _precision(recipe: Recipe) -> str:
+    model = recipe.model
+    if model.load_in_4bit:
+        nested = " double" if model.use_bnb_nested_quant else ""
+        return f"{model.bnb_4bit_quant_type}{nested} 4-bit + {model.dtype}"
+    return f"8-bit + {model.dtype}" if model.load_in_8bit else model.dtype
+
+
+def _rows_line(name: str, part: object) -> str:
+    if not isinstance(part, Scan):
+        return f"{name:<11} a stream, checked as it comes"
+    left_out = [f"{len(part.bad)} bad skipped"] if part.bad else []
+    left_out += [f"{len(part.overlong)} over-long dropped"] if part.overlong else []
+    mean, longest = part.tokens.mean(), part.tokens.max()
+    note = f" ({', '.join(left_out)})" if left_out else ""
+    return f"{name:<11} {len(part.rows):,} rows{note}, {mean:,.0f} tokens on average, {longest:,} at most"
+
+
+def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    """What a run did, for its last lines."""
+    lines = [f"finished    {metrics['steps']} steps, training loss {metrics['train_loss']:.4f}"]
+    if "eval_loss" in metrics:
+        right = metrics["eval_mean_token_accuracy"]
+        lines[0] += f", evaluation loss {metrics['eval_loss']:.4f} ({right:.1%} of answer tokens right)"
+    if "tokens_per_second" in metrics:
+        speed = f"speed       {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['images_per_second']:.1f} images/s"
+        lines.append(f"{speed}, {metrics['data_wait']:.1%} of the time waiting for data")
+    if metrics["skipped_while_training"]:
+        lines.append(f"skipped     {metrics['skipped_while_training']} rows that could not be read while training")
+    lines.append(f"written     {recipe.output_dir}")
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""From a recipe to checked data: processor, encoder, and rows that are known to be good."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+
+from qwen_vl_sft.data import Rows, in_memory, open_rows
+from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.launch import World
+from qwen_vl_sft.model import load_processor
+from qwen_vl_sft.recipe import Recipe
+from qwen_vl_sft.rows import DEFAULT_SYSTEM_MESSAGES
+from qwen_vl_sft.scan import Scan, scan
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains and evaluates on. `train` is checked (`Scan`), or a stream that is checked as it comes."""
+
+    processor: Any
+    encoder: Encoder
+    train: Scan | Rows
+    evaluation: Scan | None
+
+    def steps(self, recipe: Recipe, global_batch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if recipe.get("max_steps") > 0:
+            return recipe.get("max_steps")
+        assert isinstance(self.train, Scan), "recipe rules require max_steps for a stream"
+        return math.ceil(recipe.get("num_train_epochs") * math.ceil(len(self.train.rows) / global_batch))
+
+    def summary(self) -> dict[str, Any]:
+        """Names, counts and fingerprints for the run's files."""
+        found: dict[str, Any] = {}
+        for name, part in (("train", self.train), ("evaluation", self.evaluation)):
+            if isinstance(part, Scan):
+                rows = part.rows
+                found[name] = {"source": rows.name, "fingerprint": rows.dataset._fingerprint, **part.summary()}
+            elif part is not None:
+                found[name] = {"source": part.name, "streamed": True}
+        return found
+
+
+def prepare_data(recipe: Recipe, world: World) -> PreparedData:
+    """Open and check the rows. Raises `UserError` for everything that cannot be trained on."""
+    data = recipe.data
+    processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
+    # One process of a machine downloads, prepares and checks; the others then read its caches.
+    with PartialState().local_main_process_first():
+        train_rows = _open(recipe, data.dataset_train_split, data.max_train_samples, shuffle=data.shuffle_dataset)
+        encoder = make_encoder(processor, recipe, train_rows)
+        train = train_rows if train_rows.streamed else _scan(recipe, train_rows, encoder)
+        evaluation = None
+        if recipe.get("eval_strategy") != "no":
+            assert data.dataset_test_split is not None
+            rows = _open(recipe, data.dataset_test_split, data.max_eval_samples, shuffle=False)
+            evaluation = _scan(recipe, in_memory(rows) if rows.streamed else rows, encoder)
+    for part in (train, evaluation):
+        if isinstance(part, Scan):
+            _check_images_everywhere(part, recipe, world)
+    return PreparedData(processor, encoder, train, evaluation)
+
+
+def make_encoder(processor: Any, recipe: Recipe, rows: Rows) -> Encoder:
+    """The encoder of a recipe. Its system message is the recipe's, else the format's own; an empty one is none."""
+    message = recipe.data.system_message
+    if message is None:
+        message = DEFAULT_SYSTEM_MESSAGES[rows.format]
+    return Encoder(processor, message or None, recipe.data.train_on, recipe.data.max_length)
+
+
+def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:
+    seed = recipe.get("data_seed") if recipe.get("data_seed") is not None else recipe.get("seed")
+    data = recipe.data
+    assert data.dataset_name is not None
+    rows = open_rows(
+        data.dataset_name,
+        split,
+        data.dataset_config,
+        data.dataset_streaming,
+        data.dataset_format,
+        shuffle_seed=seed if shuffle else None,
+        max_rows=max_rows,
+    )
+    return rows
+
+
+def _scan(recipe: Recipe, rows: Rows, encoder: Encoder) -> Scan:
+    data = recipe.data
+    return scan(
+        rows,
+        encoder,
+        data.verify_images,
+        skip_bad_rows=data.bad_rows == "skip",
+        drop_overlong=data.overlong == "drop",
+        num_proc=data.dataset_num_proc,
+    )
+
+
+def _check_images_everywhere(part: Scan, recipe: Recipe, world: World) -> None:
+    """Refuse rows without an image where a rank's text-only batch would hang or crash the others."""
+    without = int((part.images == 0).sum())
+    sharded = world.strategy in ("zero3", "fsdp2")
+    trains_vision = recipe.model.lora_scope != "language" if recipe.model.use_peft else True
+    if not without or world.processes == 1 or not (sharded or trains_vision):
+        return
+    why = f"under {world.strategy}" if sharded else "when parts of the vision tower or its merger are trained"
+    raise UserError(
+        f"{part.rows.name}: {without} of {len(part.rows)} rows have no image; {why}, a process whose batch holds no image"
+        f" stops the others. Train these rows on one process, or with accelerate_configs/ddp.yaml and lora_scope: language"
+    )

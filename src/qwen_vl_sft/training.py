@@ -1,0 +1,141 @@
+"""Building the trainer of a recipe, running it, and writing the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTConfig
+
+from qwen_vl_sft import launch, run_folder
+from qwen_vl_sft.callbacks import CheckWorld, EpochOrder, PauseMeter, Progress
+from qwen_vl_sft.collator import Collator
+from qwen_vl_sft.data import Rows
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.flops import FlopCounter
+from qwen_vl_sft.launch import World
+from qwen_vl_sft.lora import lora_config
+from qwen_vl_sft.meter import Meter
+from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
+from qwen_vl_sft.plots import plot_loss
+from qwen_vl_sft.preparation import PreparedData
+from qwen_vl_sft.recipe import Recipe
+from qwen_vl_sft.sampler import EpochSampler, places
+from qwen_vl_sft.scan import Scan
+from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS
+from qwen_vl_sft.trainer import VisionSFTTrainer, run_frozen_vision_without_gradients
+
+
+def sft_config(recipe: Recipe, world: World) -> SFTConfig:
+    """TRL's configuration of a recipe. Must exist before the model is loaded: ZeRO-3 partitions while loading."""
+    arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(world)}
+    arguments["resume_from_checkpoint"] = None
+    arguments.setdefault("run_name", recipe.output_dir.name)
+    if recipe.model.use_peft and recipe.model.lora_scope == "language" and not recipe.model.lora_target_modules:
+        # Every language adapter takes part in every batch, so DDP need not look for those that do not.
+        arguments.setdefault("ddp_find_unused_parameters", False)
+    try:
+        return SFTConfig(**arguments)
+    except ValueError as error:
+        raise UserError(f"recipe: {error}") from None
+
+
+def build_trainer(
+    recipe: Recipe, world: World, args: SFTConfig, data: PreparedData, global_batch: int
+) -> VisionSFTTrainer:
+    """Load the model and set up TRL's trainer around it."""
+    model = load_model(recipe.model, world.on_cpu, world.local_rank, place=world.strategy not in ("zero3", "fsdp2"))
+    if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
+        freeze_vision_tower(model)
+    meter, check_world = Meter(args.device), CheckWorld(world)
+    train_dataset, sampler = _train_places(recipe, data, global_batch)
+    collator = _collator(recipe, data, data.train)
+    evaluation = data.evaluation
+    trainer = VisionSFTTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        eval_collator=_collator(recipe, data, evaluation) if evaluation else collator,
+        train_dataset=train_dataset,
+        eval_dataset=places(len(evaluation.rows), args.eval_batch_size * world.processes) if evaluation else None,
+        processing_class=data.processor,
+        peft_config=lora_config(model, recipe.model) if recipe.model.use_peft else None,
+        sampler=sampler,
+        meter=meter,
+        callbacks=[PauseMeter(meter), check_world, *([EpochOrder(sampler)] if sampler else [])],
+    )
+    check_world.trainer = trainer
+    for plain in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(plain)
+    if not args.disable_tqdm:
+        trainer.add_callback(Progress())
+    vision_frozen = is_vision_frozen(trainer.model)
+    if vision_frozen:
+        run_frozen_vision_without_gradients(trainer.model)
+    meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
+    return trainer
+
+
+def train(trainer: VisionSFTTrainer, world: World, recipe: Recipe, resume: Path | None) -> dict[str, Any]:
+    """Train, save the final model, and return the metrics of the run."""
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.meter.measure(trainer.accelerator)
+    metrics = {
+        **{name: value for name, value in result.metrics.items() if name in ("train_loss", "train_runtime")},
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        **_last_evaluation(trainer),
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        **trainer.meter.summary(world.processes),
+        "work": asdict(trainer.meter.total),
+        "skipped_while_training": _sum_over_ranks(trainer, trainer.data_collator.skipped),
+        "parameters": {part: asdict(count) for part, count in count_parameters(trainer.model).items()},
+    }
+    launch.prepare_final_save(trainer.accelerator)
+    trainer.save_model(str(recipe.output_dir))
+    return metrics
+
+
+def begin_run_folder(recipe: Recipe, world: World, data: PreparedData) -> None:
+    """Write what is known before training; call it on one process only."""
+    devices = [] if world.on_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    environment = run_folder.environment(asdict(world), data.summary(), devices)
+    message = data.encoder.system_message
+    run_folder.begin(recipe.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
+
+
+def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, data: PreparedData, metrics: dict[str, Any]) -> None:
+    """Write metrics, log and plot; call it on one process only."""
+    history = trainer.state.log_history
+    run_folder.finish(recipe.output_dir, {**metrics, "data": data.summary()}, history)
+    plot_loss(history, recipe.output_dir / run_folder.LOSS_PLOT)
+
+
+def _train_places(recipe: Recipe, data: PreparedData, global_batch: int) -> tuple[Any, EpochSampler | None]:
+    if not isinstance(data.train, Scan):
+        # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
+        return data.train.dataset.repeat(None), None
+    items = places(len(data.train.rows), global_batch)
+    seed = recipe.get("data_seed") if recipe.get("data_seed") is not None else recipe.get("seed")
+    return items, EpochSampler(len(data.train.rows), len(items), seed)
+
+
+def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows) -> Collator:
+    skip = recipe.data.bad_rows == "skip"
+    if isinstance(part, Scan):
+        return Collator(part.rows, data.encoder, skip, part.filler)
+    return Collator(part, data.encoder, skip, skip_overlong=recipe.data.overlong == "drop")
+
+
+def _last_evaluation(trainer: VisionSFTTrainer) -> dict[str, float]:
+    entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    names = ("eval_loss", "eval_mean_token_accuracy")
+    return {name: entries[-1][name] for name in names} if entries else {}
+
+
+def _sum_over_ranks(trainer: VisionSFTTrainer, count: int) -> int:
+    return int(trainer.accelerator.reduce(torch.tensor(count, device=trainer.args.device), reduction="sum"))
