@@ -6,9 +6,11 @@ python scripts/sft.py --recipe recipes/chartqa_qlora.yaml --learning_rate 1e-4 -
 
 from __future__ import annotations
 
+import os
 import sys
 
 from qwen_vl_sft.command_line import format_help, parse_command_line
+from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
 
 SWITCHES = {"dry_run": "check everything, print the resolved recipe and the plan, and stop", "help": "this text"}
@@ -17,11 +19,12 @@ SWITCHES = {"dry_run": "check everything, print the resolved recipe and the plan
 @exits_with_user_errors
 def main() -> None:
     """Check the recipe, the data and the launch; load the model; train; write the run folder."""
+    quiet_libraries(rank=int(os.environ.get("RANK", "0")))
     recipe_file, overrides, switches = parse_command_line(sys.argv[1:], flags=tuple(SWITCHES))
     if "help" in switches:
         print(format_help(__doc__ or "", SWITCHES))
         return
-    # The libraries take seconds to import; --help and a mistyped command line need none of them.
+    # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft import launch, plan, preparation, recipe_rules, run_folder, training
     from qwen_vl_sft.recipe import read_recipe
 

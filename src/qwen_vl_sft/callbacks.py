@@ -59,13 +59,13 @@ class Progress(ProgressCallback):
 def format_log(step: int, max_steps: int, logs: dict[str, Any]) -> str:
     """One log entry in at most 80 columns."""
     names = {
-        "loss": ("loss", "{:.4f}"),
+        "loss": ("loss", "{:.4g}"),
         "eval_loss": ("eval loss", "{:.4f}"),
         "eval_mean_token_accuracy": ("right tokens", "{:.1%}"),
         "learning_rate": ("lr", "{:.1e}"),
         "tokens_per_second": ("", "{:,.0f} tok/s"),
-        "images_per_second": ("", "{:.1f} img/s"),
-        "data_wait": ("wait", "{:.1%}"),
+        "images_per_second": ("", "{:.3g} img/s"),
+        "data_wait": ("wait", "{:.0%}"),
         "mfu": ("mfu", "{:.0%}"),
     }
     parts = [f"{label} {style.format(logs[key])}".strip() for key, (label, style) in names.items() if key in logs]

@@ -74,7 +74,7 @@ def format_help(usage: str, switches: dict[str, str]) -> str:
             ours.add(entry.name)
             default = "" if entry.default in (None, MISSING) else f" [{entry.default}]"
             lines += _entry(f"--{entry.name}", f"{entry.metadata['help']} ({expected(hints[entry.name])}){default}")
-    lines += ["", "Training (TRL's SFTConfig, transformers' TrainingArguments; see their documentation)"]
+    lines += ["", "Training: fields of TRL's SFTConfig and transformers' TrainingArguments"]
     for name in hints:
         if name not in ours:
             default = training_default(name)

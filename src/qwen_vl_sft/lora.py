@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.model import PARTS, part_of
+from qwen_vl_sft.model import PARTS, build_on_meta, part_of
 from qwen_vl_sft.settings import ModelSettings
 
 
@@ -54,6 +54,11 @@ def outside_scope(targets: Iterable[str], settings: ModelSettings) -> list[str]:
         for part, count in counts.items()
         if count
     ]
+
+
+def trains_language_only(settings: ModelSettings) -> bool:
+    """Whether every layer with LoRA is in the language model; no weight is loaded to tell."""
+    return all(part_of(name) == "language" for name in find_targets(build_on_meta(settings), settings))
 
 
 def lora_config(model: nn.Module, settings: ModelSettings) -> LoraConfig:

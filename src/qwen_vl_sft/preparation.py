@@ -12,6 +12,7 @@ from qwen_vl_sft.data import Rows, in_memory, open_rows
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launch import World
+from qwen_vl_sft.lora import trains_language_only
 from qwen_vl_sft.model import load_processor
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.rows import DEFAULT_SYSTEM_MESSAGES
@@ -106,7 +107,7 @@ def _check_images_everywhere(part: Scan, recipe: Recipe, world: World) -> None:
     """Refuse rows without an image where a rank's text-only batch would hang or crash the others."""
     without = int((part.images == 0).sum())
     sharded = world.strategy in ("zero3", "fsdp2")
-    trains_vision = recipe.model.lora_scope != "language" if recipe.model.use_peft else True
+    trains_vision = not (recipe.model.use_peft and trains_language_only(recipe.model))
     if not without or world.processes == 1 or not (sharded or trains_vision):
         return
     why = f"under {world.strategy}" if sharded else "when parts of the vision tower or its merger are trained"

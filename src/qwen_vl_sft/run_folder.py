@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft import __version__
 from qwen_vl_sft.errors import UserError
 
 RECIPE = "recipe.yaml"
@@ -24,7 +26,6 @@ ENVIRONMENT = "environment.json"
 LATEST = "latest"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 PACKAGES = (
-    "qwen_vl_sft",
     "torch",
     "transformers",
     "trl",
@@ -90,12 +91,19 @@ def finish(folder: Path, metrics: dict[str, Any], log_history: list[dict[str, An
     """Write the metrics and the log of a finished run."""
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (folder / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in log_history), encoding="utf-8")
+    # PEFT leaves a card of blanks to fill in.
+    (folder / "README.md").unlink(missing_ok=True)
+    # safetensors writes its files for their owner alone, so a group that shares the folder could not load them.
+    umask = os.umask(0)
+    os.umask(umask)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o666 & ~umask)
 
 
 def environment(world: dict[str, Any], data: dict[str, Any], devices: list[str]) -> dict[str, Any]:
     """Versions, machine, code, data and world of a run. Holds no environment variables, which may carry tokens."""
     return {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"qwen_vl_sft": __version__, **{name: _version(name) for name in PACKAGES}},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": devices,

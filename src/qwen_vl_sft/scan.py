@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from qwen_vl_sft import __version__
 from qwen_vl_sft.data import ROW_ID, Rows
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
@@ -132,7 +132,7 @@ def _fingerprint(rows: Rows, encoder: Encoder, verify_images: bool) -> str:
         "chat_template": processor.chat_template,
         "image_processor": str(processor.image_processor.to_dict()),
         "tokenizer": hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "version": metadata.version("qwen_vl_sft"),
+        "version": __version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

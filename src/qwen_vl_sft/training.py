@@ -18,7 +18,7 @@ from qwen_vl_sft.data import Rows
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.flops import FlopCounter
 from qwen_vl_sft.launch import World
-from qwen_vl_sft.lora import lora_config
+from qwen_vl_sft.lora import lora_config, trains_language_only
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
 from qwen_vl_sft.plots import plot_loss
@@ -29,13 +29,21 @@ from qwen_vl_sft.scan import Scan
 from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.trainer import VisionSFTTrainer, run_frozen_vision_without_gradients
 
+FORMER_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 
 def sft_config(recipe: Recipe, world: World) -> SFTConfig:
     """TRL's configuration of a recipe. Must exist before the model is loaded: ZeRO-3 partitions while loading."""
     arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(world)}
     arguments["resume_from_checkpoint"] = None
     arguments.setdefault("run_name", recipe.output_dir.name)
-    if recipe.model.use_peft and recipe.model.lora_scope == "language" and not recipe.model.lora_target_modules:
+    # transformers' new names of these keys; TRL and its users still write the former ones.
+    for former, name in FORMER_NAMES.items():
+        arguments[name] = arguments.pop(former, recipe.get(former))
+    if recipe.model.use_peft and trains_language_only(recipe.model):
         # Every language adapter takes part in every batch, so DDP need not look for those that do not.
         arguments.setdefault("ddp_find_unused_parameters", False)
     try:

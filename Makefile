@@ -1,0 +1,39 @@
+# make setup       the environment in .venv
+# make quickstart  the main job on the embedded model and charts: train, then base against prompted against tuned
+# make test        the tests;  make check  linters and types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: setup quickstart test check ci clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
+	@# DeepSpeed's setup imports torch, which an isolated build would download once more.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation \
+		--editable '.[dev,deepspeed]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/sft.py \
+		--recipe recipes/quickstart.yaml --output_dir $(RUN) --overwrite_output_dir true
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/evaluate.py \
+		--run $(RUN) --arms base,prompted,tuned --split test --overwrite
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ci: check test
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,155 @@
+"""Scoring a model on a split of the data, with any number of processes, so that a killed run can go on.
+
+Each process answers whole batches into a file of its own; the first one joins the files in row order and scores them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qwen_vl_sft.answer_files import AnswerFiles, deal, different_settings
+from qwen_vl_sft.arms import load_arm, make_encoder, precision_summary
+from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.evaluation_options import ARMS, Plan
+from qwen_vl_sft.evaluation_task import Task, describe_task, prepare
+from qwen_vl_sft.generation import generate_batches
+from qwen_vl_sft.launch import World, read_world, start
+from qwen_vl_sft.run_folder import environment
+from qwen_vl_sft.scoring import ROWS_FILE, SUMMARY_FILE, Question, score_row, summarise, write_results
+
+# Processes finish at different times, and the first wait for the last.
+LONGEST_WAIT = timedelta(days=1)
+
+
+def evaluate(plan: Plan) -> dict[str, Any] | None:
+    """Answer and score; returns the summary on the first process, None on the others. Raises `UserError`.
+
+    Until everything has been checked nothing is written.
+    """
+    began = time.monotonic()
+    world = read_world(bool(plan.recipe.get("use_cpu")))
+    task = prepare(plan)
+    files = AnswerFiles(plan.output_dir)
+    settings = describe_task(plan, task)
+    arms = _arms_with_former(plan, task.arms, files, settings)
+    barrier = join_processes(world)
+    if world.rank == 0:
+        if plan.options.overwrite:
+            _clear(plan, files)
+        files.write_settings(settings | {"arms": arms})
+    barrier()
+    answered = files.read()
+    barrier()  # nobody writes before everybody has read, or the shares would overlap
+    files.repair(world.rank)
+    answer_all(plan, task, arms, answered, files, world)
+    barrier()
+    if world.rank > 0:
+        return None
+    rows = collect(task.questions, files.read(), arms)
+    summary = summarise(rows, arms) | {
+        "dataset": task.rows.name,
+        "settings": settings,
+        "precision": precision_summary(plan),
+        "seconds": round(time.monotonic() - began, 1),
+        "environment": environment({"processes": world.processes, "strategy": world.strategy}, {}, [_device(world)]),
+    }
+    write_results(plan.output_dir, rows, summary)
+    return summary
+
+
+def join_processes(world: World) -> Any:
+    """Start the process group of a launched run; returns a function in which all processes wait for each other."""
+    from accelerate import PartialState
+
+    start(world)
+    # Every process holds a whole model here; transformers would load an empty one where FSDP is on.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    state = PartialState(cpu=world.on_cpu, **({"timeout": LONGEST_WAIT} if world.processes > 1 else {}))
+    assert state.num_processes == world.processes, f"{state.num_processes} processes take part, not {world.processes}"
+    return state.wait_for_everyone
+
+
+def answer_all(
+    plan: Plan,
+    task: Task,
+    arms: Sequence[str],
+    answered: Mapping[str, Mapping[int, str]],
+    files: AnswerFiles,
+    world: World,
+) -> None:
+    """Answer this process's share of every arm. A model is loaded only where something is left to answer."""
+    model = None
+    places = {question.row_id: place for place, question in enumerate(task.questions)}
+    for arm in arms:
+        done = {places[row_id] for row_id in answered.get(arm, {})}
+        share = deal(task.batches, done, world.rank, world.processes)
+        if not share:
+            continue
+        model = load_arm(plan, arm, model, world)
+        encoder = make_encoder(arm, task.processor, task.system_message)
+        title = arm if world.processes == 1 else f"{arm}, process 0 of {world.processes}"
+        with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=world.rank > 0) as progress:
+            for batch, texts in _generate(plan, task, model, encoder, share):
+                new = {
+                    task.questions[place].row_id: text
+                    for place, text in zip(batch, texts, strict=True)
+                    if place not in done
+                }
+                files.append(world.rank, arm, new)
+                progress.update(len(batch))
+
+
+def _generate(
+    plan: Plan, task: Task, model: Any, encoder: Encoder, share: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], list[str]]]:
+    try:
+        yield from generate_batches(model, encoder, task.conversation, share, plan.options.max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--batch_size {plan.options.batch_size}: the GPU's memory does not hold a batch of the longest rows; give"
+            f" less, with --overwrite, or reduce the images with --max_pixels ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def collect(
+    questions: Sequence[Question], answers: Mapping[str, Mapping[int, str]], arms: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The scored rows in row order, each with an answer of every arm."""
+    for arm in arms:
+        missing = [question.row_id for question in questions if question.row_id not in answers.get(arm, {})]
+        assert not missing, f"{arm}: no answer to rows {missing[:5]}"
+    ordered = sorted(questions, key=lambda question: question.row_id)
+    return [score_row(question, {arm: answers[arm][question.row_id] for arm in arms}) for question in ordered]
+
+
+def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:
+    """The arms to score; a resumed evaluation keeps those it was begun with. Raises `UserError` when it is another one."""
+    former = files.read_settings() if plan.options.resume else {}
+    former_arms = former.pop("arms", [])
+    if not former:
+        return list(arms)
+    different = different_settings(former, settings)
+    if different:
+        raise UserError(
+            f"--resume: {plan.output_dir} was begun with other settings ({'; '.join(different)});"
+            f" give the same ones, start anew with --overwrite, or name another --output_dir"
+        )
+    return [arm for arm in ARMS if arm in {*former_arms, *arms}]
+
+
+def _clear(plan: Plan, files: AnswerFiles) -> None:
+    files.clear()
+    for name in (SUMMARY_FILE, ROWS_FILE):
+        (plan.output_dir / name).unlink(missing_ok=True)
+
+
+def _device(world: World) -> str:
+    return "cpu" if world.on_cpu else torch.cuda.get_device_name(world.local_rank)

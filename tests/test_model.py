@@ -1,0 +1,234 @@
+import pytest
+import torch
+from conftest import SMALL_SHAPE
+
+from qwen_vl_sft import tiny
+from qwen_vl_sft.attention import resolve_attention
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.flops import FlopCounter, Work, peak_flops
+from qwen_vl_sft.lora import find_targets, lora_config, outside_scope, shortest_targets, trains_language_only
+from qwen_vl_sft.model import (
+    build_on_meta,
+    count_parameters,
+    format_parameters,
+    freeze_vision_tower,
+    is_vision_frozen,
+    load_model,
+    load_processor,
+    part_of,
+)
+from qwen_vl_sft.random_model import make_random_model
+from qwen_vl_sft.settings import ModelSettings
+
+TINY = str(tiny.MODEL_DIR)
+
+
+def settings(**changes):
+    return ModelSettings(**{"model_name_or_path": TINY, "dtype": "float32", **changes})
+
+
+@pytest.fixture(scope="module")
+def seven_b(shared):
+    """The real 7B's structure, without weights."""
+    return settings(model_name_or_path=str(shared / "qwen2vl/config-7b"))
+
+
+def qwen_2_5_and_3():
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, AutoModelForImageTextToText
+
+    text = {**SMALL_SHAPE["text_config"], "vocab_size": 200}
+    vision = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    for config in (
+        Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config={**vision, "fullatt_block_indexes": [1]}),
+        Qwen3VLConfig(
+            text_config={**text, "head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}},
+            vision_config={**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        ),
+    ):
+        with torch.device("meta"):
+            yield AutoModelForImageTextToText.from_config(config)
+
+
+def test_the_tutorials_parameter_counts(seven_b):
+    from peft import get_peft_model
+
+    seven_b.lora_target_modules, seven_b.lora_r = ["q_proj", "v_proj"], 8
+    model = build_on_meta(seven_b)
+    config = lora_config(model, seven_b)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    counts = count_parameters(get_peft_model(model, config))
+    assert sum(count.total for count in counts.values()) == 8_293_898_752
+    assert {part: count.trainable for part, count in counts.items()} == {"vision": 0, "merger": 0, "language": 2_523_136}
+    assert max(len(line) for line in format_parameters(counts).splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("scope", "layers"), [("language", 28 * 7), ("vision", 32 * 4), ("merger", 2), ("all", 28 * 7 + 32 * 4 + 2)]
+)
+def test_scopes_of_qwen2_vl(seven_b, scope, layers):
+    seven_b.lora_target_modules, seven_b.lora_scope = None, scope
+    model = build_on_meta(seven_b)
+    targets = find_targets(model, seven_b)
+    assert len(targets) == layers
+    assert {part_of(name) for name in targets} == ({"language", "vision", "merger"} if scope == "all" else {scope})
+    assert _hit(model, shortest_targets(model, targets)) == targets
+
+
+def test_scopes_of_the_newer_models():
+    from peft import get_peft_model
+
+    for scope in ("language", "vision", "merger", "all"):
+        for model in qwen_2_5_and_3():
+            wanted = settings(lora_scope=scope)
+            targets = find_targets(model, wanted)
+            assert {part_of(name) for name in targets} == ({"language", "vision", "merger"} if scope == "all" else {scope})
+            assert _hit(model, shortest_targets(model, targets)) == targets
+            trained = [n for n, p in get_peft_model(model, lora_config(model, wanted)).named_parameters() if p.requires_grad]
+            assert len(trained) == 2 * len(targets)
+
+
+def _hit(model, pattern):
+    """The layers that PEFT would wrap."""
+    import re
+
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(pattern, str):
+        return [name for name in names if re.fullmatch(pattern, name)]
+    return [name for name in names if any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)]
+
+
+def test_a_target_that_matches_nothing_is_refused():
+    model = build_on_meta(settings())
+    with pytest.raises(UserError, match=r"lora_target_modules: wq match.* no linear layer .* q_proj"):
+        find_targets(model, settings(lora_target_modules=["q_proj", "wq"]))
+    with pytest.raises(UserError, match="lm_head"):
+        find_targets(model, settings(lora_target_modules=["lm_head"]))
+
+
+def test_targets_outside_the_scope_are_told():
+    model = build_on_meta(settings())
+    wanted = settings(lora_target_modules=["q_proj", "qkv"])
+    (warning,) = outside_scope(find_targets(model, wanted), wanted)
+    assert "of the vision part, outside lora_scope language" in warning
+    assert not trains_language_only(wanted)
+    assert outside_scope(find_targets(model, wanted), settings(lora_scope="all")) == []
+
+
+def test_the_patch_embedding_never_gets_lora():
+    model = build_on_meta(settings())
+    assert all("patch_embed" not in name for name in find_targets(model, settings(lora_target_modules=["proj"])))
+
+
+def test_other_models_are_refused(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a gpt2 model; this package trains Qwen2-VL"):
+        load_processor(settings(model_name_or_path=str(tmp_path)))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_processor(settings(model_name_or_path=str(tmp_path / "none")))
+
+
+def test_pickled_weights_are_refused_unless_asked(tmp_path):
+    model = load_model(settings(), on_cpu=True)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(settings(model_name_or_path=str(tmp_path)), on_cpu=True)
+    load_model(settings(model_name_or_path=str(tmp_path), use_safetensors=False), on_cpu=True)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantized_weights(bits):
+    import bitsandbytes as bnb
+
+    model = load_model(settings(**{bits: True}), on_cpu=True)
+    kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    quantized = bnb.nn.Linear4bit if bits == "load_in_4bit" else bnb.nn.Linear8bitLt
+    assert quantized in kinds
+    assert type(model.lm_head) is torch.nn.Linear
+    plain = count_parameters(load_model(settings(), on_cpu=True))
+    assert {part: count.total for part, count in count_parameters(model).items()} == {
+        part: count.total for part, count in plain.items()
+    }
+    if bits == "load_in_4bit":
+        state = model.model.language_model.layers[0].self_attn.q_proj.weight.quant_state
+        assert (state.quant_type, state.nested) == ("nf4", True)
+
+
+def test_4bit_weights_survive_an_evaluation_on_a_cpu():
+    """bitsandbytes repacks them in place in an evaluation forward on CPUs with AVX512-BF16; see the workaround."""
+    model = load_model(settings(load_in_4bit=True, dtype="bfloat16"), on_cpu=True)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(8)[None])
+    assert before
+    assert all(torch.equal(dict(model.named_parameters())[name], weight) for name, weight in before.items())
+
+
+def test_full_fine_tuning_can_freeze_the_vision_tower():
+    model = load_model(settings(), on_cpu=True)
+    assert not is_vision_frozen(model)
+    freeze_vision_tower(model)
+    counts = count_parameters(model)
+    assert counts["vision"].trainable == 0
+    assert counts["merger"].trainable == counts["merger"].total > 0
+    assert counts["language"].trainable == counts["language"].total
+
+
+@pytest.mark.parametrize("sizes", [[(56, 56), (56, 56)], [(56, 84), (28, 56), (112, 28)]])
+def test_segmented_vision_attention_is_exact(sizes):
+    from transformers import AutoModelForImageTextToText
+
+    ours = load_model(settings(), on_cpu=True)
+    theirs = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa")
+    grids = torch.tensor([[1, height // 14, width // 14] for height, width in sizes])
+    pixels = torch.randn(int(grids.prod(-1).sum()), 1176, generator=torch.Generator().manual_seed(0))
+    assert ours.model.visual.config._attn_implementation == "segmented_flash"
+    assert ours.model.language_model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        mine = torch.cat(ours.model.get_image_features(pixels, grids).pooler_output)
+        reference = torch.cat(theirs.model.get_image_features(pixels, grids).pooler_output)
+    torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"), [("flash_attention_2", "is not installed|runs on CUDA only"), ("fast", "'fast' is unknown")]
+)
+def test_attention_that_cannot_be(wanted, told):
+    with pytest.raises(UserError, match=told):
+        resolve_attention(wanted, on_cpu=True, dtype="bfloat16")
+
+
+def test_automatic_attention_on_a_cpu():
+    assert resolve_attention("auto", on_cpu=True, dtype="bfloat16") == "sdpa"
+
+
+def test_flops_of_the_7b(shared):
+    """Against the closed formula of the shape, and the published figure of about 15 GFLOP a token forward."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(shared / "qwen2vl/config-7b")
+    counter = FlopCounter.of(config, peft=True, vision_frozen=True)
+    layer = 3584 * (3584 * 2 + 2 * 512) + 3 * 3584 * 18944
+    assert counter.per_token == 2 * 28 * layer
+    vision = 32 * (4 * 1280 * 1280 + 2 * 1280 * 5120)
+    assert counter.per_patch == pytest.approx(2 * (vision + (5120 * 5120 + 5120 * 3584) / 4))
+    row = Work(tokens=610, tokens_squared=610**2, learned=5, images=1, patches=2000, patches_squared=2000**2, rows=1)
+    text = 2 * (28 * 2 * layer * 610 + 28 * 2 * 3584 * 610**2 + 2 * 3584 * 152064 * 5)
+    image = counter.per_patch * 2000 + 32 * 4 * 1280 * 2000**2
+    assert counter.flops(row) == pytest.approx(text + image)
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("a toaster") is None
+
+
+def test_random_models_refuse_a_used_folder_and_unknown_overrides(shared, tmp_path):
+    (tmp_path / "file").touch()
+    config = str(shared / "qwen2vl/config-2b")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        make_random_model(config, tmp_path, str(shared / "qwen2vl"))
+    with pytest.raises(UserError, match="text_config has no width"):
+        make_random_model(config, tmp_path / "new", str(shared / "qwen2vl"), overrides={"text_config": {"width": 1}})
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_sft.coercion import coerce, load_yaml
+from qwen_vl_sft.command_line import format_help, parse_command_line
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.recipe import key_hints, read_recipe
+from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
+    recipe = read_recipe(write(tmp_path, "learning_rate: 2e-4\nmax_steps: 1e2\n"), {})
+    assert recipe.get("learning_rate") == 2e-4
+    assert recipe.get("max_steps") == 100
+
+
+def test_a_bare_no_is_the_choice_no(tmp_path):
+    assert read_recipe(write(tmp_path, "eval_strategy: no\n"), {}).get("eval_strategy") == "no"
+
+
+def test_the_command_line_wins(tmp_path):
+    recipe = read_recipe(write(tmp_path, "lora_r: 4\nseed: 1\n"), {"lora_r": 8})
+    assert recipe.model.lora_r == 8
+    assert recipe.get("seed") == 1
+
+
+def test_every_problem_at_once(tmp_path):
+    path = write(tmp_path, "learnin_rate: 1\nbf16: maybe\nseed: 1.5\npacking: true\nwarmup_ratio: 0.1\ndataset_format: coco\n")
+    with pytest.raises(UserError) as caught:
+        read_recipe(path, {"lora_rr": 3})
+    problems = caught.value.problems
+    assert len(problems) == 7
+    assert problems[0] == f"{path}: unknown key learnin_rate; did you mean learning_rate?"
+    assert problems[1] == f"{path}: bf16: 'maybe' is not true or false"
+    assert problems[2] == f"{path}: seed: 1.5 is not a whole number"
+    assert "packing cannot be set" in problems[3]
+    assert "write warmup_steps" in problems[4]
+    assert problems[5] == f"{path}: dataset_format: 'coco' is not one of auto, chartqa, messages"
+    assert problems[6] == "command line: unknown key lora_rr; did you mean lora_r?"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nseed: 2\n", "stands twice, in lines 1 and 2"),
+        ("- a\n- b\n", "must hold `key: value` lines"),
+        ("a: [1\n", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, told):
+    with pytest.raises(UserError, match=told):
+        read_recipe(write(tmp_path, text), {})
+
+
+def test_a_missing_file_names_those_there_are(monkeypatch):
+    monkeypatch.chdir(RECIPES[0].parents[1])
+    with pytest.raises(UserError, match=r"recipe nowhere\.yaml does not exist; here are recipes/chartqa_lora\.yaml"):
+        read_recipe("nowhere.yaml", {})
+
+
+def test_yaml_cannot_make_objects():
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        load_yaml("!!python/object/apply:os.system ['true']")
+
+
+def test_command_line():
+    words = "--recipe r.yaml --dataset_train_split train[:10%] --lora_target_modules q_proj v_proj --load_in_4bit --lora-r=8"
+    recipe, overrides, switches = parse_command_line([*words.split(), "--dry_run"], flags=("dry_run",))
+    assert recipe == "r.yaml"
+    assert switches == {"dry_run"}
+    assert overrides == {
+        "dataset_train_split": "train[:10%]",
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "load_in_4bit": True,
+        "lora_r": 8,
+    }
+
+
+def test_an_empty_value_on_the_command_line_is_empty_text():
+    _, overrides, _ = parse_command_line(["--system_message", ""])
+    assert overrides == {"system_message": ""}
+
+
+@pytest.mark.parametrize("words", [["r.yaml"], ["--seed", "1", "--seed", "2"], ["--recipe"]])
+def test_a_mistyped_command_line(words):
+    with pytest.raises(UserError, match="command line"):
+        parse_command_line(words)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "wanted"),
+    [("3", int, 3), (3, float, 3.0), ("true", bool, True), ("a, b", list[str], ["a", "b"]), ('{"a": 1}', dict, {"a": 1})],
+)
+def test_coerce(value, hint, wanted):
+    assert coerce(value, hint) == wanted
+
+
+@pytest.mark.parametrize(("value", "hint"), [(True, int), ("nan", float), (1, bool), ("x", dict), (True, str), ("inf", float)])
+def test_coerce_refuses(value, hint):
+    with pytest.raises(ValueError, match=r"^(is|cannot|fits)"):
+        coerce(value, hint)
+
+
+def test_a_resolved_recipe_reads_back_the_same(tmp_path):
+    recipe = read_recipe(RECIPES[0], {"output_dir": "x"})
+    again = read_recipe(write(tmp_path, recipe.to_yaml()), {})
+    assert again.values() == recipe.values()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_have_only_known_keys_of_the_right_type(path):
+    assert read_recipe(path, {}).training["output_dir"] == f"runs/{path.stem}"
+
+
+def test_the_tutorials_numbers():
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "chartqa_qlora"), {})
+    model = recipe.model
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_target_modules) == (
+        8,
+        16,
+        0.05,
+        ["q_proj", "v_proj"],
+    )
+    assert (model.load_in_4bit, model.bnb_4bit_quant_type, model.use_bnb_nested_quant) == (True, "nf4", True)
+    assert recipe.run.global_batch_size == 32
+    wanted = {"learning_rate": 2e-4, "max_grad_norm": 0.3, "num_train_epochs": 3, "lr_scheduler_type": "constant"}
+    assert {name: recipe.get(name) for name in wanted} == wanted
+
+
+def test_tables_of_keys_name_real_fields():
+    from dataclasses import fields
+
+    from trl import SFTConfig
+
+    training = {entry.name for entry in fields(SFTConfig)}
+    assert set(REFUSED_KEYS) <= training
+    assert set(FIXED_TRAINING_ARGUMENTS) | set(TRAINING_DEFAULTS) <= training
+    assert not set(FORMER_KEYS) & set(key_hints())
+
+
+def test_help_fits_80_columns_and_names_our_keys_first():
+    text = format_help("usage", {"dry_run": "check"})
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert text.index("--dataset_name") < text.index("--lora_scope") < text.index("--global_batch_size")
+    assert text.index("--global_batch_size") < text.index("--learning_rate")
+    assert "--packing " not in text

@@ -1,0 +1,189 @@
+import json
+
+import pytest
+from conftest import conversation_row, png
+
+from qwen_vl_sft.data import open_rows
+from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.rows import CHARTQA_SYSTEM_MESSAGE, ImageFile, chartqa_conversation, messages_conversation
+
+RED = {"bytes": png("red"), "path": None}
+
+
+def chartqa_row(**changes):
+    return {"image": RED, "query": "Which color?", "label": ["red", "crimson"], **changes}
+
+
+def test_chartqa_takes_the_first_label():
+    conversation = chartqa_conversation(chartqa_row(), None)
+    assert conversation.messages == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which color?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    assert conversation.images[0].open().size == (56, 56)
+
+
+def test_messages_split_at_placeholders(tmp_path):
+    row = conversation_row("Is <image> like <image>?", images=("a.png", "b.png"))
+    conversation = messages_conversation(row, tmp_path)
+    kinds = [part["type"] for part in conversation.messages[0]["content"]]
+    assert kinds == ["text", "image", "text", "image", "text"]
+    assert conversation.images[1].path == str(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"image": None}, "has no image"),
+        ({"query": " "}, "has an empty query"),
+        ({"label": []}, "has an empty answer"),
+        ({"label": [""]}, "has an empty answer"),
+    ],
+)
+def test_bad_chartqa_rows(changes, told):
+    with pytest.raises(BadRow, match=told):
+        chartqa_conversation(chartqa_row(**changes), None)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": [], "images": []}, "has no messages"),
+        ({"messages": [{"role": "user", "content": "hi"}], "images": []}, "has no assistant turn"),
+        (conversation_row(answer="  "), "has an empty answer"),
+        (conversation_row("<image><image>?"), r"has 2 image placeholder\(s\) in its messages but 1 image\(s\)"),
+        (conversation_row("?"), r"has 0 image placeholder\(s\) in its messages but 1 image\(s\)"),
+        (conversation_row(answer="<image>", images=("a", "b")), "image inside an assistant message"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "content part of type 'video'"),
+        (conversation_row(images=("../secret.png",)), "lies outside the data folder"),
+        (conversation_row(images=("/etc/passwd",)), "lies outside the data folder"),
+        (conversation_row(images=(None,)), "missing image"),
+    ],
+)
+def test_bad_messages_rows(row, told, tmp_path):
+    with pytest.raises(BadRow, match=told):
+        messages_conversation(row, tmp_path)
+
+
+def test_bad_images(tmp_path):
+    with pytest.raises(BadRow, match=r"none\.png does not exist"):
+        ImageFile(None, str(tmp_path / "none.png")).open()
+    with pytest.raises(BadRow, match="cannot be read"):
+        ImageFile(b"not an image", "a.png").open()
+    whole = png("red", (300, 300))
+    with pytest.raises(BadRow, match=r"image a\.png cannot be decoded"):
+        ImageFile(whole[: len(whole) // 2], "a.png").decode()
+    with pytest.raises(BadRow, match="more elongated than 200 to 1"):
+        ImageFile(png("red", (401, 2)), None).open()
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    with pytest.raises(BadRow, match="is refused"):
+        ImageFile(_png_header(20_000, 20_000), "bomb.png").open()
+    with pytest.raises(BadRow, match="is refused"):
+        ImageFile(_png_header(10_000, 10_000), "large.png").open()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_transparency_is_shown_over_white():
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert ImageFile(buffer.getvalue(), None).decode().getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_jsonl_beside_an_image_folder(messages_folder):
+    folder = messages_folder([conversation_row(), conversation_row(answer="blue", images=("images/blue.png",))])
+    for name in (folder, folder / "train.jsonl"):
+        rows = open_rows(str(name), "train")
+        assert (rows.format, len(rows)) == ("messages", 2)
+        image = rows.conversation({"row": 1}).images[0].decode()
+        assert image.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_image_folder(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (56, 56), "red").save(tmp_path / split / "a.png")
+        entry = {"file_name": "a.png", "query": "Which color?", "label": "red"}
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+    rows = open_rows(str(tmp_path), "test")
+    assert rows.format == "chartqa"
+    assert rows.conversation({"row": 0}).images[0].decode().getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_slices_shuffle_and_cap(messages_folder):
+    folder = messages_folder([conversation_row(answer=str(number)) for number in range(20)])
+    assert len(open_rows(str(folder), "train[:10%]")) == 2
+    ids = open_rows(str(folder), "train", shuffle_seed=3, max_rows=5).dataset["row_id"]
+    assert list(ids) == list(open_rows(str(folder), "train", shuffle_seed=3, max_rows=5).dataset["row_id"])
+    assert list(ids) != list(range(5))
+
+
+def test_streaming(messages_folder):
+    folder = messages_folder([conversation_row(answer=str(number)) for number in range(9)])
+    rows = open_rows(str(folder), "train[2:6]", streaming=True, max_rows=3)
+    items = list(rows.dataset)
+    assert [item["row_id"] for item in items] == [2, 3, 4]
+    assert rows.conversation(items[0]).messages[1]["content"][0]["text"] == "2"
+    with pytest.raises(UserError, match="takes row slices only"):
+        open_rows(str(folder), "train[:10%]", streaming=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "told"),
+    [
+        ("./nowhere", "train", "does not exist here"),
+        ("nowhere.jsonl", "train", "does not exist here"),
+        ("{folder}", "test", "has no split 'test'; its files give train"),
+        ("{folder}/images/red.png", "train", "is none of"),
+        ("{folder}", "train[:5", "cannot be loaded"),
+    ],
+)
+def test_datasets_that_cannot_be_opened(messages_folder, name, split, told):
+    folder = messages_folder([conversation_row()])
+    with pytest.raises(UserError, match=told):
+        open_rows(name.format(folder=folder), split)
+
+
+def test_columns_of_no_format(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"columns \['text'\] fit no format .* set dataset_format"):
+        open_rows(str(tmp_path), "train")
+    with pytest.raises(UserError, match="dataset_format chartqa needs the column"):
+        open_rows(str(tmp_path), "train", row_format="chartqa")
+
+
+def test_a_bad_row_is_named(messages_folder):
+    rows = open_rows(str(messages_folder([conversation_row(), conversation_row(answer="")])), "train")
+    with pytest.raises(BadRow, match=r"data \[train\], row 1 has an empty answer"):
+        rows.conversation({"row": 1})
+
+
+def test_real_data(shared):
+    assert open_rows(str(shared / "chartqa"), "train[:10%]").format == "chartqa"
+    assert open_rows(str(shared / "multichart"), "train").format == "messages"
+    rows = open_rows(str(shared / "opencqa"), "train[:3]")
+    assert rows.conversation({"row": 2}).images[0].decode().width > 100
+
+
+def test_the_tutorials_system_message():
+    assert CHARTQA_SYSTEM_MESSAGE.count("\n") == 3
+    assert CHARTQA_SYSTEM_MESSAGE.startswith("You are a Vision Language Model specialized in interpreting")
+    assert CHARTQA_SYSTEM_MESSAGE.endswith("Avoid additional explanation unless absolutely necessary.")

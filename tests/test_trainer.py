@@ -1,0 +1,175 @@
+import copy
+
+import pytest
+import torch
+from conftest import SMALL_SHAPE, conversation_row
+from trl import SFTConfig
+
+from qwen_vl_sft import tiny
+from qwen_vl_sft.callbacks import EpochOrder, format_log
+from qwen_vl_sft.collator import Collator
+from qwen_vl_sft.data import open_rows
+from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.meter import Meter
+from qwen_vl_sft.model import load_model
+from qwen_vl_sft.sampler import EpochSampler, places
+from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS, ModelSettings
+from qwen_vl_sft.trainer import VisionSFTTrainer, run_frozen_vision_without_gradients
+
+
+def qwen2_vl():
+    return load_model(ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), dtype="float32"), on_cpu=True)
+
+
+def newer(name):
+    """A random small model of a newer family, with the vocabulary of the tiny model."""
+    import transformers
+    from transformers import AutoModelForImageTextToText
+
+    base = transformers.AutoConfig.from_pretrained(tiny.MODEL_DIR)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    text = {**SMALL_SHAPE["text_config"], "vocab_size": base.text_config.vocab_size, "rope_parameters": rope, "head_dim": 16}
+    vision = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 64}
+    vision |= {"patch_size": 14, "fullatt_block_indexes": [1]} if "2_5" in name else {"patch_size": 14}
+    vision |= {} if "2_5" in name else {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    ids = {key: getattr(base, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(getattr(transformers, name)(text_config=text, vision_config=vision, **ids))
+
+
+@pytest.fixture
+def ragged(messages_folder):
+    """Six rows whose answers differ much in length, so that a mean of means is far from the mean of tokens."""
+    words = ["red", "red and blue and red " * 4, "a", "blue " * 9, "yes", "no no no"]
+    return open_rows(str(messages_folder([conversation_row(answer=word) for word in words])), "train")
+
+
+def make_trainer(model, rows, processor, tmp_path, train_rows=6, **arguments):
+    encoder = Encoder(processor)
+    collator = Collator(rows, encoder)
+    total = places(train_rows, 6)
+    sampler = EpochSampler(train_rows, len(total), seed=0)
+    defaults = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "learning_rate": 0.01,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+        "per_device_eval_batch_size": 6,
+    }
+    args = SFTConfig(**{**FIXED_TRAINING_ARGUMENTS, **defaults, **arguments})
+    meter = Meter(args.device)
+    trainer = VisionSFTTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        eval_collator=collator,
+        train_dataset=total,
+        eval_dataset=places(train_rows, args.per_device_eval_batch_size),
+        processing_class=processor,
+        sampler=sampler,
+        meter=meter,
+        callbacks=[EpochOrder(sampler)],
+    )
+    return trainer
+
+
+def token_mean(model, rows, processor):
+    """The loss by its definition: one row at a time, all learned tokens weighing the same."""
+    from qwen_vl_sft.collator import pad
+
+    encoder, total, count = Encoder(processor), 0.0, 0
+    for index in range(len(rows)):
+        batch = pad([rows.encode({"row": index}, encoder)], encoder.pad_token_id)
+        labels = batch.pop("labels")[0, 1:]
+        with torch.no_grad():
+            logits = model(**batch).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("model", ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
+def test_the_loss_is_the_token_mean_of_the_global_batch_on_every_model(model, ragged, tiny_processor, tmp_path):
+    start = qwen2_vl() if model == "qwen2_vl" else newer(model)
+    wanted = token_mean(start, ragged, tiny_processor)
+    weights, losses = [], []
+    for batch, accumulation in ((6, 1), (2, 3), (1, 6)):
+        trained = copy.deepcopy(start)
+        batches = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(trained, ragged, tiny_processor, tmp_path, **batches)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in trained.parameters()]))
+    assert losses[0][0] == pytest.approx(wanted, abs=1e-4)
+    for other in (1, 2):
+        assert losses[other] == pytest.approx(losses[0], abs=1e-4)
+        torch.testing.assert_close(weights[other], weights[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_the_evaluation_loss_is_the_token_mean_of_all_rows(batch, ragged, tiny_processor, tmp_path):
+    model = qwen2_vl()
+    trainer = make_trainer(model, ragged, tiny_processor, tmp_path, per_device_eval_batch_size=batch)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(token_mean(model, ragged, tiny_processor), abs=1e-5)
+    assert 0 <= metrics["eval_mean_token_accuracy"] <= 1
+    assert trainer.state.log_history[-1]["eval_loss"] == metrics["eval_loss"]
+
+
+def test_an_incomplete_last_step_weighs_its_own_tokens(ragged, tiny_processor, tmp_path):
+    """Four rows in a global batch of six: two empty places change nothing."""
+    start = qwen2_vl()
+    few = ragged.select([0, 1, 2, 3])
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
+    trainer = make_trainer(copy.deepcopy(start), few, tiny_processor, tmp_path, train_rows=4, **batches)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([token_mean(start, few, tiny_processor)], abs=1e-4)
+    assert trainer.meter.total.rows == 4
+
+
+def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, tiny_processor):
+    from qwen_vl_sft.collator import pad
+    from qwen_vl_sft.model import part_of
+
+    encoder, gradients = Encoder(tiny_processor), []
+    batch = pad([ragged.encode({"row": 0}, encoder)], encoder.pad_token_id)
+    for freeze in (False, True):
+        model = qwen2_vl()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) == "language")
+        model.enable_input_require_grads()
+        if freeze:
+            run_frozen_vision_without_gradients(model)
+        features = torch.cat(model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output)
+        assert not (freeze and features.requires_grad)
+        model(**batch).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
+
+
+def test_speed_is_logged_and_counted(ragged, tiny_processor, tmp_path):
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, per_device_train_batch_size=6)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["tokens_per_second"] > 0
+    assert 0 <= entry["data_wait"] <= 1
+    assert trainer.meter.total.rows == 12
+    assert trainer.meter.total.images == 12
+
+
+def test_log_lines_fit_80_columns():
+    logs = {"loss": 11.9123, "learning_rate": 2e-4, "tokens_per_second": 123456.7, "images_per_second": 345.6}
+    line = format_log(12345, 12345, {**logs, "data_wait": 0.123, "mfu": 0.512})
+    assert len(line) <= 80
+    assert line.startswith("12345/12345  loss 11.91  lr 2.0e-04  123,457 tok/s  346 img/s")
+
+
