@@ -124,7 +124,9 @@ def test_scan_sees_a_file_that_changed(messages_folder, encoder):
         scan(open_rows(str(folder), "train"), encoder)
 
 
-@given(rows=st.integers(1, 50), batch=st.integers(1, 16), processes=st.sampled_from([1, 2, 3, 8]), epoch=st.integers(0, 3))
+@given(
+    rows=st.integers(1, 50), batch=st.integers(1, 16), processes=st.sampled_from([1, 2, 3, 8]), epoch=st.integers(0, 3)
+)
 def test_an_epoch_visits_each_row_once_on_any_number_of_processes(rows, batch, processes, epoch):
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler

@@ -28,13 +28,23 @@ def newer(name):
 
     base = transformers.AutoConfig.from_pretrained(tiny.MODEL_DIR)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    text = {**SMALL_SHAPE["text_config"], "vocab_size": base.text_config.vocab_size, "rope_parameters": rope, "head_dim": 16}
+    text = {
+        **SMALL_SHAPE["text_config"],
+        "vocab_size": base.text_config.vocab_size,
+        "rope_parameters": rope,
+        "head_dim": 16,
+    }
     vision = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 64}
     vision |= {"patch_size": 14, "fullatt_block_indexes": [1]} if "2_5" in name else {"patch_size": 14}
     vision |= {} if "2_5" in name else {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-    ids = {key: getattr(base, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    ids = {
+        key: getattr(base, key)
+        for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(getattr(transformers, name)(text_config=text, vision_config=vision, **ids))
+    return AutoModelForImageTextToText.from_config(
+        getattr(transformers, name)(text_config=text, vision_config=vision, **ids)
+    )
 
 
 @pytest.fixture
@@ -173,3 +183,22 @@ def test_log_lines_fit_80_columns():
     assert line.startswith("12345/12345  loss 11.91  lr 2.0e-04  123,457 tok/s  346 img/s")
 
 
+def test_full_weights_resume_from_the_checkpoint_and_not_from_the_base(ragged, tiny_processor, tmp_path):
+    """transformers#43701: the Trainer finds none of a checkpoint's names and goes on with the base weights."""
+    start = qwen2_vl()
+    arguments = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 3}
+    whole = make_trainer(copy.deepcopy(start), ragged, tiny_processor, tmp_path, **arguments)
+    whole.train()
+    resumed = make_trainer(copy.deepcopy(start), ragged, tiny_processor, tmp_path / "again", **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    for (name, wanted), found in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(wanted, found), name
+
+
+def test_the_best_full_weights_are_loaded_at_the_end(ragged, tiny_processor, tmp_path):
+    """A learning rate that ruins the model: the first evaluation is the best."""
+    arguments = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 5.0}
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **arguments)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-5)

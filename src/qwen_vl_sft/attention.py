@@ -77,15 +77,15 @@ def _segmented_attention(
         raise RuntimeError("segments of one row take no attention mask and no dropout")
     # Under autocast the rotary embedding leaves query and key in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    attend = _varlen_kernel() if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) else None
-    if attend is not None:
+    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
         packed = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
         longest = int(max_length_q)
-        return attend(*packed, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling)[None], None
+        return _varlen_attention()(*packed, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling)[None], None
     return _attend_by_length(query, key, value, cu_seq_lens_q, scaling), None
 
 
-def _varlen_kernel() -> Callable[..., torch.Tensor]:
+def _varlen_attention() -> Callable[..., Any]:
+    # Imported here: it needs a CUDA build of PyTorch.
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
@@ -99,9 +99,8 @@ def _attend_by_length(
     if (lengths == lengths[0]).all():
         count, length = len(lengths), int(lengths[0])
         # [1, heads, count * length, D] -> [count, heads, length, D]
-        parts = [tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)]
-        attended = scaled_dot_product_attention(*parts, scale=scaling)
-        return attended.transpose(1, 2).flatten(0, 1)[None]
-    splits = [tensor.split(lengths.tolist(), dim=2) for tensor in (query, key, value)]
-    attended = [scaled_dot_product_attention(*parts, scale=scaling) for parts in zip(*splits, strict=True)]
+        q, k, v = (tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value))
+        return scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1)[None]
+    splits = zip(*(tensor.split(lengths.tolist(), dim=2) for tensor in (query, key, value)), strict=True)
+    attended = [scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in splits]
     return torch.cat(attended, dim=2).transpose(1, 2)

@@ -84,9 +84,7 @@ class Benchmark:
         subprocess.run(self.command(processes, run_dir), check=True)
         entries = [json.loads(line) for line in (run_dir / run_folder.LOG).read_text().splitlines()]
         counted = [entry for entry in entries if "rows_per_second" in entry and entry["step"] > self.warmup]
-        medians = {
-            name: statistics.median(entry[name] for entry in counted) for name in MEASURED if name in counted[0]
-        }
+        medians = {name: statistics.median(entry[name] for entry in counted) for name in MEASURED if name in counted[0]}
         environment = json.loads((run_dir / run_folder.ENVIRONMENT).read_text())
         metrics = json.loads((run_dir / run_folder.METRICS).read_text())
         return {
@@ -104,10 +102,9 @@ class Benchmark:
 
     def command(self, processes: int, run_dir: Path) -> list[str]:
         """The command line of one run."""
-        launch = [sys.executable]
-        if processes > 1:
-            accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-            launch = [*accelerate, "--config_file", str(self.launcher_config), "--num_processes", str(processes)]
+        config = self.launcher_config if processes > 1 else self.launcher_config.with_name("single_gpu.yaml")
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+        launch = [*accelerate, "--config_file", str(config), "--num_processes", str(processes)]
         keys: dict[str, Any] = {
             "recipe": self.recipe,
             "model_name_or_path": self.model_dir,

@@ -54,7 +54,8 @@ def _command_line_value(name: str, words: list[str]) -> Any:
         values = list(words)  # not YAML, such as a bare `train[:10%]` or `@x`: plain text
     # A split slice such as [1:2] must stay as it was written.
     values = [
-        word if isinstance(value, dict) and not word.startswith("{") else value for word, value in zip(words, values)
+        word if isinstance(value, dict) and not word.startswith("{") else value
+        for word, value in zip(words, values, strict=True)
     ]
     return True if not values else values[0] if len(values) == 1 else values
 

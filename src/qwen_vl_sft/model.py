@@ -66,18 +66,18 @@ def load_config(settings: ModelSettings) -> Any:
     return config
 
 
-def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, place: bool = True) -> Any:
+def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, strategy: str = "single") -> Any:
     """The base model, ready for an adapter or for training in full.
 
     Args:
         settings: the recipe's model keys.
         on_cpu: compute on the CPU.
         local_rank: the GPU to load onto.
-        place: False leaves the placement to the strategy (ZeRO-3 partitions weights while they are loaded).
+        strategy: how the run is launched. ZeRO-3 and FSDP2 place the weights themselves.
     """
     load_config(settings)
     attention = resolve_attention(settings.attn_implementation, on_cpu, settings.dtype)
-    quantization = quantization_config(settings)
+    quantization = quantization_config(settings, sharded=strategy == "fsdp2")
     model = _from_hub(
         AutoModelForImageTextToText,
         settings,
@@ -85,7 +85,7 @@ def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, place
         attn_implementation=attention,
         use_safetensors=settings.use_safetensors,
         quantization_config=quantization,
-        device_map=None if on_cpu or not place else {"": local_rank},
+        device_map=None if on_cpu or strategy in ("zero3", "fsdp2") else {"": local_rank},
     )
     if attention == "sdpa":
         use_segmented_vision_attention(model)
@@ -100,8 +100,11 @@ def build_on_meta(settings: ModelSettings) -> Any:
         return AutoModelForImageTextToText.from_config(load_config(settings))
 
 
-def quantization_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings for the recipe's model keys, None when nothing is quantized."""
+def quantization_config(settings: ModelSettings, sharded: bool = False) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings for the recipe's model keys, None when nothing is quantized.
+
+    FSDP2 shards floating-point tensors only: `sharded` stores the 4-bit values in such, else each GPU holds them all.
+    """
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
     if not settings.load_in_4bit:
@@ -112,7 +115,7 @@ def quantization_config(settings: ModelSettings) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         llm_int8_skip_modules=NOT_QUANTIZED,
     )
 
@@ -123,8 +126,10 @@ def keep_4bit_weights_unpacked(model: nn.Module) -> None:
     Training after it fails and a merge is corrupt. Related: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078.
     May go when bitsandbytes unpacks before every use that is not its fused CPU kernel.
     """
+    from bitsandbytes.nn import Linear4bit
+
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -102,13 +102,23 @@ def build(values: Mapping[str, Any]) -> Recipe:
     values = {
         name: str(BUILTIN.get(value, value)) if isinstance(value, str) else value for name, value in values.items()
     }
-    groups, used = [], set()
-    for group in GROUPS.values():
-        names = {entry.name for entry in fields(group)}
-        groups.append(group(**{name: value for name, value in values.items() if name in names}))
-        used |= names
-    training = {**TRAINING_DEFAULTS, **{name: value for name, value in values.items() if name not in used}}
-    return Recipe(*groups, training=training, stated=frozenset(values))
+    ours = {name for group in GROUPS.values() for name in _names(group)}
+    training = {name: value for name, value in values.items() if name not in ours}
+
+    def section(group: type) -> Any:
+        return group(**{name: value for name, value in values.items() if name in _names(group)})
+
+    return Recipe(
+        section(DataSettings),
+        section(ModelSettings),
+        section(RunSettings),
+        training={**TRAINING_DEFAULTS, **training},
+        stated=frozenset(values),
+    )
+
+
+def _names(group: type) -> set[str]:
+    return {entry.name for entry in fields(group)}
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def scan(
     kept = [index for index, problem in enumerate(problems) if not problem]
     if not kept:
         raise UserError(f"{rows.name}: none of its {len(rows)} rows can be used; the first: {named[0]}")
-    lengths = [np.asarray(columns[name])[kept] for name in ("tokens", "learned", "images", "patches")]
-    return Scan(rows.select(kept), *lengths, bad=bad_rows, overlong=long_rows)
+    lengths = {name: np.asarray(columns[name])[kept] for name in ("tokens", "learned", "images", "patches")}
+    return Scan(rows=rows.select(kept), **lengths, bad=bad_rows, overlong=long_rows)
 
 
 def _checked(rows: Rows, encoder: Encoder, verify_images: bool, num_proc: int | None) -> Dataset:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -73,10 +75,17 @@ class VisionSFTTrainer(SFTTrainer):
         self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
         return (sums[0] / sums[2].clamp(min=1)).float(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Replace the Trainer's mean over batches by the mean over learned tokens."""
         self._eval_sums = None
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         assert self._eval_sums is not None, "an evaluation without batches"
         loss, right, learned = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
@@ -90,6 +99,33 @@ class VisionSFTTrainer(SFTTrainer):
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
             self.data_collator = train_collator
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._holds_full_weights():
+            self._load_full_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._holds_full_weights():
+            assert self.state.best_model_checkpoint is not None
+            self._load_full_weights(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _holds_full_weights(self) -> bool:
+        """Whether this process holds a whole model that trains without an adapter."""
+        return not (is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _load_full_weights(self, checkpoint: str) -> None:
+        """Load a checkpoint's weights strictly, by the names that `save_pretrained` gave them.
+
+        The Trainer looks for the names in memory, finds none, and goes on with the base weights, with a warning alone
+        (https://github.com/huggingface/transformers/issues/43701). May go when that is closed.
+        """
+        assert isinstance(self.model, PreTrainedModel)
+        saved = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict(), strict=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's card shows how to use a text model."""

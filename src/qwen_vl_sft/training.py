@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
@@ -56,7 +57,7 @@ def build_trainer(
     recipe: Recipe, world: World, args: SFTConfig, data: PreparedData, global_batch: int
 ) -> VisionSFTTrainer:
     """Load the model and set up TRL's trainer around it."""
-    model = load_model(recipe.model, world.on_cpu, world.local_rank, place=world.strategy not in ("zero3", "fsdp2"))
+    model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy)
     if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
         freeze_vision_tower(model)
     meter, check_world = Meter(args.device), CheckWorld(world)
@@ -81,15 +82,31 @@ def build_trainer(
         trainer.remove_callback(plain)
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
-    vision_frozen = is_vision_frozen(trainer.model)
+    if recipe.model.use_peft and world.strategy in ("single", "ddp"):
+        keep_adapter_in_float32(model)
+    vision_frozen = is_vision_frozen(model)
     if vision_frozen:
-        run_frozen_vision_without_gradients(trainer.model)
+        run_frozen_vision_without_gradients(model)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
     return trainer
 
 
+def keep_adapter_in_float32(model: nn.Module) -> None:
+    """Undo TRL's cast of QLoRA adapters to bfloat16, in which the optimizer's small steps are lost.
+
+    A resume would also load them in float32, and so go on otherwise than the run it resumes. ZeRO keeps float32 copies
+    of its own, and FSDP2 wants one dtype.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+
+
 def train(trainer: VisionSFTTrainer, world: World, recipe: Recipe, resume: Path | None) -> dict[str, Any]:
     """Train, save the final model, and return the metrics of the run."""
+    assert isinstance(trainer.data_collator, Collator)
+    assert isinstance(trainer.model, nn.Module)
+    collator, parameters = trainer.data_collator, count_parameters(trainer.model)
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.meter.measure(trainer.accelerator)
     metrics = {
@@ -100,11 +117,12 @@ def train(trainer: VisionSFTTrainer, world: World, recipe: Recipe, resume: Path 
         "best_checkpoint": trainer.state.best_model_checkpoint,
         **trainer.meter.summary(world.processes),
         "work": asdict(trainer.meter.total),
-        "skipped_while_training": _sum_over_ranks(trainer, trainer.data_collator.skipped),
-        "parameters": {part: asdict(count) for part, count in count_parameters(trainer.model).items()},
+        "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
+        "parameters": {part: asdict(count) for part, count in parameters.items()},
     }
     launch.prepare_final_save(trainer.accelerator)
     trainer.save_model(str(recipe.output_dir))
+    trainer.accelerator.wait_for_everyone()
     return metrics
 
 
