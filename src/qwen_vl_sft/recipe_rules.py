@@ -133,10 +133,6 @@ def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
     evaluates = recipe.get("eval_strategy") != "no"
     if evaluates and not recipe.data.dataset_test_split:
         yield "eval_strategy is set but dataset_test_split is not: name the split to evaluate on, or set eval_strategy: no"
-    if not evaluates:
-        for name in ("eval_steps", "max_eval_samples", "eval_on_start"):
-            if name in recipe.stated and recipe.values().get(name):
-                yield f"{name} is set but eval_strategy is no, so nothing is evaluated; set eval_strategy, or remove it"
     if not recipe.get("load_best_model_at_end"):
         return
     if not evaluates:

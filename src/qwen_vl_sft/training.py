@@ -48,7 +48,10 @@ def sft_config(recipe: Recipe, world: World) -> SFTConfig:
         # Every language adapter takes part in every batch, so DDP need not look for those that do not.
         arguments.setdefault("ddp_find_unused_parameters", False)
     try:
-        return SFTConfig(**arguments)
+        config = SFTConfig(**arguments)
+        # A process drives one GPU, however many it sees; the Trainer would spread over all of them with DataParallel.
+        config._n_gpu = min(config.n_gpu, 1)
+        return config
     except ValueError as error:
         raise UserError(f"recipe: {error}") from None
 

@@ -25,12 +25,12 @@ class Schedule:
     in sentences and in short replies by turns. All shares are of the steps.
     """
 
-    steps: int = 700
-    caption_share: float = 0.4
+    steps: int = 750
+    caption_share: float = 0.3
     caption_charts: int = 64  # a step
-    charts: int = 32  # a step, once there are questions
+    charts: int = 40  # a step, once there are questions
     questions: int = 4  # a chart: what every kind of chart can offer
-    decay_from: float = 0.6
+    decay_from: float = 0.7
     warmup: int = 30  # steps
     matrix_rate: float = 5e-3
     vector_rate: float = 3e-3
@@ -120,7 +120,9 @@ def _examples(rng: Random, charts: int, questions: int, held_out: Collection[Cha
     while len(examples) < charts:
         chart = random_chart(rng)
         if chart not in held_out:
-            examples.append(Example(draw(chart), [*captions(chart), *ask(rng, chart, questions)]))
+            told = captions(rng, chart)
+            asked = [rng.choice(told), *ask(rng, chart, questions)] if questions else told
+            examples.append(Example(draw(chart), asked))
     return examples
 
 

@@ -113,16 +113,25 @@ TOPICS: tuple[Callable[[Random, Chart], tuple], ...] = (
 PIE_TOPICS = TOPICS[:4]  # a pie has no axis and no first slice
 
 
-def captions(chart: Chart) -> list[Question]:
-    """Captions of the whole chart, for pretraining only: its items in order with their values, and by size."""
-    noun = WORDS[chart.kind][0]
-    items = list(zip(chart.colors, chart.values, strict=True))
-    ranked = ", ".join(color for color, _ in sorted(items, key=lambda item: -item[1]))
-    made = [Question("rank", f"Rank the {noun}s.", ranked, f"{ranked}.", f"By size, the {noun}s are {ranked}.", False)]
-    if chart.kind != "pie":  # a pie has no axis and no first slice
-        listed = ", ".join(f"{color} {value}" for color, value in items)
-        sentence = f"The {noun}s are {listed}."
-        made.append(Question("describe", f"Describe the {noun}s.", listed, f"{listed}.", sentence, False))
+def captions(rng: Random, chart: Chart) -> list[Question]:
+    """Captions of the whole chart, for pretraining only: its items by size and in order, and a census of all colors.
+
+    The census names every color from a given one on, each with its value or 0 at once: the model must find an item by
+    its color, which is what most questions need and what it hardly learns from them alone.
+    """
+    noun, pie = WORDS[chart.kind][0], chart.kind == "pie"  # a pie has no axis and no first slice
+    values = dict(zip(chart.colors, chart.values, strict=True))
+    ranked = sorted(values, key=lambda color: -values[color])
+    start = rng.randrange(len(COLORS))
+    turned = [*COLORS][start:] + [*COLORS][:start]
+    census = [f"{color}{min(values.get(color, 0), 1 if pie else MAX_VALUE)}" for color in turned]
+    listings = [(f"Rank the {noun}s.", "By size", ranked), (f"Find all from {turned[0]}.", "By color", census)]
+    if not pie:
+        listings.append((f"List the {noun}s.", "In order", list(chart.colors)))
+    made = []
+    for text, way, items in listings:
+        listed = ", ".join(items)
+        made.append(Question(way, text, listed, f"{listed}.", f"{way}, the {noun}s are {listed}.", human=False))
     return made
 
 

@@ -1,0 +1,58 @@
+"""Score a model on a split of the data: the base model, the base model with the run's prompt, and the tuned model.
+
+    python scripts/evaluate.py --run runs/quickstart
+    accelerate launch --config_file accelerate_configs/ddp.yaml scripts/evaluate.py --run runs/chartqa --split test
+    python scripts/evaluate.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --dataset_name HuggingFaceM4/ChartQA
+    python scripts/evaluate.py --predictions answers.jsonl
+
+Writes rows.jsonl (every answer and its scores) and summary.json into the output folder. A run that was killed goes on
+with --resume. --help lists every option.
+"""
+
+import os
+
+from qwen_vl_sft.console import quiet_libraries
+from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.evaluation_options import Options, check_options, check_output_dir, make_plan, parse_options
+
+
+@exits_with_user_errors
+def main() -> None:
+    """Score a model, or a file of predictions."""
+    quiet_libraries(rank=int(os.environ.get("RANK", "0")))
+    options = parse_options()
+    check_options(options)
+    if options.predictions:
+        score_file(options)
+        return
+
+    plan = make_plan(options)
+
+    from qwen_vl_sft.evaluation import evaluate
+    from qwen_vl_sft.scoring import format_summary
+
+    summary = evaluate(plan)
+    if summary is not None:
+        precision = summary["precision"]
+        note = "" if precision["scored_as_trained"] else f"; trained in: {precision['trained']}"
+        print(f"\n{summary['dataset']}, {summary['rows']:,} rows\nprecision: {precision['scored']}{note}\n")
+        print(f"{format_summary(summary)}\n\nwritten to {plan.output_dir}")
+
+
+def score_file(options: Options) -> None:
+    """Score a file of predictions; files are written only where --output_dir says."""
+    from qwen_vl_sft.predictions import score_predictions
+    from qwen_vl_sft.scoring import format_summary, write_results
+
+    assert options.predictions
+    if options.output_dir:
+        check_output_dir(options.output_dir, options)
+    rows, summary = score_predictions(options.predictions)
+    print(f"{options.predictions}, {len(rows):,} rows\n\n{format_summary(summary)}")
+    if options.output_dir:
+        write_results(options.output_dir, rows, summary)
+        print(f"\nwritten to {options.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
