@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("--model_dir", type=Path, help="where the random model is kept (default: in output_dir)")
     parser.add_argument("--processes", default="1", help="numbers of processes, e.g. 1,2,4 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of a run (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=10, help="first steps that are not counted (default: %(default)s)")
+    parser.add_argument(
+        "--warmup", type=int, default=10, help="first steps that are not counted (default: %(default)s)"
+    )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/chartqa_qlora.yaml"))
     parser.add_argument("--launcher_config", type=Path, default=Path("accelerate_configs/ddp.yaml"))
     parser.add_argument("--output_dir", type=Path, required=True, help="runs, results.json and results.md go here")

@@ -53,6 +53,7 @@ def main() -> None:
     if world.rank == 0:
         training.finish_run_folder(recipe, trainer, data, metrics)
         print(plan.outcome(recipe, metrics), flush=True)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def messages_folder(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
     return write
 
 
-def conversation_row(question: str = "<image>Which color?", answer: str = "red", images: Any = ("images/red.png",)) -> Any:
+def conversation_row(
+    question: str = "<image>Which color?", answer: str = "red", images: Any = ("images/red.png",)
+) -> Any:
     """A good row of messages, or with other arguments a bad one."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": turns, "images": list(images)}

@@ -111,7 +111,7 @@ def test_scan_leaves_out_and_counts(messages_folder, encoder):
 
 def test_scan_refuses_when_nothing_is_left(messages_folder, encoder):
     rows = open_rows(str(messages_folder([BAD])), "train")
-    with pytest.raises(UserError, match="none of its 1 rows can be used; the first: .* row 0 has an empty answer"):
+    with pytest.raises(UserError, match=r"none of its 1 rows can be used; the first: .* row 0 has an empty answer"):
         scan(rows, encoder, skip_bad_rows=True)
 
 

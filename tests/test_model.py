@@ -34,13 +34,15 @@ def seven_b(shared):
 
 
 def qwen_2_5_and_3():
-    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
     text = {**SMALL_SHAPE["text_config"], "vocab_size": 200}
     vision = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 64}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     for config in (
-        Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config={**vision, "fullatt_block_indexes": [1]}),
+        Qwen2_5_VLConfig(
+            text_config={**text, "rope_parameters": rope}, vision_config={**vision, "fullatt_block_indexes": [1]}
+        ),
         Qwen3VLConfig(
             text_config={**text, "head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}},
             vision_config={**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
@@ -59,7 +61,11 @@ def test_the_tutorials_parameter_counts(seven_b):
     assert config.target_modules == {"q_proj", "v_proj"}
     counts = count_parameters(get_peft_model(model, config))
     assert sum(count.total for count in counts.values()) == 8_293_898_752
-    assert {part: count.trainable for part, count in counts.items()} == {"vision": 0, "merger": 0, "language": 2_523_136}
+    assert {part: count.trainable for part, count in counts.items()} == {
+        "vision": 0,
+        "merger": 0,
+        "language": 2_523_136,
+    }
     assert max(len(line) for line in format_parameters(counts).splitlines()) <= 80
 
 
@@ -82,9 +88,13 @@ def test_scopes_of_the_newer_models():
         for model in qwen_2_5_and_3():
             wanted = settings(lora_scope=scope)
             targets = find_targets(model, wanted)
-            assert {part_of(name) for name in targets} == ({"language", "vision", "merger"} if scope == "all" else {scope})
+            assert {part_of(name) for name in targets} == (
+                {"language", "vision", "merger"} if scope == "all" else {scope}
+            )
             assert _hit(model, shortest_targets(model, targets)) == targets
-            trained = [n for n, p in get_peft_model(model, lora_config(model, wanted)).named_parameters() if p.requires_grad]
+            trained = [
+                n for n, p in get_peft_model(model, lora_config(model, wanted)).named_parameters() if p.requires_grad
+            ]
             assert len(trained) == 2 * len(targets)
 
 

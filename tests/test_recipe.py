@@ -34,7 +34,9 @@ def test_the_command_line_wins(tmp_path):
 
 
 def test_every_problem_at_once(tmp_path):
-    path = write(tmp_path, "learnin_rate: 1\nbf16: maybe\nseed: 1.5\npacking: true\nwarmup_ratio: 0.1\ndataset_format: coco\n")
+    path = write(
+        tmp_path, "learnin_rate: 1\nbf16: maybe\nseed: 1.5\npacking: true\nwarmup_ratio: 0.1\ndataset_format: coco\n"
+    )
     with pytest.raises(UserError) as caught:
         read_recipe(path, {"lora_rr": 3})
     problems = caught.value.problems
@@ -98,13 +100,21 @@ def test_a_mistyped_command_line(words):
 
 @pytest.mark.parametrize(
     ("value", "hint", "wanted"),
-    [("3", int, 3), (3, float, 3.0), ("true", bool, True), ("a, b", list[str], ["a", "b"]), ('{"a": 1}', dict, {"a": 1})],
+    [
+        ("3", int, 3),
+        (3, float, 3.0),
+        ("true", bool, True),
+        ("a, b", list[str], ["a", "b"]),
+        ('{"a": 1}', dict, {"a": 1}),
+    ],
 )
 def test_coerce(value, hint, wanted):
     assert coerce(value, hint) == wanted
 
 
-@pytest.mark.parametrize(("value", "hint"), [(True, int), ("nan", float), (1, bool), ("x", dict), (True, str), ("inf", float)])
+@pytest.mark.parametrize(
+    ("value", "hint"), [(True, int), ("nan", float), (1, bool), ("x", dict), (True, str), ("inf", float)]
+)
 def test_coerce_refuses(value, hint):
     with pytest.raises(ValueError, match=r"^(is|cannot|fits)"):
         coerce(value, hint)

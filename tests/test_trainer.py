@@ -12,9 +12,10 @@ from qwen_vl_sft.data import open_rows
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.model import load_model
+from qwen_vl_sft.patches import run_frozen_vision_without_gradients
 from qwen_vl_sft.sampler import EpochSampler, places
 from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS, ModelSettings
-from qwen_vl_sft.trainer import VisionSFTTrainer, run_frozen_vision_without_gradients
+from qwen_vl_sft.trainer import VisionSFTTrainer
 
 
 def qwen2_vl():
@@ -186,7 +187,13 @@ def test_log_lines_fit_80_columns():
 def test_full_weights_resume_from_the_checkpoint_and_not_from_the_base(ragged, tiny_processor, tmp_path):
     """transformers#43701: the Trainer finds none of a checkpoint's names and goes on with the base weights."""
     start = qwen2_vl()
-    arguments = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 3}
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_steps": 3,
+    }
     whole = make_trainer(copy.deepcopy(start), ragged, tiny_processor, tmp_path, **arguments)
     whole.train()
     resumed = make_trainer(copy.deepcopy(start), ragged, tiny_processor, tmp_path / "again", **arguments)

@@ -87,7 +87,8 @@ def _one_of(value: Any, members: tuple[Any, ...]) -> Any:
 def _choice(value: Any, choices: list[Any]) -> Any:
     if value is False and "no" in choices:  # YAML reads a bare `no` as false
         return "no"
-    if value not in choices or isinstance(value, bool) != any(choice is value for choice in choices):
+    # 1 equals True, so types must agree too.
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise ValueError("is no choice")
     return value
 

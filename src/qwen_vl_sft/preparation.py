@@ -13,7 +13,7 @@ from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import trains_language_only
-from qwen_vl_sft.model import load_processor
+from qwen_vl_sft.model import load_config, load_processor
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.rows import DEFAULT_SYSTEM_MESSAGES
 from qwen_vl_sft.scan import Scan, scan
@@ -51,6 +51,7 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     """Open and check the rows. Raises `UserError` for everything that cannot be trained on."""
     data = recipe.data
     processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
+    _check_tied_embeddings(recipe, world)
     # One process of a machine downloads, prepares and checks; the others then read its caches.
     with PartialState().local_main_process_first():
         train_rows = _open(recipe, data.dataset_train_split, data.max_train_samples, shuffle=data.shuffle_dataset)
@@ -101,6 +102,20 @@ def _scan(recipe: Recipe, rows: Rows, encoder: Encoder) -> Scan:
         drop_overlong=data.overlong == "drop",
         num_proc=data.dataset_num_proc,
     )
+
+
+def _check_tied_embeddings(recipe: Recipe, world: World) -> None:
+    """Refuse FSDP2 for a model whose output head is its input embedding.
+
+    accelerate puts the two into one FSDP group, which gathers its weights again only when all of its layers have run;
+    TRL's fused head reads the head's weight and never calls it, so the second forward meets weights that are split.
+    May go when TRL's `add_fused_lm_head` runs the head's hooks.
+    """
+    if world.strategy == "fsdp2" and not recipe.model.use_peft and load_config(recipe.model).get_text_config().tie_word_embeddings:
+        raise UserError(
+            f"model_name_or_path: {recipe.model.model_name_or_path} ties its output head to its input embeddings, which"
+            f" does not train under FSDP2; use accelerate_configs/ddp.yaml or zero3.yaml"
+        )
 
 
 def _check_images_everywhere(part: Scan, recipe: Recipe, world: World) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
+from pathlib import Path
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,8 +33,10 @@ class VisionSFTTrainer(SFTTrainer):
         self._sampler = sampler
         self.meter = meter
         self.eval_collator = eval_collator
-        self._eval_sums: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
+        # Of this process: loss, right tokens, learned tokens, entropy.
+        self._train_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        self._eval_sums = torch.zeros_like(self._train_sums)
         # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
         # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares. Can go when TRL
         # sets this attribute for models that it gives its fused output head.
@@ -48,16 +50,37 @@ class VisionSFTTrainer(SFTTrainer):
         self.meter.waited += timed.seconds
         return fetched
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the speed of all processes to a training log."""
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add to a training log the share of right tokens, their entropy, and the speed of all processes."""
         if "loss" in logs:
+            _, right, learned, entropy = self._take(self._train_sums)
+            self._train_sums = torch.zeros_like(self._train_sums)
+            logs.update(mean_token_accuracy=right / max(learned, 1), entropy=entropy / max(learned, 1))
             logs.update(self.meter.measure(self.accelerator))
         super().log(logs, start_time)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss, with the collator's numbers kept out of the model's inputs."""
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The sum over this micro-batch's learned tokens, over `num_items_in_batch`, those of the global batch.
+
+        TRL's own version gathers its metrics from all processes in every micro-batch, and waits for the device each
+        time; here they are summed on the device and reduced when they are logged.
+        """
+        assert not return_outputs, "the logits are never built"
+        assert num_items_in_batch is not None, "the loss is a mean over the tokens of the global batch"
         self.meter.work += Work(**inputs.pop("work"))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        per_token = -outputs.log_probs  # zero where nothing is learned
+        if getattr(self.args, "loss_type", "nll") == "dft":  # https://huggingface.co/papers/2508.05629
+            per_token = per_token * outputs.log_probs.exp().detach()
+        self._train_sums = self._train_sums + _sums(outputs)
+        # The strategies average gradients over processes, so each counts as many times.
+        return per_token.sum() / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
     def prediction_step(
         self,
@@ -71,8 +94,8 @@ class VisionSFTTrainer(SFTTrainer):
         inputs.pop("work")
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        sums = torch.stack([-outputs.log_probs.sum(), outputs.is_top1.sum(), outputs.label_mask.sum()]).double()
-        self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        sums = _sums(outputs)
+        self._eval_sums = self._eval_sums + sums
         return (sums[0] / sums[2].clamp(min=1)).float(), None, None
 
     def evaluation_loop(
@@ -84,10 +107,10 @@ class VisionSFTTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Replace the Trainer's mean over batches by the mean over learned tokens."""
-        self._eval_sums = None
+        self._eval_sums = torch.zeros_like(self._eval_sums)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        assert self._eval_sums is not None, "an evaluation without batches"
-        loss, right, learned = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+        loss, right, learned, _ = self._take(self._eval_sums)
+        assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
         return output
@@ -99,6 +122,9 @@ class VisionSFTTrainer(SFTTrainer):
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
             self.data_collator = train_collator
+
+    def _take(self, sums: torch.Tensor) -> list[float]:
+        return self.accelerator.reduce(sums, reduction="sum").tolist()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._holds_full_weights():
@@ -127,11 +153,25 @@ class VisionSFTTrainer(SFTTrainer):
         saved = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict(), strict=True)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer looks whether the best checkpoint's folder exists in order to load it at the end. Under FSDP with
+        # split checkpoints nothing has made the newest one's folder by then, or only some processes see it, and the
+        # others wait for them for ever. May go when transformers makes the folder first.
+        Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's card shows how to use a text model."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._sampler
+
+
+def _sums(outputs: Any) -> torch.Tensor:
+    """Loss, right tokens, learned tokens and entropy of a micro-batch; all are zero where nothing is learned."""
+    summed = (-outputs.log_probs, outputs.is_top1, outputs.label_mask, outputs.entropy)
+    return torch.stack([values.detach().sum().double() for values in summed])
 
 
 class _Timed:
@@ -150,19 +190,3 @@ class _Timed:
             return next(self.source)
         finally:
             self.seconds += time.perf_counter() - began
-
-
-def run_frozen_vision_without_gradients(model: nn.Module) -> None:
-    """Build no graph over a vision tower in which nothing trains.
-
-    The graph would be kept, and run backwards, because checkpointing makes its input require gradients.
-    """
-    visual = next(module for name, module in model.named_modules() if name.endswith("visual"))
-    forward = visual.forward
-
-    @functools.wraps(forward)
-    def without_gradients(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return forward(*args, **kwargs)
-
-    visual.forward = without_gradients

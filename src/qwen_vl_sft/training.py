@@ -22,13 +22,14 @@ from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import lora_config, trains_language_only
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
+from qwen_vl_sft.patches import call_tied_head_after_backbone, has_tied_embeddings, run_frozen_vision_without_gradients
 from qwen_vl_sft.plots import plot_loss
 from qwen_vl_sft.preparation import PreparedData
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.sampler import EpochSampler, places
 from qwen_vl_sft.scan import Scan
 from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS
-from qwen_vl_sft.trainer import VisionSFTTrainer, run_frozen_vision_without_gradients
+from qwen_vl_sft.trainer import VisionSFTTrainer
 
 FORMER_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -90,6 +91,8 @@ def build_trainer(
     vision_frozen = is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)
+    if world.strategy == "fsdp2" and has_tied_embeddings(model):
+        call_tied_head_after_backbone(model)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
     return trainer
 
