@@ -251,7 +251,7 @@ def test_data_parallel_is_not_single():
 
 
 def test_arguments_of_a_gpu_run_are_left_to_the_recipe():
-    assert training_arguments(World("fsdp2", 2, 0, 0, on_cpu=False)) == {}
+    assert training_arguments(World("fsdp2", 2, 0, 0, on_cpu=False)) == {"accelerator_config": {"non_blocking": True}}
     assert training_arguments(World("ddp", 2, 0, 0, on_cpu=True))["use_cpu"]
 
 

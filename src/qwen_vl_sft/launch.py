@@ -65,7 +65,8 @@ def start(world: World) -> None:
 def training_arguments(world: World) -> dict[str, Any]:
     """The keyword arguments of `SFTConfig` that make this world real; they win over the recipe's."""
     if not world.on_cpu:
-        return {}
+        # Copying the next batch to the GPU need not wait for what the GPU still computes.
+        return {"accelerator_config": {"non_blocking": True}}
     arguments: dict[str, Any] = {"use_cpu": True, "dataloader_pin_memory": False}
     if world.strategy == "fsdp2":
         # Without it TrainingArguments discards the state that `start` prepared.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_vl_sft.attention import resolve_attention
+from qwen_vl_sft.data import Rows
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import find_targets, lora_config, outside_scope
 from qwen_vl_sft.model import build_on_meta, count_parameters, format_parameters, freeze_vision_tower
@@ -22,7 +23,8 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
         f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
         f"batch       {global_batch} rows a step = {per_device} a device x {world.processes} x {accumulation} accumulated",
         f"steps       {data.steps(recipe, global_batch)}",
-        *(_rows_line(name, part) for name, part in (("train", data.train), ("evaluation", data.evaluation)) if part),
+        _rows_line("train", data.train),
+        *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
         f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
         f"output      {recipe.output_dir}",
         "",
@@ -63,7 +65,7 @@ def _precision(recipe: Recipe) -> str:
     return f"8-bit + {model.dtype}" if model.load_in_8bit else model.dtype
 
 
-def _rows_line(name: str, part: object) -> str:
+def _rows_line(name: str, part: Scan | Rows) -> str:
     if not isinstance(part, Scan):
         return f"{name:<11} a stream, checked as it comes"
     left_out = [f"{len(part.bad)} bad skipped"] if part.bad else []
