@@ -64,6 +64,9 @@ def build_trainer(
     model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy)
     if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
         freeze_vision_tower(model)
+    # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        config.pad_token_id = data.encoder.pad_token_id
     meter, check_world = Meter(args.device), CheckWorld(world)
     train_dataset, sampler = _train_places(recipe, data, global_batch)
     collator = _collator(recipe, data, data.train)
