@@ -1,6 +1,6 @@
 """Rebuild the embedded tiny model and its charts.
 
-    python scripts/make_tiny.py --output_dir build/tiny            # about 20 minutes on one core
+    python scripts/make_tiny.py --output_dir build/tiny            # about 15 minutes on one core
     python scripts/make_tiny.py --output_dir build/tiny --check    # then compare with what the package ships
 
 The charts, questions and tokenizer come out the same everywhere. The weights come out bit for bit the same on the same

@@ -50,8 +50,8 @@ def test_answers_follow_from_the_chart():
     assert found["What is the value of the green bar?"] == ("5", "5", "The value of the green bar is 5.")
     assert found["What is the minimum value in the chart?"] == ("3", "3", "The lowest value is 3.")
     assert found["How many bars are above 5?"] == ("1", "1", "There is 1 bar above 5.")
-    assert found["Which color is the tallest bar?"] == ("blue", "It is blue.", "The tallest bar is blue.")
-    assert found["Which color is the last bar?"] == ("green", "It is green.", "The last bar is green.")
+    assert found["Which color is the tallest bar?"] == ("blue", "blue.", "The tallest bar is blue.")
+    assert found["Which color is the last bar?"] == ("green", "green.", "The last bar is green.")
     assert found["Is the red bar taller than the blue bar?"] == (
         "No", "No, it is not.", "No, the red bar is not taller than the blue bar."
     )  # fmt: skip

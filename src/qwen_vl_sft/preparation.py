@@ -111,7 +111,11 @@ def _check_tied_embeddings(recipe: Recipe, world: World) -> None:
     TRL's fused head reads the head's weight and never calls it, so the second forward meets weights that are split.
     May go when TRL's `add_fused_lm_head` runs the head's hooks.
     """
-    if world.strategy == "fsdp2" and not recipe.model.use_peft and load_config(recipe.model).get_text_config().tie_word_embeddings:
+    if (
+        world.strategy == "fsdp2"
+        and not recipe.model.use_peft
+        and load_config(recipe.model).get_text_config().tie_word_embeddings
+    ):
         raise UserError(
             f"model_name_or_path: {recipe.model.model_name_or_path} ties its output head to its input embeddings, which"
             f" does not train under FSDP2; use accelerate_configs/ddp.yaml or zero3.yaml"

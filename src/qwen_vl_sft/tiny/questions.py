@@ -36,10 +36,12 @@ def _number(topic: str, texts: list[str], value: int, sentence: str) -> tuple:
 
 
 def _color(topic: str, texts: list[str], color: str, sentence: str) -> tuple:
-    return topic, texts, color, f"It is {color}.", sentence
+    """A short reply names the color and ends in a full stop, which is one more than the label has."""
+    return topic, texts, color, f"{color}.", sentence
 
 
 def _yes_no(topic: str, texts: list[str], truth: bool, yes: str, no: str, verb: str) -> tuple:
+    """A short reply is a short sentence."""
     if truth:
         return topic, texts, "Yes", f"Yes, {verb}.", f"Yes, {yes}."
     return topic, texts, "No", f"No, {verb} not.", f"No, {no}."
@@ -114,7 +116,7 @@ PIE_TOPICS = TOPICS[:4]  # a pie has no axis and no first slice
 
 
 def captions(rng: Random, chart: Chart) -> list[Question]:
-    """Captions of the whole chart, for pretraining only: its items by size and in order, and a census of all colors.
+    """Captions of the whole chart, for pretraining only: items by size and in order, values, and a census of colors.
 
     The census names every color from a given one on, each with its value or 0 at once: the model must find an item by
     its color, which is what most questions need and what it hardly learns from them alone.
@@ -128,6 +130,7 @@ def captions(rng: Random, chart: Chart) -> list[Question]:
     listings = [(f"Rank the {noun}s.", "By size", ranked), (f"Find all from {turned[0]}.", "By color", census)]
     if not pie:
         listings.append((f"List the {noun}s.", "In order", list(chart.colors)))
+        listings.append((f"Sort the {noun}s.", "By value", [str(values[color]) for color in ranked]))
     made = []
     for text, way, items in listings:
         listed = ", ".join(items)
