@@ -49,9 +49,9 @@ def main() -> None:
     trainer = training.build_trainer(recipe, world, args, data, global_batch)
     if world.rank == 0:
         training.begin_run_folder(recipe, world, data)
-    metrics = training.train(trainer, world, recipe, resume)
+    metrics = training.train(trainer, world, recipe, data, resume)
     if world.rank == 0:
-        training.finish_run_folder(recipe, trainer, data, metrics)
+        training.finish_run_folder(recipe, trainer, metrics)
         print(plan.outcome(recipe, metrics), flush=True)
     trainer.accelerator.end_training()
 

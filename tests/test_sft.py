@@ -175,6 +175,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(sft, good, tmp_path):
     assert "batch       4 rows a step = 1 a device x 1 x 4 accumulated" in printed
     assert "steps       3" in printed
     assert "train       2 rows" in printed
+    assert "trains      LoRA r=8 on 28 layers: down_proj, gate_proj, k_proj" in printed
     assert "language " in printed
     assert snapshot(tmp_path) == before
 
@@ -243,6 +244,8 @@ def test_the_tutorial_on_real_charts_learns_on_two_processes(launched_run):
     environment = json.loads((run / "environment.json").read_text())
     assert environment["world"] == {"strategy": "ddp", "processes": 2, "rank": 0, "local_rank": 0, "on_cpu": True}
     assert "strategy    ddp, 2 process(es) on CPU" in finished.stdout
+    assert "6/6  loss " in finished.stdout + finished.stderr
+    assert "6/6  eval loss " in finished.stdout + finished.stderr
 
 
 def test_the_run_folder_holds_what_the_readme_says(launched_run):

@@ -46,6 +46,9 @@ def start(world: World) -> None:
     if world.strategy == "single" and not world.on_cpu:
         # With more than one GPU in sight, Trainer would wrap the model in nn.DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if world.on_cpu:
+        # Whatever imports DeepSpeed then need not look for a GPU, and warn that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if world.on_cpu and world.zero_stage:
         import deepspeed
 

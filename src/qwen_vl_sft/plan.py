@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from qwen_vl_sft.attention import resolve_attention
@@ -19,7 +20,8 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
     attention = resolve_attention(recipe.model.attn_implementation, world.on_cpu, recipe.model.dtype)
     per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
     lines = [
-        f"model       {recipe.model.model_name_or_path}, {_precision(recipe)}, attention {attention}",
+        f"model       {recipe.model.model_name_or_path}",
+        f"precision   {_precision(recipe)}, attention {attention}",
         f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
         f"batch       {global_batch} rows a step = {per_device} a device x {world.processes} x {accumulation} accumulated",
         f"steps       {data.steps(recipe, global_batch)}",
@@ -27,6 +29,7 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
         f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
         f"output      {recipe.output_dir}",
+        *_trained_line(recipe),
         "",
         trainable_table(recipe),
     ]
@@ -38,6 +41,9 @@ def warnings(recipe: Recipe) -> list[str]:
     found = []
     if recipe.model.use_peft and recipe.model.lora_target_modules:
         found += outside_scope(find_targets(build_on_meta(recipe.model), recipe.model), recipe.model)
+    if recipe.get("eval_strategy") == "no":
+        skipped = [name for name in ("eval_steps", "max_eval_samples", "eval_on_start") if name in recipe.stated]
+        found += [f"{name} has no effect: eval_strategy is no, so nothing is evaluated" for name in skipped]
     if recipe.data.train_on == "all":
         found.append(
             "train_on: all also learns the prompt's fixed text; answers usually come out worse than with assistant"
@@ -55,6 +61,18 @@ def trainable_table(recipe: Recipe) -> str:
     elif recipe.model.freeze_vision_tower:
         freeze_vision_tower(model)
     return format_parameters(count_parameters(model))
+
+
+def _trained_line(recipe: Recipe) -> list[str]:
+    if not recipe.model.use_peft:
+        return [f"trains      the model's own weights{', but not the vision tower' * recipe.model.freeze_vision_tower}"]
+    targets = find_targets(build_on_meta(recipe.model), recipe.model)
+    names = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    return textwrap.wrap(
+        f"trains      LoRA r={recipe.model.lora_r} on {len(targets)} layers: {', '.join(names)}",
+        width=80,
+        subsequent_indent=" " * 12,
+    )
 
 
 def _precision(recipe: Recipe) -> str:
@@ -80,10 +98,14 @@ def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
     lines = [f"finished    {metrics['steps']} steps, training loss {metrics['train_loss']:.4f}"]
     if "eval_loss" in metrics:
         right = metrics["eval_mean_token_accuracy"]
-        lines[0] += f", evaluation loss {metrics['eval_loss']:.4f} ({right:.1%} of answer tokens right)"
+        lines.append(f"evaluation  loss {metrics['eval_loss']:.4f}, {right:.1%} of the learned tokens right")
     if "tokens_per_second" in metrics:
         speed = f"speed       {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['images_per_second']:.1f} images/s"
         lines.append(f"{speed}, {metrics['data_wait']:.1%} of the time waiting for data")
+    left_out = metrics["data"]["train"]
+    for count, why in (("skipped_bad_rows", "bad rows left out"), ("dropped_overlong_rows", "over-long rows left out")):
+        if left_out.get(count):
+            lines.append(f"{why:<23} {left_out[count]}")
     if metrics["skipped_while_training"]:
         lines.append(f"skipped     {metrics['skipped_while_training']} rows that could not be read while training")
     lines.append(f"written     {recipe.output_dir}")

@@ -92,6 +92,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     # The filter replaces a NaN in the logs with the average so far; a NaN should be seen.
     "logging_nan_inf_filter": False,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    # Left to itself it follows the verbosity of transformers, which is turned down.
+    "disable_tqdm": False,
 }
 
 # Set by the package for every run, so not keys of a recipe.

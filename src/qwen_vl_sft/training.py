@@ -111,7 +111,9 @@ def keep_adapter_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def train(trainer: VisionSFTTrainer, world: World, recipe: Recipe, resume: Path | None) -> dict[str, Any]:
+def train(
+    trainer: VisionSFTTrainer, world: World, recipe: Recipe, data: PreparedData, resume: Path | None
+) -> dict[str, Any]:
     """Train, save the final model, and return the metrics of the run."""
     assert isinstance(trainer.data_collator, Collator)
     assert isinstance(trainer.model, nn.Module)
@@ -122,11 +124,12 @@ def train(trainer: VisionSFTTrainer, world: World, recipe: Recipe, resume: Path 
         **{name: value for name, value in result.metrics.items() if name in ("train_loss", "train_runtime")},
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        **_last_evaluation(trainer),
+        **_evaluation_of_saved_model(trainer),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         **trainer.meter.summary(world.processes),
         "work": asdict(trainer.meter.total),
         "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
+        "data": data.summary(),
         "parameters": {part: asdict(count) for part, count in parameters.items()},
     }
     launch.prepare_final_save(trainer.accelerator)
@@ -143,10 +146,10 @@ def begin_run_folder(recipe: Recipe, world: World, data: PreparedData) -> None:
     run_folder.begin(recipe.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
 
 
-def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, data: PreparedData, metrics: dict[str, Any]) -> None:
+def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, metrics: dict[str, Any]) -> None:
     """Write metrics, log and plot; call it on one process only."""
     history = trainer.state.log_history
-    run_folder.finish(recipe.output_dir, {**metrics, "data": data.summary()}, history)
+    run_folder.finish(recipe.output_dir, metrics, history)
     plot_loss(history, recipe.output_dir / run_folder.LOSS_PLOT)
 
 
@@ -166,8 +169,11 @@ def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows) -> Collator
     return Collator(part, data.encoder, skip, skip_overlong=recipe.data.overlong == "drop")
 
 
-def _last_evaluation(trainer: VisionSFTTrainer) -> dict[str, float]:
+def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
+    """The evaluation of the model that is saved: the best when that is loaded at the end, else the last."""
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
     names = ("eval_loss", "eval_mean_token_accuracy")
     return {name: entries[-1][name] for name in names} if entries else {}
 
