@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import conversation_row, png
 
-from qwen_vl_sft.data import open_rows
+from qwen_vl_sft.data import open_rows, spread
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.rows import CHARTQA_SYSTEM_MESSAGE, ImageFile, chartqa_conversation, messages_conversation
 
@@ -134,6 +134,12 @@ def test_slices_shuffle_and_cap(messages_folder):
     ids = open_rows(str(folder), "train", shuffle_seed=3, max_rows=5).dataset["row_id"]
     assert list(ids) == list(open_rows(str(folder), "train", shuffle_seed=3, max_rows=5).dataset["row_id"])
     assert list(ids) != list(range(5))
+
+
+def test_a_cap_of_evaluation_rows_is_spread_over_the_split(messages_folder):
+    rows = open_rows(str(messages_folder([conversation_row(answer=str(number)) for number in range(10)])), "train")
+    assert list(spread(rows, 4).dataset["row_id"]) == [0, 2, 5, 7]
+    assert len(spread(rows, 20)) == len(spread(rows, None)) == 10
 
 
 def test_streaming(messages_folder):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_vl_sft.arms import choose_arms, load_run_processor, model_identity
-from qwen_vl_sft.data import ROW_ID, Rows, open_rows
+from qwen_vl_sft.data import ROW_ID, Rows, open_rows, spread
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation_options import Plan
@@ -55,13 +55,6 @@ def prepare(plan: Plan) -> Task:
         questions.append(read_question(raw, conversation, rows.format))
         lengths.append(estimate_length(encoder, conversation))
     return Task(rows, questions, plan_batches(lengths, options.batch_size), arms, message, processor)
-
-
-def spread(rows: Rows, max_samples: int | None) -> Rows:
-    """At most so many rows, evenly over the split: ChartQA's first half is all human, its second all machine."""
-    if max_samples is None or max_samples >= len(rows):
-        return rows
-    return rows.select([number * len(rows) // max_samples for number in range(max_samples)])
 
 
 def up_to_last_answer(conversation: Conversation) -> Conversation:

@@ -65,7 +65,7 @@ def read_world(
     chose_one_process = asked is not None and asked.processes == 1
     raise_all(_unlike_asked(world, asked) + _device_problems(world, env, gpus, chose_one_process))
     if gpus == 0 and not (use_cpu or "CUDA_VISIBLE_DEVICES" in env or (asked is not None and asked.on_cpu)):
-        logger.warning("No GPU is visible: this run trains on the CPU.")
+        logger.warning("No GPU is visible: this run is on the CPU.")
     if world.processes == 1 and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         logger.warning("This Slurm step has %s tasks, and each of them trains alone.", env["SLURM_STEP_NUM_TASKS"])
     return world

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from qwen_vl_sft.data import Rows, in_memory, open_rows
+from qwen_vl_sft.data import Rows, in_memory, open_rows, spread
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launch import World
@@ -59,9 +59,7 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
         train = train_rows if train_rows.streamed else _scan(recipe, train_rows, encoder)
         evaluation = None
         if recipe.get("eval_strategy") != "no":
-            assert data.dataset_test_split is not None
-            rows = _open(recipe, data.dataset_test_split, data.max_eval_samples, shuffle=False)
-            evaluation = _scan(recipe, in_memory(rows) if rows.streamed else rows, encoder)
+            evaluation = _scan(recipe, _evaluation_rows(recipe), encoder)
     for part in (train, evaluation):
         if isinstance(part, Scan):
             _check_images_everywhere(part, recipe, world)
@@ -77,19 +75,25 @@ def make_encoder(processor: Any, recipe: Recipe, rows: Rows) -> Encoder:
 
 
 def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:
-    seed = recipe.get("data_seed") if recipe.get("data_seed") is not None else recipe.get("seed")
     data = recipe.data
     assert data.dataset_name is not None
-    rows = open_rows(
+    return open_rows(
         data.dataset_name,
         split,
         data.dataset_config,
         data.dataset_streaming,
         data.dataset_format,
-        shuffle_seed=seed if shuffle else None,
+        shuffle_seed=recipe.data_seed if shuffle else None,
         max_rows=max_rows,
     )
-    return rows
+
+
+def _evaluation_rows(recipe: Recipe) -> Rows:
+    split, cap = recipe.data.dataset_test_split, recipe.data.max_eval_samples
+    assert split is not None
+    if recipe.data.dataset_streaming:
+        return in_memory(_open(recipe, split, cap, shuffle=False))
+    return spread(_open(recipe, split, None, shuffle=False), cap)
 
 
 def _scan(recipe: Recipe, rows: Rows, encoder: Encoder) -> Scan:

@@ -44,6 +44,12 @@ class Recipe:
         return self.training[name] if name in self.training else training_default(name)
 
     @property
+    def data_seed(self) -> int:
+        """The seed of shuffling: `data_seed`, else `seed`."""
+        stated = self.get("data_seed")
+        return self.get("seed") if stated is None else stated
+
+    @property
     def output_dir(self) -> Path:
         """The run folder."""
         return Path(self.training["output_dir"]).expanduser()

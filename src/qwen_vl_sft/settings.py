@@ -30,7 +30,7 @@ class DataSettings:
         None, "put before rows that bring none; default: the tutorial's for chartqa, none for messages; '' for none"
     )
     max_train_samples: int | None = key(None, "at most so many training rows (after shuffle_dataset)")
-    max_eval_samples: int | None = key(None, "at most so many evaluation rows")
+    max_eval_samples: int | None = key(None, "at most so many evaluation rows, evenly over the split")
     shuffle_dataset: bool = key(False, "shuffle by data_seed (or seed) before the cap; epochs are always shuffled")
     bad_rows: Literal["error", "skip"] = key("error", "rows that cannot be used: stop, or leave out and count")
     overlong: Literal["error", "drop"] = key("error", "rows longer than max_length: stop, or leave out and count")
@@ -91,7 +91,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": ["tensorboard"],
     # The filter replaces a NaN in the logs with the average so far; a NaN should be seen.
     "logging_nan_inf_filter": False,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
     # Left to itself it follows the verbosity of transformers, which is turned down.
     "disable_tqdm": False,
 }

@@ -158,8 +158,7 @@ def _train_places(recipe: Recipe, data: PreparedData, global_batch: int) -> tupl
         # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
         return data.train.dataset.repeat(None), None
     items = places(len(data.train.rows), global_batch)
-    seed = recipe.get("data_seed") if recipe.get("data_seed") is not None else recipe.get("seed")
-    return items, EpochSampler(len(data.train.rows), len(items), seed)
+    return items, EpochSampler(len(data.train.rows), len(items), recipe.data_seed)
 
 
 def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows) -> Collator:
