@@ -74,6 +74,20 @@ def test_a_row_that_turns_bad_later_is_skipped_and_counted_or_refused(mixed, enc
     assert collator.skipped == 2
 
 
+def test_a_bad_row_in_a_worker_keeps_its_one_message(mixed, encoder):
+    from torch.utils.data import DataLoader
+
+    from qwen_vl_sft.errors import format_error
+
+    (mixed.folder / "images/red.png").write_bytes(b"gone bad")
+    loader = DataLoader([{"row": 0}], batch_size=1, collate_fn=Collator(mixed, encoder), num_workers=1)
+    with pytest.raises(BadRow) as caught:
+        next(iter(loader))
+    message = format_error(caught.value)
+    assert message.startswith(f"error: {mixed.name}, row 0 image ")
+    assert "\n" not in message
+
+
 def test_scan_measures_what_encoding_gives(mixed, encoder):
     found = scan(mixed, encoder)
     for index in range(3):

@@ -218,8 +218,8 @@ def tutorial_keys(small_model, shared):
         "per_device_eval_batch_size": 4,
         "num_train_epochs": 2,
         "logging_steps": 1,
-        "eval_steps": 3,
-        "save_steps": 3,
+        "eval_steps": 2,
+        "save_steps": 2,
         "lora_dropout": 0.0,
         "dataloader_num_workers": 1,
     }
@@ -309,13 +309,13 @@ def test_the_adapter_loads_back_and_changes_the_output(launched_run, tutorial_ke
 
 
 def test_resume_is_the_run_it_resumes(launched_run, tutorial_keys, tmp_path):
-    """From the checkpoint of step 3, on one process."""
+    """From the checkpoint of step 4, in the middle of the second epoch."""
     import shutil
 
     run, _ = launched_run
     resumed = tmp_path / "resumed"
     resumed.mkdir()
-    shutil.copytree(run / "checkpoint-3", resumed / "checkpoint-3")
+    shutil.copytree(run / "checkpoint-4", resumed / "checkpoint-4")
     keys = {**tutorial_keys, "output_dir": resumed, "resume_from_checkpoint": "latest"}
     finished = launch("cpu", SCRIPT, *words(keys))
     assert finished.returncode == 0, finished.stderr[-3000:]

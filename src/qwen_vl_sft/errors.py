@@ -37,9 +37,16 @@ def raise_all(problems: Sequence[str]) -> None:
 def format_error(error: UserError) -> str:
     """The message a person sees: a bullet for each problem when there are several."""
     if len(error.problems) == 1:
-        return f"error: {error}"
+        return f"error: {_as_it_was_raised(str(error))}"
     lines = "\n".join(f"  - {problem}" for problem in error.problems)
     return f"error: {len(error.problems)} problems\n{lines}"
+
+
+def _as_it_was_raised(message: str) -> str:
+    """The message of an error that a data loader's worker raised: PyTorch puts the worker's traceback before it."""
+    if "in DataLoader worker process" not in message:
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
