@@ -179,4 +179,7 @@ def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:
         )
     except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model_name_or_path: {settings.model_name_or_path} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"model_name_or_path: {settings.model_name_or_path} cannot be loaded: {reason.rstrip('.')}."
+            " Check the name, the revision and the network, or give a local folder."
+        ) from error
