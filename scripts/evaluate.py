@@ -5,8 +5,8 @@
     python scripts/evaluate.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --dataset_name HuggingFaceM4/ChartQA
     python scripts/evaluate.py --predictions answers.jsonl
 
-Writes rows.jsonl (every answer and its scores) and summary.json into the output folder. A run that was killed goes on
-with --resume. --help lists every option.
+Writes rows.jsonl (every answer and its scores), summary.json and report.html (the scores and all rows with their charts,
+to look at in a browser) into the output folder. A run that was killed goes on with --resume. --help lists every option.
 """
 
 import os
@@ -29,19 +29,20 @@ def main() -> None:
     plan = make_plan(options)
 
     from qwen_vl_sft.evaluation import evaluate
-    from qwen_vl_sft.scoring import format_summary
+    from qwen_vl_sft.scoring import REPORT_FILE, format_summary
 
-    summary = evaluate(plan)
+    summary = evaluate(plan, report=True)
     if summary is not None:
         precision = summary["precision"]
         note = "" if precision["scored_as_trained"] else f"; trained in: {precision['trained']}"
         print(f"\n{summary['dataset']}, {summary['rows']:,} rows\nprecision: {precision['scored']}{note}\n")
-        print(f"{format_summary(summary)}\n\nwritten to {plan.output_dir}")
+        print(f"{format_summary(summary)}\n\nwritten to {plan.output_dir}\nreport     {plan.output_dir / REPORT_FILE}")
 
 
 def score_file(options: Options) -> None:
     """Score a file of predictions; files are written only where --output_dir says."""
     from qwen_vl_sft.predictions import score_predictions
+    from qwen_vl_sft.report import write_report
     from qwen_vl_sft.scoring import format_summary, write_results
 
     assert options.predictions
@@ -51,6 +52,7 @@ def score_file(options: Options) -> None:
     print(f"{options.predictions}, {len(rows):,} rows\n\n{format_summary(summary)}")
     if options.output_dir:
         write_results(options.output_dir, rows, summary)
+        write_report(options.output_dir, rows, summary)
         print(f"\nwritten to {options.output_dir}")
 
 

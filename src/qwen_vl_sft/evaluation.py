@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,17 +22,19 @@ from qwen_vl_sft.evaluation_options import ARMS, Plan
 from qwen_vl_sft.evaluation_task import Task, describe_task, prepare
 from qwen_vl_sft.generation import generate_batches
 from qwen_vl_sft.launch import World, read_world, start
+from qwen_vl_sft.report import write_report
+from qwen_vl_sft.rows import ImageFile
 from qwen_vl_sft.run_folder import environment
-from qwen_vl_sft.scoring import ROWS_FILE, SUMMARY_FILE, Question, score_row, summarise, write_results
+from qwen_vl_sft.scoring import REPORT_FILE, ROWS_FILE, SUMMARY_FILE, Question, score_row, summarise, write_results
 
 # Processes finish at different times, and the first wait for the last.
 LONGEST_WAIT = timedelta(days=1)
 
 
-def evaluate(plan: Plan) -> dict[str, Any] | None:
+def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     """Answer and score; returns the summary on the first process, None on the others. Raises `UserError`.
 
-    Until everything has been checked nothing is written.
+    Until everything has been checked nothing is written. With `report`, the page of the rows is written too.
     """
     began = time.monotonic()
     world = read_world(bool(plan.recipe.get("use_cpu")))
@@ -62,7 +64,16 @@ def evaluate(plan: Plan) -> dict[str, Any] | None:
         "environment": environment({"processes": world.processes, "strategy": world.strategy}, {}, [_device(world)]),
     }
     write_results(plan.output_dir, rows, summary)
+    if report:
+        # Last: a page that fails costs no answers.
+        write_report(plan.output_dir, rows, summary, charts_of(task))
     return summary
+
+
+def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:
+    """The images of a row by its `row_id`, not decoded yet."""
+    places = {question.row_id: place for place, question in enumerate(task.questions)}
+    return lambda row_id: task.conversation(places[row_id]).images
 
 
 def join_processes(world: World) -> Any:
@@ -147,7 +158,7 @@ def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, setti
 
 def _clear(plan: Plan, files: AnswerFiles) -> None:
     files.clear()
-    for name in (SUMMARY_FILE, ROWS_FILE):
+    for name in (SUMMARY_FILE, ROWS_FILE, REPORT_FILE):
         (plan.output_dir / name).unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ from qwen_vl_sft.metrics import HEADLINE, METRICS, NOTES, compare, estimate, sco
 
 ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
 ALL = "all"
 # The column of ChartQA that tells its two halves apart: 0 and 1, or the names.
 SPLIT_COLUMN = "human_or_machine"
@@ -86,11 +87,11 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     """Write `rows.jsonl` and `summary.json`, the summary last: where it is, the results are complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+    write_whole(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write whole or not at all: a reader, or a run that is killed here, never meets half a file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
