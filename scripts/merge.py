@@ -1,0 +1,39 @@
+"""Merge a run's adapter into its base model, prove the result, and write it as a full model.
+
+    python scripts/merge.py --run runs/chartqa_qlora --output_dir merged
+    python scripts/merge.py --run runs/chartqa_qlora --output_dir merged --nf4_aware
+
+The first adds the adapter to the original weights, the second to the 4-bit weights that it was trained on, dequantized.
+Nothing is left in the output folder unless every check has passed. --help lists every option.
+"""
+
+import signal
+import sys
+
+from qwen_vl_sft.console import quiet_libraries
+from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.merge_plan import make_plan, parse_options
+
+
+@exits_with_user_errors
+def main() -> None:
+    """Read the command line, merge, print what came out."""
+    quiet_libraries(rank=0)
+    options = parse_options()
+    # A scheduler's signal must clean up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        plan = make_plan(options)
+
+        from qwen_vl_sft.merge import merge
+        from qwen_vl_sft.merge_check import format_report
+
+        report = merge(plan)
+    except KeyboardInterrupt:
+        print(f"interrupted; nothing was left in {options.output_dir}", file=sys.stderr)
+        sys.exit(130)
+    print(f"\n{format_report(report)}\n\nwritten to {options.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
