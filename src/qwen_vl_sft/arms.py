@@ -36,7 +36,7 @@ def load_run_processor(plan: Plan) -> Any:
     """The run's processor with its pixel limits, or the model's without a run; `min_pixels`, `max_pixels` win over both."""
     from transformers import AutoProcessor
 
-    from qwen_vl_sft.model import load_processor
+    from qwen_vl_sft.model import load_processor, set_pixel_limits
 
     limits = plan.recipe.data.min_pixels, plan.recipe.data.max_pixels
     if plan.tuned is None:
@@ -48,9 +48,7 @@ def load_run_processor(plan: Plan) -> Any:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--run: {folder} holds no usable processor: {str(error).splitlines()[0]}") from None
-    size = processor.image_processor.size
-    shortest, longest = limits[0] or size["shortest_edge"], limits[1] or size["longest_edge"]
-    processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+    set_pixel_limits(processor, *limits)
     return processor
 
 
@@ -95,20 +93,10 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     return tuned
 
 
-def describe_precision(settings: ModelSettings) -> str:
-    """The precision of weights and computing, in words."""
-    if settings.load_in_8bit:
-        return f"8-bit weights, computed in {settings.dtype}"
-    if settings.load_in_4bit:
-        double = ", double quantization" if settings.use_bnb_nested_quant else ""
-        return f"4-bit {settings.bnb_4bit_quant_type} weights{double}, computed in {settings.dtype}"
-    return settings.dtype
-
-
 def precision_summary(plan: Plan) -> dict[str, Any]:
     """In which precision the arms were scored and the run was trained."""
-    scored = describe_precision(plan.recipe.model)
-    trained = describe_precision(plan.trained) if plan.trained else None
+    scored = plan.recipe.model.precision
+    trained = plan.trained.precision if plan.trained else None
     return {"scored": scored, "trained": trained, "scored_as_trained": trained is None or scored == trained}
 
 

@@ -13,7 +13,7 @@ from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation_options import Plan
 from qwen_vl_sft.generation import estimate_length, plan_batches
-from qwen_vl_sft.rows import DEFAULT_SYSTEM_MESSAGES, Conversation
+from qwen_vl_sft.rows import Conversation, resolve_system_message
 from qwen_vl_sft.scoring import SPLIT_COLUMN, Question, split_name
 
 
@@ -42,9 +42,7 @@ def prepare(plan: Plan) -> Task:
         open_rows(data.dataset_name, options.split, data.dataset_config, row_format=data.dataset_format),
         options.max_samples,
     )
-    message = plan.system_message
-    if message is None:
-        message = DEFAULT_SYSTEM_MESSAGES[rows.format] or ""
+    message = resolve_system_message(plan.system_message, rows.format) or ""
     arms = choose_arms(plan, message)
     processor = load_run_processor(plan)
     encoder = Encoder(processor)

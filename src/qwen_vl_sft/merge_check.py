@@ -140,7 +140,7 @@ def read_samples(plan: Plan, folder: Path) -> tuple[Encoder, list[Conversation]]
     from qwen_vl_sft.data import in_memory, open_rows, spread
     from qwen_vl_sft.encode import Encoder
     from qwen_vl_sft.evaluation_task import up_to_last_answer
-    from qwen_vl_sft.rows import DEFAULT_SYSTEM_MESSAGES
+    from qwen_vl_sft.rows import resolve_system_message
     from qwen_vl_sft.run_folder import SYSTEM_MESSAGE
 
     data, samples = plan.recipe.data, plan.options.samples
@@ -159,8 +159,9 @@ def read_samples(plan: Plan, folder: Path) -> tuple[Encoder, list[Conversation]]
     except UserError as error:
         raise UserError(f"--samples: {error}; give --samples 0 to merge without comparing logits") from None
     message = folder / SYSTEM_MESSAGE
-    system = message.read_text(encoding="utf-8") if message.is_file() else DEFAULT_SYSTEM_MESSAGES[rows.format]
-    return Encoder(AutoProcessor.from_pretrained(folder), system_message=system or None), conversations
+    stored = message.read_text(encoding="utf-8") if message.is_file() else None
+    system = resolve_system_message(stored, rows.format)
+    return Encoder(AutoProcessor.from_pretrained(folder), system_message=system), conversations
 
 
 def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Spoken:

@@ -40,19 +40,24 @@ def load_processor(settings: ModelSettings, min_pixels: int | None = None, max_p
     """The model's processor with the recipe's pixel limits, which are saved with it and so hold everywhere after."""
     config = load_config(settings)
     processor = _from_hub(AutoProcessor, settings)
-    # The names that transformers 5 reads; `min_pixels` and `max_pixels` attributes are ignored there
-    # (https://github.com/huggingface/transformers/issues/41955).
-    size = processor.image_processor.size
-    shortest, longest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
-    if shortest > longest:
-        raise UserError(f"min_pixels {shortest:,} is above max_pixels {longest:,}; set both, or neither")
-    processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+    set_pixel_limits(processor, min_pixels, max_pixels)
     if len(processor.tokenizer) > config.get_text_config().vocab_size:
         raise UserError(
             f"model {settings.model_name_or_path}: its tokenizer has {len(processor.tokenizer)} tokens but the model only"
             f" {config.get_text_config().vocab_size}; the folder mixes two models"
         )
     return processor
+
+
+def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Change the limits that are given. Raises `UserError` when the smaller is then above the larger."""
+    size = processor.image_processor.size
+    shortest, longest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+    if shortest > longest:
+        raise UserError(f"min_pixels {shortest:,} is above max_pixels {longest:,}; set both, or neither")
+    # The names that transformers 5 reads; `min_pixels` and `max_pixels` attributes are ignored there
+    # (https://github.com/huggingface/transformers/issues/41955).
+    processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
 
 
 def load_config(settings: ModelSettings) -> Any:

@@ -21,7 +21,8 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
     per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
     lines = [
         f"model       {recipe.model.model_name_or_path}",
-        f"precision   {_precision(recipe)}, attention {attention}",
+        f"precision   {recipe.model.precision}",
+        f"attention   {attention}",
         f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
         f"batch       {global_batch} rows a step = {per_device} a device x {world.processes} x {accumulation} accumulated",
         f"steps       {data.steps(recipe, global_batch)}",
@@ -29,9 +30,7 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
         f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
         f"output      {recipe.output_dir}",
-        *_trained_line(recipe),
-        "",
-        trainable_table(recipe),
+        *_trained_lines(recipe),
     ]
     return "\n".join(lines)
 
@@ -51,36 +50,22 @@ def warnings(recipe: Recipe) -> list[str]:
     return found
 
 
-def trainable_table(recipe: Recipe) -> str:
-    """The table of trainable parameters, from the model's structure alone: no weight is loaded."""
+def _trained_lines(recipe: Recipe) -> list[str]:
+    """What is trained and the table of its parameters, from the model's structure alone: no weight is loaded."""
     from peft import get_peft_model
 
-    model = build_on_meta(recipe.model)
-    if recipe.model.use_peft:
-        model = get_peft_model(model, lora_config(model, recipe.model))
-    elif recipe.model.freeze_vision_tower:
-        freeze_vision_tower(model)
-    return format_parameters(count_parameters(model))
-
-
-def _trained_line(recipe: Recipe) -> list[str]:
-    if not recipe.model.use_peft:
-        return [f"trains      the model's own weights{', but not the vision tower' * recipe.model.freeze_vision_tower}"]
-    targets = find_targets(build_on_meta(recipe.model), recipe.model)
-    names = sorted({name.rsplit(".", 1)[-1] for name in targets})
-    return textwrap.wrap(
-        f"trains      LoRA r={recipe.model.lora_r} on {len(targets)} layers: {', '.join(names)}",
-        width=80,
-        subsequent_indent=" " * 12,
-    )
-
-
-def _precision(recipe: Recipe) -> str:
-    model = recipe.model
-    if model.load_in_4bit:
-        nested = " double" if model.use_bnb_nested_quant else ""
-        return f"{model.bnb_4bit_quant_type}{nested} 4-bit + {model.dtype}"
-    return f"8-bit + {model.dtype}" if model.load_in_8bit else model.dtype
+    settings, model = recipe.model, build_on_meta(recipe.model)
+    if not settings.use_peft:
+        if settings.freeze_vision_tower:
+            freeze_vision_tower(model)
+        lines = [f"trains      the model's own weights{', but not the vision tower' * settings.freeze_vision_tower}"]
+    else:
+        targets = find_targets(model, settings)
+        names = sorted({name.rsplit(".", 1)[-1] for name in targets})
+        line = f"trains      LoRA r={settings.lora_r} on {len(targets)} layers: {', '.join(names)}"
+        lines = textwrap.wrap(line, width=80, subsequent_indent=" " * 12)
+        model = get_peft_model(model, lora_config(model, settings))
+    return [*lines, "", format_parameters(count_parameters(model))]
 
 
 def _rows_line(name: str, part: Scan | Rows) -> str:

@@ -15,7 +15,7 @@ from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import trains_language_only
 from qwen_vl_sft.model import load_config, load_processor
 from qwen_vl_sft.recipe import Recipe
-from qwen_vl_sft.rows import DEFAULT_SYSTEM_MESSAGES
+from qwen_vl_sft.rows import resolve_system_message
 from qwen_vl_sft.scan import Scan, scan
 
 
@@ -23,7 +23,6 @@ from qwen_vl_sft.scan import Scan, scan
 class PreparedData:
     """What a run trains and evaluates on. `train` is checked (`Scan`), or a stream that is checked as it comes."""
 
-    processor: Any
     encoder: Encoder
     train: Scan | Rows
     evaluation: Scan | None
@@ -55,7 +54,8 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     # One process of a machine downloads, prepares and checks; the others then read its caches.
     with PartialState().local_main_process_first():
         train_rows = _open(recipe, data.dataset_train_split, data.max_train_samples, shuffle=data.shuffle_dataset)
-        encoder = make_encoder(processor, recipe, train_rows)
+        message = resolve_system_message(data.system_message, train_rows.format)
+        encoder = Encoder(processor, message, data.train_on, data.max_length)
         train = train_rows if train_rows.streamed else _scan(recipe, train_rows, encoder)
         evaluation = None
         if recipe.get("eval_strategy") != "no":
@@ -63,15 +63,7 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     for part in (train, evaluation):
         if isinstance(part, Scan):
             _check_images_everywhere(part, recipe, world)
-    return PreparedData(processor, encoder, train, evaluation)
-
-
-def make_encoder(processor: Any, recipe: Recipe, rows: Rows) -> Encoder:
-    """The encoder of a recipe. Its system message is the recipe's, else the format's own; an empty one is none."""
-    message = recipe.data.system_message
-    if message is None:
-        message = DEFAULT_SYSTEM_MESSAGES[rows.format]
-    return Encoder(processor, message or None, recipe.data.train_on, recipe.data.max_length)
+    return PreparedData(encoder, train, evaluation)
 
 
 def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:

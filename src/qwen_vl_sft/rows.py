@@ -114,6 +114,11 @@ FORMAT_COLUMNS = {"chartqa": {"image", "query", "label"}, "messages": {"messages
 DEFAULT_SYSTEM_MESSAGES: dict[str, str | None] = {"chartqa": CHARTQA_SYSTEM_MESSAGE, "messages": None}
 
 
+def resolve_system_message(stated: str | None, row_format: str) -> str | None:
+    """The system message of a recipe: the one stated, else the format's own; an empty one is none."""
+    return (DEFAULT_SYSTEM_MESSAGES[row_format] if stated is None else stated) or None
+
+
 def image_file(value: Any, folder: Path | None) -> ImageFile:
     """An image column's value (`{"bytes", "path"}`, a path, or bytes) as a file that is not decoded yet.
 

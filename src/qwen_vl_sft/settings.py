@@ -73,6 +73,16 @@ class ModelSettings:
     use_dora: bool = key(False, "weight-decomposed LoRA")
     freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) leaves the vision tower as it is")
 
+    @property
+    def precision(self) -> str:
+        """The precision of weights and computing, in words."""
+        if self.load_in_8bit:
+            return f"8-bit weights, computed in {self.dtype}"
+        if self.load_in_4bit:
+            double = ", double quantization" if self.use_bnb_nested_quant else ""
+            return f"4-bit {self.bnb_4bit_quant_type} weights{double}, computed in {self.dtype}"
+        return self.dtype
+
 
 @dataclass
 class RunSettings:

@@ -78,7 +78,7 @@ def build_trainer(
         eval_collator=_collator(recipe, data, evaluation) if evaluation else collator,
         train_dataset=train_dataset,
         eval_dataset=places(len(evaluation.rows), args.eval_batch_size * world.processes) if evaluation else None,
-        processing_class=data.processor,
+        processing_class=data.encoder.processor,
         peft_config=lora_config(model, recipe.model) if recipe.model.use_peft else None,
         sampler=sampler,
         meter=meter,
