@@ -36,6 +36,9 @@ def main() -> None:
         precision = summary["precision"]
         note = "" if precision["scored_as_trained"] else f"; trained in: {precision['trained']}"
         print(f"\n{summary['dataset']}, {summary['rows']:,} rows\nprecision: {precision['scored']}{note}\n")
+        if summary["speed"]:
+            arms = ", ".join(f"{arm} {speed['rows_per_second']:.3g}" for arm, speed in summary["speed"].items())
+            print(f"rows a second, without loading: {arms}\n")
         print(f"{format_summary(summary)}\n\nwritten to {plan.output_dir}\nreport     {plan.output_dir / REPORT_FILE}")
 
 

@@ -78,6 +78,18 @@ BAD_RECIPES = {
     "freezing under LoRA": ({"freeze_vision_tower": "true"}, "is for full fine-tuning"),
     "no evaluation data": ({"eval_strategy": "steps"}, "dataset_test_split is not"),
     "best without evaluation": ({"load_best_model_at_end": "true"}, "load_best_model_at_end needs evaluation"),
+    "best by what is not measured": (
+        {"metric_for_best_model": "relaxed_acuracy"},
+        "is not measured; did you mean relaxed_accuracy?",
+    ),
+    "best by answers not asked for": (
+        {"metric_for_best_model": "eval_relaxed_accuracy"},
+        "is measured with predict_with_generate: true only",
+    ),
+    "keeping the worst": (
+        {"metric_for_best_model": "loss", "greater_is_better": "true"},
+        "would keep the worst model by loss",
+    ),
     "stream without steps": ({"dataset_streaming": "true", "max_steps": -1}, "dataset_streaming needs max_steps"),
     "batch that does not divide": ({"global_batch_size": 3, "per_device_train_batch_size": 2}, "is no multiple of"),
     "batch contradicted": (

@@ -112,6 +112,7 @@ class Benchmark:
             "max_steps": self.steps,
             "logging_steps": 5,
             "eval_strategy": "no",
+            "predict_with_generate": "false",
             "load_best_model_at_end": "false",
             "save_strategy": "no",
             "report_to": "none",

@@ -62,6 +62,7 @@ def format_log(step: int, max_steps: int, logs: dict[str, Any]) -> str:
         "loss": ("loss", "{:.4g}"),
         "eval_loss": ("eval loss", "{:.4f}"),
         "eval_mean_token_accuracy": ("right tokens", "{:.1%}"),
+        "eval_relaxed_accuracy": ("relaxed accuracy", "{:.1%}"),
         "learning_rate": ("lr", "{:.1e}"),
         "tokens_per_second": ("", "{:,.0f} tok/s"),
         "images_per_second": ("", "{:.3g} img/s"),

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from qwen_vl_sft.answer_files import AnswerFiles, deal, different_settings
@@ -51,8 +52,9 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     answered = files.read()
     barrier()  # nobody writes before everybody has read, or the shares would overlap
     files.repair(world.rank)
-    answer_all(plan, task, arms, answered, files, world)
+    own_speed = answer_all(plan, task, arms, answered, files, world)
     barrier()
+    speeds = gather_object([own_speed]) if world.processes > 1 else [own_speed]
     if world.rank > 0:
         return None
     rows = collect(task.questions, files.read(), arms)
@@ -60,6 +62,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
         "dataset": task.rows.name,
         "settings": settings,
         "precision": precision_summary(plan),
+        "speed": speed_of_arms(speeds),
         "seconds": round(time.monotonic() - began, 1),
         "environment": environment({"processes": world.processes, "strategy": world.strategy}, {}, [_device(world)]),
     }
@@ -95,9 +98,12 @@ def answer_all(
     answered: Mapping[str, Mapping[int, str]],
     files: AnswerFiles,
     world: World,
-) -> None:
-    """Answer this process's share of every arm. A model is loaded only where something is left to answer."""
-    model = None
+) -> dict[str, tuple[int, float]]:
+    """Answer this process's share of every arm. A model is loaded only where something is left to answer.
+
+    Returns the rows that this process answered for each arm, and the seconds that took, without loading.
+    """
+    model, speed = None, {}
     places = {question.row_id: place for place, question in enumerate(task.questions)}
     for arm in arms:
         done = {places[row_id] for row_id in answered.get(arm, {})}
@@ -107,6 +113,7 @@ def answer_all(
         model = load_arm(plan, arm, model, world)
         encoder = make_encoder(arm, task.processor, task.system_message)
         title = arm if world.processes == 1 else f"{arm}, process 0 of {world.processes}"
+        began = time.perf_counter()
         with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=world.rank > 0) as progress:
             for batch, texts in _generate(plan, task, model, encoder, share):
                 new = {
@@ -116,6 +123,18 @@ def answer_all(
                 }
                 files.append(world.rank, arm, new)
                 progress.update(len(batch))
+        speed[arm] = sum(map(len, share)), time.perf_counter() - began
+    return speed
+
+
+def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str, dict[str, float]]:
+    """Rows of all processes, the seconds of the slowest, and rows a second, of every arm that was answered now."""
+    found = {}
+    for arm in dict.fromkeys(arm for speed in speeds for arm in speed):
+        rows = sum(speed[arm][0] for speed in speeds if arm in speed)
+        seconds = max(speed[arm][1] for speed in speeds if arm in speed)
+        found[arm] = {"rows": rows, "seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 3)}
+    return found
 
 
 def _generate(

@@ -53,8 +53,12 @@ def generate_batches(
     conversation_at: Callable[[int], Conversation],
     batches: Sequence[Sequence[int]],
     max_new_tokens: int,
+    synced: bool = False,
 ) -> Iterator[tuple[list[int], list[str]]]:
-    """Answer batch after batch: yields its places and their answers. The next batch is read while one is answered."""
+    """Answer batch after batch: yields its places and their answers. The next batch is read while one is answered.
+
+    `synced` is for weights that are split over processes: each then goes on until the longest answer of all is done.
+    """
 
     def encode(batch: Sequence[int]) -> list[Encoded]:
         return [encoder.encode_prompt(conversation_at(place)) for place in batch]
@@ -68,20 +72,27 @@ def generate_batches(
                 assert coming is not None
                 rows = coming.result()
                 coming = reader.submit(encode, batches[number + 1]) if number + 1 < len(batches) else None
-                yield list(batch), generate_batch(model, encoder, rows, max_new_tokens)
+                yield list(batch), generate_batch(model, encoder, rows, max_new_tokens, synced)
     finally:
         model.train(was_training)
 
 
-def generate_batch(model: Any, encoder: Encoder, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-    """Answer B encoded prompts together, greedily, up to the end of the turn or `max_new_tokens` tokens each."""
+def generate_batch(
+    model: Any, encoder: Encoder, rows: Sequence[Encoded], max_new_tokens: int, synced: bool = False, **watched_by: Any
+) -> list[str]:
+    """Answer B encoded prompts together, greedily, up to the end of the turn or `max_new_tokens` tokens each.
+
+    `watched_by` takes `streamer` and `stopping_criteria`, as `generate` does.
+    """
     batch = pad(rows, encoder.pad_token_id, side="left")
     del batch["labels"]
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    with torch.inference_mode():
-        output = model.generate(**inputs, generation_config=greedy_config(encoder, max_new_tokens))
+    # Not inference mode: weights that are gathered under it could not be trained with afterwards.
+    with torch.no_grad():
+        config = greedy_config(encoder, max_new_tokens)
+        output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **watched_by)
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [_decode(encoder, tokens) for tokens in answers]
+    return [decode_answer(encoder, tokens) for tokens in answers]
 
 
 def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
@@ -106,7 +117,8 @@ def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
     )
 
 
-def _decode(encoder: Encoder, tokens: list[int]) -> str:
+def decode_answer(encoder: Encoder, tokens: list[int]) -> str:
+    """The text of generated tokens up to the end of the turn, without special tokens and surrounding whitespace."""
     ends = _ends(encoder)
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     text = encoder.processor.tokenizer.decode(

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from qwen_vl_sft.rows import Conversation
 
 # The largest mean difference of logits, as a share of their root mean square. Weights are rounded before the adapter is
-# added on one side and after it on the other; a wrong scale or a layer left out is far outside.
-TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+# added on one side and after it on the other, and each layer carries the difference on: 3.3% in bfloat16 through all of
+# a Qwen2-VL-7B with random weights. A wrong scale or a layer left out moves the logits by as much as the adapter does.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
 MAX_NEW_TOKENS = 32
 
 
@@ -81,8 +82,13 @@ def check_model(task: Merge, folder: Path) -> dict[str, Any]:
     encoder, conversations = read_samples(plan, folder)
     merged = speak(model, encoder, conversations)
     del model
-    reference = speak(load_adapted(plan, plan.trained if plan.options.nf4_aware else plan.base), encoder, conversations)
+    adapted = load_adapted(plan, plan.trained if plan.options.nf4_aware else plan.base)
+    reference = speak(adapted, encoder, conversations)
     found = compare(merged, reference)
+    with adapted.disable_adapter():
+        plain = answer_logits(adapted, encoder, conversations)
+    found["adapter_effect"] = float((reference.logits - plain).abs().mean())
+    del adapted
     dtypes = {plan.options.dtype, plan.trained.dtype} if plan.options.nf4_aware else {plan.options.dtype}
     allowed = max(TOLERANCE[dtype] for dtype in dtypes) * found["rms"]
     if not found["mean"] <= allowed:  # also when it is not a number
@@ -165,10 +171,20 @@ def read_samples(plan: Plan, folder: Path) -> tuple[Encoder, list[Conversation]]
 
 
 def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Spoken:
-    """The model's logits where it answers, and its own answers; row by row, so that padding plays no part."""
+    """The model's logits where it answers, and its own answers."""
+    from qwen_vl_sft.generation import generate_answers
+
+    logits = answer_logits(model, encoder, conversations)
+    answers = generate_answers(model, encoder, conversations, 1, MAX_NEW_TOKENS)
+    del model
+    gc.collect()
+    return Spoken(logits, answers)
+
+
+def answer_logits(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> torch.Tensor:
+    """The logits of the answers' tokens [N, vocabulary] float32; row by row, so that padding plays no part."""
     from qwen_vl_sft.collator import pad
     from qwen_vl_sft.encode import IGNORE_INDEX
-    from qwen_vl_sft.generation import generate_answers
 
     model.eval()
     logits = []
@@ -178,10 +194,7 @@ def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -
         with torch.inference_mode():
             output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         logits.append(output.logits[0, :-1].cpu()[learned].float())
-    answers = generate_answers(model, encoder, conversations, 1, MAX_NEW_TOKENS)
-    del model
-    gc.collect()
-    return Spoken(torch.cat(logits), answers)
+    return torch.cat(logits)
 
 
 def compare(one: Spoken, other: Spoken) -> dict[str, Any]:
@@ -216,6 +229,11 @@ def format_report(report: dict[str, Any]) -> str:
                 f" (their size: {found['rms']:.2g})",
                 f"answers      {found['same_answers']} of {found['rows']} the same",
             ]
+    effect = report.get("against_adapter", {}).get("adapter_effect")
+    if effect is not None:
+        little = ", no more than rounding does: the tensors prove the merge, the logits do not"
+        within = effect < 2 * report["against_adapter"]["mean"]
+        lines.append(f"adapter      moves the logits by {effect:.2g} on average{little if within else ''}")
     if "against_adapter" not in report:
         lines.append("logits       not compared (--samples 0)")
     if report["trained_in_4bit"] and not report["nf4_aware"]:

@@ -39,8 +39,10 @@ def call_tied_head_after_backbone(model: Any) -> None:
     head's hooks.
     """
 
-    def call_head(backbone: nn.Module, arguments: Any, output: Any) -> None:
+    def call_head(backbone: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+        if keywords.get("use_cache"):
+            return  # while generating, the model's own forward calls the head
         with torch.no_grad():
             model.get_output_embeddings()(output.last_hidden_state[:, :0])
 
-    model.model.register_forward_hook(call_head)
+    model.model.register_forward_hook(call_head, with_kwargs=True)

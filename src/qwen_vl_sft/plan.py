@@ -28,8 +28,10 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
         f"steps       {data.steps(recipe, global_batch)}",
         _rows_line("train", data.train),
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
+        *([_answers_line(recipe, data.evaluation)] if data.evaluation and recipe.run.predict_with_generate else []),
         f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
         f"output      {recipe.output_dir}",
+        *([_publishing_line(recipe)] if recipe.run.push_to_hub else []),
         *_trained_lines(recipe),
     ]
     return "\n".join(lines)
@@ -41,13 +43,30 @@ def warnings(recipe: Recipe) -> list[str]:
     if recipe.model.use_peft and recipe.model.lora_target_modules:
         found += outside_scope(find_targets(build_on_meta(recipe.model), recipe.model), recipe.model)
     if recipe.get("eval_strategy") == "no":
-        skipped = [name for name in ("eval_steps", "max_eval_samples", "eval_on_start") if name in recipe.stated]
+        skipped = [
+            name
+            for name in ("eval_steps", "max_eval_samples", "eval_on_start", "predict_with_generate")
+            if name in recipe.stated
+        ]
         found += [f"{name} has no effect: eval_strategy is no, so nothing is evaluated" for name in skipped]
+    if not recipe.run.predict_with_generate:
+        unused = [name for name in ("max_predict_samples", "max_new_tokens") if name in recipe.stated]
+        found += [f"{name} has no effect without predict_with_generate: true" for name in unused]
+    if not recipe.run.push_to_hub:
+        idle = [name for name in sorted(recipe.stated) if name.startswith("hub_")]
+        found += [f"{name} has no effect without push_to_hub: true" for name in idle]
     if recipe.data.train_on == "all":
         found.append(
             "train_on: all also learns the prompt's fixed text; answers usually come out worse than with assistant"
         )
     return found
+
+
+def _publishing_line(recipe: Recipe) -> str:
+    run = recipe.run
+    when = "at the end" if run.hub_strategy == "end" else "with every checkpoint, and at the end"
+    where = f"{run.hub_model_id or recipe.output_dir.name}, {run.hub_revision or 'main'}"
+    return f"publish     {where}, {'private' if run.hub_private_repo else 'public'}, {when}"
 
 
 def _trained_lines(recipe: Recipe) -> list[str]:
@@ -78,12 +97,19 @@ def _rows_line(name: str, part: Scan | Rows) -> str:
     return f"{name:<11} {len(part.rows):,} rows{note}, {mean:,.0f} tokens on average, {longest:,} at most"
 
 
+def _answers_line(recipe: Recipe, evaluation: Scan) -> str:
+    count = min(recipe.run.max_predict_samples or len(evaluation.rows), len(evaluation.rows))
+    return f"answers     {count:,} evaluation rows at every evaluation, {recipe.run.max_new_tokens} tokens at most"
+
+
 def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
     """What a run did, for its last lines."""
     lines = [f"finished    {metrics['steps']} steps, training loss {metrics['train_loss']:.4f}"]
     if "eval_loss" in metrics:
         right = metrics["eval_mean_token_accuracy"]
         lines.append(f"evaluation  loss {metrics['eval_loss']:.4f}, {right:.1%} of the learned tokens right")
+    if "eval_relaxed_accuracy" in metrics:
+        lines.append(f"answers     relaxed accuracy {metrics['eval_relaxed_accuracy']:.1%}")
     if "tokens_per_second" in metrics:
         speed = f"speed       {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['images_per_second']:.1f} images/s"
         lines.append(f"{speed}, {metrics['data_wait']:.1%} of the time waiting for data")

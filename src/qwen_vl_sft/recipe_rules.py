@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_vl_sft.attention import resolve_attention
 from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.hub_names import problem_of_branch, problem_of_repo_id
 from qwen_vl_sft.launch import World
+from qwen_vl_sft.metrics import METRICS
+from qwen_vl_sft.publication import problem_of_base
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.run_folder import problems_of_output_dir
 
 Rule = Callable[[Recipe, World], Iterator[str]]
+# What every evaluation measures while training; those of `METRICS` come with predict_with_generate.
+EVALUATION_METRICS = ("loss", "mean_token_accuracy")
 LORA_KEYS = (
     "lora_r",
     "lora_alpha",
@@ -63,6 +69,8 @@ def _ranges(recipe: Recipe, world: World) -> Iterator[str]:
         "min_pixels",
         "max_pixels",
         "dataset_num_proc",
+        "max_predict_samples",
+        "max_new_tokens",
     )
     values = recipe.values()
     positive = {name: values[name] for name in (*at_least_one, "lora_r", "lora_alpha", "global_batch_size")}
@@ -133,6 +141,7 @@ def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
     evaluates = recipe.get("eval_strategy") != "no"
     if evaluates and not recipe.data.dataset_test_split:
         yield "eval_strategy is set but dataset_test_split is not: name the split to evaluate on, or set eval_strategy: no"
+    yield from _best_metric(recipe)
     if not recipe.get("load_best_model_at_end"):
         return
     if not evaluates:
@@ -146,6 +155,22 @@ def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
         every = recipe.get("eval_steps") or recipe.get("logging_steps")
         if recipe.get("save_steps") % every:
             yield f"load_best_model_at_end needs save_steps {recipe.get('save_steps')} to be a multiple of eval_steps {every}"
+
+
+def _best_metric(recipe: Recipe) -> Iterator[str]:
+    stated = recipe.get("metric_for_best_model")
+    if stated is None:
+        return
+    metric, greater = stated.removeprefix("eval_"), recipe.get("greater_is_better")
+    known = (*EVALUATION_METRICS, *METRICS)
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+        yield f"metric_for_best_model: {stated!r} is not measured; {hint}"
+    elif metric in METRICS and not recipe.run.predict_with_generate:
+        yield f"metric_for_best_model: {stated} is measured with predict_with_generate: true only; set it, or use eval_loss"
+    elif greater is not None and greater == (metric == "loss"):
+        yield f"greater_is_better: {str(greater).lower()} would keep the worst model by {stated}; leave the key out"
 
 
 def _streaming(recipe: Recipe, world: World) -> Iterator[str]:
@@ -174,6 +199,22 @@ def _loss(recipe: Recipe, world: World) -> Iterator[str]:
         yield f"loss_type: {recipe.get('loss_type')!r} is unknown; nll or dft"
 
 
+def _publishing(recipe: Recipe, world: World) -> Iterator[str]:
+    run = recipe.run
+    if not run.push_to_hub:
+        return
+    if run.hub_model_id and (problem := problem_of_repo_id(run.hub_model_id)):
+        yield f"hub_model_id: {problem}"
+    if run.hub_revision and (problem := problem_of_branch(run.hub_revision)):
+        yield f"hub_revision: {problem}"
+    if problem := problem_of_base(recipe.model.model_name_or_path, recipe.model.use_peft):
+        yield problem
+    if run.hub_strategy == "every_save" and recipe.get("save_strategy") == "no":
+        yield "hub_strategy: every_save publishes checkpoints, and save_strategy is no; set it, or hub_strategy: end"
+    if run.hub_strategy == "every_save" and world.strategy == "fsdp2":
+        yield "hub_strategy: every_save cannot run under fsdp2: its checkpoints hold no whole weights; set hub_strategy: end"
+
+
 def _output(recipe: Recipe, world: World) -> Iterator[str]:
     if recipe.training.get("output_dir"):
         yield from problems_of_output_dir(
@@ -191,5 +232,6 @@ RULES: tuple[Rule, ...] = (
     _streaming,
     _reporting,
     _loss,
+    _publishing,
     _output,
 )

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.flops import Work
+from qwen_vl_sft.generation_metrics import GenerationMetrics
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.sampler import EpochSampler
 
@@ -28,11 +29,18 @@ class VisionSFTTrainer(SFTTrainer):
     """
 
     def __init__(
-        self, *args: Any, sampler: EpochSampler | None, meter: Meter, eval_collator: Collator, **kwargs: Any
+        self,
+        *args: Any,
+        sampler: EpochSampler | None,
+        meter: Meter,
+        eval_collator: Collator,
+        generation_metrics: GenerationMetrics | None = None,
+        **kwargs: Any,
     ) -> None:
         self._sampler = sampler
         self.meter = meter
         self.eval_collator = eval_collator
+        self.generation_metrics = generation_metrics
         super().__init__(*args, **kwargs)
         # Of this process: loss, right tokens, learned tokens, entropy.
         self._train_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
@@ -106,13 +114,19 @@ class VisionSFTTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Replace the Trainer's mean over batches by the mean over learned tokens."""
+        """Replace the Trainer's mean over batches by the mean over learned tokens, and add the metrics of answers."""
         self._eval_sums = torch.zeros_like(self._eval_sums)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         loss, right, learned, _ = self._take(self._eval_sums)
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
+        if self.generation_metrics is not None:
+            with self.compute_loss_context_manager():
+                answered = self.generation_metrics.measure(
+                    self.model_wrapped, self.accelerator, self.state.global_step, not self.args.disable_tqdm
+                )
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in answered.items()})
         return output
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:

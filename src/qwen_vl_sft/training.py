@@ -18,14 +18,17 @@ from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.data import Rows
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.flops import FlopCounter
+from qwen_vl_sft.generation_metrics import GenerationMetrics
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import lora_config, trains_language_only
 from qwen_vl_sft.meter import Meter
+from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
 from qwen_vl_sft.patches import call_tied_head_after_backbone, has_tied_embeddings, run_frozen_vision_without_gradients
 from qwen_vl_sft.plots import plot_loss
 from qwen_vl_sft.preparation import PreparedData
 from qwen_vl_sft.recipe import Recipe
+from qwen_vl_sft.recipe_rules import EVALUATION_METRICS
 from qwen_vl_sft.sampler import EpochSampler, places
 from qwen_vl_sft.scan import Scan
 from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS
@@ -82,6 +85,7 @@ def build_trainer(
         peft_config=lora_config(model, recipe.model) if recipe.model.use_peft else None,
         sampler=sampler,
         meter=meter,
+        generation_metrics=_generation_metrics(recipe, data, args.eval_batch_size),
         callbacks=[PauseMeter(meter), check_world, *([EpochOrder(sampler)] if sampler else [])],
     )
     check_world.trainer = trainer
@@ -126,6 +130,8 @@ def train(
         "epochs": trainer.state.epoch,
         **_evaluation_of_saved_model(trainer),
         "best_checkpoint": trainer.state.best_model_checkpoint,
+        # The commit of a base model from the Hub, None for a folder.
+        "base_commit": getattr(trainer.model.config, "_commit_hash", None),
         **trainer.meter.summary(world.processes),
         "work": asdict(trainer.meter.total),
         "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
@@ -168,13 +174,22 @@ def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows) -> Collator
     return Collator(part, data.encoder, skip, skip_overlong=recipe.data.overlong == "drop")
 
 
+def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> GenerationMetrics | None:
+    run = recipe.run
+    if not run.predict_with_generate or data.evaluation is None:
+        return None
+    return GenerationMetrics(
+        data.evaluation, data.encoder, run.max_predict_samples, batch_size, run.max_new_tokens, recipe.output_dir
+    )
+
+
 def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
     """The evaluation of the model that is saved: the best when that is loaded at the end, else the last."""
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
-    names = ("eval_loss", "eval_mean_token_accuracy")
-    return {name: entries[-1][name] for name in names} if entries else {}
+    names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *METRICS)]
+    return {name: entries[-1][name] for name in names if name in entries[-1]} if entries else {}
 
 
 def _sum_over_ranks(trainer: VisionSFTTrainer, count: int) -> int:
