@@ -25,13 +25,14 @@ def main() -> None:
         print(format_help(__doc__ or "", SWITCHES))
         return
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft import launch, plan, preparation, recipe_rules, run_folder, training
+    from qwen_vl_sft import launch, plan, preparation, push_while_training, recipe_rules, run_folder, training
     from qwen_vl_sft.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, overrides)
     world = launch.read_world(use_cpu=recipe.get("use_cpu"))
     recipe_rules.check(recipe, world)
     global_batch = recipe_rules.resolve_batch(recipe, world)
+    publisher = push_while_training.prepare(recipe, world)
 
     launch.start(world)
     data = preparation.prepare_data(recipe, world)
@@ -47,6 +48,8 @@ def main() -> None:
     resume = run_folder.resolve_resume(recipe.output_dir, recipe.get("resume_from_checkpoint"))
     args = training.sft_config(recipe, world)
     trainer = training.build_trainer(recipe, world, args, data, global_batch)
+    if publisher:
+        trainer.add_callback(publisher)
     if world.rank == 0:
         training.begin_run_folder(recipe, world, data)
     metrics = training.train(trainer, world, recipe, data, resume)
@@ -54,6 +57,9 @@ def main() -> None:
         training.finish_run_folder(recipe, trainer, metrics)
         print(plan.outcome(recipe, metrics), flush=True)
     trainer.accelerator.end_training()
+    if publisher:
+        # The run folder is complete, and no process waits for this one any more.
+        publisher.finish()
 
 
 if __name__ == "__main__":

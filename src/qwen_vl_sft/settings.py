@@ -91,7 +91,29 @@ class RunSettings:
     global_batch_size: int | None = key(
         None, "rows of one optimizer step over all processes; gradient_accumulation_steps follows from it"
     )
+    packing: bool = key(
+        False, "train on rows packed into sequences of tokens_per_batch tokens instead of padded batches"
+    )
+    tokens_per_batch: int = key(
+        8192, "packing: most tokens of a micro-batch; the rows of a step stay global_batch_size"
+    )
+    share_prefixes: bool = key(False, "packing: questions on the same images are trained on one copy of them; exact")
     overwrite_output_dir: bool = key(False, "delete what a former run left in output_dir")
+    predict_with_generate: bool = key(
+        False, "at every evaluation also answer rows and log relaxed_accuracy, exact_match and the other metrics"
+    )
+    max_predict_samples: int | None = key(128, "rows that predict_with_generate answers, evenly over the split")
+    max_new_tokens: int = key(64, "most tokens of an answer of predict_with_generate")
+    push_to_hub: bool = key(
+        False, "publish the finished run with a model card; the token's rights are checked before anything starts"
+    )
+    hub_model_id: str | None = key(None, "repository, user/name or a name of yours; default: the name of output_dir")
+    hub_private_repo: bool = key(True, "a new repository is private; an existing one must be, or set this to false")
+    hub_revision: str | None = key(None, "branch to publish to, made if missing; default: main")
+    hub_strategy: Literal["end", "every_save"] = key(
+        "end", "when to publish: the finished run only, or also each checkpoint's model in the background"
+    )
+    hub_always_push: bool = key(False, "every_save: queue a checkpoint also while the one before is still being sent")
 
 
 GROUPS: dict[str, type] = {"Data": DataSettings, "Model and LoRA": ModelSettings, "Run": RunSettings}
@@ -134,10 +156,9 @@ REFUSED_KEYS: dict[str, str] = {
     "pad_token": _ENCODING,
     "truncation_mode": "nothing is ever truncated; see overlong",
     "pad_to_multiple_of": _ENCODING,
-    "packing": "rows are padded, not packed, in this version",
-    "packing_strategy": "rows are padded, not packed, in this version",
-    "padding_free": "rows are padded, not packed, in this version",
-    "eval_packing": "rows are padded, not packed, in this version",
+    "packing_strategy": "packing: true packs each optimizer step by itself, as evenly as it goes",
+    "padding_free": "packing: true pads nothing",
+    "eval_packing": "the evaluation loss is the same packed or padded; it is computed on padded batches",
     "model_init_kwargs": "the model has keys of its own: dtype, attn_implementation, load_in_4bit, ...",
     "remove_unused_columns": "columns are read by dataset_format",
     "label_names": "the labels are this package's",
@@ -149,12 +170,12 @@ REFUSED_KEYS: dict[str, str] = {
     "do_train": "scripts/sft.py always trains",
     "do_eval": "use eval_strategy",
     "do_predict": "use scripts/evaluate.py",
-    "prediction_loss_only": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
-    "include_for_metrics": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
-    "batch_eval_metrics": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
-    "eval_accumulation_steps": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
-    "eval_do_concat_batches": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
-    "eval_use_gather_object": "evaluation here is the loss; for accuracy use scripts/evaluate.py",
+    "prediction_loss_only": "for accuracy while training set predict_with_generate",
+    "include_for_metrics": "for accuracy while training set predict_with_generate",
+    "batch_eval_metrics": "for accuracy while training set predict_with_generate",
+    "eval_accumulation_steps": "for accuracy while training set predict_with_generate",
+    "eval_do_concat_batches": "for accuracy while training set predict_with_generate",
+    "eval_use_gather_object": "for accuracy while training set predict_with_generate",
     "router_aux_loss_coef": "mixture-of-experts models are not supported",
     "activation_checkpointing": "write gradient_checkpointing, the name TRL uses",
     "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs, the name TRL uses",
@@ -163,11 +184,7 @@ REFUSED_KEYS: dict[str, str] = {
     "enable_jit_checkpoint": "it can save in the middle of a step, from which a resume is not exact",
     "use_cache": "it is always off while training",
     "hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",
-    "push_to_hub": "publish the finished run folder with `hf upload`; this version does not push while training",
 }
-REFUSED_KEYS |= dict.fromkeys(
-    ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"), REFUSED_KEYS["push_to_hub"]
-)
 
 # Names that users of other versions and trainers write, and today's.
 FORMER_KEYS: dict[str, str] = {
