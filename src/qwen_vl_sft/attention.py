@@ -1,7 +1,8 @@
-"""Which attention is used, and one call over all images of a batch where PyTorch's own kernels do the work.
+"""Which attention is used, and one call over all images or packed rows where PyTorch's own kernels do the work.
 
 transformers' Qwen-VL vision towers see all images of a batch as one sequence. With sdpa they loop over images in Python,
-in every layer; an attention whose name holds "flash" gets the boundaries instead and makes one call.
+in every layer; an attention whose name holds "flash" gets the boundaries instead and makes one call. The language model
+gets the boundaries of packed rows from the batch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qwen_vl_sft.errors import UserError
 
 # "flash" in the name makes the vision tower pass the boundaries between images.
 SEGMENTED = "segmented_flash"
+PACKED = "packed_rows"
 
 
 def resolve_attention(wanted: str, on_cpu: bool, dtype: str) -> str:
@@ -54,6 +56,76 @@ def use_segmented_vision_attention(model: Any) -> None:
     AttentionInterface.register(SEGMENTED, _segmented_attention)
     AttentionMaskInterface.register(SEGMENTED, sdpa_mask)
     model.set_attn_implementation({"vision_config": SEGMENTED})
+
+
+def use_packed_attention(model: Any) -> None:
+    """Have the language model attend inside the pieces of packed rows; padded batches and generation go on as before."""
+    AttentionInterface.register(PACKED, _packed_attention)
+    AttentionMaskInterface.register(PACKED, _packed_mask)
+    model.set_attn_implementation({"text_config": PACKED})
+
+
+def _packed_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """None for packed rows, which have boundaries instead; padded batches need theirs."""
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
+def _packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    kv_index: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside the pieces of one packed row: [1, heads, T, D] -> [1, T, heads, D].
+
+    Keys of a piece end with the piece itself, so its last query sees all of them.
+    """
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
+        if module.training and attention_mask is None:
+            raise RuntimeError("a batch in training has neither boundaries nor a mask: rows would attend to each other")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if attention_mask is not None or dropout or query.shape[0] != 1:
+        raise RuntimeError("packed rows take no attention mask and no attention dropout, and batches of one sequence")
+    # Under autocast the rotary embedding leaves query and key in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if kv_index is not None:
+        k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
+    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+        bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        tensors = (q.contiguous(), k.contiguous(), v.contiguous())
+        return _varlen_attention()(*tensors, *bounds, scale=scaling, window_size=(-1, 0))[None], None
+    return _attend_by_piece(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling)[None], None
+
+
+def _attend_by_piece(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds_q: torch.Tensor,
+    bounds_k: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """A call for each piece: [T, heads, D] -> [T, heads, D]."""
+    sizes_q, sizes_k = bounds_q.diff().tolist(), bounds_k.diff().tolist()
+    attended = []
+    for q, k, v in zip(query.split(sizes_q), key.split(sizes_k), value.split(sizes_k), strict=True):
+        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+        attended.append(out[0].transpose(0, 1))
+    return torch.cat(attended)
 
 
 def _segmented_attention(

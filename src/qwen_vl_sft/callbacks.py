@@ -9,13 +9,14 @@ from transformers.trainer_callback import ProgressCallback
 
 from qwen_vl_sft.launch import World, check_running
 from qwen_vl_sft.meter import Meter
+from qwen_vl_sft.packing import StepSampler
 from qwen_vl_sft.sampler import EpochSampler
 
 
 class EpochOrder(TrainerCallback):
     """Tells the sampler which epoch begins; accelerate does not pass it on to a sampler inside a sharded batch sampler."""
 
-    def __init__(self, sampler: EpochSampler) -> None:
+    def __init__(self, sampler: EpochSampler | StepSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -56,10 +56,14 @@ class Collator:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `pad` makes it, and under "work" what it asks of the model, as plain numbers."""
-        encoded = [row for item in items if (row := self._encode(item)) is not None]
-        batch: dict[str, Any] = pad(encoded or [self._filler_row(items)], self.encoder.pad_token_id)
+        encoded = self.encode_all(items)
+        batch: dict[str, Any] = pad(encoded or [self.filler_row(items)], self.encoder.pad_token_id)
         batch["work"] = asdict(sum((work_of(row) for row in encoded), Work()))
         return batch
+
+    def encode_all(self, items: Sequence[dict[str, Any]]) -> list[Encoded]:
+        """The rows of these items that can be used."""
+        return [row for item in items if (row := self._encode(item)) is not None]
 
     def _encode(self, item: dict[str, Any]) -> Encoded | None:
         if item.get("row") == NO_ROW:
@@ -74,7 +78,8 @@ class Collator:
             logger.warning("skipped: %s", error)
             return None
 
-    def _filler_row(self, items: Sequence[dict[str, Any]]) -> Encoded:
+    def filler_row(self, items: Sequence[dict[str, Any]]) -> Encoded:
+        """What stands in for a batch without any row that can be used: a good row with nothing to learn."""
         if self.rows.streamed:
             raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
         return self.rows.encode({"row": self.filler}, self.encoder).without_labels()

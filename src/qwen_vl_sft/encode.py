@@ -6,6 +6,7 @@ those of generation. Which tokens are learned follows from that construction; no
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,12 +53,19 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a row costs, known without its pixels: tokens in all, tokens learned, images, vision patches."""
+    """What a row costs, known without its pixels: tokens in all, tokens learned, images, vision patches.
+
+    `prefix` is equal in rows that begin alike up to their last image before any answer (images, text and all), and
+    empty in a row without one; `prefix_tokens` and `prefix_patches` are what that beginning costs.
+    """
 
     tokens: int
     learned: int
     images: int
     patches: int
+    prefix: str
+    prefix_tokens: int
+    prefix_patches: int
 
 
 class Encoder:
@@ -111,7 +119,25 @@ class Encoder:
         tokens = len(ids) - len(images) + sum(count // processor.merge_size**2 for count in patches)
         self._check_length(tokens)
         masked = self._labels(torch.tensor(ids), torch.tensor(learned))
-        return Lengths(tokens, int((masked[1:] != IGNORE_INDEX).sum()), len(images), sum(patches))
+        count = int((masked[1:] != IGNORE_INDEX).sum())
+        return Lengths(tokens, count, len(images), sum(patches), *self._prefix(ids, learned, conversation, patches))
+
+    def _prefix(
+        self, ids: list[int], learned: list[bool], conversation: Conversation, patches: list[int]
+    ) -> tuple[str, int, int]:
+        """`Lengths.prefix` and what it costs, from ids with one image token an image."""
+        before_answers = ids[: learned.index(True)] if True in learned else ids
+        images = before_answers.count(self.image_token_id)
+        if not images:
+            return "", 0, 0
+        # An image is closed by one more token; the tokenizer never merges text into it.
+        seam = len(before_answers) - before_answers[::-1].index(self.image_token_id) + 1
+        digest = hashlib.sha256(repr(ids[:seam]).encode())
+        for file in conversation.images[:images]:
+            digest.update(hashlib.sha256(file.identity).digest())
+        used = sum(patches[:images])
+        merged = used // self.processor.image_processor.merge_size**2
+        return digest.hexdigest(), seam - images + merged, used
 
     def _with_system_message(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.system_message is None or messages[0]["role"] == "system":

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from qwen_vl_sft.data import Rows, in_memory, open_rows, spread
+from qwen_vl_sft.data import ROW_ID, Rows, in_memory, open_rows, spread
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launch import World
@@ -63,7 +63,21 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     for part in (train, evaluation):
         if isinstance(part, Scan):
             _check_images_everywhere(part, recipe, world)
+    if recipe.run.packing:
+        assert isinstance(train, Scan), "recipe rules refuse packing of a stream"
+        _check_rows_fit(train, recipe.run.tokens_per_batch)
     return PreparedData(encoder, train, evaluation)
+
+
+def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
+    longer = int((train.tokens > tokens_per_batch).sum())
+    if longer:
+        row = train.rows.where(train.rows.dataset[int(train.tokens.argmax())][ROW_ID])  # type: ignore[index]
+        raise UserError(
+            f"tokens_per_batch {tokens_per_batch:,}: {longer:,} of {len(train.rows):,} rows are longer, the longest"
+            f" ({row}) with {int(train.tokens.max()):,} tokens; raise tokens_per_batch, lower max_pixels, or leave them"
+            f" out with max_length: {tokens_per_batch} and overlong: drop"
+        )
 
 
 def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:

@@ -46,6 +46,11 @@ class ImageFile:
     data: bytes | None
     path: str | None
 
+    @property
+    def identity(self) -> bytes:
+        """The same for the same image: its encoded bytes, or its file."""
+        return self.data if self.data is not None else str(self.path).encode()
+
     def open(self) -> Image.Image:
         """Open without decoding pixels: size and mode come from the header. Raises `BadRow`."""
         try:

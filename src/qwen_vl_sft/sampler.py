@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
 from qwen_vl_sft.collator import NO_ROW
+from qwen_vl_sft.packing import epoch_order
 
 
 def places(rows: int, multiple_of: int) -> Dataset:
@@ -37,8 +37,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from epoch_order(self.rows, self.seed, self.epoch)
         yield from range(self.rows, self.total)
 
     def __len__(self) -> int:

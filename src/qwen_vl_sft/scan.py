@@ -15,13 +15,16 @@ from qwen_vl_sft import __version__
 from qwen_vl_sft.data import ROW_ID, Rows
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
+from qwen_vl_sft.packing import Sizes
 from qwen_vl_sft.rows import FORMATS
 
+COUNTS = ("tokens", "learned", "images", "patches", "prefix_tokens", "prefix_patches")
 _FEATURES = Features(
     {
         "problem": Value("string"),
         "overlong": Value("bool"),
-        **{name: Value("int64") for name in (ROW_ID, "tokens", "learned", "images", "patches")},
+        "prefix": Value("string"),
+        **{name: Value("int64") for name in (ROW_ID, *COUNTS)},
     }
 )
 _SHOWN = 5
@@ -31,7 +34,8 @@ _SHOWN = 5
 class Scan:
     """Rows that can be used, their lengths in the same order, and how many were left out and why.
 
-    `tokens`, `learned`, `images`, `patches` are int64 arrays with an entry a row.
+    `tokens`, `learned`, `images`, `patches`, `prefix_tokens`, `prefix_patches` are int64 arrays with an entry a row;
+    `prefix` numbers the beginnings that rows share (`Lengths.prefix`), -1 for none.
     """
 
     rows: Rows
@@ -39,6 +43,9 @@ class Scan:
     learned: np.ndarray
     images: np.ndarray
     patches: np.ndarray
+    prefix: np.ndarray
+    prefix_tokens: np.ndarray
+    prefix_patches: np.ndarray
     bad: list[str]
     overlong: list[str]
 
@@ -47,6 +54,11 @@ class Scan:
         """The row with an image that costs least, to fill up a batch; any cheapest row when none has an image."""
         cost = self.tokens + np.where(self.images > 0, 0, self.tokens.max() + 1)
         return int(cost.argmin())
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the rows cost, for packing."""
+        return Sizes(self.tokens, self.patches, self.prefix, self.prefix_tokens, self.prefix_patches)
 
     def summary(self) -> dict[str, int]:
         """Counts for the run's summary."""
@@ -87,8 +99,16 @@ def scan(
     kept = [index for index, problem in enumerate(problems) if not problem]
     if not kept:
         raise UserError(f"{rows.name}: none of its {len(rows)} rows can be used; the first: {named[0]}")
-    lengths = {name: np.asarray(columns[name])[kept] for name in ("tokens", "learned", "images", "patches")}
-    return Scan(rows=rows.select(kept), **lengths, bad=bad_rows, overlong=long_rows)
+    lengths = {name: np.asarray(columns[name])[kept] for name in COUNTS}
+    prefixes = list(found["prefix"])
+    prefix = _numbered([prefixes[index] for index in kept])
+    return Scan(rows=rows.select(kept), **lengths, prefix=prefix, bad=bad_rows, overlong=long_rows)
+
+
+def _numbered(names: list[str]) -> np.ndarray:
+    """A number for each name in order of appearance, -1 for an empty one."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) if name else -1 for name in names], dtype=np.int64)
 
 
 def _checked(rows: Rows, encoder: Encoder, verify_images: bool, num_proc: int | None) -> Dataset:
@@ -114,8 +134,13 @@ def _check_row(raw: Mapping[str, Any], rows: Rows, encoder: Encoder, verify_imag
         conversation = FORMATS[rows.format](raw, rows.folder)
         return {**result, **asdict(encoder.measure(conversation, decode=verify_images))}
     except BadRow as error:
-        lengths = dict.fromkeys(("tokens", "learned", "images", "patches"), 0)
-        return {**result, **lengths, "problem": str(error), "overlong": isinstance(error, OverLongRow)}
+        return {
+            **result,
+            **dict.fromkeys(COUNTS, 0),
+            "prefix": "",
+            "problem": str(error),
+            "overlong": isinstance(error, OverLongRow),
+        }
 
 
 def _fingerprint(rows: Rows, encoder: Encoder, verify_images: bool) -> str:
@@ -133,6 +158,7 @@ def _fingerprint(rows: Rows, encoder: Encoder, verify_images: bool) -> str:
         "image_processor": str(processor.image_processor.to_dict()),
         "tokenizer": hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "version": __version__,
+        "columns": sorted(_FEATURES),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

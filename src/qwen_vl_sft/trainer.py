@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -18,11 +20,13 @@ from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.flops import Work
 from qwen_vl_sft.generation_metrics import GenerationMetrics
 from qwen_vl_sft.meter import Meter
+from qwen_vl_sft.packed import MICRO_BATCHES
+from qwen_vl_sft.packing import StepSampler
 from qwen_vl_sft.sampler import EpochSampler
 
 
 class VisionSFTTrainer(SFTTrainer):
-    """Trains on batches of `Collator`.
+    """Trains on batches of `Collator`, or on the packed steps of `PackedCollator`.
 
     The loss is the mean over the learned tokens of the global batch; the evaluation loss the mean over the learned
     tokens of all evaluation rows. Both hold for any micro-batch size and any number of processes.
@@ -31,7 +35,7 @@ class VisionSFTTrainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
-        sampler: EpochSampler | None,
+        sampler: EpochSampler | StepSampler | None,
         meter: Meter,
         eval_collator: Collator,
         generation_metrics: GenerationMetrics | None = None,
@@ -54,9 +58,50 @@ class VisionSFTTrainer(SFTTrainer):
         """Fetch the micro-batches of one step, and count the seconds that takes."""
         self.meter.resume()
         timed = _Timed(epoch_iterator)
-        fetched = super().get_batch_samples(timed, num_batches, device)
+        steps, count = super().get_batch_samples(timed, num_batches, device)
         self.meter.waited += timed.seconds
-        return fetched
+        if steps and MICRO_BATCHES in steps[0]:
+            count = self._get_num_items_in_batch(steps[0][MICRO_BATCHES], device)
+        return steps, count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward over a micro-batch, or over all packed micro-batches of an optimizer step."""
+        if MICRO_BATCHES not in inputs:
+            return super().training_step(model, inputs, *args, **kwargs)
+        batches = inputs[MICRO_BATCHES]
+        losses = []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            # DeepSpeed looks here for the end of a step.
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            waits = last or self.is_deepspeed_enabled
+            with nullcontext() if waits else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, self._on_device(batch), *args, **kwargs))
+        return torch.stack(losses).sum()
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Copy from pinned memory while the GPU computes."""
+        device = self.args.device
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of training rows; that of packed steps gives each process its own, so nothing is dealt out again."""
+        if not isinstance(self._sampler, StepSampler):
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            _AsIs(),
+            batch_sampler=self._sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            # A batch is a whole step; one a worker in advance is enough, and memory holds no more.
+            prefetch_factor=(self.args.dataloader_prefetch_factor or 1) if workers else None,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+        )
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add to a training log the share of right tokens, their entropy, and the speed of all processes."""
@@ -186,6 +231,13 @@ def _sums(outputs: Any) -> torch.Tensor:
     """Loss, right tokens, learned tokens and entropy of a micro-batch; all are zero where nothing is learned."""
     summed = (-outputs.log_probs, outputs.is_top1, outputs.label_mask, outputs.entropy)
     return torch.stack([values.detach().sum().double() for values in summed])
+
+
+class _AsIs(Dataset[Any]):
+    """Gives what a batch sampler asks for: the sampler says which rows a step has, the collator reads them."""
+
+    def __getitem__(self, item: Any) -> Any:
+        return item
 
 
 class _Timed:

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
 
 from qwen_vl_sft import launch, run_folder
+from qwen_vl_sft.attention import use_packed_attention
 from qwen_vl_sft.callbacks import CheckWorld, EpochOrder, PauseMeter, Progress
 from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.data import Rows
@@ -24,8 +25,11 @@ from qwen_vl_sft.lora import lora_config, trains_language_only
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
+from qwen_vl_sft.packed import PackedCollator
+from qwen_vl_sft.packing import StepPlan, StepSampler
 from qwen_vl_sft.patches import call_tied_head_after_backbone, has_tied_embeddings, run_frozen_vision_without_gradients
 from qwen_vl_sft.plots import plot_loss
+from qwen_vl_sft.positions import Positions
 from qwen_vl_sft.preparation import PreparedData
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.recipe_rules import EVALUATION_METRICS
@@ -44,6 +48,9 @@ def sft_config(recipe: Recipe, world: World) -> SFTConfig:
     """TRL's configuration of a recipe. Must exist before the model is loaded: ZeRO-3 partitions while loading."""
     arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(world)}
     arguments["resume_from_checkpoint"] = None
+    if recipe.run.packing:
+        # The Trainer's batch is then a whole optimizer step; its micro-batches are planned by their tokens.
+        arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     arguments.setdefault("run_name", recipe.output_dir.name)
     # transformers' new names of these keys; TRL and its users still write the former ones.
     for former, name in FORMER_NAMES.items():
@@ -70,15 +77,18 @@ def build_trainer(
     # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.pad_token_id = data.encoder.pad_token_id
+    if recipe.run.packing:
+        use_packed_attention(model)
     meter, check_world = Meter(args.device), CheckWorld(world)
-    train_dataset, sampler = _train_places(recipe, data, global_batch)
-    collator = _collator(recipe, data, data.train)
+    train_dataset, sampler = _train_places(recipe, world, data, global_batch)
+    train_collator = _collator(recipe, data, data.train)
     evaluation = data.evaluation
+    collator = _packed(train_collator, model) if recipe.run.packing else train_collator
     trainer = VisionSFTTrainer(
         model=model,
         args=args,
         data_collator=collator,
-        eval_collator=_collator(recipe, data, evaluation) if evaluation else collator,
+        eval_collator=_collator(recipe, data, evaluation) if evaluation else train_collator,
         train_dataset=train_dataset,
         eval_dataset=places(len(evaluation.rows), args.eval_batch_size * world.processes) if evaluation else None,
         processing_class=data.encoder.processor,
@@ -119,7 +129,7 @@ def train(
     trainer: VisionSFTTrainer, world: World, recipe: Recipe, data: PreparedData, resume: Path | None
 ) -> dict[str, Any]:
     """Train, save the final model, and return the metrics of the run."""
-    assert isinstance(trainer.data_collator, Collator)
+    assert isinstance(trainer.data_collator, Collator | PackedCollator)
     assert isinstance(trainer.model, nn.Module)
     collator, parameters = trainer.data_collator, count_parameters(trainer.model)
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -159,12 +169,30 @@ def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, metrics: dict[s
     plot_loss(history, recipe.output_dir / run_folder.LOSS_PLOT)
 
 
-def _train_places(recipe: Recipe, data: PreparedData, global_batch: int) -> tuple[Any, EpochSampler | None]:
+def _train_places(
+    recipe: Recipe, world: World, data: PreparedData, global_batch: int
+) -> tuple[Any, EpochSampler | StepSampler | None]:
+    if recipe.run.packing:
+        plan = step_plan(recipe, world, data, global_batch)
+        return places(len(plan.sizes.tokens), 1), StepSampler(plan, world.rank)
     if not isinstance(data.train, Scan):
         # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
         return data.train.dataset.repeat(None), None
     items = places(len(data.train.rows), global_batch)
     return items, EpochSampler(len(data.train.rows), len(items), recipe.data_seed)
+
+
+def step_plan(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> StepPlan:
+    """Which rows a packed run trains on together."""
+    assert isinstance(data.train, Scan), "recipe rules refuse packing of a stream"
+    run = recipe.run
+    budget, share = run.tokens_per_batch, run.share_prefixes
+    return StepPlan(data.train.sizes, global_batch, budget, world.processes, recipe.data_seed, share)
+
+
+def _packed(collator: Collator, model: Any) -> PackedCollator:
+    # The vision tower casts pixels to its own type first thing; half the bytes then go to the GPU.
+    return PackedCollator(collator, Positions(model.config), model.dtype)
 
 
 def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows) -> Collator:

@@ -1,0 +1,187 @@
+"""Which rows are trained together: an epoch's order, its optimizer steps, and in each the micro-batches of every process.
+
+Everything follows from the rows' lengths, the recipe and the seed, so that all processes work it out alike. The rows of
+an optimizer step do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+# Rows that are computed on one copy of their prefix; without sharing a single row.
+Group = list[int]
+MicroBatch = list[Group]
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+    """The numbers of all rows in the random order of an epoch."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What rows cost: int64 arrays with an entry a row.
+
+    `tokens` and `patches` of the whole row; of its beginning up to the question, which other rows may have too, the
+    number of the `prefix` (-1 for a row without one) and its `prefix_tokens` and `prefix_patches`.
+    """
+
+    tokens: np.ndarray
+    patches: np.ndarray
+    prefix: np.ndarray
+    prefix_tokens: np.ndarray
+    prefix_patches: np.ndarray
+
+    def of(self, group: Group) -> np.ndarray:
+        """Tokens and patches of a group: its prefix counts once."""
+        first, repeats = group[0], len(group) - 1
+        tokens = self.tokens[group].sum() - repeats * self.prefix_tokens[first]
+        patches = self.patches[group].sum() - repeats * self.prefix_patches[first]
+        return np.array([tokens, patches], dtype=np.float64)
+
+
+class StepPlan:
+    """The optimizer steps of every epoch.
+
+    Args:
+        sizes: lengths of the rows.
+        rows_per_step: rows of one optimizer step over all processes; the last step of an epoch may have fewer.
+        tokens_per_batch: most tokens of a micro-batch.
+        processes: number of processes.
+        seed: seed of the order.
+        share_prefixes: rows with the same prefix stay together, and are computed on one copy of it.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        rows_per_step: int,
+        tokens_per_batch: int,
+        processes: int,
+        seed: int,
+        share_prefixes: bool = False,
+    ) -> None:
+        assert sizes.tokens.max() <= tokens_per_batch, "a row does not fit a micro-batch"
+        self.sizes = sizes
+        self.rows_per_step = rows_per_step
+        self.tokens_per_batch = tokens_per_batch
+        self.processes = processes
+        self.seed = seed
+        self.share_prefixes = share_prefixes
+
+    def __len__(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.sizes.tokens) / self.rows_per_step)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Every row once, in the order of an epoch; rows with the same prefix stand together when it is shared."""
+        shuffled = np.array(epoch_order(len(self.sizes.tokens), self.seed, epoch))
+        if not self.share_prefixes:
+            return shuffled
+        prefix = self.sizes.prefix[shuffled]
+        # A row without a prefix is a unit of its own; a prefix comes where its first row does.
+        unit = np.where(prefix < 0, len(prefix) + np.arange(len(prefix)), prefix)
+        _, first, inverse = np.unique(unit, return_index=True, return_inverse=True)
+        return shuffled[np.argsort(first[inverse], kind="stable")]
+
+    def steps(self, epoch: int) -> Iterator[list[list[MicroBatch]]]:
+        """The steps of an epoch, each as micro-batches by process; every process gets as many of them."""
+        order = self.order(epoch)
+        for start in range(0, len(order), self.rows_per_step):
+            yield self.split(order[start : start + self.rows_per_step].tolist())
+
+    def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
+        """Micro-batches by process for the rows of one step: as few as the budget allows, and as equal as they can be."""
+        groups = self._groups(rows)
+        tokens = sum(self.sizes.of(group)[0] for group in groups)
+        for count in range(max(1, math.ceil(tokens / (self.processes * self.tokens_per_batch))), len(rows) + 1):
+            bins = self._fill(self._enough(groups, count * self.processes), count * self.processes)
+            if bins is not None:
+                return self._deal(bins, count)
+        raise AssertionError("every row fits a micro-batch of its own")
+
+    def _groups(self, rows: Sequence[int]) -> list[Group]:
+        if not self.share_prefixes:
+            return [[row] for row in rows]
+        found: dict[tuple[int, int], Group] = {}
+        for row in rows:
+            prefix = int(self.sizes.prefix[row])
+            found.setdefault((prefix, -1 if prefix >= 0 else row), []).append(row)
+        return [part for group in found.values() for part in self._fitting(group)]
+
+    def _fitting(self, group: Group) -> list[Group]:
+        if len(group) == 1 or self.sizes.of(group)[0] <= self.tokens_per_batch:
+            return [group]
+        half = len(group) // 2
+        return self._fitting(group[:half]) + self._fitting(group[half:])
+
+    def _enough(self, groups: list[Group], bins: int) -> list[Group]:
+        """Cut the largest groups until no process is without rows, as far as there are rows."""
+        groups = list(groups)
+        while len(groups) < bins and any(len(group) > 1 for group in groups):
+            largest = max((group for group in groups if len(group) > 1), key=lambda group: self.sizes.of(group)[0])
+            half = len(largest) // 2
+            groups.remove(largest)
+            groups += [largest[:half], largest[half:]]
+        return groups
+
+    def _fill(self, groups: list[Group], bins: int) -> list[tuple[np.ndarray, MicroBatch]] | None:
+        """Longest first into the lightest bin, by whichever of tokens and patches it has more of. None if it fails."""
+        costs = [self.sizes.of(group) for group in groups]
+        scale = np.maximum(sum(costs), 1.0)
+        loads = np.zeros((bins, 2))
+        filled: list[MicroBatch] = [[] for _ in range(bins)]
+        for place in sorted(range(len(groups)), key=lambda place: (-max(costs[place] / scale), groups[place])):
+            after = loads + costs[place]
+            weight = (after / scale).max(axis=1)
+            weight[after[:, 0] > self.tokens_per_batch] = np.inf
+            lightest = int(weight.argmin())
+            if weight[lightest] == np.inf:
+                return None
+            loads[lightest] = after[lightest]
+            filled[lightest].append(groups[place])
+        return list(zip(loads, filled, strict=True))
+
+    def _deal(self, bins: list[tuple[np.ndarray, MicroBatch]], count: int) -> list[list[MicroBatch]]:
+        """`count` bins to each process, the heaviest first to the one that has least: all wait for the slowest."""
+        scale = np.maximum(sum(load for load, _ in bins), 1.0)
+        totals = np.zeros((self.processes, 2))
+        dealt: list[list[MicroBatch]] = [[] for _ in range(self.processes)]
+        for load, batch in sorted(bins, key=lambda entry: (-max(entry[0] / scale), entry[1])):
+            weight = ((totals + load) / scale).max(axis=1)
+            weight[[len(batches) == count for batches in dealt]] = np.inf
+            process = int(weight.argmin())
+            totals[process] += load
+            dealt[process].append(batch)
+        return dealt
+
+
+class StepSampler(Sampler[list[MicroBatch]]):
+    """Gives a data loader, as its batch sampler, the micro-batches of one process for one optimizer step after another.
+
+    Args:
+        plan: the steps.
+        rank: the process.
+    """
+
+    def __init__(self, plan: StepPlan, rank: int) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        for step in self.plan.steps(self.epoch):
+            yield step[self.rank]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose steps are given next."""
+        self.epoch = epoch
