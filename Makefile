@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
 	@# DeepSpeed's setup imports torch, which an isolated build would download once more.
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation \
-		--editable '.[dev,deepspeed]'
+		--editable '.[dev,deepspeed,demo]'
 	@touch $@
 
 quickstart: setup

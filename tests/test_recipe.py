@@ -35,7 +35,7 @@ def test_the_command_line_wins(tmp_path):
 
 def test_every_problem_at_once(tmp_path):
     path = write(
-        tmp_path, "learnin_rate: 1\nbf16: maybe\nseed: 1.5\npacking: true\nwarmup_ratio: 0.1\ndataset_format: coco\n"
+        tmp_path, "learnin_rate: 1\nbf16: maybe\nseed: 1.5\npacking_strategy: bfd\nwarmup_ratio: 0.1\ndataset_format: coco\n"
     )
     with pytest.raises(UserError) as caught:
         read_recipe(path, {"lora_rr": 3})
@@ -44,7 +44,7 @@ def test_every_problem_at_once(tmp_path):
     assert problems[0] == f"{path}: unknown key learnin_rate; did you mean learning_rate?"
     assert problems[1] == f"{path}: bf16: 'maybe' is not true or false"
     assert problems[2] == f"{path}: seed: 1.5 is not a whole number"
-    assert "packing cannot be set" in problems[3]
+    assert "packing_strategy cannot be set" in problems[3]
     assert "write warmup_steps" in problems[4]
     assert problems[5] == f"{path}: dataset_format: 'coco' is not one of auto, chartqa, messages"
     assert problems[6] == "command line: unknown key lora_rr; did you mean lora_r?"
@@ -162,4 +162,4 @@ def test_help_fits_80_columns_and_names_our_keys_first():
     assert max(len(line) for line in text.splitlines()) <= 80
     assert text.index("--dataset_name") < text.index("--lora_scope") < text.index("--global_batch_size")
     assert text.index("--global_batch_size") < text.index("--learning_rate")
-    assert "--packing " not in text
+    assert "--packing_strategy " not in text

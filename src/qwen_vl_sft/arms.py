@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation_options import ADAPTER_FILE, ARMS, Plan, TunedModel, tuned_settings
+from qwen_vl_sft.evaluation_options import ADAPTER_FILE, ARMS, Plan, Source, TunedModel, tuned_settings
 from qwen_vl_sft.launch_world import World
 from qwen_vl_sft.settings import ModelSettings
 
@@ -32,7 +33,7 @@ def make_encoder(arm: str, processor: Any, system_message: str) -> Encoder:
     return Encoder(processor, system_message=system_message if arm != "base" and system_message else None)
 
 
-def load_run_processor(plan: Plan) -> Any:
+def load_run_processor(plan: Source) -> Any:
     """The run's processor with its pixel limits, or the model's without a run; `min_pixels`, `max_pixels` win over both."""
     from transformers import AutoProcessor
 
@@ -52,7 +53,7 @@ def load_run_processor(plan: Plan) -> Any:
     return processor
 
 
-def load_arm(plan: Plan, arm: str, model: Any, world: World) -> Any:
+def load_arm(plan: Source, arm: str, model: Any, world: World) -> Any:
     """The model of an arm. `model` is that of the arm before, or None: base and prompted share one, tuned builds on it."""
     from qwen_vl_sft.model import load_model
 
@@ -67,8 +68,8 @@ def load_arm(plan: Plan, arm: str, model: Any, world: World) -> Any:
     return attach_adapter(model if model is not None else load(plan.recipe.model), plan.tuned.folder)
 
 
-def attach_adapter(model: Any, folder: Path) -> Any:
-    """Put a run's adapter on the base model and prove that each of its weights found a place.
+def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
+    """Put a run's adapter on the base model, under a name beside others, and prove that each weight found a place.
 
     PEFT loads an adapter of another model without an error, and then it does nothing. Raises `UserError`.
     """
@@ -77,13 +78,18 @@ def attach_adapter(model: Any, folder: Path) -> Any:
 
     try:
         # Without a device PEFT puts the adapter of every process on the first GPU.
-        tuned = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+        device = str(model.device)
+        if isinstance(model, PeftModel):
+            tuned = model
+            tuned.load_adapter(str(folder), adapter_name=name, torch_device=device)
+        else:
+            tuned = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--run: the adapter in {folder} does not fit its base model: {error}") from None
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
         saved = set(file.keys())
     # Whole embeddings may be saved beside an adapter of theirs; asking for them here could ask the Hub.
-    expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False))
     unplaced = sorted((expected - saved) | {name for name in saved - expected if ".lora_" in name})
     if unplaced:
         raise UserError(
@@ -93,7 +99,32 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     return tuned
 
 
-def precision_summary(plan: Plan) -> dict[str, Any]:
+def check_one_base(sources: Sequence[Source]) -> None:
+    """Raise `UserError` unless all runs build on the same base model in the same precision; full models stand alone."""
+    first = sources[0]
+    problems = []
+    for source in sources[1:]:
+        ours, theirs = _base_of(first.recipe.model), _base_of(source.recipe.model)
+        different = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
+        if different:
+            assert source.tuned
+            problems.append(
+                f"--run: {source.tuned.folder} has {' and '.join(different)}, but one base model serves all runs; leave it"
+                f" out, or give the same to all on the command line (--model_name_or_path, --dtype, --load_in_4bit)"
+            )
+    if problems:
+        raise UserError(*problems)
+
+
+def _base_of(settings: ModelSettings) -> dict[str, Any]:
+    return {
+        "model_name_or_path": settings.model_name_or_path,
+        "model_revision": settings.model_revision,
+        "precision": settings.precision,
+    }
+
+
+def precision_summary(plan: Source) -> dict[str, Any]:
     """In which precision the arms were scored and the run was trained."""
     scored = plan.recipe.model.precision
     trained = plan.trained.precision if plan.trained else None

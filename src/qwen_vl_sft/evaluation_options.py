@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,17 +57,23 @@ class TunedModel:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """An evaluation that is ready to start, but for the rows.
+class Source:
+    """The models to answer with, and how they are asked: a run's, or a base model alone.
 
     `trained` holds the model settings of training, None without a run; `system_message` None what the rows' format says.
     """
 
-    options: Options
     recipe: Recipe
     trained: ModelSettings | None
     tuned: TunedModel | None
     system_message: str | None
+
+
+@dataclass(frozen=True)
+class Plan(Source):
+    """An evaluation that is ready to start, but for the rows."""
+
+    options: Options
     output_dir: Path
 
 
@@ -82,11 +88,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add = parser.add_argument
     add("--run", type=Path, help="run folder of scripts/sft.py, or a checkpoint in it; its recipe gives the defaults")
     add("--predictions", type=Path, help="score this file instead of a model: JSONL or JSON list of prediction, answer")
-    add("--arms", type=_names, help="some of base,prompted,tuned; default: all that the run allows")
+    add("--arms", type=names, help="some of base,prompted,tuned; default: all that the run allows")
     add("--split", default="test", help="split to score, slices allowed (default: %(default)s)")
-    add("--max_samples", type=_positive, help="so many rows, evenly spread over the split; default: all")
-    add("--batch_size", type=_positive, default=8, help="rows answered together (default: %(default)s)")
-    add("--max_new_tokens", type=_positive, default=64, help="most tokens of an answer (default: %(default)s)")
+    add("--max_samples", type=positive, help="so many rows, evenly spread over the split; default: all")
+    add("--batch_size", type=positive, default=8, help="rows answered together (default: %(default)s)")
+    add("--max_new_tokens", type=positive, default=64, help="most tokens of an answer (default: %(default)s)")
     add(
         "--output_dir",
         type=Path,
@@ -94,16 +100,26 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--resume", action="store_true", help="go on with the evaluation in output_dir; arms may be added")
     add("--overwrite", action="store_true", help="replace the evaluation in output_dir")
+    add_recipe_keys(parser)
+    given = vars(parser.parse_args(arguments))
+    keys = take_recipe_keys(given)
+    return Options(**given, recipe_keys=keys)
+
+
+def add_recipe_keys(parser: argparse.ArgumentParser, keys: Sequence[str] = RECIPE_KEYS) -> None:
+    """Let the command line give keys of a recipe; `take_recipe_keys` finds them."""
     group = parser.add_argument_group("keys of a recipe", "They win over the run's recipe.")
     described = {entry.name: entry for settings in (ModelSettings, DataSettings) for entry in fields(settings)}
-    for name in RECIPE_KEYS:
+    for name in keys:
         entry = described.get(name)
         text = entry.metadata["help"] if entry else "compute on the CPU even if there is a GPU"
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if entry is None or entry.type == "bool" else {}
         group.add_argument(f"--{name}", help=text.replace("%", "%%"), **switch)
-    given = vars(parser.parse_args(arguments))
-    keys = {name: value for name in RECIPE_KEYS if (value := given.pop(name)) is not None}
-    return Options(**given, recipe_keys=keys)
+
+
+def take_recipe_keys(given: dict[str, Any]) -> dict[str, str]:
+    """Move the recipe's keys out of the parsed command line, as they were written."""
+    return {name: value for name in RECIPE_KEYS if (value := given.pop(name, None)) is not None}
 
 
 def check_options(options: Options) -> None:
@@ -124,32 +140,44 @@ def check_options(options: Options) -> None:
             )
         if "tuned" in (options.arms or ()):
             problems.append("--arms: tuned needs a run; give --run, or leave the arm out")
-    for arm in options.arms or ():
+    raise_all(problems + unknown_arms(options.arms or ()))
+
+
+def unknown_arms(arms: Sequence[str]) -> list[str]:
+    """A problem for each arm that does not exist."""
+    problems = []
+    for arm in arms:
         if arm not in ARMS:
             near = difflib.get_close_matches(arm, ARMS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ARMS)}"
             problems.append(f"--arms: unknown arm {arm!r}; {hint}")
-    raise_all(problems)
+    return problems
 
 
 def make_plan(options: Options) -> Plan:
     """Read the run and put the command line over its recipe. Raises `UserError`; writes nothing."""
+    needed = options.arms is None or "tuned" in options.arms
+    source = read_source(options.run, options.recipe_keys, needed)
+    output_dir = options.output_dir or (options.run / "evaluation" if options.run else Path("evaluation"))
+    check_output_dir(output_dir, options)
+    return Plan(**vars(source), options=options, output_dir=output_dir)
+
+
+def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: bool) -> Source:
+    """Read a run, if there is one, and put the keys of the command line over its recipe. Raises `UserError`."""
     from qwen_vl_sft.recipe import read_recipe
     from qwen_vl_sft.run_folder import RECIPE, SYSTEM_MESSAGE
 
-    tuned = find_tuned(options.run, needed=options.arms is None or "tuned" in options.arms) if options.run else None
+    tuned = find_tuned(run, tuned_needed) if run else None
     path = tuned.home / RECIPE if tuned else None
-    recipe = read_recipe(path, options.recipe_keys)
+    recipe = read_recipe(path, recipe_keys)
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit are both on; turn one off, e.g. --load_in_4bit false")
-    message = options.recipe_keys.get("system_message")
+    message = recipe_keys.get("system_message")
     if message is None and tuned:
         file = tuned.home / SYSTEM_MESSAGE
         message = file.read_text(encoding="utf-8") if file.exists() else ""
-    trained = read_recipe(path, {}).model if path else None
-    output_dir = options.output_dir or (options.run / "evaluation" if options.run else Path("evaluation"))
-    check_output_dir(output_dir, options)
-    return Plan(options, recipe, trained, tuned, message, output_dir)
+    return Source(recipe, read_recipe(path, {}).model if path else None, tuned, message)
 
 
 def find_tuned(run: Path, needed: bool) -> TunedModel:
@@ -197,14 +225,16 @@ def check_output_dir(folder: Path, options: Options) -> None:
         )
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
+def names(text: str) -> tuple[str, ...]:
+    """Names between commas, each once, for argparse."""
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
         raise argparse.ArgumentTypeError("names no arm")
-    return names
+    return found
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")

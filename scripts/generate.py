@@ -1,0 +1,80 @@
+"""Answer a question about images: the tuned model of a run, its base model, or both side by side.
+
+    python scripts/generate.py --run runs/quickstart --images chart.png --question "Which bar is the tallest?"
+    python scripts/generate.py --run runs/chartqa_qlora --images chart.png --arms base,prompted,tuned
+    python scripts/generate.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --images a.png b.png --question "What changed?"
+
+The answer appears as it is generated; times go to the standard error. Prompt and decoding are those of
+scripts/evaluate.py. Without --question, every line of the standard input is one. --help lists every option.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qwen_vl_sft.console import quiet_libraries
+from qwen_vl_sft.errors import UserError, exits_with_user_errors, format_error
+from qwen_vl_sft.evaluation_options import read_source
+from qwen_vl_sft.generate_options import Options, check_options, choose_arms, parse_options, read_questions
+
+if TYPE_CHECKING:
+    from qwen_vl_sft.answering import Answerer
+    from qwen_vl_sft.rows import Conversation
+
+
+@exits_with_user_errors
+def main() -> None:
+    """Check everything, load the models once, answer question after question."""
+    quiet_libraries(rank=0)
+    options = parse_options()
+    check_options(options)
+    tuned_needed = options.arms is None or "tuned" in options.arms
+    source = read_source(options.run, options.recipe_keys, tuned_needed)
+    arms = choose_arms(options, source.system_message)
+
+    from qwen_vl_sft.answering import Answerer, ask, read_images
+
+    images = read_images(options.images)
+    answerer = Answerer([source])
+    if options.question is not None:
+        for arm in arms:  # a forged token ends here, before the model is loaded
+            answerer.check(ask(options.question, images), answerer.encoder(arm))
+    answerer.load(arms)
+    try:
+        for question in read_questions(options):
+            try:
+                answer(options, answerer, arms, question, ask(question, images))
+            except UserError as error:
+                if options.question is not None or not sys.stdin.isatty():
+                    raise
+                print(format_error(error), file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def answer(
+    options: Options, answerer: Answerer, arms: Sequence[str], question: str, conversation: Conversation
+) -> None:
+    """Answer one question with every arm, and print it."""
+    from qwen_vl_sft.answer_lines import describe, format_table, print_stream, to_json
+
+    answers = {}
+    for arm in arms:
+        coming = answerer.stream(conversation, arm, answerer.encoder(arm), options.max_new_tokens)
+        if options.json:
+            *_, answers[arm] = coming
+            continue
+        if len(arms) > 1:
+            print(f"[{arm}]")
+        answers[arm] = print_stream(coming)
+        print(f"({describe(answers[arm])})", file=sys.stderr)
+    if options.json:
+        print(to_json(question, options.images, answerer.sources[0], answers), flush=True)
+    elif len(arms) > 1:
+        print(f"\n{format_table(answers)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

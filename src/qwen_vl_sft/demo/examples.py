@@ -1,0 +1,96 @@
+"""Examples on the page: rows of a run's own evaluation data, with the answers they should get."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_vl_sft.data import Rows, open_rows, spread
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.evaluation_options import Source
+from qwen_vl_sft.evaluation_task import read_question, up_to_last_answer
+from qwen_vl_sft.recipe import BUILTIN
+from qwen_vl_sft.rows import Conversation
+
+FILE = "examples.json"
+# Rows of several turns cannot be asked on the page, so more rows are looked at than shown.
+LOOKED_AT = 8
+TRIED_SPLITS = ("test", "validation", "val")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about image files, and its right answer."""
+
+    images: tuple[Path, ...]
+    question: str
+    gold: str
+
+
+def collect_examples(source: Source, number: int, folder: Path) -> list[Example]:
+    """Rows of the run's evaluation split, else of the charts that ship with this package; images go into `folder`."""
+    data = source.recipe.data
+    splits = list(dict.fromkeys(split for split in (data.dataset_test_split, *TRIED_SPLITS) if split))
+    wanted: list[tuple[str, str, str | None, str]] = [(str(BUILTIN["builtin:tiny-charts"]), "test", None, "auto")]
+    if data.dataset_name:
+        own = [(data.dataset_name, split, data.dataset_config, data.dataset_format) for split in splits]
+        wanted = [*own, *wanted]
+    for name, split, config, row_format in wanted if number else ():
+        try:
+            # A Hub dataset is read from its beginning: a few rows are no reason to download it whole.
+            streamed = not Path(name).exists()
+            most = number * LOOKED_AT
+            rows = open_rows(name, split, config, streamed, row_format, max_rows=most if streamed else None)
+            found = list(_write(rows if streamed else spread(rows, most), number, folder))
+        except UserError:
+            continue
+        if found:
+            return found
+    return []
+
+
+def save_examples(examples: Sequence[Example], folder: Path) -> None:
+    """Write the list of examples beside their images, which lie in `folder` already."""
+    listed = [
+        {"images": [path.name for path in example.images], "question": example.question, "gold": example.gold}
+        for example in examples
+    ]
+    (folder / FILE).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_examples(folder: Path) -> list[Example]:
+    """The examples that `save_examples` wrote."""
+    listed = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return [
+        Example(tuple(folder / name for name in entry["images"]), entry["question"], entry["gold"]) for entry in listed
+    ]
+
+
+def _write(rows: Rows, number: int, folder: Path) -> Iterator[Example]:
+    """Every row or every second, whichever still gives enough, so that not all come from one half of the split."""
+    found = []
+    for raw in rows.dataset:
+        conversation = up_to_last_answer(rows.conversation(raw))
+        if _is_plain(conversation):
+            found.append((conversation, read_question(raw, conversation, rows.format)))
+    step = max(1, len(found) // number)
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, (conversation, question) in enumerate(found[::step][:number]):
+        paths = []
+        for count, image in enumerate(conversation.images):
+            kind = (image.open().format or "png").lower()
+            path = folder / f"example-{place + 1}{'-' + str(count + 1) if count else ''}.{kind}"
+            # The file's own bytes: another encoding could change the answer.
+            path.write_bytes(image.data if image.data is not None else Path(str(image.path)).read_bytes())
+            paths.append(path)
+        yield Example(tuple(paths), question.question, " or ".join(question.answers))
+
+
+def _is_plain(conversation: Conversation) -> bool:
+    """Whether the page could ask it: images, then one text, then the answer."""
+    first, *others = conversation.messages
+    kinds = [part["type"] for part in first["content"]]
+    plain = kinds == ["image"] * len(conversation.images) + ["text"]
+    return bool(conversation.images) and plain and first["role"] == "user" and len(others) == 1

@@ -1,0 +1,50 @@
+"""How the page names runs and models, without the folders of the machine that serves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen_vl_sft.evaluation_options import Source, TunedModel
+from qwen_vl_sft.metrics import HEADLINE
+from qwen_vl_sft.recipe import BUILTIN
+from qwen_vl_sft.scoring import SUMMARY_FILE
+from qwen_vl_sft.settings import ModelSettings
+
+EVALUATION = "evaluation"
+
+
+def run_names(sources: Sequence[Source]) -> list[str]:
+    """A name for each run: its folder's, with those above it as far as needed to tell the runs apart."""
+    paths = [source.tuned.folder.resolve().parts[1:] for source in sources if source.tuned]
+    names = []
+    for source, parts in zip(sources, paths, strict=True):
+        assert source.tuned
+        length = 1 if source.tuned.home == source.tuned.folder else 2
+        while length < len(parts) and sum(other[-length:] == parts[-length:] for other in paths) > 1:
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names
+
+
+def relaxed_accuracy(tuned: TunedModel) -> float | None:
+    """The run's accuracy as its own evaluation found it, None when it has not been evaluated."""
+    try:
+        summary = json.loads((tuned.folder / EVALUATION / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return float(summary["scores"]["tuned"]["all"][HEADLINE]["mean"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def label(name: str, tuned: TunedModel) -> str:
+    """A run as the page's list shows it."""
+    accuracy = relaxed_accuracy(tuned)
+    return name if accuracy is None else f"{name} (relaxed accuracy {accuracy:.1%})"
+
+
+def model_name(settings: ModelSettings) -> str:
+    """The base model's name: its Hub id, the name of what ships with this package, or its folder's last part."""
+    path = str(settings.model_name_or_path)
+    builtin = {str(folder): name for name, folder in BUILTIN.items()}
+    return builtin.get(path, Path(path).name if Path(path).exists() else path)
