@@ -55,10 +55,11 @@ class Collator:
         return int(self._skipped)
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch as `pad` makes it, and under "work" what it asks of the model, as plain numbers."""
+        """A batch as `pad` makes it; under "work" what it asks of the model, and its "row_ids", as plain numbers."""
         encoded = self.encode_all(items)
         batch: dict[str, Any] = pad(encoded or [self.filler_row(items)], self.encoder.pad_token_id)
         batch["work"] = asdict(sum((work_of(row) for row in encoded), Work()))
+        batch["row_ids"] = [row.row_id for row in encoded]
         return batch
 
     def encode_all(self, items: Sequence[dict[str, Any]]) -> list[Encoded]:

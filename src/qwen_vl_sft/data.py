@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Rows:
         """Encode an item. Raises `BadRow` that names the row."""
         raw = self._raw(item)
         try:
-            return encoder.encode(FORMATS[self.format](raw, self.folder))
+            return replace(encoder.encode(FORMATS[self.format](raw, self.folder)), row_id=int(raw[ROW_ID]))
         except BadRow as error:
             raise self._named(error, raw) from None
 

@@ -37,7 +37,8 @@ class Encoded:
     """One conversation as tensors: T tokens, I images, P patches of them all.
 
     `input_ids`, `labels` [T] int64 (`labels` -100 where nothing is learned), `mm_token_type_ids` [T] int64 (1 on image
-    tokens), `pixel_values` [P, values of a patch] float32 or None, `image_grid_thw` [I, 3] int64 (patches).
+    tokens), `pixel_values` [P, values of a patch] float32 or None, `image_grid_thw` [I, 3] int64 (patches). `row_id` is
+    that of the row it came from.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +46,7 @@ class Encoded:
     mm_token_type_ids: torch.Tensor
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor
+    row_id: int = -1
 
     def without_labels(self) -> Encoded:
         """The same row with nothing to learn, for filling up a micro-batch."""

@@ -7,9 +7,14 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 EXIT_USER_ERROR = 2
+# EX_TEMPFAIL of sysexits.h: stopped from outside with its state saved; the same command with `latest` goes on.
+EXIT_PREEMPTED = 75
+# A process that fails because another one has gone waits so long, so that the other's message comes first.
+_PEER_SECONDS = 5
 
 
 class UserError(ValueError):
@@ -26,6 +31,10 @@ class BadRow(UserError):
 
 class OverLongRow(BadRow):
     """A row with more tokens than `max_length`."""
+
+
+class Preempted(Exception):
+    """The run was told to stop, and has saved; the message says where to go on."""
 
 
 def raise_all(problems: Sequence[str]) -> None:
@@ -50,10 +59,10 @@ def _as_it_was_raised(message: str) -> str:
 
 
 def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a script's `main`: a `UserError` becomes its message on stderr and exit code 2.
+    """Decorate a script's `main`: a `UserError` becomes its message on stderr and exit code 2, `Preempted` code 75.
 
     Under a launcher every rank usually meets the same error. Rank 0 speaks at once; the others wait for the launcher to
-    stop them and speak only if rank 0 did not fail.
+    stop them and speak only if rank 0 did not fail. There a bug ends its process with its traceback, at once.
     """
 
     @functools.wraps(main)
@@ -64,13 +73,33 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
             message = format_error(error)
             if int(os.environ.get("RANK", "0")) > 0:
                 time.sleep(10)
-            print(message, file=sys.stderr, flush=True)
-            _tell_elastic_launcher(message)
-            # A hard exit: the process group of a run that ends here must not wait for its peers.
-            sys.stdout.flush()
-            os._exit(EXIT_USER_ERROR)
+            _leave(EXIT_USER_ERROR, message)
+        except Preempted as stop:
+            _leave(EXIT_PREEMPTED, str(stop), show=int(os.environ.get("RANK", "0")) == 0)
+        except Exception as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                raise
+            if _is_loss_of_peer(error):
+                time.sleep(_PEER_SECONDS)
+                _leave(1, f"process {os.environ.get('RANK')}: another process has ended; its message says why")
+            _leave(1, traceback.format_exc())
 
     return wrapper
+
+
+def _leave(code: int, message: str, show: bool = True) -> None:
+    if show:
+        print(message, file=sys.stderr, flush=True)
+    _tell_elastic_launcher(message)
+    # A hard exit: the process group of a run that ends here must not wait for its peers.
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _is_loss_of_peer(error: Exception) -> bool:
+    """Whether a collective failed since another process of the group has gone."""
+    text = f"{type(error).__name__} {error}"
+    return any(word in text for word in ("gloo", "DistBackendError", "DistNetworkError", "NCCL", "TCPStore"))
 
 
 def _tell_elastic_launcher(message: str) -> None:

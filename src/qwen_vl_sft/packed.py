@@ -65,6 +65,7 @@ class PackedCollator:
         batch = join([group for group in encoded if group] or [[self.rows.filler_row([])]], self.positions)
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        batch["row_ids"] = [row.row_id for group in encoded for row in group]
         if not any(encoded):
             batch["work"] = asdict(Work())
         return batch

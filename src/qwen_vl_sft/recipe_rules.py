@@ -10,6 +10,7 @@ from pathlib import Path
 from qwen_vl_sft.attention import resolve_attention
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.hub_names import problem_of_branch, problem_of_repo_id
+from qwen_vl_sft.kernels import problems_of_kernels
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.publication import problem_of_base
@@ -108,6 +109,7 @@ def _training_kind(recipe: Recipe, world: World) -> Iterator[str]:
         yield "fp16 and bf16 are both true; keep one"
     if model.dtype == "float16" and not model.use_peft:
         yield "dtype: float16 with use_peft: false: float16 weights cannot be trained; use bfloat16 or float32"
+    yield from problems_of_kernels(model.fused_kernels or [], world.on_cpu)
     try:
         resolve_attention(model.attn_implementation, world.on_cpu, model.dtype)
     except UserError as error:

@@ -54,6 +54,7 @@ class ModelSettings:
         "bfloat16", "precision of the weights that are not 4 or 8 bit"
     )
     attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
+    fused_kernels: list[str] | None = key(None, "liger-kernel's rms_norm, swiglu in the language model; CUDA only")
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")
     load_in_4bit: bool = key(False, "QLoRA: base weights in 4 bits")
@@ -179,8 +180,8 @@ REFUSED_KEYS: dict[str, str] = {
     "router_aux_loss_coef": "mixture-of-experts models are not supported",
     "activation_checkpointing": "write gradient_checkpointing, the name TRL uses",
     "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs, the name TRL uses",
-    "use_liger_kernel": "its patch of Qwen2-VL does not import with transformers 5.23",
-    "liger_kernel_config": "its patch of Qwen2-VL does not import with transformers 5.23",
+    "use_liger_kernel": "its patch of Qwen2-VL does not import with transformers 5.23; see fused_kernels",
+    "liger_kernel_config": "its patch of Qwen2-VL does not import with transformers 5.23; see fused_kernels",
     "enable_jit_checkpoint": "it can save in the middle of a step, from which a resume is not exact",
     "use_cache": "it is always off while training",
     "hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",

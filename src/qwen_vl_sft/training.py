@@ -20,6 +20,7 @@ from qwen_vl_sft.data import Rows
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.flops import FlopCounter
 from qwen_vl_sft.generation_metrics import GenerationMetrics
+from qwen_vl_sft.kernels import use_fused_kernels
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import lora_config, trains_language_only
 from qwen_vl_sft.meter import Meter
@@ -79,6 +80,8 @@ def build_trainer(
         config.pad_token_id = data.encoder.pad_token_id
     if recipe.run.packing:
         use_packed_attention(model)
+    if recipe.model.fused_kernels:
+        use_fused_kernels(model, recipe.model.fused_kernels)
     meter, check_world = Meter(args.device), CheckWorld(world)
     train_dataset, sampler = _train_places(recipe, world, data, global_batch)
     train_collator = _collator(recipe, data, data.train)

@@ -67,7 +67,7 @@ def build_page(answerer: Answerer, examples: Sequence[Example], options: Options
         silent: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asked = [images, question, chosen, message, base_too, pixels]
         shown = [said[0], times[0], said[1], times[1]]
-        running = [
+        running: Any = [
             button.click(handlers.answer, asked, shown, **silent),
             question.submit(handlers.answer, asked, shown, **silent),
         ]

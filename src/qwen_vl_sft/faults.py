@@ -1,0 +1,139 @@
+"""What can go wrong in a step or a save, told with the rows and the way out: NaN, out of memory, a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from qwen_vl_sft.errors import UserError
+
+_SHOWN = 64
+
+
+@dataclass
+class StepRecord:
+    """One optimizer step of this process: the rows of its micro-batches, their losses, and whether all were finite."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    grad_norm: torch.Tensor | float | None = None
+
+    def unsound(self, device: torch.device) -> torch.Tensor:
+        """1 when a loss or the gradient is NaN or infinite, else 0; nothing waits for the device."""
+        values = [loss.float() for loss in self.losses]
+        if self.grad_norm is not None:
+            norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
+            values.append(torch.as_tensor(norm, dtype=torch.float32, device=device).reshape(()))
+        if not values:
+            return torch.zeros((), device=device)
+        return 1 - torch.isfinite(torch.stack(values)).all().float()
+
+    def culprits(self) -> dict[str, Any]:
+        """The rows of this process, those of micro-batches without a finite loss, and the gradient's norm."""
+        bad = [rows for rows, loss in zip(self.rows, self.losses, strict=False) if not torch.isfinite(loss)]
+        norm = self.grad_norm
+        return {
+            "rows": [row for rows in self.rows for row in rows],
+            "bad": [row for rows in bad for row in rows],
+            "has_bad": bool(bad),
+            "grad_norm": float(norm) if norm is not None else None,
+        }
+
+
+def describe_unsound(step: int, record: StepRecord) -> str:
+    """What is NaN or infinite in a step, with row ids. All processes must call at once."""
+    parts = gather_object([record.culprits()])
+    rows = [row for part in parts for row in part["rows"]]
+    bad = [row for part in parts for row in part["bad"]]
+    if any(part["has_bad"] for part in parts):
+        what = f"the loss of row(s) {_listed(bad)} is NaN or infinite"
+    else:
+        what = f"the gradient is NaN or infinite (norm {parts[0]['grad_norm']}) though every loss is finite"
+    return f"step {step}: {what}. The rows (row_id) of the step: {_listed(rows)}"
+
+
+def unsound_error(described: str, can_skip: bool) -> UserError:
+    """The end of a run for a NaN."""
+    skip = ", or set nonfinite: skip to leave such steps out" if can_skip else ""
+    return UserError(
+        f"{described}. Nothing was saved after it; look at these rows, lower learning_rate, raise warmup_steps{skip}."
+        f" Go on from the last checkpoint with --resume_from_checkpoint latest"
+    )
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(rows: list[int], inputs: dict[str, Any], packing: bool, checkpointing: bool) -> Iterator[None]:
+    """Turn out of memory inside into a `UserError` that names the micro-batch and what to change."""
+    # Read before the step: it may take entries out.
+    tokens = inputs["input_ids"]
+    pixels = inputs.get("pixel_values")
+    size = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {0 if pixels is None else pixels.shape[0]:,} image patches"
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        smaller = "tokens_per_batch" if packing else "per_device_train_batch_size"
+        saved = "" if checkpointing else ", gradient_checkpointing: true"
+        raise UserError(
+            f"out of memory in a micro-batch of {len(rows)} row(s) (row_id {_listed(rows)}), {size}: {first}. Set a"
+            f" smaller {smaller} (global_batch_size may stay), lower max_pixels or max_length{saved}, or load_in_4bit:"
+            f" true. Go on from the last checkpoint with --resume_from_checkpoint latest"
+        ) from error
+
+
+@contextlib.contextmanager
+def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> Iterator[None]:
+    """Turn a failure to write inside into a `UserError`; with `remove`, half of what was to be saved does not stay."""
+    try:
+        yield
+    except Exception as error:
+        reason = _write_failure(error, folder)
+        if reason is None:
+            raise
+        if remove:
+            shutil.rmtree(folder, ignore_errors=True)
+        last = f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet"
+        raise UserError(
+            f"{what} could not be written to {folder}: {reason}. {last}; mend that, and go on with"
+            f" --resume_from_checkpoint latest"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _write_failure(error: Exception, folder: Path) -> str | None:
+    """Why a file could not be written; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    # safetensors and torch.save have errors of their own for a failed write.
+    if "os error" in text:
+        return text.splitlines()[0]
+    if "PytorchStreamWriter" in text or "inline_container" in text:
+        full = _is_full(folder)
+        return "No space left on device" if full else text.splitlines()[0]
+    return None
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder.parent).free < 2**20
+    except OSError as error:
+        return error.errno == errno.ENOSPC
+
+
+def _listed(rows: list[int]) -> str:
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return ", ".join(map(str, rows[:_SHOWN])) + more

@@ -1,0 +1,134 @@
+"""Being told to stop: SIGTERM, SIGUSR1, Ctrl-C, or a launcher that is gone.
+
+Before training there is nothing to save, and the process ends at once. While training, the step goes on to its end; all
+processes then agree, save, and end with exit code 75. No heavy import here: signals are watched from the first moment.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_sft.errors import EXIT_PREEMPTED
+
+MARK = "preempted.json"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A second Ctrl-C within this many seconds may be the launcher's copy of the first.
+_REPEAT_SECONDS = 1.0
+_PARENT_POLL_SECONDS = 1.0
+# What a process without its launcher may still take to save; a hung one must not hold its GPU for ever.
+_ORPHAN_SECONDS = 300.0
+
+
+class Watch:
+    """Remembers that this process was told to stop, or ends it at once while there is nothing to save."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.folder: Path | None = None
+        self._since = 0.0
+        self._pid = os.getpid()
+        # Shared with the workers of data loaders, which are forked.
+        self._training = mmap.mmap(-1, 1)
+
+    def begin(self) -> None:
+        """Handle signals from now on. Under a launcher, watch that it lives too."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        if _has_launcher():
+            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
+
+    @property
+    def training(self) -> bool:
+        """Whether there is something to save."""
+        return self._training[0] == 1
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self._training[0] = int(value)
+
+    def keep_workers(self) -> None:
+        """Have the workers of data loaders outlive a signal while training: the step needs them, and a whole job gets it.
+
+        Call it before any data loader is read.
+        """
+        from torch.utils.data._utils import signal_handling
+
+        original = signal_handling._set_worker_signal_handlers
+
+        def set_handlers() -> None:
+            original()
+            # PyTorch's own handler ends a worker on a SIGTERM that is not from its parent, and training with it.
+            signal.signal(signal.SIGTERM, self._handle)
+
+        signal_handling._set_worker_signal_handlers = set_handlers
+
+    def end(self) -> None:
+        """Leave signals to the system again: the process is about to end."""
+        self.training = False
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._pid:
+            self._handle_in_worker(number)
+        elif self.reason is None:
+            self._stop(signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() - self._since > _REPEAT_SECONDS:
+            print("stopped again: ended without saving", file=sys.stderr, flush=True)
+            os._exit(EXIT_PREEMPTED)
+        # Slurm and launchers repeat SIGTERM; it changes nothing while the checkpoint is written.
+
+    def _handle_in_worker(self, number: int) -> None:
+        """In a process forked from this one, which inherits the handlers."""
+        if not self.training:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _stop(self, reason: str) -> None:
+        self.reason, self._since = reason, time.monotonic()
+        if self.training:
+            return
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"stopped by {reason} before training began; there is nothing to save", file=sys.stderr, flush=True)
+            if self.folder is not None and self.folder.is_dir():
+                write_mark(self.folder, reason, None, None)
+        os._exit(EXIT_PREEMPTED)
+
+    def _watch_parent(self, parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_SECONDS)
+        if self.reason is None:
+            self._stop("the end of its launcher")
+        time.sleep(_ORPHAN_SECONDS)
+        print("the launcher is gone and this process did not end by itself", file=sys.stderr, flush=True)
+        os._exit(EXIT_PREEMPTED)
+
+
+def write_mark(folder: Path, reason: str, step: int | None, checkpoint: Path | None) -> None:
+    """Leave word in the run folder that it was stopped, since launchers turn every exit code into 1."""
+    entry = {"reason": reason, "step": step, "checkpoint": checkpoint.name if checkpoint else None}
+    partial = folder / (MARK + ".partial")
+    partial.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+    partial.replace(folder / MARK)
+
+
+def _has_launcher() -> bool:
+    """Whether the parent process is a launcher, without which this one should not go on. A shell may well end first."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    import psutil
+
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return False
+    return any("accelerate" in Path(word).name or word.startswith("accelerate.") for word in words[:3])

@@ -1,0 +1,144 @@
+"""TRL's trainer with saves that are whole or nothing, exact resumes, and faults told with the rows they happened on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from trl import SFTTrainer
+
+from qwen_vl_sft import checkpoints
+from qwen_vl_sft.faults import (
+    StepRecord,
+    describe_unsound,
+    explained_out_of_memory,
+    explained_save,
+    unsound_error,
+)
+from qwen_vl_sft.packed import MICRO_BATCHES
+
+ROW_IDS = "row_ids"
+
+
+class SafeTrainer(SFTTrainer):
+    """What `VisionSFTTrainer` builds on. Batches carry the ids of their rows under `row_ids`, a list of numbers.
+
+    `about` goes into the mark of every checkpoint; `evaluation_due` says that the run was stopped where it should have
+    evaluated next; `skip_unsound` leaves steps out whose loss or gradient is not finite, and `skipped` tells of each.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.about: dict[str, Any] = {"world": {"processes": self.args.world_size}}
+        self.evaluation_due = False
+        self.skip_unsound = False
+        self.skipped: list[str] = []
+        self.record = StepRecord()
+        self.save_seconds: float | None = None
+        # The Trainer would delete old checkpoints before the new one is marked, and at the end before the model is saved.
+        self._keep, self.args.save_total_limit = self.args.save_total_limit, None
+
+    # A step
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one step; their row ids are taken out and kept."""
+        steps, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [batch for step in steps for batch in step.get(MICRO_BATCHES, [step])]
+        self.record = StepRecord([batch.pop(ROW_IDS, []) for batch in batches])
+        return steps, count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward over a micro-batch."""
+        place = len(self.record.losses)
+        rows = self.record.rows[place] if place < len(self.record.rows) else []
+        packing = "cu_seq_lens_q" in inputs
+        with explained_out_of_memory(rows, inputs, packing, bool(self.args.activation_checkpointing)):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self.record.losses.append(loss.detach())
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.skip_unsound else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.record.grad_norm = norm
+        if self.skip_unsound:
+            unsound = self.accelerator.reduce(self.record.unsound(self.args.device), reduction="sum")
+            if unsound.item():
+                self.skipped.append(describe_unsound(self.state.global_step + 1, self.record))
+                # Without gradients the optimizer changes neither weights nor its own state.
+                model.zero_grad(set_to_none=True)
+        return norm
+
+    def stop_if_unsound(self, step: int, record: StepRecord) -> None:
+        """Raise `UserError` for a step that was not finite on any process. All processes must call at once."""
+        described = describe_unsound(step, record)
+        raise unsound_error(described, can_skip=not self.is_deepspeed_enabled)
+
+    # A save
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        began = time.perf_counter()
+        run = Path(self.args.output_dir or "")
+        folder = run / f"checkpoint-{self.state.global_step}"
+        kept = [path for path in checkpoints.folders(run) if (path / checkpoints.MARK).is_file() and path != folder]
+        last = kept[-1] if kept else None
+        with explained_save("a checkpoint", folder, last, remove=True):
+            if self.args.should_save and folder.exists():
+                # Half of it, from a run that was killed: perhaps with files of more processes.
+                (folder / checkpoints.MARK).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+            # The Trainer looks whether the best checkpoint's folder exists in order to load it at the end. Under FSDP
+            # with split checkpoints nothing has made the newest one's folder by then, or only some processes see it,
+            # and the others wait for them for ever. May go when transformers makes the folder first.
+            folder.mkdir(parents=True, exist_ok=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.write_mark(folder, {**self.about, "evaluation_due": self.evaluation_due})
+        if self.args.should_save:
+            checkpoints.rotate(run, self._keep, self.state.best_model_checkpoint)
+        # Nobody leaves before the mark is written.
+        self.accelerator.wait_for_everyone()
+        self.save_seconds = max(time.perf_counter() - began, self.save_seconds or 0.0)
+
+    # A resume
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last step's checkpoint: the Trainer would train one more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._evaluate_what_is_due()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluate_what_is_due()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _evaluate_what_is_due(self) -> None:
+        """Evaluate where the stopped run would have: its random numbers are those of that moment now."""
+        if self.evaluation_due:
+            self.evaluation_due = False
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            best = Path(self.args.output_dir or "", f"checkpoint-{self.state.best_global_step}")
+            if self.state.best_global_step == self.state.global_step and best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
+
+def save_final_model(trainer: SafeTrainer, folder: Path) -> None:
+    """Save the finished model. Raises `UserError` when it cannot be written."""
+    whole = [path for path in checkpoints.folders(folder) if (path / checkpoints.MARK).is_file()]
+    with explained_save("the finished model", folder, whole[-1] if whole else None, remove=False):
+        trainer.save_model(str(folder))
+    trainer.accelerator.wait_for_everyone()
+
+
