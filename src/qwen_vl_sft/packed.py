@@ -77,7 +77,8 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     Returns `input_ids`, `labels` [1, T]; `position_ids` [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the
     boundaries of the pieces and of what they attend to; their largest lengths `max_length_q`, `max_length_k`;
     `kv_index` [K], for prefixes that are shared, the keys and values of each piece one after another; pixels and grids
-    as in a padded batch, an image of a shared prefix once; and `work`. There is no attention mask.
+    as in a padded batch, an image of a shared prefix once, with what `Positions.of_patches` knows of them; and `work`.
+    There is no attention mask.
     """
     pieces: list[Piece] = []
     total = 0
@@ -106,6 +107,10 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     if any(len(grids) for _, grids in images):
         batch["pixel_values"] = torch.cat([pixels for pixels, _ in images if pixels is not None])
         batch["image_grid_thw"] = torch.cat([grids for _, grids in images if len(grids)])
+        batch |= positions.of_patches(batch["image_grid_thw"])
+        merged = int(batch["image_grid_thw"].prod(-1).sum()) // positions.config.vision_config.spatial_merge_size**2
+        shown = sum(int(piece.row.mm_token_type_ids[piece.start : piece.stop].sum()) for piece in pieces)
+        assert shown == merged, f"{shown} image tokens stand for {merged} merged patches"
     batch["work"] = asdict(_work(groups, pieces, batch))
     return batch
 

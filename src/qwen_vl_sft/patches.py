@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,19 +11,45 @@ from torch import nn
 
 
 def run_frozen_vision_without_gradients(model: nn.Module) -> None:
-    """Build no graph over a vision tower in which nothing trains.
+    """Build no graph over a vision tower in which nothing trains, and have it compute as it does when it is used.
 
-    The graph would be kept, and run backwards, because checkpointing makes its input require gradients.
+    The graph would be kept, and run backwards, because checkpointing makes its input require gradients. A tower in half
+    precision needs no autocast, under which it would normalise into float32 and give other features than later.
     """
     visual = next(module for name, module in model.named_modules() if name.endswith("visual"))
     forward = visual.forward
+    norms = {parameter.dtype for name, parameter in visual.named_parameters() if "norm" in name}
+    autocasts = norms == {torch.float32}
 
     @functools.wraps(forward)
     def without_gradients(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        device = next(visual.parameters()).device.type
+        with torch.no_grad(), nullcontext() if autocasts else torch.autocast(device, enabled=False):
             return forward(*args, **kwargs)
 
     visual.forward = without_gradients
+
+
+def count_no_placeholders_in_training(model: Any) -> None:
+    """Have Qwen2-VL not count the image tokens of a batch in training: it would wait for the GPU in every micro-batch.
+
+    The packed collator has counted them. transformers also writes the count into an error message that nobody sees. May
+    go when `get_placeholder_mask` no longer reads it back.
+    """
+    if model.config.model_type != "qwen2_vl":
+        return
+    backbone, counted = model.model, model.model.get_placeholder_mask
+
+    @functools.wraps(counted)
+    def get_placeholder_mask(
+        input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not backbone.training or input_ids is None:
+            return counted(input_ids, inputs_embeds, *args, **kwargs)
+        tokens = (backbone.config.image_token_id, backbone.config.video_token_id)
+        return tuple((input_ids == token).unsqueeze(-1) for token in tokens)
+
+    backbone.get_placeholder_mask = get_placeholder_mask
 
 
 def has_tied_embeddings(model: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import MODEL_MAPPING
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from qwen_vl_sft.encode import Encoded
 
@@ -29,6 +30,21 @@ class Positions:
         grids = row.image_grid_thw if len(row.image_grid_thw) else None
         found, _ = self._get_rope_index(row.input_ids[None], row.mm_token_type_ids[None], image_grid_thw=grids)
         return torch.cat([torch.arange(len(row.input_ids))[None], found[:, 0]])
+
+    def of_patches(self, grids: torch.Tensor) -> dict[str, Any]:
+        """What the vision tower of Qwen2-VL would work out from the grids, waiting for the GPU image by image.
+
+        Returns `image_position_ids` [P, 2], `image_cu_seqlens` [I + 1] int32 and `image_max_seqlen`; nothing for models
+        whose towers work out more than that.
+        """
+        if self.config.model_type != "qwen2_vl":
+            return {}
+        boundaries = get_vision_cu_seqlens(grids)
+        return {
+            "image_position_ids": get_vision_position_ids(grids, self.config.vision_config.spatial_merge_size),
+            "image_cu_seqlens": boundaries,
+            "image_max_seqlen": int(boundaries.diff().max()),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned builds the bound methods anew.

@@ -54,7 +54,7 @@ class ModelSettings:
         "bfloat16", "precision of the weights that are not 4 or 8 bit"
     )
     attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
-    fused_kernels: list[str] | None = key(None, "liger-kernel's rms_norm, swiglu in the language model; CUDA only")
+    fused_kernels: list[str] | None = key(None, "any of rms_norm, swiglu, rope, quick_gelu; CUDA only, needs liger-kernel")
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")
     load_in_4bit: bool = key(False, "QLoRA: base weights in 4 bits")
@@ -99,6 +99,13 @@ class RunSettings:
         8192, "packing: most tokens of a micro-batch; the rows of a step stay global_batch_size"
     )
     share_prefixes: bool = key(False, "packing: questions on the same images are trained on one copy of them; exact")
+    nonfinite: Literal["error", "skip"] = key(
+        "error", "a step with a NaN or infinite loss or gradient: stop and name its rows, or leave it out and count it"
+    )
+    max_run_time: str | None = key(
+        None, "save and stop (exit code 75) before so much time has passed: 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
+    )
+    log_row_ids: bool = key(False, "write the row ids of every step to row_ids-RANK.jsonl")
     overwrite_output_dir: bool = key(False, "delete what a former run left in output_dir")
     predict_with_generate: bool = key(
         False, "at every evaluation also answer rows and log relaxed_accuracy, exact_match and the other metrics"

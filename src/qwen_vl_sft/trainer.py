@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
 
 from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.flops import Work
@@ -22,10 +20,11 @@ from qwen_vl_sft.generation_metrics import GenerationMetrics
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.packed import MICRO_BATCHES
 from qwen_vl_sft.packing import StepSampler
+from qwen_vl_sft.safe_trainer import ROW_IDS, SafeTrainer
 from qwen_vl_sft.sampler import EpochSampler
 
 
-class VisionSFTTrainer(SFTTrainer):
+class VisionSFTTrainer(SafeTrainer):
     """Trains on batches of `Collator`, or on the packed steps of `PackedCollator`.
 
     The loss is the mean over the learned tokens of the global batch; the evaluation loss the mean over the learned
@@ -83,9 +82,17 @@ class VisionSFTTrainer(SFTTrainer):
         """Copy from pinned memory while the GPU computes."""
         device = self.args.device
         return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            name: value.to(device, non_blocking=True)
+            if isinstance(value, torch.Tensor) and name != "image_grid_thw"
+            else value
             for name, value in batch.items()
         }
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Where the vision tower needs the grids for their sizes alone, reading them from the GPU would make it wait.
+        grids = inputs.pop("image_grid_thw") if "image_cu_seqlens" in inputs else None
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if grids is None else {**inputs, "image_grid_thw": grids}
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of training rows; that of packed steps gives each process its own, so nothing is dealt out again."""
@@ -145,6 +152,7 @@ class VisionSFTTrainer(SFTTrainer):
         """Sum loss, right tokens and learned tokens; the loss returned is that of the batch alone."""
         inputs = self._prepare_inputs(inputs)
         inputs.pop("work")
+        inputs.pop(ROW_IDS)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         sums = _sums(outputs)
@@ -169,7 +177,7 @@ class VisionSFTTrainer(SFTTrainer):
         if self.generation_metrics is not None:
             with self.compute_loss_context_manager():
                 answered = self.generation_metrics.measure(
-                    self.model_wrapped, self.accelerator, self.state.global_step, not self.args.disable_tqdm
+                    self.model_wrapped, self.accelerator, self.state.global_step, not self.args.disable_tqdm, self.poll
                 )
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in answered.items()})
         return output
@@ -211,14 +219,6 @@ class VisionSFTTrainer(SFTTrainer):
         assert isinstance(self.model, PreTrainedModel)
         saved = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict(), strict=True)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # The Trainer looks whether the best checkpoint's folder exists in order to load it at the end. Under FSDP with
-        # split checkpoints nothing has made the newest one's folder by then, or only some processes see it, and the
-        # others wait for them for ever. May go when transformers makes the folder first.
-        Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's card shows how to use a text model."""

@@ -28,12 +28,19 @@ from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
 from qwen_vl_sft.packed import PackedCollator
 from qwen_vl_sft.packing import StepPlan, StepSampler
-from qwen_vl_sft.patches import call_tied_head_after_backbone, has_tied_embeddings, run_frozen_vision_without_gradients
+from qwen_vl_sft.patches import (
+    call_tied_head_after_backbone,
+    count_no_placeholders_in_training,
+    has_tied_embeddings,
+    run_frozen_vision_without_gradients,
+)
 from qwen_vl_sft.plots import plot_loss
 from qwen_vl_sft.positions import Positions
 from qwen_vl_sft.preparation import PreparedData
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.recipe_rules import EVALUATION_METRICS
+from qwen_vl_sft.safe_trainer import save_final_model
+from qwen_vl_sft.safety import skipped_steps
 from qwen_vl_sft.sampler import EpochSampler, places
 from qwen_vl_sft.scan import Scan
 from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS
@@ -80,6 +87,7 @@ def build_trainer(
         config.pad_token_id = data.encoder.pad_token_id
     if recipe.run.packing:
         use_packed_attention(model)
+        count_no_placeholders_in_training(model)
     if recipe.model.fused_kernels:
         use_fused_kernels(model, recipe.model.fused_kernels)
     meter, check_world = Meter(args.device), CheckWorld(world)
@@ -148,12 +156,12 @@ def train(
         **trainer.meter.summary(world.processes),
         "work": asdict(trainer.meter.total),
         "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
+        "skipped_steps": skipped_steps(recipe.output_dir),
         "data": data.summary(),
         "parameters": {part: asdict(count) for part, count in parameters.items()},
     }
     launch.prepare_final_save(trainer.accelerator)
-    trainer.save_model(str(recipe.output_dir))
-    trainer.accelerator.wait_for_everyone()
+    save_final_model(trainer, recipe.output_dir)
     return metrics
 
 
