@@ -1,6 +1,6 @@
 """Measure training at a real model's shape with random weights: the whole path of scripts/sft.py, data loading included.
 
-    python scripts/benchmark.py --config Qwen/Qwen2-VL-7B-Instruct --dataset_name HuggingFaceM4/ChartQA \\
+    python scripts/benchmark_scaling.py --config Qwen/Qwen2-VL-7B-Instruct --dataset_name HuggingFaceM4/ChartQA \\
         --dataset_train_split 'train[:5%]' --processes 1,2 --steps 50 --output_dir benchmark
 
 Other `--key value` go to the recipe. Losses of random weights mean nothing; speed and memory do not depend on them.
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="runs, results.json and results.md go here")
     arguments, recipe_keys = parser.parse_known_args()
 
-    from qwen_vl_sft.benchmark import Benchmark, format_table, write_results
+    from qwen_vl_sft.benchmarks.scaling import Benchmark, format_table, write_results
 
     benchmark = Benchmark.from_arguments(arguments, recipe_keys)
     benchmark.make_model()

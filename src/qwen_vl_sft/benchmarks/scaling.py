@@ -16,7 +16,7 @@ from qwen_vl_sft import run_folder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.random_model import make_random_model
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "sft.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "sft.py"
 MEASURED = (
     "rows_per_second",
     "images_per_second",

@@ -1,0 +1,41 @@
+"""Measure ways of training side by side in one process, data loading included, on a real shape with random weights.
+
+    python scripts/benchmark.py --config Qwen/Qwen2-VL-7B-Instruct --dataset_name HuggingFaceM4/ChartQA \\
+        --dataset_train_split 'train[:5%]' --variants trl,padded,packed,shared --output_dir benchmark
+
+Other `--key value` go to the recipe of every variant. Losses of random weights mean nothing; speed does not depend on
+them. scripts/benchmark_scaling.py measures one recipe on more and more processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen_vl_sft.errors import exits_with_user_errors
+
+
+@exits_with_user_errors
+def main() -> None:
+    """Make the model when it is not there, set up the variants, run them in turns, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="local folder or Hub id with the config.json of the shape")
+    parser.add_argument("--processor", help="local folder or Hub id of the processor (default: --config)")
+    parser.add_argument("--model_dir", type=Path, help="where the random model is kept (default: in output_dir)")
+    parser.add_argument("--variants", default="trl,padded,packed,shared", help="in this order (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="times each variant runs (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=15, help="about so long each time (default: %(default)s)")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="times each row stands in the data (default: %(default)s)"
+    )
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/chartqa_qlora.yaml"))
+    parser.add_argument("--output_dir", type=Path, required=True, help="results.json, results.md and speed.png go here")
+    arguments, rest = parser.parse_known_args()
+
+    from qwen_vl_sft.benchmarks.session import run_session
+
+    print(run_session(arguments, rest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How fast training is: variants side by side in one process, and one recipe on more and more processes."""

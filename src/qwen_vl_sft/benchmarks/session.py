@@ -1,0 +1,71 @@
+"""One run of scripts/benchmark.py: the model, the variants, their rounds, the table."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from qwen_vl_sft.benchmarks import rounds
+from qwen_vl_sft.benchmarks.variants import build
+from qwen_vl_sft.command_line import parse_command_line
+from qwen_vl_sft.random_model import make_random_model
+from qwen_vl_sft.run_folder import environment
+
+WARMUP = 3
+# What the recipe is told for every variant: nothing but training is measured.
+QUIET = {
+    "eval_strategy": "no",
+    "predict_with_generate": False,
+    "load_best_model_at_end": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 10_000,
+}
+
+
+def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
+    """Run everything and write the results; returns the table. Raises `UserError`."""
+    model_dir = arguments.model_dir or arguments.output_dir / "model"
+    if not (model_dir / "config.json").is_file():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        make_random_model(arguments.config, model_dir, arguments.processor or arguments.config, device=device)
+    _, keys, _ = parse_command_line(recipe_words, flags=())
+    names = [name.strip() for name in arguments.variants.split(",") if name.strip()]
+    variants = []
+    for name in names:
+        own = {"model_name_or_path": str(model_dir), "output_dir": str(arguments.output_dir / "runs" / name)}
+        variants.append(build(name, arguments.recipe, {**QUIET, **own, **keys}, arguments.repeat))
+        print(f"ready: {name}", flush=True)
+    # A first run of each compiles kernels, and tells how many steps fill the time asked for.
+    steps = {}
+    for variant in variants:
+        found = rounds.measure(variant, steps=3, warmup=WARMUP)
+        steps[variant.name] = max(3, round(arguments.seconds * found["rows_per_second"] / variant.rows_per_step))
+    measured: list[dict[str, dict[str, float]]] = []
+    for number in range(arguments.rounds):
+        measured.append({variant.name: rounds.measure(variant, steps[variant.name], WARMUP) for variant in variants})
+        speeds = ", ".join(f"{name} {one['rows_per_second']:.2f}" for name, one in measured[-1].items())
+        print(f"round {number + 1}: {speeds} rows/s", flush=True)
+    results = rounds.summarise(measured, reference=names[0])
+    rounds.write_results(arguments.output_dir, results, _about(arguments, keys, steps, measured, variants))
+    return rounds.format_table(results)
+
+
+def _about(
+    arguments: argparse.Namespace, keys: dict[str, Any], steps: dict[str, int], measured: Any, variants: Any
+) -> dict[str, Any]:
+    devices = [torch.cuda.get_device_name()] if torch.cuda.is_available() else ["cpu"]
+    told = environment({}, {}, devices)
+    return {
+        "config": arguments.config,
+        "recipe": str(arguments.recipe),
+        "keys": keys,
+        "reference": variants[0].name,
+        "tokens_per_row": variants[0].tokens_per_row,
+        "steps": steps,
+        "rounds": measured,
+        **{name: told[name] for name in ("versions", "python", "devices", "git_commit")},
+    }

@@ -1,0 +1,194 @@
+"""Ways of training that are measured side by side: TRL's own step, and this package's recipes with other keys."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_vl_sft import launch, preparation, recipe_rules, training
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.flops import FlopCounter, Work
+from qwen_vl_sft.launch import World
+from qwen_vl_sft.lora import lora_config
+from qwen_vl_sft.model import quantization_config
+from qwen_vl_sft.preparation import PreparedData
+from qwen_vl_sft.recipe import Recipe, read_recipe
+from qwen_vl_sft.scan import Scan
+
+PACKED = {"packing": True, "gradient_checkpointing": False, "lora_dropout": 0.0}
+KERNELS = {"fused_kernels": ["rms_norm", "swiglu", "rope", "quick_gelu"]}
+ALL_PROJECTIONS = {"lora_target_modules": None, "lora_scope": "language", "lora_r": 16, "lora_alpha": 32}
+# What each variant changes in the recipe; None is TRL's trainer.
+VARIANTS: dict[str, Mapping[str, Any] | None] = {
+    "trl": None,
+    "padded": {"packing": False, "gradient_checkpointing": True},
+    "packed_checkpointing": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 8192},
+    "packed_plain": {**PACKED, "tokens_per_batch": 8192},
+    "packed": {**PACKED, **KERNELS, "tokens_per_batch": 8192},
+    "shared": {**PACKED, **KERNELS, "tokens_per_batch": 16384, "share_prefixes": True},
+    "packed_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192},
+    "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
+}
+TRL_BATCH = 4
+
+
+@dataclass
+class Variant:
+    """A trainer that is ready to run, and the mean work of a row; `counter` counts the useful FLOPs of work."""
+
+    name: str
+    trainer: Any
+    rows_per_step: int
+    row: Work
+    tokens_per_row: float
+    counter: FlopCounter
+    bytes_of_weights: int = 0
+
+    def work_done(self, steps: int) -> Work:
+        """What has been computed so far: as our trainer counts it, for TRL's that of so many rows on average."""
+        meter = getattr(self.trainer, "meter", None)
+        if meter is not None:
+            return meter.total + meter.work
+        rows = steps * self.rows_per_step
+        return Work(*(value * rows for value in vars(self.row).values()))
+
+
+def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) -> Variant:
+    """Load the model of a variant and set up its trainer on the recipe's rows, each standing `repeat` times.
+
+    Raises `UserError` for a variant that is not known and for a recipe that cannot work.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"--variants: unknown variant {name!r}; known are {', '.join(VARIANTS)}")
+    changed = VARIANTS[name]
+    recipe = read_recipe(recipe_file, {**keys, **(changed or {"packing": False})})
+    world = launch.read_world(use_cpu=recipe.get("use_cpu"))
+    recipe_rules.check(recipe, world)
+    global_batch = recipe_rules.resolve_batch(recipe, world)
+    launch.start(world)
+    data = preparation.prepare_data(recipe, world)
+    assert isinstance(data.train, Scan), "rows are looked up"
+    data = dataclasses.replace(data, train=repeated(data.train, repeat), evaluation=None)
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    if changed is None:
+        trainer, rows = trl_trainer(recipe, world, data), TRL_BATCH
+    else:
+        args = training.sft_config(recipe, world)
+        trainer, rows = training.build_trainer(recipe, world, args, data, global_batch), global_batch
+    after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    scan: Any = data.train
+    counter = FlopCounter.of(trainer.model.config, peft=True, vision_frozen=True)
+    return Variant(name, trainer, rows, mean_work(scan), float(scan.tokens.mean()), counter, after - before)
+
+
+def repeated(scan: Scan, times: int) -> Scan:
+    """The same rows several times, so that an epoch is long; the images of each time count as others."""
+    arrays: dict[str, Any] = {
+        field.name: np.tile(value, times)
+        for field in dataclasses.fields(scan)
+        if isinstance(value := getattr(scan, field.name), np.ndarray)
+    }
+    apart = np.repeat(np.arange(times), len(scan.rows)) * (int(scan.prefix.max()) + 1)
+    arrays["prefix"] = np.where(arrays["prefix"] < 0, -1, arrays["prefix"] + apart)
+    return dataclasses.replace(scan, rows=scan.rows.select([*range(len(scan.rows))] * times), **arrays)
+
+
+def mean_work(scan: Scan) -> Work:
+    """A row on average; images are taken to be of one size within a row."""
+    images = np.maximum(scan.images, 1)
+    return Work(
+        tokens=round(scan.tokens.mean()),
+        tokens_squared=round((scan.tokens**2).mean()),
+        learned=round(scan.learned.mean()),
+        images=round(scan.images.mean()),
+        patches=round(scan.patches.mean()),
+        patches_squared=round((scan.patches**2 / images).mean()),
+        rows=1,
+    )
+
+
+def trl_trainer(recipe: Recipe, world: World, data: PreparedData) -> Any:
+    """TRL's SFTTrainer with its own collator for vision models: batches of 4, padded, checkpointing, loss on everything."""
+    from transformers import AutoModelForImageTextToText
+    from trl import SFTConfig, SFTTrainer
+
+    settings = recipe.model
+    model = AutoModelForImageTextToText.from_pretrained(
+        str(settings.model_name_or_path),
+        dtype=getattr(torch, settings.dtype),
+        quantization_config=quantization_config(settings),
+        attn_implementation="sdpa",
+        device_map=None if world.on_cpu else {"": 0},
+    )
+    args = SFTConfig(
+        output_dir=str(recipe.output_dir),
+        per_device_train_batch_size=TRL_BATCH,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        max_length=None,
+        bf16=recipe.get("bf16"),
+        optim=recipe.get("optim"),
+        learning_rate=recipe.get("learning_rate"),
+        max_grad_norm=recipe.get("max_grad_norm"),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_num_workers=recipe.get("dataloader_num_workers"),
+        dataloader_persistent_workers=recipe.get("dataloader_persistent_workers"),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10_000,
+        **launch.training_arguments(world),
+    )
+    args._n_gpu = min(args.n_gpu, 1)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=as_messages(data),
+        processing_class=data.encoder.processor,
+        peft_config=lora_config(model, settings),
+    )
+
+
+def as_messages(data: PreparedData) -> Any:
+    """Rows as TRL's collator takes them, read when they are asked for: messages with placeholders, and decoded images."""
+    assert isinstance(data.train, Scan)
+    rows, system_message = data.train.rows, data.encoder.system_message
+    start = [{"role": "system", "content": [{"type": "text", "text": system_message}]}] if system_message else []
+
+    def read(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        raw = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        conversations = [rows.conversation(row) for row in raw]
+        return {
+            "messages": [start + conversation.messages for conversation in conversations],
+            "images": [[file.decode() for file in conversation.images] for conversation in conversations],
+        }
+
+    return rows.dataset.with_transform(read)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def timed_fetching(trainer: Any) -> Any:
+    """Counts the seconds a trainer waits for its batches: a list with one number."""
+    seconds, fetch = [0.0], trainer.get_batch_samples
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return fetch(*args, **kwargs)
+        finally:
+            seconds[0] += time.perf_counter() - began
+
+    trainer.get_batch_samples = timed
+    try:
+        yield seconds
+    finally:
+        del trainer.get_batch_samples
