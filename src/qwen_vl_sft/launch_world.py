@@ -14,6 +14,7 @@ import torch
 
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.launch_asked import Asked, asked_of_launcher
+from qwen_vl_sft.slurm_world import unlike_allotted
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def read_world(
         on_cpu=on_cpu,
     )
     chose_one_process = asked is not None and asked.processes == 1
-    raise_all(_unlike_asked(world, asked) + _device_problems(world, env, gpus, chose_one_process))
+    problems = _unlike_asked(world, asked) + _device_problems(world, env, gpus, chose_one_process)
+    raise_all(problems + unlike_allotted(world.processes, on_cpu, env))
     if gpus == 0 and not (use_cpu or "CUDA_VISIBLE_DEVICES" in env or (asked is not None and asked.on_cpu)):
         logger.warning("No GPU is visible: this run is on the CPU.")
     if world.processes == 1 and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:

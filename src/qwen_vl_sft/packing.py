@@ -6,6 +6,7 @@ an optimizer step do not depend on the number of processes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,15 @@ class Sizes:
         tokens = self.tokens[group].sum() - repeats * self.prefix_tokens[first]
         patches = self.patches[group].sum() - repeats * self.prefix_patches[first]
         return np.array([tokens, patches], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Micro-batches of a process and step, the share of their room that tokens fill, and the share of tokens computed."""
+
+    micro_batches: float
+    filled: float
+    computed: float
 
 
 class StepPlan:
@@ -95,6 +105,17 @@ class StepPlan:
         order = self.order(epoch)
         for start in range(0, len(order), self.rows_per_step):
             yield self.split(order[start : start + self.rows_per_step].tolist())
+
+    def survey(self, steps: int = 50) -> Survey:
+        """What the first steps of a run look like."""
+        found, tokens, rows_alone = [], 0.0, 0
+        for step in itertools.islice(self.steps(0), steps):
+            found.append(len(step[0]))
+            groups = [group for batches in step for batch in batches for group in batch]
+            tokens += sum(self.sizes.of(group)[0] for group in groups)
+            rows_alone += int(self.sizes.tokens[[row for group in groups for row in group]].sum())
+        room = sum(found) * self.processes * self.tokens_per_batch
+        return Survey(sum(found) / len(found), tokens / room, tokens / rows_alone)
 
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
         """Micro-batches by process for the rows of one step: as few as the budget allows, and as equal as they can be."""

@@ -10,7 +10,7 @@ from qwen_vl_sft.data import Rows
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import find_targets, lora_config, outside_scope
 from qwen_vl_sft.model import build_on_meta, count_parameters, format_parameters, freeze_vision_tower
-from qwen_vl_sft.preparation import PreparedData
+from qwen_vl_sft.preparation import PreparedData, step_plan
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.scan import Scan
 
@@ -18,13 +18,12 @@ from qwen_vl_sft.scan import Scan
 def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> str:
     """The plan of a run: world, batch, steps, rows and trainable parameters, at most 80 columns."""
     attention = resolve_attention(recipe.model.attn_implementation, world.on_cpu, recipe.model.dtype)
-    per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
     lines = [
         f"model       {recipe.model.model_name_or_path}",
         f"precision   {recipe.model.precision}",
-        f"attention   {attention}",
+        f"attention   {'boundaries between packed rows' if recipe.run.packing else attention}",
         f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
-        f"batch       {global_batch} rows a step = {per_device} a device x {world.processes} x {accumulation} accumulated",
+        *_batch_lines(recipe, world, data, global_batch),
         f"steps       {data.steps(recipe, global_batch)}",
         _rows_line("train", data.train),
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
@@ -35,6 +34,21 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
         *_trained_lines(recipe),
     ]
     return "\n".join(lines)
+
+
+def _batch_lines(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> list[str]:
+    if not recipe.run.packing:
+        per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
+        shape = f"{per_device} a device x {world.processes} x {accumulation} accumulated"
+        return [f"batch       {global_batch} rows a step = {shape}"]
+    found, budget = step_plan(recipe, world, data, global_batch).survey(), recipe.run.tokens_per_batch
+    lines = [
+        f"batch       {global_batch} rows a step, packed into {found.micro_batches:.1f} micro-batches a device",
+        f"            of at most {budget:,} tokens, {found.filled:.0%} full",
+    ]
+    if recipe.run.share_prefixes:
+        lines.append(f"sharing     {found.computed:.0%} of the tokens are computed, the others are shared")
+    return lines
 
 
 def warnings(recipe: Recipe) -> list[str]:

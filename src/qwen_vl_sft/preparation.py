@@ -14,6 +14,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import trains_language_only
 from qwen_vl_sft.model import load_config, load_processor
+from qwen_vl_sft.packing import StepPlan
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.rows import resolve_system_message
 from qwen_vl_sft.scan import Scan, scan
@@ -78,6 +79,14 @@ def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
             f" ({row}) with {int(train.tokens.max()):,} tokens; raise tokens_per_batch, lower max_pixels, or leave them"
             f" out with max_length: {tokens_per_batch} and overlong: drop"
         )
+
+
+def step_plan(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> StepPlan:
+    """Which rows a packed run trains on together."""
+    assert isinstance(data.train, Scan), "recipe rules refuse packing of a stream"
+    run = recipe.run
+    budget, share = run.tokens_per_batch, run.share_prefixes
+    return StepPlan(data.train.sizes, global_batch, budget, world.processes, recipe.data_seed, share)
 
 
 def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:

@@ -8,7 +8,7 @@ EXPECTED = "QWEN_VL_SFT_EXPECTED_PROCESSES"
 UNCHECKED = "any"
 
 
-def smaller_than_allotted(processes: int, on_cpu: bool, env: Mapping[str, str]) -> list[str]:
+def unlike_allotted(processes: int, on_cpu: bool, env: Mapping[str, str]) -> list[str]:
     """Why a world of so many processes is not what the Slurm job was given; empty outside of Slurm.
 
     `QWEN_VL_SFT_EXPECTED_PROCESSES` says how many there must be, as slurm/sft.sbatch does. Without it, a run on GPUs must
@@ -27,7 +27,7 @@ def smaller_than_allotted(processes: int, on_cpu: bool, env: Mapping[str, str]) 
         nodes = _number(env.get("SLURM_JOB_NUM_NODES"))
         gpus = 0 if on_cpu else _number(env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE"))
         wanted = nodes * max(gpus, 1)
-        if processes == wanted or (processes > wanted and not gpus):
+        if processes == wanted or (processes > wanted and not gpus) or not nodes:
             return []
         source = f"Slurm allotted {nodes} node{'s' if nodes > 1 else ''}" + (f" with {gpus} GPUs each" if gpus else "")
     several = "each node would train a model of its own" if processes < wanted else "they do not fit"

@@ -27,7 +27,7 @@ from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
 from qwen_vl_sft.packed import PackedCollator
-from qwen_vl_sft.packing import StepPlan, StepSampler
+from qwen_vl_sft.packing import StepSampler
 from qwen_vl_sft.patches import (
     call_tied_head_after_backbone,
     count_no_placeholders_in_training,
@@ -36,7 +36,7 @@ from qwen_vl_sft.patches import (
 )
 from qwen_vl_sft.plots import plot_loss
 from qwen_vl_sft.positions import Positions
-from qwen_vl_sft.preparation import PreparedData
+from qwen_vl_sft.preparation import PreparedData, step_plan
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.recipe_rules import EVALUATION_METRICS
 from qwen_vl_sft.safe_trainer import save_final_model
@@ -191,14 +191,6 @@ def _train_places(
         return data.train.dataset.repeat(None), None
     items = places(len(data.train.rows), global_batch)
     return items, EpochSampler(len(data.train.rows), len(items), recipe.data_seed)
-
-
-def step_plan(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> StepPlan:
-    """Which rows a packed run trains on together."""
-    assert isinstance(data.train, Scan), "recipe rules refuse packing of a stream"
-    run = recipe.run
-    budget, share = run.tokens_per_batch, run.share_prefixes
-    return StepPlan(data.train.sizes, global_batch, budget, world.processes, recipe.data_seed, share)
 
 
 def _packed(collator: Collator, model: Any) -> PackedCollator:

@@ -1,0 +1,295 @@
+"""Packed rows and shared prefixes against the same rows one at a time: per-token losses, gradients, three steps."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import conversation_row, launch, png, run_process
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_trainer import newer, qwen2_vl
+
+from qwen_vl_sft import tiny
+from qwen_vl_sft.attention import use_packed_attention, use_segmented_vision_attention
+from qwen_vl_sft.collator import Collator, pad
+from qwen_vl_sft.data import open_rows
+from qwen_vl_sft.encode import IGNORE_INDEX, Encoder
+from qwen_vl_sft.lora import lora_config
+from qwen_vl_sft.packed import MICRO_BATCHES, PackedCollator, join, seam
+from qwen_vl_sft.packing import StepPlan, StepSampler
+from qwen_vl_sft.positions import Positions
+from qwen_vl_sft.scan import scan
+from qwen_vl_sft.settings import ModelSettings
+
+RED, BLUE = "images/red.png", "images/blue.png"
+# One, two and no images, ragged answers, two and three questions on the same images, and one of a single token.
+ROWS = [
+    conversation_row("<image>Which color?", "red"),
+    conversation_row("<image>Is it blue? Say yes or no, and why.", "no, it is red and not blue " * 3),
+    conversation_row("<image>a", "b"),
+    conversation_row("<image><image>Which is first?", "red then blue", images=(RED, BLUE)),
+    conversation_row("<image><image>Which is last?", "blue", images=(RED, BLUE)),
+    conversation_row("What is one and one?", "two", images=()),
+    conversation_row("<image>Which color?", "blue", images=(BLUE,)),
+]
+GROUPS = [[0, 1, 2], [3, 4], [5], [6]]
+FAMILIES = ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"]
+LORA = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), lora_scope="all", lora_r=4)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    """A model of each family with LoRA everywhere that is not zero, so that every gradient is."""
+    from peft import get_peft_model
+
+    base = qwen2_vl() if request.param == "qwen2_vl" else newer(request.param)
+    use_segmented_vision_attention(base)
+    use_packed_attention(base)
+    config = lora_config(base, LORA)
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return adapted.eval()
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "images").mkdir()
+    for color in ("red", "blue"):
+        (folder / f"images/{color}.png").write_bytes(png(color, (84, 56)))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = open_rows(str(folder), "train")
+    return [rows.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(ROWS))]
+
+
+def token_losses(model, batch):
+    """The loss of each learned token, in order."""
+    batch = {name: value for name, value in batch.items() if name != "work"}
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return losses[labels != IGNORE_INDEX]
+
+
+def gradients(model, losses):
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
+def one_at_a_time(model, rows, pad_token_id=0):
+    return torch.cat([token_losses(model, pad([row], pad_token_id)) for row in rows])
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_losses_and_gradients_are_those_of_rows_one_at_a_time(share, model, encoded):
+    groups = [[encoded[place] for place in group] for group in GROUPS]
+    if not share:
+        groups = [[row] for group in groups for row in group]
+    batch = join(groups, Positions(model.config))
+    assert ("kv_index" in batch) == share
+    wanted, found = one_at_a_time(model, encoded), token_losses(model, batch)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert largest_difference(gradients(model, wanted), gradients(model, found)) < 1e-5
+
+
+def test_padded_batches_go_on_as_before(model, encoded):
+    batch = pad(encoded, 0)
+    padded = token_losses(model, batch)
+    torch.testing.assert_close(padded, one_at_a_time(model, encoded), rtol=0, atol=1e-5)
+    left = pad(encoded, 0, side="left")
+    torch.testing.assert_close(token_losses(model, left), padded, rtol=0, atol=1e-5)
+
+
+def wrong(name, batch):
+    """The batch with one of the mistakes that raise no error by themselves."""
+    batch = dict(batch)
+    if name == "no boundaries":
+        for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            del batch[key]
+    elif name == "positions of the sequence":
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(4, 1, -1)
+    return batch
+
+
+def test_boundaries_that_are_lost_in_training_are_an_error(model, encoded):
+    batch = wrong("no boundaries", join([[row] for row in encoded], Positions(model.config)))
+    model.train()
+    try:
+        with pytest.raises(RuntimeError, match="rows would attend to each other"):
+            token_losses(model, batch)
+    finally:
+        model.eval()
+
+
+def test_a_mask_of_ones_joins_no_rows(model, encoded):
+    batch = join([[row] for row in encoded], Positions(model.config))
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    torch.testing.assert_close(token_losses(model, batch), one_at_a_time(model, encoded), rtol=0, atol=1e-5)
+
+
+def test_a_mask_beside_boundaries_is_an_error(model, encoded):
+    batch = join([[row] for row in encoded], Positions(model.config))
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, :3] = 0
+    with pytest.raises(RuntimeError, match="packed rows take no attention mask"):
+        token_losses(model, batch)
+
+
+@pytest.mark.parametrize("name", ["no boundaries", "positions of the sequence"])
+def test_the_comparison_above_would_notice(name, model, encoded):
+    batch = wrong(name, join([[row] for row in encoded], Positions(model.config)))
+    difference = (token_losses(model, batch) - one_at_a_time(model, encoded)).abs().max()
+    assert difference > 1e-3
+
+
+def test_generation_on_the_packed_attention_is_that_of_plain_attention(encoded, tiny_processor):
+    from qwen_vl_sft.generation import generate_batch
+
+    encoder = Encoder(tiny_processor)
+    plain, packed = qwen2_vl(), qwen2_vl()
+    use_packed_attention(packed)
+    rows = [row for row in encoded if row.pixel_values is not None][:3]
+    assert generate_batch(plain, encoder, rows, 8) == generate_batch(packed, encoder, rows, 8)
+
+
+def test_the_seam_is_after_the_last_image_before_an_answer(encoded, tiny_processor):
+    end = tiny_processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    for row, images in ((encoded[0], 1), (encoded[3], 2)):
+        assert int(row.input_ids[seam(row) - 1]) == end
+        assert int((row.input_ids[: seam(row)] == end).sum()) == images
+    assert seam(encoded[5]) == 0
+
+
+def test_scanned_prefixes_are_those_of_the_encoded_rows(tiny_processor):
+    found = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    rows = [found.rows.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(found.rows))]
+    assert found.prefix_tokens.tolist() == [seam(row) for row in rows]
+    by_prefix = {}
+    for number, row in zip(found.prefix.tolist(), rows, strict=True):
+        by_prefix.setdefault(number, []).append(row)
+    assert len(by_prefix) < len(rows)
+    for alike in by_prefix.values():
+        first = alike[0]
+        assert all(torch.equal(row.input_ids[: seam(first)], first.input_ids[: seam(first)]) for row in alike)
+        assert all(torch.equal(row.pixel_values, first.pixel_values) for row in alike)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=6), st.booleans())
+def test_any_mix_of_rows(mixed, picked, share):
+    model, encoded = mixed
+    groups = {}
+    for number, place in enumerate(picked):
+        family = next(index for index, group in enumerate(GROUPS) if place in group)
+        together = share and encoded[place].pixel_values is not None
+        groups.setdefault(family if together else -1 - number, []).append(place)
+    # A row twice in a group is one branch twice.
+    batch = join([[encoded[place] for place in group] for group in groups.values()], Positions(model.config))
+    wanted = one_at_a_time(model, [encoded[place] for group in groups.values() for place in group])
+    torch.testing.assert_close(token_losses(model, batch), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def mixed(encoded):
+    model = qwen2_vl()
+    use_packed_attention(model)
+    return model.eval(), encoded
+
+
+def three_steps(start, data, processor, folder, share, budget):
+    """Losses and weights of three packed steps of six rows."""
+    from test_trainer import make_trainer
+
+    model = copy.deepcopy(start)
+    use_packed_attention(model)
+    trainer = make_trainer(model, data.rows, processor, folder, train_rows=len(data.rows), max_steps=3)
+    plan = StepPlan(data.sizes, 6, budget, 1, seed=0, share_prefixes=share)
+    trainer._sampler = StepSampler(plan, 0)
+    trainer.data_collator = PackedCollator(Collator(data.rows, Encoder(processor)), Positions(model.config))
+    trainer._train_batch_size = trainer.args.gradient_accumulation_steps = 1
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_optimizer_steps_packed_and_shared(family, tiny_processor, tmp_path):
+    """Each row of the data has a partner on the same chart, so that sharing changes no step's rows."""
+    start = qwen2_vl() if family == "qwen2_vl" else newer(family)
+    everything = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    pairs = [index for index in range(20) if (everything.prefix == everything.prefix[index]).sum() == 2][:6]
+    data = scan(everything.rows.select(pairs), Encoder(tiny_processor))
+    results = [
+        three_steps(start, data, tiny_processor, tmp_path / str(number), share, budget)
+        for number, (share, budget) in enumerate([(False, 200), (False, 100_000), (True, 100_000)])
+    ]
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], abs=1e-5)
+        torch.testing.assert_close(weights, results[0][1], rtol=0, atol=1e-5)
+
+
+def test_a_step_of_the_collator_counts_its_work_once(tiny_processor):
+    data = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    collator = PackedCollator(Collator(data.rows, Encoder(tiny_processor)), Positions(qwen2_vl().config))
+    (step,) = next(iter(StepPlan(data.sizes, 8, 10_000, 1, 0, share_prefixes=True).steps(0)))
+    (batch,) = collator(step)[MICRO_BATCHES]
+    groups = step[0]
+    assert batch["work"]["rows"] == 8
+    assert batch["work"]["images"] == len(groups) < 8
+    assert batch["work"]["tokens"] == batch["input_ids"].shape[1] == sum(data.sizes.of(group)[0] for group in groups)
+    assert batch["work"]["learned"] == sum(int(data.learned[row]) for group in groups for row in group)
+
+
+KEYS = {
+    "max_steps": 3,
+    "max_train_samples": 48,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": "false",
+    "logging_steps": 1,
+    "report_to": "none",
+}
+ARGUMENTS = ["scripts/sft.py", "--recipe", "recipes/quickstart.yaml"]
+ARGUMENTS += [word for key, value in KEYS.items() for word in (f"--{key}", str(value))]
+PACKING = ["--packing", "true", "--tokens_per_batch", "500"]
+
+
+def losses_of(folder):
+    entries = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Losses of one process: padded, packed, and packed with shared prefixes."""
+    folder, found = tmp_path_factory.mktemp("single"), {}
+    for name, keys in (("padded", []), ("packed", PACKING), ("shared", [*PACKING, "--share_prefixes", "true"])):
+        done = run_process(*ARGUMENTS, *keys, "--output_dir", folder / name)
+        assert done.returncode == 0, done.stderr
+        found[name] = losses_of(folder / name)
+    return found
+
+
+def test_packed_training_is_padded_training(runs):
+    assert runs["packed"] == pytest.approx(runs["padded"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [("cpu", "packed"), ("cpu", "shared"), ("zero3", "shared"), ("fsdp2", "packed")]
+)
+def test_two_processes_give_the_losses_of_one(config, name, runs, tmp_path):
+    keys = [*PACKING, *(["--share_prefixes", "true"] if name == "shared" else [])]
+    done = launch(config, *ARGUMENTS, *keys, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    # The optimizers of the strategies round otherwise.
+    assert losses_of(tmp_path / "run") == pytest.approx(runs[name], abs=1e-5 if config == "cpu" else 1e-3)
