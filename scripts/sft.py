@@ -12,6 +12,7 @@ import sys
 from qwen_vl_sft.command_line import format_help, parse_command_line
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.preemption import Watch
 
 SWITCHES = {"dry_run": "check everything, print the resolved recipe and the plan, and stop", "help": "this text"}
 
@@ -19,13 +20,15 @@ SWITCHES = {"dry_run": "check everything, print the resolved recipe and the plan
 @exits_with_user_errors
 def main() -> None:
     """Check the recipe, the data and the launch; load the model; train; write the run folder."""
+    watch = Watch()
+    watch.begin()
     quiet_libraries(rank=int(os.environ.get("RANK", "0")))
     recipe_file, overrides, switches = parse_command_line(sys.argv[1:], flags=tuple(SWITCHES))
     if "help" in switches:
         print(format_help(__doc__ or "", SWITCHES))
         return
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft import launch, plan, preparation, push_while_training, recipe_rules, run_folder, training
+    from qwen_vl_sft import launch, plan, preparation, push_while_training, recipe_rules, resume_check, safety, training
     from qwen_vl_sft.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, overrides)
@@ -33,6 +36,7 @@ def main() -> None:
     recipe_rules.check(recipe, world)
     global_batch = recipe_rules.resolve_batch(recipe, world)
     publisher = push_while_training.prepare(recipe, world)
+    watch.folder = recipe.output_dir
 
     launch.start(world)
     data = preparation.prepare_data(recipe, world)
@@ -45,17 +49,20 @@ def main() -> None:
     if "dry_run" in switches:
         return
 
-    resume = run_folder.resolve_resume(recipe.output_dir, recipe.get("resume_from_checkpoint"))
+    about = resume_check.about_run(recipe, world, data, global_batch)
     args = training.sft_config(recipe, world)
+    resume = resume_check.checkpoint_to_resume(recipe, world, about)
     trainer = training.build_trainer(recipe, world, args, data, global_batch)
     if publisher:
         trainer.add_callback(publisher)
     if world.rank == 0:
         training.begin_run_folder(recipe, world, data)
-    metrics = training.train(trainer, world, recipe, data, resume)
-    if world.rank == 0:
-        training.finish_run_folder(recipe, trainer, metrics)
-        print(plan.outcome(recipe, metrics), flush=True)
+    safety.attach(trainer, recipe, world, watch, about, resume)
+    with watch.while_training():
+        metrics = training.train(trainer, world, recipe, data, resume.path if resume else None)
+        if world.rank == 0:
+            training.finish_run_folder(recipe, trainer, metrics)
+            print(plan.outcome(recipe, metrics), flush=True)
     trainer.accelerator.end_training()
     if publisher:
         # The run folder is complete, and no process waits for this one any more.

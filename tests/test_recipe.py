@@ -35,7 +35,8 @@ def test_the_command_line_wins(tmp_path):
 
 def test_every_problem_at_once(tmp_path):
     path = write(
-        tmp_path, "learnin_rate: 1\nbf16: maybe\nseed: 1.5\npacking_strategy: bfd\nwarmup_ratio: 0.1\ndataset_format: coco\n"
+        tmp_path,
+        "learnin_rate: 1\nbf16: maybe\nseed: 1.5\npacking_strategy: bfd\nwarmup_ratio: 0.1\ndataset_format: coco\n",
     )
     with pytest.raises(UserError) as caught:
         read_recipe(path, {"lora_rr": 3})

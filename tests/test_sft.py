@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, conversation_row, launch, png, run_process
 
-from qwen_vl_sft import errors, tiny
+from qwen_vl_sft import errors, preemption, tiny
 
 SCRIPT = "scripts/sft.py"
 
@@ -31,6 +31,7 @@ def sft(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(os, "_exit", leave)
+        monkeypatch.setattr(preemption.Watch, "begin", lambda watch: None)
         monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
         monkeypatch.chdir(REPOSITORY)
         spec.loader.exec_module(script)

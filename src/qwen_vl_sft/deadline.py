@@ -19,7 +19,7 @@ def parse_duration(text: str) -> int:
     """Seconds in `3h30m`, `HH:MM:SS`, `MM:SS`, `D-HH:MM:SS` (Slurm's) or plain seconds. Raises `ValueError`."""
     match = _CLOCK.match(text.strip()) or _UNITS.match(text.strip())
     if match is None or not any(match.groups()):
-        raise ValueError(text)
+        raise ValueError(f"{text!r} is no time")
     parts = {unit: int(value or 0) for unit, value in match.groupdict().items()}
     return ((parts["d"] * 24 + parts["h"]) * 60 + parts["m"]) * 60 + parts["s"]
 

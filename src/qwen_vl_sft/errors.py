@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -91,6 +92,9 @@ def _leave(code: int, message: str, show: bool = True) -> None:
     if show:
         print(message, file=sys.stderr, flush=True)
     _tell_elastic_launcher(message)
+    # Workers of data loaders would notice seconds later.
+    for child in multiprocessing.active_children():
+        child.kill()
     # A hard exit: the process group of a run that ends here must not wait for its peers.
     sys.stdout.flush()
     os._exit(code)

@@ -70,7 +70,9 @@ def unsound_error(described: str, can_skip: bool) -> UserError:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(rows: list[int], inputs: dict[str, Any], packing: bool, checkpointing: bool) -> Iterator[None]:
+def explained_out_of_memory(
+    rows: list[int], inputs: dict[str, Any], packing: bool, checkpointing: bool
+) -> Iterator[None]:
     """Turn out of memory inside into a `UserError` that names the micro-batch and what to change."""
     # Read before the step: it may take entries out.
     tokens = inputs["input_ids"]

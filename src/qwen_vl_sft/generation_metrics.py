@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,18 @@ class GenerationMetrics:
         self.output_dir = output_dir
         self.batches = plan_batches([int(evaluation.tokens[index]) for index in self.sample], batch_size)
 
-    def measure(self, model: Any, accelerator: Any, step: int, show_progress: bool = False) -> dict[str, float]:
+    def measure(
+        self,
+        model: Any,
+        accelerator: Any,
+        step: int,
+        show_progress: bool = False,
+        poll: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
         """The mean of every metric over the sample, by name. All processes must call at once.
 
-        `model` is the one in training, as the strategy wrapped it.
+        `model` is the one in training, as the strategy wrapped it. `poll` is called between batches, on all processes
+        equally often; what it raises ends the measurement.
         """
         rank, world = accelerator.process_index, accelerator.num_processes
         synced = world > 1 and is_split(model)
@@ -74,8 +82,10 @@ class GenerationMetrics:
             leave=False,
             disable=not (show_progress and rank == 0),
         )
-        for places, texts in shown:
+        for number, (places, texts) in enumerate(shown):
             answers.update(zip(places, texts, strict=True))
+            if poll is not None and number < len(self.batches) // world:
+                poll()
         scored = {place: self._score(place, text) for place, text in answers.items()}
         if self.output_dir is not None:
             self._keep_answers(scored, accelerator, step)

@@ -6,6 +6,7 @@ processes then agree, save, and end with exit code 75. No heavy import here: sig
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ class Watch:
         self.reason: str | None = None
         self.folder: Path | None = None
         self._since = 0.0
+        self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
         # Shared with the workers of data loaders, which are forked.
         self._training = mmap.mmap(-1, 1)
@@ -41,7 +44,7 @@ class Watch:
     def begin(self) -> None:
         """Handle signals from now on. Under a launcher, watch that it lives too."""
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            self._previous[number] = signal.signal(number, self._handle)
         if _has_launcher():
             threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
 
@@ -70,12 +73,21 @@ class Watch:
 
         signal_handling._set_worker_signal_handlers = set_handlers
 
+    @contextlib.contextmanager
+    def while_training(self) -> Iterator[None]:
+        """From now on there is something to save; afterwards, however it ends, signals are the system's again."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.end()
+
     def end(self) -> None:
-        """Leave signals to the system again: the process is about to end."""
+        """Leave signals to whom they were left before."""
         self.training = False
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._pid:

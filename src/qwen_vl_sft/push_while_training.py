@@ -28,7 +28,8 @@ from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.run_folder import ENVIRONMENT, METRICS, RECIPE, SYSTEM_MESSAGE
 
 _STAGE = ".pushing"
-_NOT_PUBLISHED = ("optimizer", "scheduler", "rng_state", "training_args", "global_step", "trainer_state", "README", "complete")
+_STATE = ("optimizer", "scheduler", "rng_state", "training_args", "global_step", "trainer_state", "complete.json")
+_NOT_PUBLISHED = (*_STATE, "README")
 
 
 def prepare(recipe: Recipe, world: World) -> PushWhileTraining | None:

@@ -15,6 +15,7 @@ from qwen_vl_sft.launch import World
 from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.publication import problem_of_base
 from qwen_vl_sft.recipe import Recipe
+from qwen_vl_sft.recipe_rules_run import RUN_RULES
 from qwen_vl_sft.run_folder import problems_of_output_dir
 
 Rule = Callable[[Recipe, World], Iterator[str]]
@@ -271,5 +272,6 @@ RULES: tuple[Rule, ...] = (
     _reporting,
     _loss,
     _publishing,
+    *RUN_RULES,
     _output,
 )

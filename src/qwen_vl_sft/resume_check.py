@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
+import torch.distributed as dist
 
 from qwen_vl_sft import checkpoints
 from qwen_vl_sft.checkpoints import Checkpoint
@@ -70,7 +70,7 @@ def fingerprint(train: Scan) -> str:
 def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint that this run goes on from, the same on every process. Raises `UserError` if it may not.
 
-    Call it on all processes: the first one reads the folder and tells the others.
+    Call it on all processes, joined by now (`training.sft_config`): the first one reads the folder and tells the others.
     """
     resume = recipe.get("resume_from_checkpoint")
     if not resume:
@@ -84,7 +84,9 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
         else:
             _tell(f"{recipe.output_dir} holds no checkpoint to go on from; the run starts anew")
     if world.processes > 1:
-        broadcast_object_list(found)
+        # accelerate's own broadcast does nothing, and says nothing, as long as it takes the run for a single process.
+        assert dist.is_initialized(), "the processes are joined when SFTConfig has been asked for its device"
+        dist.broadcast_object_list(found)
     return found[0]
 
 
@@ -107,7 +109,9 @@ def check(checkpoint: Checkpoint, about: dict[str, Any], dropout: float) -> list
             f" {_words(about['world'])}: the same rows in the same steps, {exact}"
         )
     now = about["versions"]
-    changed = [f"{name} {old}, now {now[name]}" for name, old in checkpoint.about["versions"].items() if now[name] != old]
+    changed = [
+        f"{name} {old}, now {now[name]}" for name, old in checkpoint.about["versions"].items() if now[name] != old
+    ]
     if changed:
         notes.append(f"{checkpoint.path} was written with {'; '.join(changed)}: losses may differ in the last digits")
     return notes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft import __version__
+from qwen_vl_sft.checkpoints import LATEST, is_checkpoint_name
 from qwen_vl_sft.errors import UserError
 
 RECIPE = "recipe.yaml"
@@ -23,8 +23,6 @@ METRICS = "metrics.json"
 LOG = "training_log.jsonl"
 LOSS_PLOT = "loss.png"
 ENVIRONMENT = "environment.json"
-LATEST = "latest"
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 PACKAGES = (
     "torch",
     "transformers",
@@ -57,19 +55,6 @@ def problems_of_output_dir(folder: Path, overwrite: bool, resume: str | None) ->
             )
         elif not _is_run(folder):
             yield f"overwrite_output_dir: {folder} does not look like a run folder, so it is not deleted; empty it by hand"
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most steps in a run folder, None when there is none."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
-    # trainer_state.json is the last file of a checkpoint to be written.
-    complete = [entry for entry in found if (entry[1] / "trainer_state.json").is_file()]
-    return max(complete)[1] if complete else None
-
-
-def resolve_resume(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume from. `latest` in a folder without one starts anew, so that a job can be requeued."""
-    return newest_checkpoint(folder) if resume == LATEST else Path(resume) if resume else None
 
 
 def begin(
@@ -115,7 +100,7 @@ def environment(world: dict[str, Any], data: dict[str, Any], devices: list[str])
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / RECIPE).is_file() or any(_CHECKPOINT.match(path.name) for path in folder.iterdir())
+    return (folder / RECIPE).is_file() or any(is_checkpoint_name(path.name) for path in folder.iterdir())
 
 
 def _version(name: str) -> str | None:

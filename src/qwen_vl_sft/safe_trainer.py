@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from trl import SFTTrainer
@@ -25,11 +27,16 @@ from qwen_vl_sft.packed import MICRO_BATCHES
 ROW_IDS = "row_ids"
 
 
+class EvaluationStopped(Exception):
+    """The run was told to stop in the middle of an evaluation."""
+
+
 class SafeTrainer(SFTTrainer):
     """What `VisionSFTTrainer` builds on. Batches carry the ids of their rows under `row_ids`, a list of numbers.
 
-    `about` goes into the mark of every checkpoint; `evaluation_due` says that the run was stopped where it should have
-    evaluated next; `skip_unsound` leaves steps out whose loss or gradient is not finite, and `skipped` tells of each.
+    `about` goes into the mark of every checkpoint. `evaluation_due` says that the run was stopped where it should have
+    evaluated next. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`. `skip_unsound`
+    leaves steps out whose loss or gradient is not finite, and `skipped` tells of each.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,6 +47,7 @@ class SafeTrainer(SFTTrainer):
         self.skipped: list[str] = []
         self.record = StepRecord()
         self.save_seconds: float | None = None
+        self.poll: Callable[[], None] | None = None
         # The Trainer would delete old checkpoints before the new one is marked, and at the end before the model is saved.
         self._keep, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -107,6 +115,21 @@ class SafeTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         self.save_seconds = max(time.perf_counter() - began, self.save_seconds or 0.0)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        numbers = _random_state()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            # The checkpoint is that of the moment before, and a resume begins with this evaluation.
+            _set_random_state(numbers)
+            self.evaluation_due = True
+            step = self.state.global_step
+            # A resume that is stopped in its first evaluation has this checkpoint already.
+            if step and not Path(self.args.output_dir or "", f"checkpoint-{step}", checkpoints.MARK).is_file():
+                self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
+
     # A resume
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -134,11 +157,22 @@ class SafeTrainer(SFTTrainer):
                 self.state.best_model_checkpoint = str(best)
 
 
+def _random_state() -> tuple[Any, ...]:
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state(state[3])
+
+
 def save_final_model(trainer: SafeTrainer, folder: Path) -> None:
     """Save the finished model. Raises `UserError` when it cannot be written."""
     whole = [path for path in checkpoints.folders(folder) if (path / checkpoints.MARK).is_file()]
     with explained_save("the finished model", folder, whole[-1] if whole else None, remove=False):
         trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()
-
-

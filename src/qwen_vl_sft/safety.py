@@ -16,11 +16,12 @@ from qwen_vl_sft.checkpoints import Checkpoint
 from qwen_vl_sft.deadline import Deadline, parse_duration
 from qwen_vl_sft.errors import Preempted
 from qwen_vl_sft.faults import StepRecord
+from qwen_vl_sft.forking import settle_before_forks
 from qwen_vl_sft.launch_world import World
 from qwen_vl_sft.preemption import Watch
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.row_log import RowLog
-from qwen_vl_sft.safe_trainer import SafeTrainer
+from qwen_vl_sft.safe_trainer import EvaluationStopped, SafeTrainer
 
 SKIPPED = "skipped_steps.jsonl"
 TIME_IS_UP = "max_run_time"
@@ -40,6 +41,7 @@ class Safety(TrainerCallback):
         self._posted = (0, StepRecord())
         self._began = 0.0
         self._told = 0
+        trainer.poll = self.poll
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
@@ -65,6 +67,22 @@ class Safety(TrainerCallback):
             self.trainer.evaluation_due = evaluates
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation may take long, so it is left too."""
+        self.poll()
+
+    def poll(self) -> None:
+        """Raise `EvaluationStopped` if the run was told to stop. All processes must call equally often."""
+        if not self.trainer.is_in_train:
+            return
+        told = self._act(self.agreement.read())
+        self._post(self.trainer.state.global_step, self.deadline.is_due(evaluates=False), checked=True)
+        if not self.agreement.on_gpu:
+            told = self._act(self.agreement.read()) or told
+        if told:
+            self.stopping = told
+            raise EvaluationStopped
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Note how long an evaluation takes."""
         self.deadline.evaluation = max(self.deadline.evaluation, (metrics or {}).get("eval_runtime", 0.0))
@@ -73,17 +91,19 @@ class Safety(TrainerCallback):
         """End the run here when that is what the checkpoint was for; nothing after training may happen."""
         if self.stopping is None:
             return
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        checkpoint = self.folder / f"checkpoint-{state.global_step}" if state.global_step else None
         if self.first:
             preemption.write_mark(self.folder, self.stopping, state.global_step, checkpoint)
+        written = f"{checkpoint} is written" if checkpoint else "there is nothing to save"
         raise Preempted(
-            f"stopped by {self.stopping} after step {state.global_step} of {state.max_steps}; {checkpoint} is written. Go"
-            f" on with --resume_from_checkpoint latest"
+            f"stopped by {self.stopping} after step {state.global_step} of {state.max_steps}; {written}. Go on with"
+            f" --resume_from_checkpoint latest"
         )
 
-    def _post(self, step: int, time_is_up: bool) -> None:
+    def _post(self, step: int, time_is_up: bool, checked: bool = False) -> None:
         record, device = self.trainer.record, self.trainer.args.device
-        unsound = torch.zeros((), device=device) if self.trainer.skip_unsound else record.unsound(device)
+        checked = checked or self.trainer.skip_unsound
+        unsound = torch.zeros((), device=device) if checked else record.unsound(device)
         told = torch.tensor([float(self.watch.reason is not None), float(time_is_up)])
         told = told.pin_memory().to(device, non_blocking=True) if self.agreement.on_gpu else told
         self.agreement.post(torch.cat([told, unsound.reshape(1)]))
@@ -120,7 +140,8 @@ def attach(
         row_log.forget_after(recipe.output_dir, resume.step if resume else 0)
     trainer.accelerator.wait_for_everyone()
     watch.keep_workers()
-    watch.training = True
+    if world.processes > 1:
+        settle_before_forks()
 
 
 def skipped_steps(folder: Path) -> int:

@@ -54,7 +54,9 @@ class ModelSettings:
         "bfloat16", "precision of the weights that are not 4 or 8 bit"
     )
     attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
-    fused_kernels: list[str] | None = key(None, "any of rms_norm, swiglu, rope, quick_gelu; CUDA only, needs liger-kernel")
+    fused_kernels: list[str] | None = key(
+        None, "any of rms_norm, swiglu, rope, quick_gelu; CUDA only, needs liger-kernel"
+    )
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")
     load_in_4bit: bool = key(False, "QLoRA: base weights in 4 bits")

@@ -1,0 +1,67 @@
+"""Prove that a killed run loses nothing: kill it at random moments, resume it, compare weights, rows and losses.
+
+python scripts/kill_and_resume.py --kills 20 --processes 2
+python scripts/kill_and_resume.py --kills 5 --packing --recipe recipes/quickstart.yaml --max_steps 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from qwen_vl_sft.errors import UserError, exits_with_user_errors
+
+# The quickstart in a few seconds: evaluation, the best model at the end and old checkpoints' deletion take part.
+SHORT = (
+    "--recipe recipes/quickstart.yaml --max_steps 24 --per_device_train_batch_size 2 --global_batch_size 4"
+    " --logging_steps 1 --eval_strategy steps --eval_steps 3 --save_strategy steps --save_steps 3 --save_total_limit 2"
+    " --max_eval_samples 8 --predict_with_generate false --max_train_samples 40 --dataloader_num_workers 1"
+    " --report_to none --disable_tqdm true"
+)
+PACKING = " --packing true --tokens_per_batch 512 --share_prefixes true"
+
+
+@exits_with_user_errors
+def main() -> None:
+    """Run, kill, resume, compare; exit code 1 when anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--packing", action="store_true", help="packed batches with shared prefixes")
+    parser.add_argument("--signal", default="SIGKILL", help="SIGTERM, SIGUSR1 or SIGINT: stop the run instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/kill_and_resume"))
+    parser.add_argument("--report", type=Path, help="write the result as JSON, beside what is there already")
+    options, keys = parser.parse_known_args()
+    # The libraries take seconds to import; a mistyped command line needs none of them.
+    from qwen_vl_sft import kill_and_resume, run_folder
+
+    if options.output_dir.exists() and any(options.output_dir.iterdir()):
+        raise UserError(f"output_dir: {options.output_dir} holds files already; name another folder with --output_dir")
+    words = [*SHORT.split(), *(PACKING.split() if options.packing else ()), *keys]
+    # What is stated here wins over what stands above.
+    words = [word for pair in dict(zip(words[::2], words[1::2], strict=True)).items() for word in pair]
+    experiment = kill_and_resume.Experiment(
+        tuple(words), options.processes, options.output_dir, signal.Signals[options.signal]
+    )
+    trials = experiment.run(options.kills, options.seed, lambda trial: print(trial, flush=True))
+    print(kill_and_resume.table(trials))
+    same = sum(trial.same for trial in trials)
+    print(f"{same} of {len(trials)} runs ended as the one that was never killed")
+    if options.report:
+        written = json.loads(options.report.read_text()) if options.report.exists() else {}
+        name = f"{options.signal}, {options.processes} process(es){', packing' if options.packing else ''}"
+        entry = {"keys": " ".join(words), "seed": options.seed, "kills": kill_and_resume.as_json(trials)}
+        versions = run_folder.environment({}, {}, [])["versions"]
+        runs = {**written.get("runs", {}), name: entry}
+        report = {"machine": f"{os.cpu_count()} CPU cores", "versions": versions, "runs": runs}
+        options.report.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(0 if same == len(trials) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Which checkpoints a run goes on from, and that it goes on exactly: kill -9, damage, other worlds, a full disk."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import launch, run_process
+
+from qwen_vl_sft import checkpoints, resume_check
+from qwen_vl_sft.checkpoints import MARK, Checkpoint
+from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
+from qwen_vl_sft.kill_and_resume import Experiment
+from qwen_vl_sft.row_log import RowLog, forget_after, read_row_log
+
+SCRIPT = "scripts/sft.py"
+ABOUT = {
+    "world": {"strategy": "single", "processes": 1},
+    "same": {"global_batch_size": 4, "seed": 1, "rows": 8, "data": "a"},
+    "versions": {"torch": "2"},
+}
+
+
+def write_checkpoint(run: Path, step: int, processes: int = 1, mark: bool = True) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    names = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
+    names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    for name in names:
+        (folder / name).write_bytes(b"x" * 100)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    if mark:
+        about = {**ABOUT, "world": {"strategy": "ddp" if processes > 1 else "single", "processes": processes}}
+        checkpoints.write_mark(folder, about)
+    return folder
+
+
+def latest(run: Path) -> tuple[int | None, list[str]]:
+    told: list[str] = []
+    found = checkpoints.find(run, "latest", told.append)
+    return (found.step if found else None), told
+
+
+# Which checkpoint
+
+
+def test_the_newest_whole_checkpoint_by_steps(tmp_path):
+    for step in (9, 10, 100):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert latest(tmp_path) == (100, [])
+
+
+def truncate(folder):
+    (folder / "optimizer.pt").write_bytes(b"x" * 50)
+
+
+def flip(folder):
+    (folder / "adapter_model.safetensors").write_bytes(b"x" * 99 + b"y")
+
+
+DAMAGE = {
+    "no mark": (lambda folder: (folder / MARK).unlink(), "complete.json is missing"),
+    "mark cut off": (lambda folder: (folder / MARK).write_text('{"files": {'), "complete.json cannot be read"),
+    "mark of nothing": (lambda folder: (folder / MARK).write_text("[]"), "complete.json cannot be read"),
+    "file cut off": (truncate, "optimizer.pt has 50 bytes, not 100"),
+    "file gone": (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "file changed": (flip, "adapter_model.safetensors is not what was written"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(name, tmp_path):
+    damage, told = DAMAGE[name]
+    write_checkpoint(tmp_path, 4)
+    damage(write_checkpoint(tmp_path, 8))
+    step, messages = latest(tmp_path)
+    assert step == 4
+    assert len(messages) == 1
+    assert "checkpoint-8 is passed over: " in messages[0]
+    assert told in messages[0]
+    if name != "no mark":
+        with pytest.raises(UserError, match=r"checkpoint-8 cannot be gone on from: .*latest"):
+            checkpoints.find(tmp_path, str(tmp_path / "checkpoint-8"), messages.append)
+
+
+def test_without_a_mark_a_named_checkpoint_must_have_all_its_files(tmp_path):
+    folder, told = write_checkpoint(tmp_path, 8, mark=False), []
+    assert checkpoints.find(tmp_path, str(folder), told.append) == Checkpoint(folder, 8, {})
+    assert "that they are whole cannot be told" in told[0]
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors"):
+        (folder / name).rename(tmp_path / name)
+        with pytest.raises(UserError, match=r"it holds no"):
+            checkpoints.find(tmp_path, str(folder), told.append)
+        (tmp_path / name).rename(folder / name)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state_1.pth"])
+def test_what_was_never_saved_is_not_reset_in_silence(name, tmp_path):
+    """`save_only_model`, or a process whose part is on another machine's disk: the mark itself is right."""
+    folder = write_checkpoint(tmp_path, 8, processes=2)
+    (folder / name).unlink()
+    checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
+    assert f"it holds no {name}" in checkpoints.problem_of(folder)
+
+
+def test_a_run_without_a_whole_checkpoint_starts_anew(tmp_path):
+    assert latest(tmp_path) == (None, [])
+    write_checkpoint(tmp_path, 4, mark=False)
+    step, told = latest(tmp_path)
+    assert step is None
+    assert "checkpoint-4 is passed over" in told[0]
+
+
+def test_rotation_keeps_the_newest_and_the_best_and_drops_halves(tmp_path):
+    for step in (2, 4, 6, 8):
+        write_checkpoint(tmp_path, step)
+    write_checkpoint(tmp_path, 5, mark=False)
+    checkpoints.rotate(tmp_path, None, None)
+    assert len(checkpoints.folders(tmp_path)) == 5
+    checkpoints.rotate(tmp_path, 2, str(tmp_path / "checkpoint-4"))
+    assert [path.name for path in checkpoints.folders(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
+    checkpoints.rotate(tmp_path, 1, None)
+    assert [path.name for path in checkpoints.folders(tmp_path)] == ["checkpoint-8"]
+
+
+# Which run
+
+
+def written_by(strategy, processes, **same):
+    world = {"strategy": strategy, "processes": processes}
+    return {**ABOUT, "world": world, "same": {**ABOUT["same"], **same}}
+
+
+def check(was, now, dropout=0.0):
+    return resume_check.check(Checkpoint(Path("run/checkpoint-8"), 8, was), now, dropout)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        (("single", 1), ("ddp", 2), "goes on with 2 process(es) (ddp)"),
+        (("ddp", 4), ("ddp", 2), "goes on with 2 process(es) (ddp)"),
+        (("fsdp2", 2), ("fsdp2", 4), "the same rows in the same steps"),
+    ],
+)
+def test_another_number_of_processes_is_noted(was, now, words):
+    (note,) = check(written_by(*was), written_by(*now))
+    assert words in note
+    assert "agree up to rounding" in note
+    assert "the dropout draws other numbers" in check(written_by(*was), written_by(*now), dropout=0.1)[0]
+    assert check(written_by(*was), written_by(*was)) == []
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "why"),
+    [
+        (("zero3", 2), ("zero3", 1), "the optimizer is saved in parts"),
+        (("zero2", 2), ("zero3", 2), "the files differ"),
+        (("single", 1), ("zero2", 2), "the files differ"),
+        (("fsdp2", 2), ("ddp", 2), "the files differ"),
+    ],
+)
+def test_worlds_that_cannot_go_on_are_refused_with_the_reason(was, now, why):
+    with pytest.raises(UserError, match=why):
+        check(written_by(*was), written_by(*now))
+
+
+def test_every_difference_is_told_at_once():
+    with pytest.raises(UserError) as error:
+        check(written_by("ddp", 2), written_by("ddp", 2, global_batch_size=8, seed=2, rows=9, data="b"))
+    assert len(error.value.problems) == 4
+    assert "has global_batch_size 4, this run 8; set it back" in str(error.value)
+    assert "was trained on 8 rows, now 9" in str(error.value)
+
+
+# The log of rows
+
+
+def test_the_log_of_rows_reads_as_the_epoch_does_and_forgets_what_was_lost(tmp_path):
+    for rank in (0, 1):
+        log = RowLog(tmp_path, rank)
+        for step in (1, 2):
+            log.write(step, [[10 * step + rank], [10 * step + 2 + rank]])
+    assert read_row_log(tmp_path) == {1: [10, 11, 12, 13], 2: [20, 21, 22, 23]}
+    with (tmp_path / "row_ids-0.jsonl").open("a") as file:
+        file.write('{"step": 3, "ro')
+    forget_after(tmp_path, 1)
+    RowLog(tmp_path, 0).write(2, [[7]])
+    assert read_row_log(tmp_path) == {1: [10, 11, 12, 13], 2: [7]}
+
+
+# Real runs
+
+
+def words(keys):
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+SHORT = {
+    "recipe": "recipes/quickstart.yaml",
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "no",
+    "load_best_model_at_end": "false",
+    "predict_with_generate": "false",
+    "max_train_samples": 20,
+    "per_device_train_batch_size": 1,
+    "global_batch_size": 4,
+    "logging_steps": 1,
+    "report_to": "none",
+    "log_row_ids": "true",
+}
+
+
+def losses(run):
+    entries = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def single_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "single"
+    finished = run_process(SCRIPT, *words({**SHORT, "output_dir": run}))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return run
+
+
+def test_two_processes_go_on_from_one_with_the_same_rows_and_losses(single_run, tmp_path):
+    run = tmp_path / "two"
+    shutil.copytree(single_run, run)
+    # What a kill while it is written leaves behind.
+    (run / "checkpoint-6/complete.json").unlink()
+    (run / "checkpoint-4/optimizer.pt").write_bytes(b"")
+    finished = launch("cpu", SCRIPT, *words({**SHORT, "output_dir": run, "resume_from_checkpoint": "latest"}))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "checkpoint-6 is passed over: it was not written to its end" in finished.stderr
+    assert "checkpoint-4 is passed over: optimizer.pt has 0 bytes" in finished.stderr
+    assert "checkpoint-2 was written by 1 process(es) (single) and goes on with 2 process(es) (ddp)" in finished.stderr
+    assert read_row_log(run) == read_row_log(single_run)
+    assert len((run / "row_ids-1.jsonl").read_text().splitlines()) == 4
+    assert losses(run) == pytest.approx(losses(single_run), abs=1e-4)
+
+
+def test_other_settings_are_refused_and_nothing_is_changed(single_run, tmp_path):
+    keys = {**SHORT, "output_dir": tmp_path / "run", "global_batch_size": 2, "seed": 1}
+    finished = run_process(SCRIPT, *words({**keys, "resume_from_checkpoint": single_run / "checkpoint-2"}))
+    assert finished.returncode == EXIT_USER_ERROR
+    assert "has global_batch_size 4, this run 2" in finished.stderr
+    assert "has seed 42, this run 1" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("processes", "packing"), [(1, True), (2, False)])
+def test_a_killed_run_ends_as_one_that_was_not(processes, packing, tmp_path):
+    """The short form of scripts/kill_and_resume.py."""
+    keys = {**SHORT, "dataloader_num_workers": 1, "save_total_limit": 1}
+    keys.pop("log_row_ids")
+    if packing:
+        keys |= {"packing": "true", "tokens_per_batch": 512, "share_prefixes": "true"}
+    trials = Experiment(tuple(words(keys)), processes, tmp_path / "runs").run(kills=1, seed=processes, tell=print)
+    assert [trial for trial in trials if not trial.same] == []

@@ -1,0 +1,130 @@
+"""Faults in whole runs, built in by faulty_run.py: NaN, no memory, a full disk, a bug on one process."""
+
+import json
+import math
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import REPOSITORY, launch
+from faulty_run import faulty_loss, full_disk
+from safetensors.torch import load_file
+
+from qwen_vl_sft.checkpoints import folders, problem_of
+from qwen_vl_sft.errors import EXIT_USER_ERROR
+from qwen_vl_sft.preemption import Watch
+from qwen_vl_sft.row_log import read_row_log
+from qwen_vl_sft.trainer import VisionSFTTrainer
+
+KEYS = {
+    "recipe": "recipes/quickstart.yaml",
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "no",
+    "load_best_model_at_end": "false",
+    "predict_with_generate": "false",
+    "max_train_samples": 8,
+    "per_device_train_batch_size": 1,
+    "global_batch_size": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "log_row_ids": "true",
+    "disable_tqdm": "true",
+}
+
+
+class Exit(Exception):
+    """Stands for the hard exit of a script."""
+
+
+@dataclass
+class Finished:
+    returncode: int
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs scripts/sft.py with a fault in this process, or under the launcher on two."""
+
+    def leave(code):
+        raise Exit(code)
+
+    def start(fault, processes=1, **keys):
+        monkeypatch.setenv("FAULT", fault)
+        named = {**KEYS, "output_dir": tmp_path / "run", **keys}
+        words = [word for key, value in named.items() for word in (f"--{key}", str(value))]
+        if processes > 1:
+            return launch("cpu", REPOSITORY / "tests/faulty_run.py", *words, processes=processes)
+        monkeypatch.setattr(os, "_exit", leave)
+        monkeypatch.setattr(sys, "argv", ["scripts/sft.py", *words])
+        monkeypatch.setattr(Watch, "begin", lambda watch: None)
+        monkeypatch.setattr(VisionSFTTrainer, "compute_loss", faulty_loss)
+        monkeypatch.setattr(torch, "save", full_disk)
+        monkeypatch.chdir(REPOSITORY)
+        with pytest.raises(Exit) as code:
+            runpy.run_path("scripts/sft.py", run_name="__main__")
+        return Finished(code.value.args[0], capsys.readouterr().err)
+
+    return start
+
+
+def whole(folder):
+    return [path.name for path in folders(folder) if problem_of(path) is None]
+
+
+@pytest.mark.parametrize(("fault", "processes"), [("nan", 2), ("nan_gradient", 1)])
+def test_a_step_that_is_not_finite_stops_the_run_with_its_rows(fault, processes, run, tmp_path):
+    finished = run(fault, processes)
+    assert finished.returncode == (EXIT_USER_ERROR if processes == 1 else 1), finished.stderr[-3000:]
+    step, rows = next((step, rows) for step, rows in read_row_log(tmp_path / "run").items() if 3 in rows)
+    what = "the loss of row(s) 3 is NaN" if fault == "nan" else "the gradient is NaN or infinite"
+    assert f"error: step {step}: {what}" in finished.stderr
+    assert f"of the step: {', '.join(map(str, rows))}" in finished.stderr
+    assert "nonfinite: skip" in finished.stderr
+    assert all(int(name.split("-")[1]) < step for name in whole(tmp_path / "run"))
+
+
+def test_such_steps_are_left_out_and_counted_on_all_processes(run, tmp_path):
+    finished = run("nan", processes=2, nonfinite="skip")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    log = read_row_log(tmp_path / "run")
+    steps = [step for step, rows in log.items() if 3 in rows]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["skipped_steps"] == len(steps) >= 1
+    assert math.isfinite(metrics["train_loss"])
+    assert f"skipped: step {steps[0]}: the loss of row(s) 3 is NaN" in finished.stdout
+    weights = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_out_of_memory_names_the_batch(run):
+    finished = run("memory")
+    assert finished.returncode == EXIT_USER_ERROR
+    assert "error: out of memory in a micro-batch of 1 row(s) (row_id 3), 1 x " in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_keeps_the_last_good_checkpoint(processes, run, tmp_path):
+    finished = run("disk", processes)
+    assert finished.returncode == (EXIT_USER_ERROR if processes == 1 else 1), finished.stderr[-3000:]
+    assert "could not be written" in finished.stderr
+    assert "No space left on device. The last good checkpoint is " in finished.stderr
+    assert whole(tmp_path / "run") == ["checkpoint-2"]
+    assert not (tmp_path / "run/checkpoint-4").exists()
+
+
+def test_a_bug_on_one_process_shows_its_traceback_first(run):
+    finished = run("bug", processes=2)
+    assert finished.returncode == 1
+    text = finished.stderr
+    assert "AssertionError: a bug of process 0" in text
+    assert text.index("Traceback") < text.index("AssertionError: a bug of process 0")
+    later = text.find("another process has ended")
+    assert later == -1 or text.index("AssertionError: a bug of process 0") < later

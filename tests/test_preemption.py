@@ -1,0 +1,256 @@
+"""Runs that are told to stop, run out of time, or meet a fault: they end soon, say why, and keep what they have."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, run_process
+
+from qwen_vl_sft import faults, preemption
+from qwen_vl_sft.checkpoints import problem_of
+from qwen_vl_sft.deadline import Deadline, parse_duration
+from qwen_vl_sft.errors import EXIT_PREEMPTED, UserError
+from qwen_vl_sft.faults import StepRecord
+
+SCRIPT = "scripts/sft.py"
+ENDLESS = {
+    "recipe": "recipes/quickstart.yaml",
+    "max_steps": 4000,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": "false",
+    "predict_with_generate": "false",
+    "max_train_samples": 16,
+    "per_device_train_batch_size": 1,
+    "global_batch_size": 2,
+    "logging_steps": 1000,
+    "report_to": "none",
+    "log_row_ids": "true",
+    "dataloader_num_workers": 1,
+    "disable_tqdm": "true",
+}
+
+
+def words(keys):
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+class Running:
+    """A run that was started, and everything that it started."""
+
+    def __init__(self, config, folder, **keys):
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+        command = [sys.executable, *(launcher if config else []), SCRIPT]
+        self.run = folder / "run"
+        self.output = folder / "output.txt"
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+        command += words({**ENDLESS, "output_dir": self.run, **keys})
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=env, stdout=file, stderr=file, start_new_session=True
+            )
+        self.family = []
+
+    def wait_for(self, found):
+        until = time.monotonic() + 120
+        while not found():
+            assert self.process.poll() is None, self.output.read_text()[-3000:]
+            assert time.monotonic() < until, self.output.read_text()[-3000:]
+            time.sleep(0.1)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for_steps(self):
+        log = self.run / "row_ids-0.jsonl"
+        self.wait_for(lambda: log.exists() and log.read_text().count("\n") > 2)
+
+    def trainers(self):
+        return [entry for entry in self.family if SCRIPT in entry.cmdline()]
+
+    def end(self, within):
+        """The exit code, when nothing of the run is left."""
+        _, alive = psutil.wait_procs(self.family, timeout=within)
+        assert [entry for entry in alive if entry.status() != psutil.STATUS_ZOMBIE] == []
+        return self.process.wait(within)
+
+    def kill(self):
+        for entry in [*self.family, self.process]:
+            try:
+                entry.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def run(config, **keys):
+        started.append(Running(config, tmp_path, **keys))
+        return started[-1]
+
+    yield run
+    for entry in started:
+        entry.kill()
+
+
+def check_stopped(running, reason):
+    mark = json.loads((running.run / preemption.MARK).read_text())
+    assert mark["reason"] == reason
+    assert problem_of(running.run / f"checkpoint-{mark['step']}") is None
+    assert mark["checkpoint"] == f"checkpoint-{mark['step']}"
+    assert not list(running.run.glob("*.safetensors")), "the model of a run that is not finished"
+    assert not (running.run / "metrics.json").exists()
+    assert f"stopped by {reason} after step {mark['step']} of 4000" in running.output.read_text()
+    return mark["step"]
+
+
+def test_ctrl_c_saves_and_ends_with_75(start):
+    """A terminal sends it to the whole group, data loaders' workers included."""
+    running = start(None)
+    running.wait_for_steps()
+    os.killpg(running.process.pid, signal.SIGINT)
+    assert running.end(within=20) == EXIT_PREEMPTED
+    check_stopped(running, "SIGINT")
+
+
+def test_a_stopped_run_goes_on_and_forgets_that_it_was_stopped(start):
+    """Slurm signals every process of a job."""
+    running = start(None)
+    running.wait_for_steps()
+    for entry in [*running.family, running.process]:
+        entry.send_signal(signal.SIGTERM)
+    assert running.end(within=20) == EXIT_PREEMPTED
+    step = check_stopped(running, "SIGTERM")
+    keys = {**ENDLESS, "output_dir": running.run, "resume_from_checkpoint": "latest", "max_steps": step + 1}
+    finished = run_process(SCRIPT, *words(keys))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert not (running.run / preemption.MARK).exists()
+    assert (running.run / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "whom", "reason"),
+    [
+        ("cpu", signal.SIGUSR1, "one trainer", "SIGUSR1"),
+        ("cpu", signal.SIGKILL, "launcher", "the end of its launcher"),
+        ("fsdp2", signal.SIGTERM, "all", "SIGTERM"),
+    ],
+)
+def test_all_processes_agree_under_the_launcher(config, number, whom, reason, start):
+    running = start(config)
+    running.wait_for_steps()
+    trainers = running.trainers()
+    assert len(trainers) >= 2
+    for entry in {
+        "launcher": [running.process],
+        "one trainer": trainers[:1],
+        "all": [running.process, *running.family],
+    }[whom]:
+        entry.send_signal(number)
+    assert running.end(within=30) != 0
+    check_stopped(running, reason)
+
+
+def test_before_training_it_ends_at_once_with_nothing_to_save(start):
+    running = start(None)
+    running.wait_for(lambda: "model " in running.output.read_text())
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end(within=10) == EXIT_PREEMPTED
+    assert "stopped by SIGTERM before training began; there is nothing to save" in running.output.read_text()
+    assert not running.run.exists()
+
+
+def test_a_run_ends_before_its_time_is_up(start):
+    began = time.time()
+    running = start(None, max_run_time="25s")
+    running.wait_for_steps()
+    assert running.end(within=40) == EXIT_PREEMPTED
+    assert time.time() - began < 27
+    check_stopped(running, "max_run_time")
+
+
+def test_a_process_that_dies_takes_the_group_down_and_its_end_is_told(start):
+    running = start("cpu")
+    running.wait_for_steps()
+    trainer = next(entry for entry in running.trainers() if entry.parent().pid == running.process.pid)
+    trainer.kill()
+    began = time.monotonic()
+    assert running.end(within=60) == 1
+    assert time.monotonic() - began < 60
+    text = running.output.read_text()
+    assert "Signal 9 (SIGKILL) received" in text
+    assert "another process has ended; its message says why" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("1:30", 90), ("08:00:00", 28800), ("1-00:00:30", 86430), ("3h30m", 12600), ("2d", 172800)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "1h30", "3 hours", "-5"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ValueError, match=text):
+        parse_duration(text)
+
+
+def test_the_deadline_leaves_time_for_the_save_and_the_evaluation():
+    age = time.time() - psutil.Process().create_time()
+    deadline = Deadline(int(age) + 100)
+    assert not deadline.is_due(evaluates=True)
+    deadline.evaluation = 80.0
+    assert deadline.is_due(evaluates=True)
+    assert not deadline.is_due(evaluates=False)
+    deadline.save = 70.0
+    assert deadline.is_due(evaluates=False)
+    assert not Deadline(None).is_due(evaluates=True)
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "unsound"),
+    [([1.0, 2.0], 3.0, 0), ([1.0, float("nan")], 3.0, 1), ([1.0], float("inf"), 1), ([], None, 0)],
+)
+def test_a_step_is_unsound_when_anything_of_it_is_not_finite(losses, norm, unsound):
+    record = StepRecord([[1], [2]], [torch.tensor(loss) for loss in losses], norm)
+    assert float(record.unsound(torch.device("cpu"))) == unsound
+
+
+def test_out_of_memory_names_rows_and_size():
+    inputs = {"input_ids": torch.zeros(2, 700), "pixel_values": torch.zeros(1200, 4)}
+    with pytest.raises(UserError) as error, faults.explained_out_of_memory([7, 9], inputs, False, False):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+    for word in ("2 row(s) (row_id 7, 9)", "2 x 700 tokens", "1,200 image patches", "per_device_train_batch_size"):
+        assert word in str(error.value)
+    assert "gradient_checkpointing: true" in str(error.value)
+    with pytest.raises(RuntimeError, match="a bug"), faults.explained_out_of_memory([7], inputs, True, True):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        PermissionError(13, "Permission denied"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_failed_save_leaves_no_half_and_names_the_last_good(error, tmp_path):
+    half = tmp_path / "checkpoint-8"
+    half.mkdir()
+    told = pytest.raises(UserError, match=r"could not be written .* The last good checkpoint is checkpoint-4")
+    with told, faults.explained_save("a checkpoint", half, Path("checkpoint-4"), remove=True):
+        raise error
+    assert not half.exists()
