@@ -26,7 +26,8 @@ quickstart: setup
 		--run $(RUN) --arms base,prompted,tuned --split test --overwrite
 
 test: setup
-	$(BIN)/python -m pytest
+	@# Two files at a time: most tests keep one core busy.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -28,13 +28,23 @@ def main() -> None:
         print(format_help(__doc__ or "", SWITCHES))
         return
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft import launch, plan, preparation, push_while_training, recipe_rules, resume_check, safety, training
+    from qwen_vl_sft import (
+        launch,
+        plan,
+        preparation,
+        push_while_training,
+        recipe_rules,
+        recipe_rules_batch,
+        resume_check,
+        safety,
+        training,
+    )
     from qwen_vl_sft.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, overrides)
     world = launch.read_world(use_cpu=recipe.get("use_cpu"))
     recipe_rules.check(recipe, world)
-    global_batch = recipe_rules.resolve_batch(recipe, world)
+    global_batch = recipe_rules_batch.resolve_batch(recipe, world)
     publisher = push_while_training.prepare(recipe, world)
     watch.folder = recipe.output_dir
 

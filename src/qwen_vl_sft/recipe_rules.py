@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_vl_sft.attention import resolve_attention
@@ -15,10 +15,10 @@ from qwen_vl_sft.launch import World
 from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.publication import problem_of_base
 from qwen_vl_sft.recipe import Recipe
+from qwen_vl_sft.recipe_rules_batch import BATCH_RULES, Rule
 from qwen_vl_sft.recipe_rules_run import RUN_RULES
 from qwen_vl_sft.run_folder import problems_of_output_dir
 
-Rule = Callable[[Recipe, World], Iterator[str]]
 # What every evaluation measures while training; those of `METRICS` come with predict_with_generate.
 EVALUATION_METRICS = ("loss", "mean_token_accuracy")
 LORA_KEYS = (
@@ -36,16 +36,6 @@ LORA_KEYS = (
 def check(recipe: Recipe, world: World) -> None:
     """Raise one `UserError` with everything that cannot work in this recipe, on this world."""
     raise_all([problem for rule in RULES for problem in rule(recipe, world)])
-
-
-def resolve_batch(recipe: Recipe, world: World) -> int:
-    """Set gradient accumulation from `global_batch_size` and return the rows of one optimizer step."""
-    per_step = recipe.get("per_device_train_batch_size") * world.processes
-    if recipe.run.packing and recipe.run.global_batch_size is not None:
-        return recipe.run.global_batch_size
-    if recipe.run.global_batch_size is not None:
-        recipe.training["gradient_accumulation_steps"] = recipe.run.global_batch_size // per_step
-    return per_step * recipe.get("gradient_accumulation_steps")
 
 
 def _required(recipe: Recipe, world: World) -> Iterator[str]:
@@ -120,59 +110,6 @@ def _training_kind(recipe: Recipe, world: World) -> Iterator[str]:
 def _strategy(recipe: Recipe, world: World) -> Iterator[str]:
     if recipe.model.load_in_8bit and world.strategy in ("zero3", "fsdp2"):
         yield f"load_in_8bit does not run under {world.strategy}: 8-bit weights cannot be sharded; use load_in_4bit, or ddp"
-
-
-def _batch(recipe: Recipe, world: World) -> Iterator[str]:
-    whole, per_device = recipe.run.global_batch_size, recipe.get("per_device_train_batch_size")
-    if whole is None or per_device < 1:
-        return
-    if recipe.run.packing:
-        if whole < world.processes:
-            yield f"global_batch_size {whole} is below the {world.processes} processes; raise it, or start fewer"
-        return
-    per_step = per_device * world.processes
-    if whole % per_step:
-        yield (
-            f"global_batch_size {whole} is no multiple of per_device_train_batch_size {per_device} x {world.processes}"
-            f" process(es) = {per_step}; change one of them"
-        )
-    elif "gradient_accumulation_steps" in recipe.stated:
-        product = per_step * recipe.get("gradient_accumulation_steps")
-        if product != whole:
-            yield (
-                f"global_batch_size {whole} contradicts per_device_train_batch_size {per_device} x {world.processes}"
-                f" process(es) x gradient_accumulation_steps {recipe.get('gradient_accumulation_steps')} = {product};"
-                f" remove gradient_accumulation_steps"
-            )
-
-
-def _packing(recipe: Recipe, world: World) -> Iterator[str]:
-    run, model = recipe.run, recipe.model
-    if not run.packing:
-        if run.share_prefixes:
-            yield "share_prefixes needs packing: true; set it, or leave share_prefixes out"
-        if "tokens_per_batch" in recipe.stated:
-            yield "tokens_per_batch is set but packing is not; set packing: true, or per_device_train_batch_size instead"
-        return
-    if run.tokens_per_batch < 1:
-        yield f"tokens_per_batch: {run.tokens_per_batch} must be at least 1"
-    if recipe.data.dataset_streaming:
-        yield "packing needs the lengths of all rows, and a stream does not tell them; set one of the two to false"
-    if model.attn_implementation not in ("auto", "sdpa"):
-        yield (
-            f"packing brings its own attention, so attn_implementation: {model.attn_implementation} has no effect;"
-            f" leave it out"
-        )
-    if run.share_prefixes and model.use_peft and model.lora_dropout > 0:
-        yield (
-            f"share_prefixes with lora_dropout {model.lora_dropout}: all questions on an image would share one draw of"
-            f" the dropout in its tokens; set lora_dropout: 0, or share_prefixes: false"
-        )
-    if run.share_prefixes and recipe.data.train_on == "all":
-        yield (
-            "share_prefixes with train_on: all: the text of a shared prefix would be learned once, not once a question;"
-            " set train_on: assistant, or share_prefixes: false"
-        )
 
 
 def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
@@ -265,8 +202,7 @@ RULES: tuple[Rule, ...] = (
     _ranges,
     _training_kind,
     _strategy,
-    _batch,
-    _packing,
+    *BATCH_RULES,
     _evaluation,
     _streaming,
     _reporting,

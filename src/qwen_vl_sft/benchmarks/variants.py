@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_vl_sft import launch, preparation, recipe_rules, training
+from qwen_vl_sft import launch, preparation, recipe_rules, recipe_rules_batch, training
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.flops import FlopCounter, Work
 from qwen_vl_sft.launch import World
@@ -72,7 +72,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     recipe = read_recipe(recipe_file, {**keys, **(changed or {"packing": False})})
     world = launch.read_world(use_cpu=recipe.get("use_cpu"))
     recipe_rules.check(recipe, world)
-    global_batch = recipe_rules.resolve_batch(recipe, world)
+    global_batch = recipe_rules_batch.resolve_batch(recipe, world)
     launch.start(world)
     data = preparation.prepare_data(recipe, world)
     assert isinstance(data.train, Scan), "rows are looked up"
