@@ -63,12 +63,13 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        entry = {"method": self.command, "path": self.path, "status": 0}
         fault = self.take_fault(url.path)
+        hangs = fault.get("kind") == "hang"
+        # Whole when it is logged: the log is read, and emptied, at any moment.
+        entry = {"method": self.command, "path": self.path, "status": "hangs" if hangs else 0}
         if not url.path.startswith("/_control"):
             LOG.append(entry)
-        if fault.get("kind") == "hang":
-            entry["status"] = "hangs"
+        if hangs:
             time.sleep(60)
         if fault.get("kind") in ("hang", "drop"):
             return self.drop()

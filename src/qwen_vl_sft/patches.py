@@ -52,6 +52,40 @@ def count_no_placeholders_in_training(model: Any) -> None:
     backbone.get_placeholder_mask = get_placeholder_mask
 
 
+def run_vision_in_every_batch(model: Any) -> None:
+    """Have a batch without images run the vision tower too, on one empty patch group whose features count for nothing.
+
+    Where weights are split over processes, or the tower is trained on several, a process whose batch holds no image would
+    leave the others waiting for it. The tokens are embedded first, as in a batch with images: ZeRO-3 and FSDP2 expect
+    modules in the same order everywhere.
+    """
+    backbone, visual = model.model, model.model.visual
+    waiting = [False]
+
+    def look(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        cache = keywords.get("past_key_values")
+        begins = cache is None or cache.get_seq_length() == 0
+        waiting[0] = begins and keywords.get("pixel_values") is None and keywords.get("inputs_embeds") is None
+
+    def add_nothing(module: nn.Module, arguments: Any, embedded: torch.Tensor) -> torch.Tensor | None:
+        if not waiting[0]:
+            return None
+        waiting[0] = False
+        side, patches = visual.spatial_merge_size, visual.patch_embed
+        values = patches.in_channels * patches.temporal_patch_size * patches.patch_size**2
+        pixels = torch.zeros(side * side, values, device=embedded.device)
+        grid = torch.tensor([[1, side, side]], device=embedded.device)
+        found = backbone.get_image_features(pixels, grid, return_dict=True)
+        features = [
+            *found.pooler_output,
+            *(part for layer in getattr(found, "deepstack_features", []) for part in layer),
+        ]
+        return embedded + 0.0 * sum(feature.sum() for feature in features).to(embedded.dtype)
+
+    backbone.register_forward_pre_hook(look, with_kwargs=True)
+    backbone.get_input_embeddings().register_forward_hook(add_nothing)
+
+
 def has_tied_embeddings(model: Any) -> bool:
     """Whether the output head is the input embedding."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight

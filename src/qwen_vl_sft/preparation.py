@@ -12,7 +12,6 @@ from qwen_vl_sft.data import ROW_ID, Rows, in_memory, open_rows, spread
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launch import World
-from qwen_vl_sft.lora import trains_language_only
 from qwen_vl_sft.model import load_config, load_processor
 from qwen_vl_sft.packing import StepPlan
 from qwen_vl_sft.recipe import Recipe
@@ -61,9 +60,6 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
         evaluation = None
         if recipe.get("eval_strategy") != "no":
             evaluation = _scan(recipe, _evaluation_rows(recipe), encoder)
-    for part in (train, evaluation):
-        if isinstance(part, Scan):
-            _check_images_everywhere(part, recipe, world)
     if recipe.run.packing:
         assert isinstance(train, Scan), "recipe rules refuse packing of a stream"
         _check_rows_fit(train, recipe.run.tokens_per_batch)
@@ -139,17 +135,3 @@ def _check_tied_embeddings(recipe: Recipe, world: World) -> None:
             f"model_name_or_path: {recipe.model.model_name_or_path} ties its output head to its input embeddings, which"
             f" does not train under FSDP2; use accelerate_configs/ddp.yaml or zero3.yaml"
         )
-
-
-def _check_images_everywhere(part: Scan, recipe: Recipe, world: World) -> None:
-    """Refuse rows without an image where a rank's text-only batch would hang or crash the others."""
-    without = int((part.images == 0).sum())
-    sharded = world.strategy in ("zero3", "fsdp2")
-    trains_vision = not (recipe.model.use_peft and trains_language_only(recipe.model))
-    if not without or world.processes == 1 or not (sharded or trains_vision):
-        return
-    why = f"under {world.strategy}" if sharded else "when parts of the vision tower or its merger are trained"
-    raise UserError(
-        f"{part.rows.name}: {without} of {len(part.rows)} rows have no image; {why}, a process whose batch holds no image"
-        f" stops the others. Train these rows on one process, or with accelerate_configs/ddp.yaml and lora_scope: language"
-    )

@@ -33,6 +33,7 @@ from qwen_vl_sft.patches import (
     count_no_placeholders_in_training,
     has_tied_embeddings,
     run_frozen_vision_without_gradients,
+    run_vision_in_every_batch,
 )
 from qwen_vl_sft.plots import plot_loss
 from qwen_vl_sft.positions import Positions
@@ -119,6 +120,8 @@ def build_trainer(
     vision_frozen = is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)
+    if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
+        run_vision_in_every_batch(model)
     if world.strategy == "fsdp2" and has_tied_embeddings(model):
         call_tied_head_after_backbone(model)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
