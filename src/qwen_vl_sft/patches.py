@@ -56,8 +56,8 @@ def run_vision_in_every_batch(model: Any) -> None:
     """Have a batch without images run the vision tower too, on one empty patch group whose features count for nothing.
 
     Where weights are split over processes, or the tower is trained on several, a process whose batch holds no image would
-    leave the others waiting for it. The tokens are embedded first, as in a batch with images: ZeRO-3 and FSDP2 expect
-    modules in the same order everywhere.
+    leave the others waiting for it. It runs between the embeddings and the language model, as in a batch with images:
+    ZeRO-3 and FSDP2 expect modules in the same order everywhere.
     """
     backbone, visual = model.model, model.model.visual
     waiting = [False]
@@ -67,10 +67,11 @@ def run_vision_in_every_batch(model: Any) -> None:
         begins = cache is None or cache.get_seq_length() == 0
         waiting[0] = begins and keywords.get("pixel_values") is None and keywords.get("inputs_embeds") is None
 
-    def add_nothing(module: nn.Module, arguments: Any, embedded: torch.Tensor) -> torch.Tensor | None:
+    def add_nothing(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if not waiting[0]:
             return None
         waiting[0] = False
+        embedded = keywords["inputs_embeds"]
         side, patches = visual.spatial_merge_size, visual.patch_embed
         values = patches.in_channels * patches.temporal_patch_size * patches.patch_size**2
         pixels = torch.zeros(side * side, values, device=embedded.device)
@@ -80,10 +81,11 @@ def run_vision_in_every_batch(model: Any) -> None:
             *found.pooler_output,
             *(part for layer in getattr(found, "deepstack_features", []) for part in layer),
         ]
-        return embedded + 0.0 * sum(feature.sum() for feature in features).to(embedded.dtype)
+        nothing = 0.0 * sum(feature.sum() for feature in features).to(embedded.dtype)
+        return arguments, {**keywords, "inputs_embeds": embedded + nothing}
 
     backbone.register_forward_pre_hook(look, with_kwargs=True)
-    backbone.get_input_embeddings().register_forward_hook(add_nothing)
+    backbone.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
 
 
 def has_tied_embeddings(model: Any) -> bool:
