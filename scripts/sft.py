@@ -29,6 +29,7 @@ def main() -> None:
         return
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft import (
+        feature_filling,
         launch,
         plan,
         preparation,
@@ -63,6 +64,8 @@ def main() -> None:
     args = training.sft_config(recipe, world)
     resume = resume_check.checkpoint_to_resume(recipe, world, about)
     trainer = training.build_trainer(recipe, world, args, data, global_batch)
+    if data.features:
+        feature_filling.fill(trainer, data.features, recipe.data.bad_rows == "skip")
     if publisher:
         trainer.add_callback(publisher)
     if world.rank == 0:

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import conversation_row, launch, png, run_process
@@ -18,7 +19,9 @@ from qwen_vl_sft.encode import IGNORE_INDEX, Encoder
 from qwen_vl_sft.lora import lora_config
 from qwen_vl_sft.packed import MICRO_BATCHES, PackedCollator, join, seam
 from qwen_vl_sft.packing import StepPlan, StepSampler
+from qwen_vl_sft.patches import take_images_as_packed
 from qwen_vl_sft.positions import Positions
+from qwen_vl_sft.rows import ImageFile
 from qwen_vl_sft.scan import scan
 from qwen_vl_sft.settings import ModelSettings
 
@@ -46,6 +49,7 @@ def model(request):
     base = qwen2_vl() if request.param == "qwen2_vl" else newer(request.param)
     use_segmented_vision_attention(base)
     use_packed_attention(base)
+    take_images_as_packed(base)
     config = lora_config(base, LORA)
     torch.manual_seed(0)
     adapted = get_peft_model(base, config)
@@ -100,6 +104,37 @@ def test_losses_and_gradients_are_those_of_rows_one_at_a_time(share, model, enco
     wanted, found = one_at_a_time(model, encoded), token_losses(model, batch)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert largest_difference(gradients(model, wanted), gradients(model, found)) < 1e-5
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_an_image_goes_through_the_vision_tower_once(share, model, encoded):
+    """Rows show red three times, red and blue twice, and blue once; a shared group is cut in two."""
+    groups = [[0, 1], [2], [3, 4], [5], [6]] if share else [[place] for place in range(len(ROWS))]
+    batch = join([[encoded[place] for place in group] for group in groups], Positions(model.config))
+    one = encoded[0].pixel_values
+    assert len(batch["image_grid_thw"]) == batch["work"]["images"] == 2
+    assert len(batch["pixel_values"]) == batch["work"]["patches"] == 2 * len(one)
+    torch.testing.assert_close(batch["pixel_values"][: len(one)], one, rtol=0, atol=0)
+    assert batch["image_places"] == ([0, 0, 0, 1, 1] if share else [0, 0, 0, 0, 1, 0, 1, 1])
+    torch.testing.assert_close(token_losses(model, batch), one_at_a_time(model, encoded), rtol=0, atol=1e-5)
+    wrong = {**batch, "image_places": [1 - place for place in batch["image_places"]]}
+    assert (token_losses(model, wrong) - token_losses(model, batch)).abs().max() > 1e-4
+
+
+def test_images_that_differ_are_not_taken_for_one(model, encoded):
+    batch = join([[encoded[3]]], Positions(model.config))
+    assert len(batch["image_grid_thw"]) == 2
+    assert "image_places" not in batch
+
+
+def test_keys_and_values_are_gathered_in_the_order_of_the_rows(model, encoded):
+    batch = join([[encoded[5]], [encoded[0], encoded[1]]], Positions(model.config))
+    text, shared = len(encoded[5].input_ids), seam(encoded[0])
+    first, second = len(encoded[0].input_ids) - shared, len(encoded[1].input_ids) - shared
+    prefix = list(range(text, text + shared))
+    one = list(range(text + shared, text + shared + first))
+    other = list(range(text + shared + first, text + shared + first + second))
+    assert batch["kv_index"].tolist() == [*range(text), *prefix, *prefix, *one, *prefix, *other]
 
 
 def test_padded_batches_go_on_as_before(model, encoded):
@@ -203,6 +238,7 @@ def test_any_mix_of_rows(mixed, picked, share):
 def mixed(encoded):
     model = qwen2_vl()
     use_packed_attention(model)
+    take_images_as_packed(model)
     return model.eval(), encoded
 
 
@@ -212,6 +248,7 @@ def three_steps(start, data, processor, folder, share, budget):
 
     model = copy.deepcopy(start)
     use_packed_attention(model)
+    take_images_as_packed(model)
     trainer = make_trainer(model, data.rows, processor, folder, train_rows=len(data.rows), max_steps=3)
     plan = StepPlan(data.sizes, 6, budget, 1, seed=0, share_prefixes=share)
     trainer._sampler = StepSampler(plan, 0)
@@ -248,6 +285,20 @@ def test_a_step_of_the_collator_counts_its_work_once(tiny_processor):
     assert batch["work"]["images"] == len(groups) < 8
     assert batch["work"]["tokens"] == batch["input_ids"].shape[1] == sum(data.sizes.of(group)[0] for group in groups)
     assert batch["work"]["learned"] == sum(int(data.learned[row]) for group in groups for row in group)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_an_image_is_decoded_once_in_a_micro_batch(share, tiny_processor, monkeypatch):
+    data = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    pair = [index for index in range(20) if (data.prefix == data.prefix[index]).sum() == 2][:4]
+    together = np.argsort(data.prefix[pair], kind="stable")
+    rows = [pair[place] for place in together]
+    groups = [rows[:2], rows[2:]] if share else [[row] for row in rows]
+    decoded = []
+    monkeypatch.setattr(ImageFile, "decode", lambda file, decode=ImageFile.decode: decoded.append(file) or decode(file))
+    collator = PackedCollator(Collator(data.rows, Encoder(tiny_processor)), Positions(qwen2_vl().config))
+    (batch,) = collator([groups])[MICRO_BATCHES]
+    assert batch["work"]["images"] == len(decoded) == len({data.prefix[row] for row in rows}) == 2
 
 
 KEYS = {

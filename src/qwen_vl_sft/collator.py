@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwen_vl_sft.data import Rows
 from qwen_vl_sft.encode import IGNORE_INDEX, Encoded, Encoder
+from qwen_vl_sft.encoded_image import ReadImage
 from qwen_vl_sft.errors import BadRow, OverLongRow
 from qwen_vl_sft.flops import Work
 
@@ -62,15 +63,15 @@ class Collator:
         batch["row_ids"] = [row.row_id for row in encoded]
         return batch
 
-    def encode_all(self, items: Sequence[dict[str, Any]]) -> list[Encoded]:
+    def encode_all(self, items: Sequence[dict[str, Any]], read_image: ReadImage | None = None) -> list[Encoded]:
         """The rows of these items that can be used."""
-        return [row for item in items if (row := self._encode(item)) is not None]
+        return [row for item in items if (row := self._encode(item, read_image)) is not None]
 
-    def _encode(self, item: dict[str, Any]) -> Encoded | None:
+    def _encode(self, item: dict[str, Any], read_image: ReadImage | None) -> Encoded | None:
         if item.get("row") == NO_ROW:
             return None
         try:
-            return self.rows.encode(item, self.encoder)
+            return self.rows.encode(item, self.encoder, read_image)
         except BadRow as error:
             skip = self.skip_overlong if isinstance(error, OverLongRow) else self.skip_bad_rows
             if not skip:
@@ -79,11 +80,11 @@ class Collator:
             logger.warning("skipped: %s", error)
             return None
 
-    def filler_row(self, items: Sequence[dict[str, Any]]) -> Encoded:
+    def filler_row(self, items: Sequence[dict[str, Any]], read_image: ReadImage | None = None) -> Encoded:
         """What stands in for a batch without any row that can be used: a good row with nothing to learn."""
         if self.rows.streamed:
             raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
-        return self.rows.encode({"row": self.filler}, self.encoder).without_labels()
+        return self.rows.encode({"row": self.filler}, self.encoder, read_image).without_labels()
 
 
 def work_of(row: Encoded) -> Work:
@@ -116,7 +117,7 @@ def pad(rows: Sequence[Encoded], pad_token_id: int, side: str = "right") -> dict
         "mm_token_type_ids": padded([row.mm_token_type_ids for row in rows], 0),
         "labels": padded([row.labels for row in rows], IGNORE_INDEX),
     }
-    pixels = [row.pixel_values for row in rows if row.pixel_values is not None]
+    pixels = [image.pixel_values for row in rows for image in row.images if image.pixel_values is not None]
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
         batch["image_grid_thw"] = torch.cat([row.image_grid_thw for row in rows])

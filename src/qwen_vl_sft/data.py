@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import datasets
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
 from qwen_vl_sft.encode import Encoded, Encoder
+from qwen_vl_sft.encoded_image import ReadImage
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.rows import FORMAT_COLUMNS, FORMATS, Conversation
 
@@ -43,19 +45,24 @@ class Rows:
 
     def conversation(self, item: Mapping[str, Any]) -> Conversation:
         """The conversation of an item, `{"row": index}` or a raw row. Raises `BadRow` that names the row."""
-        raw = self._raw(item)
-        try:
-            return FORMATS[self.format](raw, self.folder)
-        except BadRow as error:
-            raise self._named(error, raw) from None
+        with self.opened(item) as (conversation, _):
+            return conversation
 
-    def encode(self, item: Mapping[str, Any], encoder: Encoder) -> Encoded:
-        """Encode an item. Raises `BadRow` that names the row."""
-        raw = self._raw(item)
+    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_image: ReadImage | None = None) -> Encoded:
+        """Encode an item, its images as `read_image` or else the encoder reads them. Raises `BadRow` that names the row."""
+        with self.opened(item) as (conversation, row_id):
+            return replace(encoder.encode(conversation, read_image), row_id=row_id)
+
+    @contextlib.contextmanager
+    def opened(self, item: Mapping[str, Any]) -> Iterator[tuple[Conversation, int]]:
+        """The conversation of an item and its row id; a `BadRow` that is raised inside comes out with the row's name."""
+        # A raw row may have a column of this name too.
+        raw = self.dataset[item["row"]] if set(item) == {"row"} else item  # type: ignore[index]
+        row_id = int(raw[ROW_ID])
         try:
-            return replace(encoder.encode(FORMATS[self.format](raw, self.folder)), row_id=int(raw[ROW_ID]))
+            yield FORMATS[self.format](raw, self.folder), row_id
         except BadRow as error:
-            raise self._named(error, raw) from None
+            raise type(error)(f"{self.where(row_id)} {error}") from None
 
     def select(self, indices: list[int]) -> Rows:
         """The same rows, only those at `indices`, in that order."""
@@ -69,13 +76,6 @@ class Rows:
     def where(self, row_id: int) -> str:
         """How a message names a row."""
         return f"{self.name}, row {row_id}"
-
-    def _raw(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
-        # A raw row may have a column of this name too.
-        return self.dataset[item["row"]] if set(item) == {"row"} else item  # type: ignore[index]
-
-    def _named(self, error: BadRow, raw: Mapping[str, Any]) -> BadRow:
-        return type(error)(f"{self.where(raw[ROW_ID])} {error}")
 
 
 def open_rows(

@@ -7,13 +7,15 @@ those of generation. Which tokens are learned follows from that construction; no
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from qwen_vl_sft.encoded_image import EncodedImage, ReadImage
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
-from qwen_vl_sft.rows import Conversation
+from qwen_vl_sft.rows import Conversation, ImageFile
 
 IGNORE_INDEX = -100
 END_OF_TURN = "<|im_end|>"
@@ -37,16 +39,25 @@ class Encoded:
     """One conversation as tensors: T tokens, I images, P patches of them all.
 
     `input_ids`, `labels` [T] int64 (`labels` -100 where nothing is learned), `mm_token_type_ids` [T] int64 (1 on image
-    tokens), `pixel_values` [P, values of a patch] float32 or None, `image_grid_thw` [I, 3] int64 (patches). `row_id` is
-    that of the row it came from.
+    tokens), `images` in order of appearance. `row_id` is that of the row it came from.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     mm_token_type_ids: torch.Tensor
-    pixel_values: torch.Tensor | None
-    image_grid_thw: torch.Tensor
+    images: tuple[EncodedImage, ...] = ()
     row_id: int = -1
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """Of all images, [P, values of a patch] float32; None when there are none, or features in their stead."""
+        pixels = [image.pixel_values for image in self.images if image.pixel_values is not None]
+        return torch.cat(pixels) if pixels else None
+
+    @cached_property
+    def image_grid_thw(self) -> torch.Tensor:
+        """Patches of each image in time, height and width: [I, 3] int64."""
+        return torch.stack([image.grid for image in self.images]) if self.images else torch.zeros(0, 3).long()
 
     def without_labels(self) -> Encoded:
         """The same row with nothing to learn, for filling up a micro-batch."""
@@ -58,7 +69,8 @@ class Lengths:
     """What a row costs, known without its pixels: tokens in all, tokens learned, images, vision patches.
 
     `prefix` is equal in rows that begin alike up to their last image before any answer (images, text and all), and
-    empty in a row without one; `prefix_tokens` and `prefix_patches` are what that beginning costs.
+    empty in a row without one; `prefix_tokens` and `prefix_patches` are what that beginning costs. When they were asked
+    for, `image_keys` and `image_patches` have an entry an image (`EncodedImage.key`).
     """
 
     tokens: int
@@ -68,6 +80,8 @@ class Lengths:
     prefix: str
     prefix_tokens: int
     prefix_patches: int
+    image_keys: list[str] = field(default_factory=list)
+    image_patches: list[int] = field(default_factory=list)
 
 
 class Encoder:
@@ -98,10 +112,13 @@ class Encoder:
         self.pad_token_id = tokenizer.pad_token_id
         self._never_learned = torch.tensor([vocabulary[token] for token in VISUAL_TOKENS if token in vocabulary])
 
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Encode a whole conversation for training. Raises `BadRow` or `OverLongRow`."""
+    def encode(self, conversation: Conversation, read_image: ReadImage | None = None) -> Encoded:
+        """Encode a whole conversation for training. Raises `BadRow` or `OverLongRow`.
+
+        `read_image` may know an image already; default: `read_image` of this encoder.
+        """
         ids, learned = self._tokenize(self._with_system_message(conversation.messages))
-        return self._with_images(ids, learned, conversation)
+        return self._with_images(ids, learned, conversation, read_image or self.read_image)
 
     def encode_prompt(self, conversation: Conversation) -> Encoded:
         """Encode everything before the last assistant turn, ready to generate that turn."""
@@ -110,10 +127,18 @@ class Encoder:
             messages = messages[:-1]
         self._check_texts(messages)
         ids = self._ids(self._render(messages, add_generation_prompt=True))
-        return self._with_images(ids, [False] * len(ids), conversation)
+        return self._with_images(ids, [False] * len(ids), conversation, self.read_image)
 
-    def measure(self, conversation: Conversation, decode: bool = False) -> Lengths:
-        """Count tokens and patches from the text and the image headers; `decode` also proves the pixels readable."""
+    def read_image(self, file: ImageFile) -> EncodedImage:
+        """Decode an image, resize it and cut it into patches. Raises `BadRow`."""
+        batch = self.processor.image_processor(images=[file.decode()], return_tensors="pt")
+        return EncodedImage(file.digest(), batch["image_grid_thw"][0], batch["pixel_values"])
+
+    def measure(self, conversation: Conversation, decode: bool = False, image_keys: bool = False) -> Lengths:
+        """Count tokens and patches from the text and the image headers; `decode` also proves the pixels readable.
+
+        `image_keys` reads the images' bytes too, and tells which images there are.
+        """
         ids, learned = self._tokenize(self._with_system_message(conversation.messages))
         images = [file.decode() if decode else file.open() for file in conversation.images]
         processor = self.processor.image_processor
@@ -122,7 +147,9 @@ class Encoder:
         self._check_length(tokens)
         masked = self._labels(torch.tensor(ids), torch.tensor(learned))
         count = int((masked[1:] != IGNORE_INDEX).sum())
-        return Lengths(tokens, count, len(images), sum(patches), *self._prefix(ids, learned, conversation, patches))
+        prefix = self._prefix(ids, learned, conversation, patches)
+        found = ([file.digest() for file in conversation.images], patches) if image_keys else ([], [])
+        return Lengths(tokens, count, len(images), sum(patches), *prefix, *found)
 
     def _prefix(
         self, ids: list[int], learned: list[bool], conversation: Conversation, patches: list[int]
@@ -172,21 +199,20 @@ class Encoder:
         tail = self._ids(self._render(messages)[len(done) :])
         return ids + tail, learned + [False] * len(tail)
 
-    def _with_images(self, ids: list[int], learned: list[bool], conversation: Conversation) -> Encoded:
-        """Decode the images and give each as many image tokens as it has merged patches."""
-        pixel_values, grids = None, torch.zeros(0, 3, dtype=torch.long)
-        if conversation.images:
-            images = [file.decode() for file in conversation.images]
-            batch = self.processor.image_processor(images=images, return_tensors="pt")
-            pixel_values, grids = batch["pixel_values"], batch["image_grid_thw"]
+    def _with_images(
+        self, ids: list[int], learned: list[bool], conversation: Conversation, read_image: ReadImage
+    ) -> Encoded:
+        """Read the images and give each as many image tokens as it has merged patches."""
+        images = tuple(read_image(file) for file in conversation.images)
         input_ids = torch.tensor(ids)
         repeats = torch.ones_like(input_ids)
-        merged_patches = grids.prod(-1) // self.processor.image_processor.merge_size**2
-        repeats[input_ids == self.image_token_id] = merged_patches
+        merged = self.processor.image_processor.merge_size**2
+        merged_patches = [int(image.grid.prod()) // merged for image in images]
+        repeats[input_ids == self.image_token_id] = torch.tensor(merged_patches, dtype=torch.long)
         input_ids = input_ids.repeat_interleave(repeats)
         self._check_length(len(input_ids))
         labels = self._labels(input_ids, torch.tensor(learned).repeat_interleave(repeats))
-        return Encoded(input_ids, labels, (input_ids == self.image_token_id).long(), pixel_values, grids)
+        return Encoded(input_ids, labels, (input_ids == self.image_token_id).long(), images)
 
     def _labels(self, input_ids: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
         if self.train_on == "all":

@@ -7,10 +7,12 @@ Accelerate turns several requests into something else without a word, mostly on 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from qwen_vl_sft.errors import raise_all
@@ -20,6 +22,7 @@ __all__ = [
     "Strategy",
     "World",
     "check_running",
+    "keep_gradients_in_float32",
     "prepare_final_save",
     "read_world",
     "start",
@@ -75,6 +78,21 @@ def training_arguments(world: World) -> dict[str, Any]:
         # Without it TrainingArguments discards the state that `start` prepared.
         arguments["accelerator_config"] = {"use_configured_state": True}
     return arguments
+
+
+def keep_gradients_in_float32(accelerator: Any) -> None:
+    """Have FSDP2 add gradients up in float32, as DDP does; call it before training. `accelerator` is the trainer's.
+
+    accelerate takes `bf16: true` to mean that gradients are added up in bfloat16, and what leaves the model is rounded to
+    it as well: log-probabilities lose all but three digits, and the loss with them. Its configuration files cannot say
+    otherwise. May go when accelerate lets its users choose `reduce_dtype` and `output_dtype` there
+    (FullyShardedDataParallelPlugin.set_mixed_precision).
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def check_running(world: World, accelerator: Any, model: nn.Module) -> None:
@@ -142,7 +160,7 @@ def _fsdp_problems(model: nn.Module) -> list[str]:
     problems = []
     if sum(isinstance(module, FSDPModule) for module in model.modules()) < 3:
         problems.append("no layer is split on its own, so that the whole model is gathered at once")
-    # 4-bit weights are frozen integers, which fully_shard leaves whole; everything that trains must be split.
+    # 8-bit weights and 4-bit ones in integer storage would stay whole; everything that trains must be split.
     whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if whole:
         problems.append(f"{len(whole)} trainable weights are not split, the first of them {whole[0]}")

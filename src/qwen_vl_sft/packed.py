@@ -7,6 +7,7 @@ own row alone: a branch to the prefix and to itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from torch.nn.functional import pad as pad_tensor
 
 from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.encode import IGNORE_INDEX, Encoded
+from qwen_vl_sft.encoded_image import EncodedImage, reading_once
+from qwen_vl_sft.feature_cache import FeatureCache
 from qwen_vl_sft.flops import Work
 from qwen_vl_sft.packing import MicroBatch
 from qwen_vl_sft.positions import Positions
@@ -43,13 +46,16 @@ class PackedCollator:
     Args:
         rows: looks up and encodes single rows, with the recipe's rules for bad ones.
         positions: M-RoPE positions of a row.
-        dtype: of pixel values, that of the vision tower's input.
+        dtype: of pixel values, that of the vision tower's input, and of features.
+
+    With `features` set, batches bring what the vision tower made of their images before, and no pixels.
     """
 
     def __init__(self, rows: Collator, positions: Positions, dtype: torch.dtype = torch.float32) -> None:
         self.rows = rows
         self.positions = positions
         self.dtype = dtype
+        self.features: FeatureCache | None = None
 
     @property
     def skipped(self) -> int:
@@ -61,10 +67,17 @@ class PackedCollator:
         return {MICRO_BATCHES: [self._micro_batch(groups) for groups in step]}
 
     def _micro_batch(self, groups: MicroBatch) -> dict[str, Any]:
-        encoded = [self.rows.encode_all([{"row": row} for row in group]) for group in groups]
-        batch = join([group for group in encoded if group] or [[self.rows.filler_row([])]], self.positions)
-        if "pixel_values" in batch:
-            batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        # Questions on one image are mostly in one micro-batch; longer than that, decoded images are not kept.
+        read_image = reading_once(self.features.read_image if self.features else self.rows.encoder.read_image)
+        encoded = [self.rows.encode_all([{"row": row} for row in group], read_image) for group in groups]
+        filled = [group for group in encoded if group] or [[self.rows.filler_row([], read_image)]]
+        batch = join(filled, self.positions)
+        if self.features:
+            # Also where no image is shown: the tower then runs in no batch.
+            batch.setdefault("image_features", torch.zeros(0, self.features.width))
+        for name in ("pixel_values", "image_features"):
+            if name in batch:
+                batch[name] = batch[name].to(self.dtype)
         batch["row_ids"] = [row.row_id for group in encoded for row in group]
         if not any(encoded):
             batch["work"] = asdict(Work())
@@ -72,13 +85,12 @@ class PackedCollator:
 
 
 def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str, Any]:
-    """Pack groups of rows with a common prefix into one sequence of T tokens, S pieces and I images.
+    """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
 
     Returns `input_ids`, `labels` [1, T]; `position_ids` [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the
     boundaries of the pieces and of what they attend to; their largest lengths `max_length_q`, `max_length_k`;
-    `kv_index` [K], for prefixes that are shared, the keys and values of each piece one after another; pixels and grids
-    as in a padded batch, an image of a shared prefix once, with what `Positions.of_patches` knows of them; and `work`.
-    There is no attention mask.
+    `kv_index` [K], for prefixes that are shared, the keys and values of each piece one after another; what the images
+    bring, as `_vision_inputs` puts it together; and `work`. There is no attention mask.
     """
     pieces: list[Piece] = []
     total = 0
@@ -98,21 +110,40 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
         "max_length_k": max(reach),
     }
     if lengths != reach:
-        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-        places = [
-            [*piece.before, *range(start, start + len(piece))] for piece, start in zip(pieces, starts, strict=False)
+        starts = [0, *itertools.accumulate(lengths)]
+        runs = [
+            run
+            for piece, start in zip(pieces, starts, strict=False)
+            for run in (piece.before, range(start, start + len(piece)))
         ]
-        batch["kv_index"] = torch.tensor([place for run in places for place in run])
-    images = [_images(piece) for piece in pieces]
-    if any(len(grids) for _, grids in images):
-        batch["pixel_values"] = torch.cat([pixels for pixels, _ in images if pixels is not None])
-        batch["image_grid_thw"] = torch.cat([grids for _, grids in images if len(grids)])
-        batch |= positions.of_patches(batch["image_grid_thw"])
-        merged = int(batch["image_grid_thw"].prod(-1).sum()) // positions.config.vision_config.spatial_merge_size**2
-        shown = sum(int(piece.row.mm_token_type_ids[piece.start : piece.stop].sum()) for piece in pieces)
-        assert shown == merged, f"{shown} image tokens stand for {merged} merged patches"
-    batch["work"] = asdict(_work(groups, pieces, batch))
+        batch["kv_index"] = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+    shown = [image for piece in pieces for image in _images(piece)]
+    if shown:
+        batch |= _vision_inputs(shown, positions)
+        merged = sum(int(image.grid.prod()) for image in shown) // positions.config.vision_config.spatial_merge_size**2
+        tokens = sum(int(piece.row.mm_token_type_ids[piece.start : piece.stop].sum()) for piece in pieces)
+        assert tokens == merged, f"{tokens} image tokens stand for {merged} merged patches"
+    batch["work"] = asdict(_work(groups, pieces, shown, batch))
     return batch
+
+
+def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[str, Any]:
+    """What images bring, one after another as they are shown.
+
+    Returns `pixel_values` and `image_grid_thw` as in a padded batch, each different image once, with what
+    `Positions.of_patches` knows of them, and `image_places`, for each image shown which of the different ones it is,
+    when an image is shown twice. Images that bring features give `image_features` [image tokens, values] alone.
+    """
+    if shown[0].features is not None:
+        return {"image_features": torch.cat([image.features for image in shown if image.features is not None])}
+    different = {image.key: image for image in shown}
+    grids = torch.stack([image.grid for image in different.values()])
+    pixels = [image.pixel_values for image in different.values() if image.pixel_values is not None]
+    found = {"pixel_values": torch.cat(pixels), "image_grid_thw": grids, **positions.of_patches(grids)}
+    if len(different) < len(shown):
+        numbers = {key: number for number, key in enumerate(different)}
+        found["image_places"] = [numbers[image.key] for image in shown]
+    return found
 
 
 def seam(row: Encoded) -> int:
@@ -146,36 +177,32 @@ def _labels(piece: Piece) -> torch.Tensor:
     return labels
 
 
-def _images(piece: Piece) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Pixels and grids of the images that begin inside a piece."""
+def _images(piece: Piece) -> tuple[EncodedImage, ...]:
+    """The images that begin inside a piece."""
     row = piece.row
-    if not len(row.image_grid_thw):
-        return None, row.image_grid_thw[:0]
-    ids, image = row.input_ids, row.mm_token_type_ids.bool()
+    if not row.images:
+        return ()
+    image = row.mm_token_type_ids.bool()
     begins = image & ~pad_tensor(image[:-1], (1, 0))
-    assert int(begins.sum()) == len(row.image_grid_thw), f"images without a boundary among {len(ids)} tokens"
-    first = int(begins[: piece.start].sum())
-    last = int(begins[: piece.stop].sum())
-    patches = [0, *row.image_grid_thw.prod(-1).cumsum(0).tolist()]
-    assert row.pixel_values is not None
-    if first == last:
-        return None, row.image_grid_thw[:0]
-    return row.pixel_values[patches[first] : patches[last]], row.image_grid_thw[first:last]
+    assert int(begins.sum()) == len(row.images), f"images without a boundary among {len(image)} tokens"
+    return row.images[int(begins[: piece.start].sum()) : int(begins[: piece.stop].sum())]
 
 
 def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
     return pad_tensor(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
 
-def _work(groups: Sequence[Sequence[Encoded]], pieces: Sequence[Piece], batch: dict[str, Any]) -> Work:
-    """What the micro-batch asks of the model; a shared prefix is computed once."""
+def _work(
+    groups: Sequence[Sequence[Encoded]], pieces: Sequence[Piece], shown: Sequence[EncodedImage], batch: dict[str, Any]
+) -> Work:
+    """What the micro-batch asks of the model; a shared prefix is computed once, an image once, and no features at all."""
     patches = batch["image_grid_thw"].prod(-1) if "image_grid_thw" in batch else torch.zeros(0, dtype=torch.long)
     return Work(
         tokens=sum(len(piece) for piece in pieces),
         # A piece of n tokens after p others attends to n * p + n * n / 2 of them, a row of n tokens to n * n / 2.
         tokens_squared=sum(len(piece) ** 2 + 2 * len(piece) * len(piece.before) for piece in pieces),
         learned=int((batch["labels"] != IGNORE_INDEX).sum()),
-        images=len(patches),
+        images=len({image.key for image in shown}),
         patches=int(patches.sum()),
         patches_squared=int((patches**2).sum()),
         rows=sum(len(group) for group in groups),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,12 +53,46 @@ def count_no_placeholders_in_training(model: Any) -> None:
     backbone.get_placeholder_mask = get_placeholder_mask
 
 
+def take_images_as_packed(model: Any) -> None:
+    """Let packed batches show an image in several places, and bring images as features instead of pixels.
+
+    `image_places`, a list, names for each image that is shown the one of `pixel_values` that it is: the vision tower runs
+    once on each, and its gradients add up. `image_features` [image tokens, values] are what the tower and its merger made
+    of the images before, for Qwen3-VL with the features of the deeper layers beside them; the tower does not run then,
+    also when there are none.
+    """
+    backbone = model.model
+    computed = backbone.get_image_features
+    width = model.config.get_text_config().hidden_size
+
+    @functools.wraps(computed)
+    def get_image_features(*args: Any, image_places: list[int] | None = None, **kwargs: Any) -> Any:
+        found = computed(*args, **kwargs)
+        if image_places is not None:
+            found.pooler_output = tuple(found.pooler_output[place] for place in image_places)
+            deeper = getattr(found, "deepstack_features", None) or []
+            if deeper:
+                found.deepstack_features = [tuple(layer[place] for place in image_places) for layer in deeper]
+        return found
+
+    def bring(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        features = keywords.pop("image_features", None)
+        if features is None:
+            return None
+        last, *deeper = features.split(width, dim=-1)
+        found = SimpleNamespace(pooler_output=(last,), deepstack_features=[(layer,) for layer in deeper])
+        return arguments, {**keywords, "mm_encoder_outputs": {"image": found} if len(features) else {}}
+
+    backbone.get_image_features = get_image_features
+    backbone.register_forward_pre_hook(bring, with_kwargs=True)
+
+
 def run_vision_in_every_batch(model: Any) -> None:
     """Have a batch without images run the vision tower too, on one empty patch group whose features count for nothing.
 
     Where weights are split over processes, or the tower is trained on several, a process whose batch holds no image would
     leave the others waiting for it. It runs between the embeddings and the language model, as in a batch with images:
-    ZeRO-3 and FSDP2 expect modules in the same order everywhere.
+    ZeRO-3 and FSDP2 expect modules in the same order everywhere. Batches that bring features run it nowhere.
     """
     backbone, visual = model.model, model.model.visual
     waiting = [False]
@@ -65,7 +100,8 @@ def run_vision_in_every_batch(model: Any) -> None:
     def look(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         cache = keywords.get("past_key_values")
         begins = cache is None or cache.get_seq_length() == 0
-        waiting[0] = begins and keywords.get("pixel_values") is None and keywords.get("inputs_embeds") is None
+        brings = any(keywords.get(name) is not None for name in ("pixel_values", "inputs_embeds", "mm_encoder_outputs"))
+        waiting[0] = begins and not brings
 
     def add_nothing(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if not waiting[0]:
@@ -88,18 +124,14 @@ def run_vision_in_every_batch(model: Any) -> None:
     backbone.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
 
 
-def has_tied_embeddings(model: Any) -> bool:
-    """Whether the output head is the input embedding."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def call_tied_head_after_backbone(model: Any) -> None:
+def call_head_after_backbone(model: Any) -> None:
     """Under FSDP2, call the output head on nothing whenever the backbone has run.
 
-    accelerate puts tied embeddings and the head into one FSDP group, which gathers its weights when its first layer
-    runs and is ready to do so again only when all of them have run. TRL's fused head reads the head's weight and never
-    calls it, so the second forward would meet weights that are split. May go when TRL's `add_fused_lm_head` runs the
-    head's hooks.
+    accelerate puts the last norm, the head, and embeddings that are tied to it into one FSDP group, which gathers its
+    weights when its first layer runs and is ready to do so again only when all of them have run. TRL's fused head reads
+    the head's weight and never calls it. From the second forward on it would meet a weight that is split: a tied one
+    fails, and of one that is not tied each process would take its own gradient for that of all, without a word. May go
+    when TRL's `add_fused_lm_head` runs the head's hooks.
     """
 
     def call_head(backbone: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:

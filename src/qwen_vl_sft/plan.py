@@ -28,6 +28,7 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
         _rows_line("train", data.train),
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
         *([_answers_line(recipe, data.evaluation)] if data.evaluation and recipe.run.predict_with_generate else []),
+        *([data.features.describe()] if data.features else []),
         f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
         f"output      {recipe.output_dir}",
         *([_publishing_line(recipe)] if recipe.run.push_to_hub else []),

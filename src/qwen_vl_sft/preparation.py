@@ -11,8 +11,9 @@ from accelerate import PartialState
 from qwen_vl_sft.data import ROW_ID, Rows, in_memory, open_rows, spread
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.image_features import ImageFeatures, plan_features
 from qwen_vl_sft.launch import World
-from qwen_vl_sft.model import load_config, load_processor
+from qwen_vl_sft.model import load_processor
 from qwen_vl_sft.packing import StepPlan
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.rows import resolve_system_message
@@ -21,11 +22,15 @@ from qwen_vl_sft.scan import Scan, scan
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run trains and evaluates on. `train` is checked (`Scan`), or a stream that is checked as it comes."""
+    """What a run trains and evaluates on. `train` is checked (`Scan`), or a stream that is checked as it comes.
+
+    `features`: what is kept on disk of the training rows' images.
+    """
 
     encoder: Encoder
     train: Scan | Rows
     evaluation: Scan | None
+    features: ImageFeatures | None = None
 
     def steps(self, recipe: Recipe, global_batch: int) -> int:
         """Optimizer steps of the whole run."""
@@ -50,20 +55,21 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     """Open and check the rows. Raises `UserError` for everything that cannot be trained on."""
     data = recipe.data
     processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
-    _check_tied_embeddings(recipe, world)
     # One process of a machine downloads, prepares and checks; the others then read its caches.
     with PartialState().local_main_process_first():
         train_rows = _open(recipe, data.dataset_train_split, data.max_train_samples, shuffle=data.shuffle_dataset)
         message = resolve_system_message(data.system_message, train_rows.format)
         encoder = Encoder(processor, message, data.train_on, data.max_length)
-        train = train_rows if train_rows.streamed else _scan(recipe, train_rows, encoder)
+        image_keys = recipe.run.cache_image_features is not None
+        train = train_rows if train_rows.streamed else _scan(recipe, train_rows, encoder, image_keys)
         evaluation = None
         if recipe.get("eval_strategy") != "no":
             evaluation = _scan(recipe, _evaluation_rows(recipe), encoder)
     if recipe.run.packing:
         assert isinstance(train, Scan), "recipe rules refuse packing of a stream"
         _check_rows_fit(train, recipe.run.tokens_per_batch)
-    return PreparedData(encoder, train, evaluation)
+    features = plan_features(recipe, train, encoder) if isinstance(train, Scan) else None
+    return PreparedData(encoder, train, evaluation, features)
 
 
 def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
@@ -107,7 +113,7 @@ def _evaluation_rows(recipe: Recipe) -> Rows:
     return spread(_open(recipe, split, None, shuffle=False), cap)
 
 
-def _scan(recipe: Recipe, rows: Rows, encoder: Encoder) -> Scan:
+def _scan(recipe: Recipe, rows: Rows, encoder: Encoder, image_keys: bool = False) -> Scan:
     data = recipe.data
     return scan(
         rows,
@@ -116,22 +122,5 @@ def _scan(recipe: Recipe, rows: Rows, encoder: Encoder) -> Scan:
         skip_bad_rows=data.bad_rows == "skip",
         drop_overlong=data.overlong == "drop",
         num_proc=data.dataset_num_proc,
+        image_keys=image_keys,
     )
-
-
-def _check_tied_embeddings(recipe: Recipe, world: World) -> None:
-    """Refuse FSDP2 for a model whose output head is its input embedding.
-
-    accelerate puts the two into one FSDP group, which gathers its weights again only when all of its layers have run;
-    TRL's fused head reads the head's weight and never calls it, so the second forward meets weights that are split.
-    May go when TRL's `add_fused_lm_head` runs the head's hooks.
-    """
-    if (
-        world.strategy == "fsdp2"
-        and not recipe.model.use_peft
-        and load_config(recipe.model).get_text_config().tie_word_embeddings
-    ):
-        raise UserError(
-            f"model_name_or_path: {recipe.model.model_name_or_path} ties its output head to its input embeddings, which"
-            f" does not train under FSDP2; use accelerate_configs/ddp.yaml or zero3.yaml"
-        )

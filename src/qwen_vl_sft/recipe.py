@@ -87,7 +87,7 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
     Only keys and types are checked here; `recipe_rules.check` checks how they go together. Raises `UserError` with
     every unknown key and wrong type at once.
     """
-    written = _read_file(Path(path)) if path is not None else {}
+    written = read_file(Path(path)) if path is not None else {}
     sources = dict.fromkeys(written, str(path)) | dict.fromkeys(overrides, "command line")
     merged = {**written, **overrides}
     hints, problems, values = key_hints(), [], {}
@@ -127,7 +127,8 @@ def _names(group: type) -> set[str]:
     return {entry.name for entry in fields(group)}
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file as they are written, unchecked. Raises `UserError` for what is no recipe."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

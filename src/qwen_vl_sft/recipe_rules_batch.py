@@ -73,4 +73,34 @@ def _packing(recipe: Recipe, world: World) -> Iterator[str]:
         )
 
 
-BATCH_RULES: tuple[Rule, ...] = (_batch, _packing)
+def _checkpointing(recipe: Recipe, world: World) -> Iterator[str]:
+    if recipe.run.gradient_checkpointing != "auto":
+        return
+    if recipe.data.dataset_streaming:
+        yield (
+            "gradient_checkpointing: auto tries the largest micro-batch first, and a stream does not tell which that is;"
+            " set true or false"
+        )
+    if "every_n_layers" in (recipe.get("gradient_checkpointing_kwargs") or {}):
+        yield (
+            "gradient_checkpointing: auto chooses the layers, and gradient_checkpointing_kwargs: every_n_layers does too;"
+            " remove one of the two"
+        )
+
+
+def _image_features(recipe: Recipe, world: World) -> Iterator[str]:
+    run, model = recipe.run, recipe.model
+    if run.cache_image_features is None:
+        if run.image_features_dir is not None:
+            yield "image_features_dir is set but cache_image_features is not; set it to bfloat16 or int8 as well"
+        return
+    if not run.packing:
+        yield "cache_image_features needs packing: true; set it, or leave cache_image_features out"
+    if not model.use_peft:
+        yield (
+            "cache_image_features needs a vision tower and merger that do not change, and use_peft: false trains the"
+            " merger at least; set use_peft: true with lora_scope: language, or leave cache_image_features out"
+        )
+
+
+BATCH_RULES: tuple[Rule, ...] = (_batch, _packing, _checkpointing, _image_features)

@@ -47,6 +47,8 @@ def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: in
         "data_seed": recipe.data_seed,
         "packing": run.packing,
         **({"tokens_per_batch": run.tokens_per_batch, "share_prefixes": run.share_prefixes} if run.packing else {}),
+        # Stored features are rounded otherwise.
+        **({"cache_image_features": run.cache_image_features} if run.cache_image_features else {}),
         **{name: asdict(recipe.model)[name] for name in _MODEL_KEYS if recipe.model.use_peft or "lora" not in name},
     }
     if isinstance(data.train, Scan):

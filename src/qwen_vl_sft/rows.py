@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +51,16 @@ class ImageFile:
     def identity(self) -> bytes:
         """The same for the same image: its encoded bytes, or its file."""
         return self.data if self.data is not None else str(self.path).encode()
+
+    def digest(self) -> str:
+        """The sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
+        try:
+            data = self.data if self.data is not None else Path(str(self.path)).read_bytes()
+        except FileNotFoundError:
+            raise BadRow(f"image file {self.path} does not exist") from None
+        except OSError as error:
+            raise BadRow(f"image{self._named()} cannot be read ({_first_line(error)})") from None
+        return hashlib.sha256(data).hexdigest()
 
     def open(self) -> Image.Image:
         """Open without decoding pixels: size and mode come from the header. Raises `BadRow`."""

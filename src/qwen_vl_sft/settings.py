@@ -101,6 +101,15 @@ class RunSettings:
         8192, "packing: most tokens of a micro-batch; the rows of a step stay global_batch_size"
     )
     share_prefixes: bool = key(False, "packing: questions on the same images are trained on one copy of them; exact")
+    gradient_checkpointing: bool | Literal["auto"] = key(
+        True, "compute activations again instead of keeping them; auto: only in as many layers as memory needs it (GPU)"
+    )
+    cache_image_features: Literal["bfloat16", "int8", "float32"] | None = key(
+        None, "packing: compute what the frozen vision tower makes of each training image once, keep it on disk as this"
+    )
+    image_features_dir: str | None = key(
+        None, "where cache_image_features keeps them; default: qwen_vl_sft/image_features in the user's cache folder"
+    )
     nonfinite: Literal["error", "skip"] = key(
         "error", "a step with a NaN or infinite loss or gradient: stop and name its rows, or leave it out and count it"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ from qwen_vl_sft.generation_metrics import GenerationMetrics
 from qwen_vl_sft.kernels import use_fused_kernels
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import lora_config, trains_language_only
+from qwen_vl_sft.memory import MemoryProbe, largest_batch
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
 from qwen_vl_sft.packed import PackedCollator
 from qwen_vl_sft.packing import StepSampler
 from qwen_vl_sft.patches import (
-    call_tied_head_after_backbone,
+    call_head_after_backbone,
     count_no_placeholders_in_training,
-    has_tied_embeddings,
     run_frozen_vision_without_gradients,
     run_vision_in_every_batch,
+    take_images_as_packed,
 )
 from qwen_vl_sft.plots import plot_loss
 from qwen_vl_sft.positions import Positions
@@ -47,11 +49,6 @@ from qwen_vl_sft.scan import Scan
 from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.trainer import VisionSFTTrainer
 
-FORMER_NAMES = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-
 
 def sft_config(recipe: Recipe, world: World) -> SFTConfig:
     """TRL's configuration of a recipe. Must exist before the model is loaded: ZeRO-3 partitions while loading."""
@@ -62,8 +59,9 @@ def sft_config(recipe: Recipe, world: World) -> SFTConfig:
         arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     arguments.setdefault("run_name", recipe.output_dir.name)
     # transformers' new names of these keys; TRL and its users still write the former ones.
-    for former, name in FORMER_NAMES.items():
-        arguments[name] = arguments.pop(former, recipe.get(former))
+    arguments["activation_checkpointing"] = recipe.run.gradient_checkpointing is not False
+    kwargs = arguments.pop("gradient_checkpointing_kwargs", recipe.get("gradient_checkpointing_kwargs"))
+    arguments["activation_checkpointing_kwargs"] = kwargs
     if recipe.model.use_peft and trains_language_only(recipe.model):
         # Every language adapter takes part in every batch, so DDP need not look for those that do not.
         arguments.setdefault("ddp_find_unused_parameters", False)
@@ -89,6 +87,7 @@ def build_trainer(
     if recipe.run.packing:
         use_packed_attention(model)
         count_no_placeholders_in_training(model)
+        take_images_as_packed(model)
     if recipe.model.fused_kernels:
         use_fused_kernels(model, recipe.model.fused_kernels)
     meter, check_world = Meter(args.device), CheckWorld(world)
@@ -115,27 +114,34 @@ def build_trainer(
         trainer.remove_callback(plain)
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
-    if recipe.model.use_peft and world.strategy in ("single", "ddp"):
+    if recipe.model.use_peft:
         keep_adapter_in_float32(model)
+    launch.keep_gradients_in_float32(trainer.accelerator)
     vision_frozen = is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)
     if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
         run_vision_in_every_batch(model)
-    if world.strategy == "fsdp2" and has_tied_embeddings(model):
-        call_tied_head_after_backbone(model)
+    if world.strategy == "fsdp2":
+        call_head_after_backbone(model)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
+    # The memory of a CPU cannot be measured so, and under ZeRO-3 the trial would count as a step.
+    if isinstance(data.train, Scan) and not world.on_cpu and world.strategy != "zero3":
+        largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
+        trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto"))
     return trainer
 
 
 def keep_adapter_in_float32(model: nn.Module) -> None:
     """Undo TRL's cast of QLoRA adapters to bfloat16, in which the optimizer's small steps are lost.
 
-    A resume would also load them in float32, and so go on otherwise than the run it resumes. ZeRO keeps float32 copies
-    of its own, and FSDP2 wants one dtype.
+    A resume would also load them in float32, and so go on otherwise than the run it resumes. With `bf16: true` each
+    strategy computes in bfloat16 all the same, and ZeRO keeps float32 copies of its own; with `bf16: false` ZeRO and
+    FSDP2 would take gradients in bfloat16 too, and end 1% off the weights of DDP.
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+        # ZeRO-3 knows the type of what it has split already, such as a copy of a layer that trains in full.
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.float()
 
 
@@ -157,6 +163,7 @@ def train(
         # The commit of a base model from the Hub, None for a folder.
         "base_commit": getattr(trainer.model.config, "_commit_hash", None),
         **trainer.meter.summary(world.processes),
+        **({"memory": asdict(trainer.memory_fit)} if trainer.memory_fit else {}),
         "work": asdict(trainer.meter.total),
         "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
         "skipped_steps": skipped_steps(recipe.output_dir),
