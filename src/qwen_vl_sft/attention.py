@@ -95,14 +95,10 @@ def _packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if attention_mask is not None or dropout or query.shape[0] != 1:
-        raise RuntimeError("packed rows take no attention mask and no attention dropout, and batches of one sequence")
-    # Under autocast the rotary embedding leaves query and key in float32.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
     if kv_index is not None:
         k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
-    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+    if _has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         tensors = (q.contiguous(), k.contiguous(), v.contiguous())
         return _varlen_attention()(*tensors, *bounds, scale=scaling, window_size=(-1, 0))[None], None
@@ -145,15 +141,25 @@ def _segmented_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if attention_mask is not None or dropout or query.shape[0] != 1:
-        raise RuntimeError("segments of one row take no attention mask and no dropout")
-    # Under autocast the rotary embedding leaves query and key in float32.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
-        packed = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-        longest = int(max_length_q)
+    q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
+    if _has_varlen_kernel(value):
+        packed, longest = [tensor.contiguous() for tensor in (q, k, v)], int(max_length_q)
         return _varlen_attention()(*packed, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling)[None], None
-    return _attend_by_length(query, key, value, cu_seq_lens_q, scaling), None
+    return _attend_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
+
+
+def _in_one_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float
+) -> list[torch.Tensor]:
+    """Query, key and value of one dtype: [1, heads, T, D] -> [T, heads, D]."""
+    if attention_mask is not None or dropout or query.shape[0] != 1:
+        raise RuntimeError("packed rows take no attention mask and no attention dropout, and batches of one sequence")
+    # Under autocast the rotary embedding leaves query and key in float32.
+    return [tensor.to(value.dtype)[0].transpose(0, 1) for tensor in (query, key, value)]
+
+
+def _has_varlen_kernel(value: torch.Tensor) -> bool:
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _varlen_attention() -> Callable[..., Any]:
@@ -166,13 +172,15 @@ def _varlen_attention() -> Callable[..., Any]:
 def _attend_by_length(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """One call when all segments are of one length, as charts of one size are; else a call for each segment."""
+    """One call when all segments are of one length, as charts of one size are; else one for each: [T, heads, D]."""
     lengths = boundaries.diff()
     if (lengths == lengths[0]).all():
-        count, length = len(lengths), int(lengths[0])
-        # [1, heads, count * length, D] -> [count, heads, length, D]
-        q, k, v = (tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value))
-        return scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1)[None]
-    splits = zip(*(tensor.split(lengths.tolist(), dim=2) for tensor in (query, key, value)), strict=True)
-    attended = [scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in splits]
-    return torch.cat(attended, dim=2).transpose(1, 2)
+        # [count * length, heads, D] -> [count, heads, length, D]
+        shape = (len(lengths), int(lengths[0]))
+        q, k, v = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value))
+        return scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1)
+    splits = zip(
+        *(tensor.transpose(0, 1).split(lengths.tolist(), dim=1) for tensor in (query, key, value)), strict=True
+    )
+    attended = [scaled_dot_product_attention(q[None], k[None], v[None], scale=scaling)[0] for q, k, v in splits]
+    return torch.cat(attended, dim=1).transpose(0, 1)

@@ -117,6 +117,25 @@ class StepPlan:
         room = sum(found) * self.processes * self.tokens_per_batch
         return Survey(sum(found) / len(found), tokens / room, tokens / rows_alone)
 
+    def largest(self) -> MicroBatch:
+        """A micro-batch that needs as much memory as any of any epoch: full, and of the largest images."""
+        groups = self._groups(range(len(self.sizes.tokens)))
+        costs = np.array([self.sizes.of(group) for group in groups])
+        rows = np.array([len(group) for group in groups])
+        dense = self._filled_up(np.argsort(-costs[:, 1] / costs[:, 0], kind="stable"), costs, rows)
+        large = self._filled_up(np.argsort(-costs.sum(axis=1), kind="stable"), costs, rows)
+        # A patch costs about as much as a token, where the vision tower trains, and nearly nothing where it does not.
+        return [groups[place] for place in max((dense, large), key=lambda places: costs[places].sum())]
+
+    def _filled_up(self, order: np.ndarray, costs: np.ndarray, rows: np.ndarray) -> list[int]:
+        places: list[int] = []
+        tokens, count = 0.0, 0
+        for place in order:
+            if tokens + costs[place, 0] <= self.tokens_per_batch and count + rows[place] <= self.rows_per_step:
+                places.append(int(place))
+                tokens, count = tokens + costs[place, 0], count + rows[place]
+        return places
+
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
         """Micro-batches by process for the rows of one step: as few as the budget allows, and as equal as they can be."""
         groups = self._groups(rows)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.flops import Work
 from qwen_vl_sft.generation_metrics import GenerationMetrics
+from qwen_vl_sft.memory import Fit
 from qwen_vl_sft.meter import Meter
 from qwen_vl_sft.packed import MICRO_BATCHES
 from qwen_vl_sft.packing import StepSampler
@@ -44,6 +45,7 @@ class VisionSFTTrainer(SafeTrainer):
         self.meter = meter
         self.eval_collator = eval_collator
         self.generation_metrics = generation_metrics
+        self.memory_fit: Fit | None = None
         super().__init__(*args, **kwargs)
         # Of this process: loss, right tokens, learned tokens, entropy.
         self._train_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
@@ -75,24 +77,19 @@ class VisionSFTTrainer(SafeTrainer):
             self.accelerator.gradient_state._set_sync_gradients(last)
             waits = last or self.is_deepspeed_enabled
             with nullcontext() if waits else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, self._on_device(batch), *args, **kwargs))
+                losses.append(super().training_step(model, batch, *args, **kwargs))
         return torch.stack(losses).sum()
-
-    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Copy from pinned memory while the GPU computes."""
-        device = self.args.device
-        return {
-            name: value.to(device, non_blocking=True)
-            if isinstance(value, torch.Tensor) and name != "image_grid_thw"
-            else value
-            for name, value in batch.items()
-        }
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Where the vision tower needs the grids for their sizes alone, reading them from the GPU would make it wait.
         grids = inputs.pop("image_grid_thw") if "image_cu_seqlens" in inputs else None
         inputs = super()._prepare_inputs(inputs)
         return inputs if grids is None else {**inputs, "image_grid_thw": grids}
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor):
+            data = data.to(self.args.device, non_blocking=True)  # from pinned memory, while the GPU computes
+        return super()._prepare_input(data)
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of training rows; that of packed steps gives each process its own, so nothing is dealt out again."""

@@ -1,0 +1,36 @@
+"""The random numbers of this process, kept while something is done that a run must not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> tuple[Any, ...]:
+    """The states of Python's, NumPy's and PyTorch's generators, the GPU's too."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Go back to what `random_state` returned."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state(state[3])
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Inside, random numbers may be drawn; afterwards they go on as if none had been."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
