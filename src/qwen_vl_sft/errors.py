@@ -74,21 +74,22 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
             message = format_error(error)
             if int(os.environ.get("RANK", "0")) > 0:
                 time.sleep(10)
-            _leave(EXIT_USER_ERROR, message)
+            leave(EXIT_USER_ERROR, message)
         except Preempted as stop:
-            _leave(EXIT_PREEMPTED, str(stop), show=int(os.environ.get("RANK", "0")) == 0)
+            leave(EXIT_PREEMPTED, str(stop), show=int(os.environ.get("RANK", "0")) == 0)
         except Exception as error:
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 raise
             if _is_loss_of_peer(error):
                 time.sleep(_PEER_SECONDS)
-                _leave(1, f"process {os.environ.get('RANK')}: another process has ended; its message says why")
-            _leave(1, traceback.format_exc())
+                leave(1, f"process {os.environ.get('RANK')}: another process has ended; its message says why")
+            leave(1, traceback.format_exc())
 
     return wrapper
 
 
-def _leave(code: int, message: str, show: bool = True) -> None:
+def leave(code: int, message: str, show: bool = True) -> None:
+    """End this process here and now, with its message, and the workers of its data loaders with it."""
     if show:
         print(message, file=sys.stderr, flush=True)
     _tell_elastic_launcher(message)

@@ -69,15 +69,20 @@ def unsound_error(described: str, can_skip: bool) -> UserError:
     )
 
 
+def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
+    """Rows and size of a micro-batch. Call it before the step, which may take entries out."""
+    tokens, pixels = inputs["input_ids"], inputs.get("pixel_values")
+    patches = 0 if pixels is None else pixels.shape[0]
+    size = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {patches:,} image patches"
+    return f"{len(rows)} row(s) (row_id {_listed(rows)}), {size}"
+
+
 @contextlib.contextmanager
-def explained_out_of_memory(
-    rows: list[int], inputs: dict[str, Any], packing: bool, checkpointing: bool
-) -> Iterator[None]:
-    """Turn out of memory inside into a `UserError` that names the micro-batch and what to change."""
-    # Read before the step: it may take entries out.
-    tokens = inputs["input_ids"]
-    pixels = inputs.get("pixel_values")
-    size = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {0 if pixels is None else pixels.shape[0]:,} image patches"
+def explained_out_of_memory(batch: str, packing: bool, checkpointing: bool) -> Iterator[None]:
+    """Turn out of memory inside into a `UserError` that names the micro-batch and what to change.
+
+    `batch` is that of `describe_micro_batch`.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -87,8 +92,8 @@ def explained_out_of_memory(
         smaller = "tokens_per_batch" if packing else "per_device_train_batch_size"
         saved = "" if checkpointing else ", gradient_checkpointing: true"
         raise UserError(
-            f"out of memory in a micro-batch of {len(rows)} row(s) (row_id {_listed(rows)}), {size}: {first}. Set a"
-            f" smaller {smaller} (global_batch_size may stay), lower max_pixels or max_length{saved}, or load_in_4bit:"
+            f"out of memory in a micro-batch of {batch}: {first}. Set a smaller"
+            f" {smaller} (global_batch_size may stay), lower max_pixels or max_length{saved}, or load_in_4bit:"
             f" true. Go on from the last checkpoint with --resume_from_checkpoint latest"
         ) from error
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from trl import SFTTrainer
@@ -17,12 +15,15 @@ from trl import SFTTrainer
 from qwen_vl_sft import checkpoints
 from qwen_vl_sft.faults import (
     StepRecord,
+    describe_micro_batch,
     describe_unsound,
     explained_out_of_memory,
     explained_save,
     unsound_error,
 )
 from qwen_vl_sft.packed import MICRO_BATCHES
+from qwen_vl_sft.random_state import random_state, set_random_state
+from qwen_vl_sft.stall import StallWatch
 
 ROW_IDS = "row_ids"
 
@@ -48,14 +49,23 @@ class SafeTrainer(SFTTrainer):
         self.record = StepRecord()
         self.save_seconds: float | None = None
         self.poll: Callable[[], None] | None = None
+        self.stall_watch: StallWatch | None = None
         # The Trainer would delete old checkpoints before the new one is marked, and at the end before the model is saved.
         self._keep, self.args.save_total_limit = self.args.save_total_limit, None
+
+    def tell(self, doing: str) -> None:
+        """Note what this process goes on to, for a report if it never comes back."""
+        if self.stall_watch is not None:
+            self.stall_watch.move(doing)
 
     # A step
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one step; their row ids are taken out and kept."""
+        step = self.state.global_step + 1
+        self.tell(f"step {step}, waiting for its data")
         steps, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.tell(f"step {step}, about to begin")
         batches = [batch for step in steps for batch in step.get(MICRO_BATCHES, [step])]
         self.record = StepRecord([batch.pop(ROW_IDS, []) for batch in batches])
         return steps, count
@@ -64,8 +74,10 @@ class SafeTrainer(SFTTrainer):
         """Forward and backward over a micro-batch."""
         place = len(self.record.losses)
         rows = self.record.rows[place] if place < len(self.record.rows) else []
+        batch = describe_micro_batch(rows, inputs)
+        self.tell(f"step {self.state.global_step + 1}, micro-batch {place + 1} of {len(self.record.rows)}: {batch}")
         packing = "cu_seq_lens_q" in inputs
-        with explained_out_of_memory(rows, inputs, packing, bool(self.args.activation_checkpointing)):
+        with explained_out_of_memory(batch, packing, bool(self.args.activation_checkpointing)):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self.record.losses.append(loss.detach())
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.skip_unsound else loss
@@ -90,6 +102,7 @@ class SafeTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began = time.perf_counter()
+        self.tell(f"step {self.state.global_step}, saving a checkpoint")
         run = Path(self.args.output_dir or "")
         folder = run / f"checkpoint-{self.state.global_step}"
         kept = [path for path in checkpoints.folders(run) if (path / checkpoints.MARK).is_file() and path != folder]
@@ -116,12 +129,12 @@ class SafeTrainer(SFTTrainer):
         self.save_seconds = max(time.perf_counter() - began, self.save_seconds or 0.0)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        numbers = _random_state()
+        numbers = random_state()
         try:
             return super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
             # The checkpoint is that of the moment before, and a resume begins with this evaluation.
-            _set_random_state(numbers)
+            set_random_state(numbers)
             self.evaluation_due = True
             step = self.state.global_step
             # A resume that is stopped in its first evaluation has this checkpoint already.
@@ -155,19 +168,6 @@ class SafeTrainer(SFTTrainer):
             best = Path(self.args.output_dir or "", f"checkpoint-{self.state.best_global_step}")
             if self.state.best_global_step == self.state.global_step and best.is_dir():
                 self.state.best_model_checkpoint = str(best)
-
-
-def _random_state() -> tuple[Any, ...]:
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state(state[3])
 
 
 def save_final_model(trainer: SafeTrainer, folder: Path) -> None:

@@ -22,6 +22,7 @@ from qwen_vl_sft.preemption import Watch
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.row_log import RowLog
 from qwen_vl_sft.safe_trainer import EvaluationStopped, SafeTrainer
+from qwen_vl_sft.stall import StallWatch
 
 SKIPPED = "skipped_steps.jsonl"
 TIME_IS_UP = "max_run_time"
@@ -42,6 +43,18 @@ class Safety(TrainerCallback):
         self._began = 0.0
         self._told = 0
         trainer.poll = self.poll
+        if world.processes > 1:
+            trainer.stall_watch = StallWatch(self.folder, world.rank, world.processes, trainer.args.ddp_timeout)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From now on processes may wait for each other."""
+        if self.trainer.stall_watch:
+            self.trainer.stall_watch.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One may be long at something alone."""
+        if self.trainer.stall_watch:
+            self.trainer.stall_watch.end()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
@@ -49,6 +62,7 @@ class Safety(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Agree on what the step, or on GPUs the one before, has shown."""
+        self.trainer.tell(f"step {state.global_step}, at its end")
         self.deadline.step = max(self.deadline.step, time.perf_counter() - self._began)
         self.deadline.save = self.trainer.save_seconds
         if self.row_log:
@@ -75,6 +89,7 @@ class Safety(TrainerCallback):
         """Raise `EvaluationStopped` if the run was told to stop. All processes must call equally often."""
         if not self.trainer.is_in_train:
             return
+        self.trainer.tell(f"step {self.trainer.state.global_step}, evaluating after it")
         told = self._act(self.agreement.read())
         self._post(self.trainer.state.global_step, self.deadline.is_due(evaluates=False), checked=True)
         if not self.agreement.on_gpu:
