@@ -95,10 +95,14 @@ class StepPlan:
         if not self.share_prefixes:
             return shuffled
         prefix = self.sizes.prefix[shuffled]
-        # A row without a prefix is a unit of its own; a prefix comes where its first row does.
+        # A row without a prefix is a unit of its own. A unit comes where its lowest row does, not where its first does:
+        # else the images with many questions would come first in every epoch.
         unit = np.where(prefix < 0, len(prefix) + np.arange(len(prefix)), prefix)
-        _, first, inverse = np.unique(unit, return_index=True, return_inverse=True)
-        return shuffled[np.argsort(first[inverse], kind="stable")]
+        _, inverse = np.unique(unit, return_inverse=True)
+        lowest = np.full(len(prefix), len(prefix))
+        np.minimum.at(lowest, inverse, shuffled)
+        place = np.argsort(shuffled)[lowest[inverse]]
+        return shuffled[np.argsort(place, kind="stable")]
 
     def steps(self, epoch: int) -> Iterator[list[list[MicroBatch]]]:
         """The steps of an epoch, each as micro-batches by process; every process gets as many of them."""

@@ -67,6 +67,8 @@ def warnings(recipe: Recipe) -> list[str]:
     if not recipe.run.predict_with_generate:
         unused = [name for name in ("max_predict_samples", "max_new_tokens") if name in recipe.stated]
         found += [f"{name} has no effect without predict_with_generate: true" for name in unused]
+    if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
+        found.append("tokens_per_batch has no effect without packing: true; per_device_train_batch_size is the batch")
     if not recipe.run.push_to_hub:
         idle = [name for name in sorted(recipe.stated) if name.startswith("hub_")]
         found += [f"{name} has no effect without push_to_hub: true" for name in idle]

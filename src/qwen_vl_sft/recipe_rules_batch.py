@@ -49,8 +49,6 @@ def _packing(recipe: Recipe, world: World) -> Iterator[str]:
     if not run.packing:
         if run.share_prefixes:
             yield "share_prefixes needs packing: true; set it, or leave share_prefixes out"
-        if "tokens_per_batch" in recipe.stated:
-            yield "tokens_per_batch is set but packing is not; set packing: true, or per_device_train_batch_size instead"
         return
     if run.tokens_per_batch < 1:
         yield f"tokens_per_batch: {run.tokens_per_batch} must be at least 1"
