@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.whole_file import PARTIAL, write_whole
 
 MARK = "complete.json"
 LATEST = "latest"
@@ -56,12 +57,7 @@ def folders(run: Path) -> list[Path]:
 def write_mark(folder: Path, about: dict[str, Any]) -> None:
     """Mark a checkpoint as whole. Every process must have finished its part of it. Raises `OSError`."""
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
-    partial = folder / (MARK + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({**about, "files": files}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MARK)
+    write_whole(folder / MARK, json.dumps({**about, "files": files}, indent=2))
 
 
 def problem_of(folder: Path) -> str | None:
@@ -175,7 +171,7 @@ def _lacks(folder: Path, processes: int | None) -> str | None:
 
 def _files(folder: Path) -> dict[str, Path]:
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in found.items() if name not in (MARK, MARK + ".partial")}
+    return {name: path for name, path in found.items() if name not in (MARK, MARK + PARTIAL)}
 
 
 def _digest(path: Path) -> str:

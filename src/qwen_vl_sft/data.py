@@ -115,7 +115,13 @@ def spread(rows: Rows, max_rows: int | None) -> Rows:
     """At most so many rows, evenly over the split: ChartQA's first half is all human, its second all machine."""
     if max_rows is None or max_rows >= len(rows):
         return rows
-    return rows.select([number * len(rows) // max_rows for number in range(max_rows)])
+    return rows.select(evenly_spread(len(rows), max_rows))
+
+
+def evenly_spread(total: int, most: int | None) -> list[int]:
+    """At most `most` of `total` places, evenly spread; all of them for None."""
+    count = min(most or total, total)
+    return [number * total // count for number in range(count)]
 
 
 def in_memory(rows: Rows) -> Rows:

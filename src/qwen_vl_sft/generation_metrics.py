@@ -12,12 +12,14 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from qwen_vl_sft.data import evenly_spread
 from qwen_vl_sft.encode import Encoder
 from qwen_vl_sft.evaluation_task import read_question, up_to_last_answer
 from qwen_vl_sft.generation import generate_batches, plan_batches
 from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.scan import Scan
-from qwen_vl_sft.scoring import score_row, write_whole
+from qwen_vl_sft.scoring import score_row
+from qwen_vl_sft.whole_file import write_whole
 
 ARM = "tuned"
 ANSWERS_FOLDER = "answers_while_training"
@@ -47,9 +49,7 @@ class GenerationMetrics:
         max_new_tokens: int,
         output_dir: Path | None = None,
     ) -> None:
-        total = len(evaluation.rows)
-        count = min(rows or total, total)
-        self.sample = [number * total // count for number in range(count)]
+        self.sample = evenly_spread(len(evaluation.rows), rows)
         self.rows = evaluation.rows
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens

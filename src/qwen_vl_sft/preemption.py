@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.errors import EXIT_PREEMPTED
+from qwen_vl_sft.whole_file import write_whole
 
 MARK = "preempted.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -128,9 +129,7 @@ class Watch:
 def write_mark(folder: Path, reason: str, step: int | None, checkpoint: Path | None) -> None:
     """Leave word in the run folder that it was stopped, since launchers turn every exit code into 1."""
     entry = {"reason": reason, "step": step, "checkpoint": checkpoint.name if checkpoint else None}
-    partial = folder / (MARK + ".partial")
-    partial.write_text(json.dumps(entry) + "\n", encoding="utf-8")
-    partial.replace(folder / MARK)
+    write_whole(folder / MARK, json.dumps(entry) + "\n")
 
 
 def _has_launcher() -> bool:

@@ -19,7 +19,8 @@ from PIL import Image
 from qwen_vl_sft.error_kinds import KINDS, error_kind
 from qwen_vl_sft.metrics import HEADLINE, METRICS, NOTES
 from qwen_vl_sft.rows import ImageFile
-from qwen_vl_sft.scoring import REPORT_FILE, SPLIT_COLUMN, write_whole
+from qwen_vl_sft.scoring import REPORT_FILE, SPLIT_COLUMN
+from qwen_vl_sft.whole_file import write_whole
 
 # The charts of a row, by its row_id.
 Charts = Callable[[int], Sequence[ImageFile]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.metrics import HEADLINE, METRICS, NOTES, compare, estimate, score
+from qwen_vl_sft.whole_file import write_whole
 
 ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -89,13 +89,6 @@ def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapp
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader, or a run that is killed here, never meets half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
