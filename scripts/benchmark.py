@@ -4,37 +4,35 @@
         --dataset_train_split 'train[:5%]' --variants trl,padded,packed,shared --output_dir benchmark
 
 Other `--key value` go to the recipe of every variant. Losses of random weights mean nothing; speed does not depend on
-them. scripts/benchmark_scaling.py measures one recipe on more and more processes.
+them. scripts/compare_strategies.py measures one recipe on every strategy and number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.benchmarks.arguments import add_common_arguments
+from qwen_vl_sft.errors import exits_with_user_errors, leave
 
 
 @exits_with_user_errors
 def main() -> None:
     """Make the model when it is not there, set up the variants, run them in turns, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="local folder or Hub id with the config.json of the shape")
-    parser.add_argument("--processor", help="local folder or Hub id of the processor (default: --config)")
-    parser.add_argument("--model_dir", type=Path, help="where the random model is kept (default: in output_dir)")
+    add_common_arguments(parser, needs_config=True)
     parser.add_argument("--variants", default="trl,padded,packed,shared", help="in this order (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="times each variant runs (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=15, help="about so long each time (default: %(default)s)")
     parser.add_argument(
         "--repeat", type=int, default=1, help="times each row stands in the data (default: %(default)s)"
     )
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/chartqa_qlora.yaml"))
-    parser.add_argument("--output_dir", type=Path, required=True, help="results.json, results.md and speed.png go here")
     arguments, rest = parser.parse_known_args()
 
     from qwen_vl_sft.benchmarks.session import run_session
 
     print(run_session(arguments, rest))
+    # Not waiting for the workers of every variant's data loader, which leave one after the other.
+    leave(0, "", show=False)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_every_way_to_call_the_launcher_is_seen(start):
     assert asked == Asked("accelerate launch (`--num_processes`, `--multi_gpu`)", "MULTI_GPU", 3, on_cpu=False)
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_shipped_configurations_are_read_from_the_folder_of_the_launcher(name):
     asked = asked_by(f"accelerate launch --config_file accelerate_configs/{name}.yaml train.py")
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
@@ -235,7 +235,7 @@ class FakeAccelerator:
 
 def test_what_runs_is_compared_with_what_was_launched():
     check_running(World("single", 1, 0, 0, on_cpu=True), FakeAccelerator(), nn.Linear(1, 1))
-    for strategy in ("ddp", "zero2", "zero3", "fsdp2"):
+    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
         with pytest.raises(UserError) as error:
             check_running(World(strategy, 2, 0, 0, on_cpu=False), FakeAccelerator(), nn.Linear(1, 1))
         type_, processes, device, wrapper = error.value.problems
@@ -308,6 +308,7 @@ def launch(folder: Path, *arguments: str) -> tuple[int, str]:
     [
         ("cpu", "ddp", "DistributedDataParallel"),
         ("ddp", "ddp", "DistributedDataParallel"),
+        ("zero1", "zero1", "DeepSpeedEngine"),
         ("zero2", "zero2", "DeepSpeedEngine"),
         ("zero3", "zero3", "DeepSpeedEngine"),
         ("fsdp2", "fsdp2", "FSDPQwen2VLForConditionalGeneration"),

@@ -27,6 +27,7 @@ class Meter:
         self.total = Work()  # of all processes
         self.total_seconds = 0.0
         self.total_waited = 0.0
+        self.peak_memory = 0  # bytes, of the process that has needed most so far; on GPUs only
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._began: float | None = None
         self._elapsed = 0.0
@@ -50,6 +51,9 @@ class Meter:
         seconds, self._elapsed = self._elapsed, 0.0
         numbers = torch.tensor([*vars(self.work).values(), self.waited], dtype=torch.float64, device=self.device)
         sums = accelerator.reduce(numbers, reduction="sum").tolist()
+        if self.device.type == "cuda":
+            peak = torch.tensor([torch.cuda.max_memory_allocated(self.device)], device=self.device)
+            self.peak_memory = int(accelerator.gather(peak).max())
         work, waited = Work(*(int(number) for number in sums[:-1])), sums[-1] / accelerator.num_processes
         self.work, self.waited = Work(), 0.0
         self.total += work
@@ -64,7 +68,10 @@ class Meter:
         return self.speeds(self.total, self.total_seconds, self.total_waited, processes)
 
     def speeds(self, work: Work, seconds: float, waited: float, processes: int) -> dict[str, float]:
-        """Rates of some work of all processes in some seconds; `data_wait` is a share of the seconds."""
+        """Rates of some work of all processes in some seconds; `data_wait` is a share of the seconds.
+
+        `peak_memory_gib` is that of the process that needed most, since the beginning of the run.
+        """
         rates = {
             "tokens_per_second": round(work.tokens / seconds, 1),
             "images_per_second": round(work.images / seconds, 3),
@@ -77,5 +84,5 @@ class Meter:
             if self._peak:
                 rates["mfu"] = round(flops / self._peak, 4)
         if self.device.type == "cuda":
-            rates["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+            rates["peak_memory_gib"] = round(self.peak_memory / 2**30, 2)
         return rates

@@ -96,6 +96,8 @@ def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, strat
         use_segmented_vision_attention(model)
     if on_cpu and settings.load_in_4bit:
         keep_4bit_weights_unpacked(model)
+    if strategy == "zero3":
+        forget_unused_renamings(model)
     return model
 
 
@@ -123,6 +125,19 @@ def quantization_config(settings: ModelSettings, sharded: bool = False) -> BitsA
         bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         llm_int8_skip_modules=NOT_QUANTIZED,
     )
+
+
+def forget_unused_renamings(model: Any) -> None:
+    """Have a model that ZeRO-3 loaded saved under the names of the checkpoint it came from.
+
+    transformers keeps the renamings that a load used, to undo them when it saves; on ZeRO-3's way it keeps all that it
+    knows, and the saved weights are named model.model.layers, which few other tools read. May go when
+    `_load_state_dict_into_zero3_model` of transformers' integrations/deepspeed.py asks `was_used` as
+    core_model_loading.py does.
+    """
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        model._weight_conversions = [renaming for renaming in known if renaming.was_used()]
 
 
 def keep_4bit_weights_unpacked(model: nn.Module) -> None:

@@ -1,1 +1,1 @@
-"""How fast training is: variants side by side in one process, and one recipe on more and more processes."""
+"""How fast training is: variants side by side in one process, and one recipe on every strategy."""

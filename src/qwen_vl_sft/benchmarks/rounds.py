@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from qwen_vl_sft.benchmarks.table import TEXT, format_table
 from qwen_vl_sft.benchmarks.variants import Variant, timed_fetching
 from qwen_vl_sft.flops import peak_flops
 
 COLUMNS = {
-    "variant": ("variant", "{}"),
+    "variant": ("variant", TEXT),
     "rows_per_second": ("rows/s", "{:.2f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "ratio": ("ratio", "{:.2f}"),
@@ -56,8 +57,9 @@ class Clock(TrainerCallback):
             self.marks.append(Mark(time.perf_counter(), self.waited[0], done.rows, self.variant.counter.flops(done)))
 
 
-def measure(variant: Variant, steps: int, warmup: int) -> dict[str, float]:
-    """Train `warmup` and `steps` steps, and return the speed of the latter."""
+def measure(variant: Variant, steps: int, warmup: int, order: int = 0) -> dict[str, float]:
+    """Train `warmup` and `steps` steps of the rows in some order, and return the speed of the latter."""
+    variant.reorder(order)
     trainer, cuda = variant.trainer, torch.cuda.is_available()
     trainer.args.max_steps = warmup + steps
     others = 0
@@ -101,19 +103,6 @@ def summarise(rounds: Sequence[dict[str, dict[str, float]]], reference: str) -> 
     return results
 
 
-def format_table(results: Sequence[dict[str, Any]]) -> str:
-    """Results as a Markdown table; a column without any value is left out."""
-    columns = {name: style for name, style in COLUMNS.items() if any(name in result for result in results)}
-    lines = [
-        "| " + " | ".join(label for label, _ in columns.values()) + " |",
-        "| ---" + " | ---:" * (len(columns) - 1) + " |",
-    ]
-    for result in results:
-        cells = [style.format(result[name]) if name in result else "" for name, (_, style) in columns.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def write_results(folder: Path, results: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write results.json, results.md and speed.png."""
     import matplotlib
@@ -123,7 +112,7 @@ def write_results(folder: Path, results: Sequence[dict[str, Any]], about: dict[s
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(format_table(results) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(format_table(results, COLUMNS) + "\n", encoding="utf-8")
     figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(results) + 1.2), layout="constrained")
     names, speeds = [result["variant"] for result in results], [result["rows_per_second"] for result in results]
     bars = axes.barh(names, speeds, color="#2563eb")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.benchmarks import rounds
+from qwen_vl_sft.benchmarks.arguments import random_model_of
+from qwen_vl_sft.benchmarks.table import format_table
 from qwen_vl_sft.benchmarks.variants import build
 from qwen_vl_sft.command_line import parse_command_line
-from qwen_vl_sft.random_model import make_random_model
 from qwen_vl_sft.run_folder import environment
 
 WARMUP = 3
@@ -28,10 +29,7 @@ QUIET = {
 
 def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
     """Run everything and write the results; returns the table. Raises `UserError`."""
-    model_dir = arguments.model_dir or arguments.output_dir / "model"
-    if not (model_dir / "config.json").is_file():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        make_random_model(arguments.config, model_dir, arguments.processor or arguments.config, device=device)
+    model_dir = random_model_of(arguments)
     _, keys, _ = parse_command_line(recipe_words, flags=())
     names = [name.strip() for name in arguments.variants.split(",") if name.strip()]
     variants = []
@@ -46,19 +44,19 @@ def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
         steps[variant.name] = max(3, round(arguments.seconds * found["rows_per_second"] / variant.rows_per_step))
     measured: list[dict[str, dict[str, float]]] = []
     for number in range(arguments.rounds):
-        measured.append({variant.name: rounds.measure(variant, steps[variant.name], WARMUP) for variant in variants})
+        measured.append(
+            {variant.name: rounds.measure(variant, steps[variant.name], WARMUP, number) for variant in variants}
+        )
         speeds = ", ".join(f"{name} {one['rows_per_second']:.2f}" for name, one in measured[-1].items())
         print(f"round {number + 1}: {speeds} rows/s", flush=True)
     results = rounds.summarise(measured, reference=names[0])
     rounds.write_results(arguments.output_dir, results, _about(arguments, keys, steps, measured, variants))
-    return rounds.format_table(results)
+    return format_table(results, rounds.COLUMNS)
 
 
 def _about(
     arguments: argparse.Namespace, keys: dict[str, Any], steps: dict[str, int], measured: Any, variants: Any
 ) -> dict[str, Any]:
-    devices = [torch.cuda.get_device_name()] if torch.cuda.is_available() else ["cpu"]
-    told = environment({}, {}, devices)
     return {
         "config": arguments.config,
         "recipe": str(arguments.recipe),
@@ -67,5 +65,11 @@ def _about(
         "tokens_per_row": variants[0].tokens_per_row,
         "steps": steps,
         "rounds": measured,
-        **{name: told[name] for name in ("versions", "python", "devices", "git_commit")},
+        **about_machine(),
     }
+
+
+def about_machine() -> dict[str, Any]:
+    """What a measurement of this process holds for: versions, commit, GPU."""
+    told = environment({}, {}, [torch.cuda.get_device_name()] if torch.cuda.is_available() else ["cpu"])
+    return {name: told[name] for name in ("versions", "python", "devices", "git_commit")}

@@ -19,6 +19,7 @@ from qwen_vl_sft.flops import FlopCounter, Work
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import lora_config
 from qwen_vl_sft.model import quantization_config
+from qwen_vl_sft.packing import StepSampler
 from qwen_vl_sft.preparation import PreparedData
 from qwen_vl_sft.recipe import Recipe, read_recipe
 from qwen_vl_sft.scan import Scan
@@ -33,6 +34,7 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "packed_checkpointing": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 8192},
     "packed_plain": {**PACKED, "tokens_per_batch": 8192},
     "packed": {**PACKED, **KERNELS, "tokens_per_batch": 8192},
+    "packed_16k": {**PACKED, **KERNELS, "tokens_per_batch": 16384},
     "shared": {**PACKED, **KERNELS, "tokens_per_batch": 16384, "share_prefixes": True},
     "packed_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192},
     "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
@@ -59,6 +61,16 @@ class Variant:
             return meter.total + meter.work
         rows = steps * self.rows_per_step
         return Work(*(value * rows for value in vars(self.row).values()))
+
+    def reorder(self, seed: int) -> None:
+        """Have the next run take the rows in another order; a few steps of one order are no fair sample of it."""
+        sampler = getattr(self.trainer, "_sampler", None)
+        if isinstance(sampler, StepSampler):
+            sampler.plan.seed = seed
+        elif sampler is not None:
+            sampler.seed = seed
+        else:
+            self.trainer.args.data_seed = seed
 
 
 def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) -> Variant:

@@ -1,0 +1,45 @@
+"""Check packed rows and shared prefixes against the same rows one at a time, at a real shape and precision.
+
+    python scripts/check_packing.py --config Qwen/Qwen2-VL-7B-Instruct --dataset_name HuggingFaceM4/ChartQA \\
+        --dataset_train_split 'train[:5%]' --output_dir check
+
+Losses of every learned token and gradients of the adapter are compared with those of float32, one row at a time. Packed
+rows must be as near to them as rows one at a time are in the same precision; exit code 1 if they are not. Other
+`--key value` go to the recipe. tests/test_packed.py checks the same with small models in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from qwen_vl_sft.benchmarks.arguments import add_common_arguments
+from qwen_vl_sft.console import quiet_libraries
+from qwen_vl_sft.errors import exits_with_user_errors
+
+
+@exits_with_user_errors
+def main() -> None:
+    """Compare, print the table, write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, needs_config=False)
+    parser.add_argument("--rows", type=int, default=32, help="rows to compare (default: %(default)s)")
+    parser.add_argument("--tokens_per_batch", type=int, default=8192, help="of packed rows (default: %(default)s)")
+    parser.add_argument("--precisions", default="float32,bfloat16", help="default: %(default)s")
+    arguments, words = parser.parse_known_args()
+    quiet_libraries(rank=0)
+    from qwen_vl_sft.benchmarks.exactness import COLUMNS, compare
+    from qwen_vl_sft.benchmarks.session import about_machine
+    from qwen_vl_sft.benchmarks.table import format_table
+
+    results, good = compare(arguments, words)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**about_machine(), "rows": arguments.rows, "results": results}, indent=2)
+    (arguments.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
+    print(format_table(results, COLUMNS))
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
