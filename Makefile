@@ -1,12 +1,12 @@
 # make setup       the environment in .venv
 # make quickstart  the main job on the embedded model and charts: train, then base against prompted against tuned
-# make test        the tests;  make check  linters and types
+# make test        the tests;  make test-all  the long ones too, as CI does;  make check  linters and types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: setup quickstart test check ci clean
+.PHONY: setup quickstart test test-all check ci clean
 
 setup: $(VENV)/.installed
 
@@ -25,16 +25,21 @@ quickstart: setup
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/evaluate.py \
 		--run $(RUN) --arms base,prompted,tuned --split test --overwrite
 
+# Two files at a time: most tests keep one core busy.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup
-	@# Two files at a time: most tests keep one core busy.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m 'not long'
+
+test-all: setup
+	$(PYTEST)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ci: check test
+ci: check test-all
 
 clean:
 	rm -rf $(VENV) runs

@@ -11,15 +11,16 @@ import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, run_process
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from qwen_vl_sft import launch
+from qwen_vl_sft import launch, tiny
 from qwen_vl_sft.benchmarks import comparison, outcome, strategies
 from qwen_vl_sft.benchmarks.strategies import Case, grid, recipe_of
 from qwen_vl_sft.benchmarks.table import TEXT, format_table
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.model import forget_unused_renamings
+from qwen_vl_sft.random_model import make_random_model
 
 SCRIPT = "scripts/compare_strategies.py"
 SHORT = ["--recipe", "recipes/quickstart.yaml", "--max_train_samples", "32", "--per_device_train_batch_size", "2"]
@@ -195,8 +196,16 @@ def test_every_strategy_trains_as_one_process_does(tmp_path):
     assert "| qlora | fsdp2    |     2 |" in (tmp_path / "results.md").read_text()
 
 
-def test_full_fine_tuning_under_fsdp2_learns_the_head_too(tmp_path):
+@pytest.mark.long
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_fine_tuning_under_fsdp2_learns_the_head_too(tied, tmp_path):
+    """As the 7B's, a head of its own has a gradient of its own, which is the sum over all processes."""
     words = ["--modes", "full", "--strategies", "single,fsdp2", "--learning_rate", "2e-4", "--output_dir", tmp_path]
+    if not tied:
+        untied = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
+        make_random_model(str(tiny.MODEL_DIR), tmp_path / "model", dtype="float32", overrides=untied)
+        assert any("lm_head" in name for name in load_file(tmp_path / "model/model.safetensors"))
+        words += ["--model_name_or_path", tmp_path / "model"]
     finished = run_process(SCRIPT, *SHORT, *words)
     assert finished.returncode == 0, finished.stdout
     split = results_of(tmp_path)["full-fsdp2-2"]

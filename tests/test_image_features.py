@@ -440,7 +440,9 @@ def uncached(mixed, tmp_path_factory):
     return losses_of(folder)
 
 
-@pytest.mark.parametrize("config", ["cpu", "fsdp2", "zero3"])
+@pytest.mark.parametrize(
+    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp2", "zero3"))]
+)
 def test_two_processes_with_features_on_disk_have_the_losses_of_one_without(config, mixed, uncached, tmp_path):
     kept = ["--cache_image_features", "float32", "--image_features_dir", str(tmp_path / "cache")]
     done = launch(config, *arguments(mixed, tmp_path / "run", *kept))

@@ -180,7 +180,9 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("config", ["cpu", "zero2", "fsdp2"])
+@pytest.mark.parametrize(
+    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "fsdp2"))]
+)
 def test_processes_with_unlike_memory_choose_alike(config, tmp_path, monkeypatch):
     """The losses are those of a run without a trial, and the smaller memory decides for both."""
     found = {}
