@@ -126,3 +126,13 @@ def test_images_with_many_questions_come_no_earlier():
     plan = StepPlan(sizes_of([10] * 120, prefix=prefix, prefix_tokens=[5] * 120), 8, BUDGET, 1, 0, share_prefixes=True)
     places = np.array([np.argsort(plan.order(epoch)) for epoch in range(200)])
     assert abs(places[:, :60].mean() - places[:, 60:].mean()) < 3
+
+
+def test_features_that_are_kept_leave_tokens_alone_to_be_balanced():
+    sizes = sizes_of([50, 50, 10, 10], [0, 400, 0, 400])
+    (step,) = StepPlan(sizes.without_patches(), 4, 1000, 2, seed=0).steps(0)
+    assert [sum(sizes.tokens[row] for groups in batches for group in groups for row in group) for batches in step] == [
+        60,
+        60,
+    ]
+    assert sizes.patches.tolist() == [0, 400, 0, 400]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +38,11 @@ class Sizes:
     prefix: np.ndarray
     prefix_tokens: np.ndarray
     prefix_patches: np.ndarray
+
+    def without_patches(self) -> Sizes:
+        """The same rows where images cost nothing but their tokens."""
+        none = np.zeros_like(self.patches)
+        return replace(self, patches=none, prefix_patches=none)
 
     def of(self, group: Group) -> np.ndarray:
         """Tokens and patches of a group: its prefix counts once."""

@@ -88,7 +88,9 @@ def step_plan(recipe: Recipe, world: World, data: PreparedData, global_batch: in
     assert isinstance(data.train, Scan), "recipe rules refuse packing of a stream"
     run = recipe.run
     budget, share = run.tokens_per_batch, run.share_prefixes
-    return StepPlan(data.train.sizes, global_batch, budget, world.processes, recipe.data_seed, share)
+    # Where the vision tower does not run, nobody waits for another's large images.
+    sizes = data.train.sizes.without_patches() if data.features else data.train.sizes
+    return StepPlan(sizes, global_batch, budget, world.processes, recipe.data_seed, share)
 
 
 def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:
