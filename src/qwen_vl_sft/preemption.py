@@ -102,9 +102,13 @@ class Watch:
 
     def _handle_in_worker(self, number: int) -> None:
         """In a process forked from this one, which inherits the handlers."""
-        if not self.training:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if self.training:
+            return
+        if number == signal.SIGTERM:
+            # How a data loader ends workers that it kept. One that died of the signal would count as a failure.
+            os._exit(0)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def _stop(self, reason: str) -> None:
         self.reason, self._since = reason, time.monotonic()
