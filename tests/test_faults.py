@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import REPOSITORY, launch
-from faulty_run import faulty_loss, full_disk
+from faulty_run import faulty_loss, faulty_save
 from safetensors.torch import load_file
 
 from qwen_vl_sft.checkpoints import folders, problem_of
@@ -64,7 +64,7 @@ def run(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["scripts/sft.py", *words])
         monkeypatch.setattr(Watch, "begin", lambda watch: None)
         monkeypatch.setattr(VisionSFTTrainer, "compute_loss", faulty_loss)
-        monkeypatch.setattr(torch, "save", full_disk)
+        monkeypatch.setattr(torch, "save", faulty_save)
         monkeypatch.chdir(REPOSITORY)
         with pytest.raises(Exit) as code:
             runpy.run_path("scripts/sft.py", run_name="__main__")

@@ -229,12 +229,13 @@ def test_a_step_is_unsound_when_anything_of_it_is_not_finite(losses, norm, unsou
 
 def test_out_of_memory_names_rows_and_size():
     inputs = {"input_ids": torch.zeros(2, 700), "pixel_values": torch.zeros(1200, 4)}
-    with pytest.raises(UserError) as error, faults.explained_out_of_memory([7, 9], inputs, False, False):
+    batch = faults.describe_micro_batch([7, 9], inputs)
+    with pytest.raises(UserError) as error, faults.explained_out_of_memory(batch, False, False):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
     for word in ("2 row(s) (row_id 7, 9)", "2 x 700 tokens", "1,200 image patches", "per_device_train_batch_size"):
         assert word in str(error.value)
     assert "gradient_checkpointing: true" in str(error.value)
-    with pytest.raises(RuntimeError, match="a bug"), faults.explained_out_of_memory([7], inputs, True, True):
+    with pytest.raises(RuntimeError, match="a bug"), faults.explained_out_of_memory(batch, True, True):
         raise RuntimeError("a bug")
 
 

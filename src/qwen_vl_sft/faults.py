@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
     patches = 0 if pixels is None else pixels.shape[0]
     size = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {patches:,} image patches"
     return f"{len(rows)} row(s) (row_id {_listed(rows)}), {size}"
+
+
+def describe_step(rows: list[int], batches: Sequence[dict[str, Any]]) -> str:
+    """Rows and tokens of all micro-batches of a step."""
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return f"{len(rows)} row(s) (row_id {_listed(rows)}), {tokens:,} tokens"
 
 
 @contextlib.contextmanager

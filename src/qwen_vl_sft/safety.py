@@ -21,8 +21,8 @@ from qwen_vl_sft.launch_world import World
 from qwen_vl_sft.preemption import Watch
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.row_log import RowLog
-from qwen_vl_sft.safe_trainer import EvaluationStopped, SafeTrainer
-from qwen_vl_sft.stall import StallWatch
+from qwen_vl_sft.safe_trainer import EvaluationStopped, SafeTrainer, Stage
+from qwen_vl_sft.stall import STACKS, StallWatch
 
 SKIPPED = "skipped_steps.jsonl"
 TIME_IS_UP = "max_run_time"
@@ -42,6 +42,7 @@ class Safety(TrainerCallback):
         self._posted = (0, StepRecord())
         self._began = 0.0
         self._told = 0
+        self._polled = 0
         trainer.poll = self.poll
         if world.processes > 1:
             trainer.stall_watch = StallWatch(self.folder, world.rank, world.processes, trainer.args.ddp_timeout)
@@ -62,7 +63,7 @@ class Safety(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Agree on what the step, or on GPUs the one before, has shown."""
-        self.trainer.tell(f"step {state.global_step}, at its end")
+        self.trainer.tell(f"step {state.global_step}, at its end", state.global_step, Stage.END)
         self.deadline.step = max(self.deadline.step, time.perf_counter() - self._began)
         self.deadline.save = self.trainer.save_seconds
         if self.row_log:
@@ -89,9 +90,12 @@ class Safety(TrainerCallback):
         """Raise `EvaluationStopped` if the run was told to stop. All processes must call equally often."""
         if not self.trainer.is_in_train:
             return
-        self.trainer.tell(f"step {self.trainer.state.global_step}, evaluating after it")
+        step, self._polled = self.trainer.state.global_step, self._polled + 1
+        self.trainer.tell(
+            f"step {step}, evaluating after it, {self._polled} batches", step, Stage.EVALUATION, self._polled
+        )
         told = self._act(self.agreement.read())
-        self._post(self.trainer.state.global_step, self.deadline.is_due(evaluates=False), checked=True)
+        self._post(step, self.deadline.is_due(evaluates=False), checked=True)
         if not self.agreement.on_gpu:
             told = self._act(self.agreement.read()) or told
         if told:
@@ -100,6 +104,7 @@ class Safety(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Note how long an evaluation takes."""
+        self._polled = 0
         self.deadline.evaluation = max(self.deadline.evaluation, (metrics or {}).get("eval_runtime", 0.0))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -151,7 +156,9 @@ def attach(
     trainer.evaluation_due = resume is not None and resume.evaluation_due
     trainer.add_callback(Safety(trainer, recipe, world, watch))
     if world.rank == 0:
-        (recipe.output_dir / preemption.MARK).unlink(missing_ok=True)
+        for told in (preemption.MARK, STACKS.format(rank="*")):
+            for path in recipe.output_dir.glob(told):
+                path.unlink()
         row_log.forget_after(recipe.output_dir, resume.step if resume else 0)
     trainer.accelerator.wait_for_everyone()
     watch.keep_workers()
