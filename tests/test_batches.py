@@ -72,6 +72,17 @@ def test_a_row_that_turns_bad_later_is_skipped_and_counted_or_refused(mixed, enc
     assert len(collator([{"row": 0}, {"row": 2}])["input_ids"]) == 1
     assert (collator([{"row": 2}])["labels"] == -100).all()
     assert collator.skipped == 2
+    # The row that stands in for a batch without any may be the one that has turned bad.
+    collator = Collator(mixed, encoder, skip_bad_rows=True, filler=2)
+    for _ in range(2):
+        batch = collator([{"row": 2}])
+        assert (batch["labels"] == -100).all()
+        assert (batch["row_ids"], batch["work"]["rows"]) == ([], 0)
+    assert collator.skipped == 2
+    for color in ("red", "blue"):
+        (mixed.folder / f"images/{color}.png").write_bytes(b"gone bad")
+    with pytest.raises(BadRow, match="its rows can be read no longer"):
+        Collator(mixed.select([0, 2]), encoder, skip_bad_rows=True)([{"row": 0}])
 
 
 def test_a_bad_row_in_a_worker_keeps_its_one_message(mixed, encoder):

@@ -4,11 +4,12 @@ import copy
 import json
 
 import pytest
-from conftest import launch, run_process
+from conftest import conversation_row, launch, run_process
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.data import open_rows
 from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.generation import generate_answers
 from qwen_vl_sft.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
 from qwen_vl_sft.metrics import METRICS, score
@@ -69,6 +70,26 @@ def test_the_scores_are_those_of_evaluation(evaluation, tiny_processor, tmp_path
     assert [row["arms"]["tuned"]["answer"] for row in kept] == answers
     # ChartQA's two halves lie one after the other.
     assert {row["human_or_machine"] for row in kept} == {"human", "machine"}
+
+
+def test_a_row_that_turns_bad_is_left_out_of_the_scores_or_named(tiny_processor, messages_folder):
+    from accelerate import Accelerator
+
+    shown = [conversation_row(), conversation_row("<image>Which color is it now?", "blue", images=("images/blue.png",))]
+    rows = open_rows(str(messages_folder(shown)), "train")
+    model, encoder = load_model(MODEL, on_cpu=True), Encoder(tiny_processor)
+    metrics = [
+        GenerationMetrics(scan(rows, encoder), encoder, None, 1, 4, skip_bad_rows=skip) for skip in (True, False)
+    ]
+    (rows.folder / "images/blue.png").write_bytes(b"gone bad")
+    alone = GenerationMetrics(scan(rows.select([0]), encoder), encoder, None, 1, 4)
+    expected = alone.measure(model, Accelerator(cpu=True), step=1)
+    assert metrics[0].measure(model, Accelerator(cpu=True), step=1) == expected
+    with pytest.raises(BadRow, match=r"row 1 image .*blue\.png cannot be read"):
+        metrics[1].measure(model, Accelerator(cpu=True), step=1)
+    (rows.folder / "images/red.png").write_bytes(b"gone bad")
+    with pytest.raises(BadRow, match="none of the 2 evaluation rows"):
+        metrics[0].measure(model, Accelerator(cpu=True), step=2)
 
 
 def test_training_is_the_same_with_and_without_it(evaluation, tiny_processor, tmp_path):

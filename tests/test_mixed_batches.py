@@ -1,11 +1,14 @@
-"""Batches where one process has only text and another three images: no hang, and the losses of one process."""
+"""Batches where one process has only text and another three images, or no row that can be read: the losses of one process."""
 
 import json
+import re
 
 import pytest
 from conftest import conversation_row, launch, png, run_process
 
 from qwen_vl_sft import tiny
+from qwen_vl_sft.errors import EXIT_USER_ERROR
+from qwen_vl_sft.row_log import read_row_log
 
 RED, BLUE = "images/red.png", "images/blue.png"
 TEXT = [conversation_row(f"What is {number}?", f"It is {number}", images=()) for number in range(4)]
@@ -25,7 +28,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def arguments(data, folder, scope, packing):
+def arguments(data, folder, scope, packing, **other):
     keys = {
         "model_name_or_path": tiny.MODEL_DIR,
         "dataset_name": data,
@@ -49,6 +52,7 @@ def arguments(data, folder, scope, packing):
         "gradient_checkpointing": "false",
         "report_to": "none",
         "disable_tqdm": "true",
+        **other,
     }
     return ["scripts/sft.py", *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
 
@@ -86,3 +90,59 @@ def test_a_process_with_text_alone_keeps_the_others_going(config, scope, packing
     done = launch(config, *arguments(data, tmp_path / "run", scope, packing))
     assert done.returncode == 0, done.stderr[-3000:]
     assert measured(tmp_path / "run") == pytest.approx(single[scope], abs=2e-3)
+
+
+# Rows whose images cannot be decoded, which training finds out: the scan reads headers alone.
+GOOD = [conversation_row(f"<image>Which color is number {number}, the large one?", "a red one") for number in range(3)]
+BAD = conversation_row("<image>Which?", "blue", images=("images/bad.png",))
+# Each row is a micro-batch of its own, and each step has all rows; so in each step one micro-batch is bad as a whole.
+FOUND_LATE = {
+    "verify_images": "false",
+    "tokens_per_batch": 70,
+    "dataloader_num_workers": 1,
+    "log_row_ids": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def broken(data):
+    """A dataset of four rows, the cheapest of which cannot be read, and one of the other three."""
+    (data / "images/bad.png").write_bytes(png("blue")[:60])
+    (data / "broken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*GOOD, BAD]))
+    (data / "sound.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+    return data
+
+
+def on_broken(data, folder, packing, split="broken", **other):
+    splits = {"dataset_train_split": split, "dataset_test_split": split}
+    return arguments(data, folder, "language", packing, **FOUND_LATE, **splits, **other)
+
+
+@pytest.fixture(scope="module")
+def without_bad_row(broken, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    done = run_process(*on_broken(broken, folder, "false", "sound"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return measured(folder)
+
+
+@pytest.mark.parametrize(("config", "packing"), [("zero3", "true"), ("fsdp2", "false")])
+def test_a_row_that_cannot_be_read_is_left_out_on_all_processes(config, packing, broken, without_bad_row, tmp_path):
+    run = tmp_path / "run"
+    done = launch(config, *on_broken(broken, run, packing, bad_rows="skip"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "row 3 image" in done.stderr
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["skipped_while_training"]) == (4, 4)
+    assert [len((run / f"row_ids-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [4, 4]
+    assert all(sorted(rows) == [0, 1, 2] for rows in read_row_log(run).values())
+    # The mean over the tokens of the rows that are left, in training and in evaluation.
+    assert measured(run) == pytest.approx(without_bad_row, abs=2e-3)
+
+
+@pytest.mark.parametrize(("config", "packing"), [(None, "true"), ("zero2", "true"), ("fsdp2", "false")])
+def test_a_row_that_cannot_be_read_ends_the_run_by_its_name(config, packing, broken, tmp_path):
+    words = on_broken(broken, tmp_path / "run", packing)
+    done = launch(config, *words) if config else run_process(*words)
+    assert done.returncode == (1 if config else EXIT_USER_ERROR), done.stderr[-3000:]
+    assert re.search(r"error: .*mixed.* \[broken\], row 3 image .*bad\.png cannot be decoded", done.stderr)

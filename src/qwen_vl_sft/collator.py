@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +20,8 @@ from qwen_vl_sft.flops import Work
 logger = logging.getLogger(__name__)
 # A place in a batch that holds no row: the last step of an epoch, or of an evaluation, is filled up with these.
 NO_ROW = -1
+# Rows that are looked at for one that stands in for a batch without any.
+_FILLERS_TRIED = 64
 
 
 class Collator:
@@ -30,7 +33,8 @@ class Collator:
         rows: where indices are looked up.
         encoder: makes tensors of a conversation.
         skip_bad_rows: a row that cannot be used after all is left out and counted; otherwise it raises `BadRow`.
-        filler: index of a good row. It stands, with nothing to learn, in a batch that would have no row at all.
+        filler: index of a good row. It stands, with nothing to learn, in a batch that would have no row at all; when it
+            has turned bad itself and bad rows are left out, another one does.
         skip_overlong: the same for rows longer than `max_length`, which a stream meets only here.
     """
 
@@ -84,7 +88,15 @@ class Collator:
         """What stands in for a batch without any row that can be used: a good row with nothing to learn."""
         if self.rows.streamed:
             raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
-        return self.rows.encode({"row": self.filler}, self.encoder, read_image).without_labels()
+        if not self.skip_bad_rows:
+            return self.rows.encode({"row": self.filler}, self.encoder, read_image).without_labels()
+        for index in [self.filler, *range(min(len(self.rows), _FILLERS_TRIED))]:
+            # The one chosen by the scan may be what has become unreadable.
+            with contextlib.suppress(BadRow):
+                found = self.rows.encode({"row": index}, self.encoder, read_image).without_labels()
+                self.filler = index
+                return found
+        raise BadRow(f"{self.rows.name}: its rows can be read no longer; see the warnings above")
 
 
 def work_of(row: Encoded) -> Work:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_BEFORE_PREFILL = "_prepare_multimodal_encoder_kwargs_for_generation"
+
 
 def run_frozen_vision_without_gradients(model: nn.Module) -> None:
     """Build no graph over a vision tower in which nothing trains, and have it compute as it does when it is used.
@@ -97,6 +99,18 @@ def run_vision_in_every_batch(model: Any) -> None:
     backbone, visual = model.model, model.model.visual
     waiting = [False]
 
+    def run_on_nothing(device: torch.device) -> torch.Tensor:
+        side, patches = visual.spatial_merge_size, visual.patch_embed
+        values = patches.in_channels * patches.temporal_patch_size * patches.patch_size**2
+        pixels = torch.zeros(side * side, values, device=device)
+        grid = torch.tensor([[1, side, side]], device=device)
+        found = backbone.get_image_features(pixels, grid, return_dict=True)
+        features = [
+            *found.pooler_output,
+            *(part for layer in getattr(found, "deepstack_features", []) for part in layer),
+        ]
+        return 0.0 * sum(feature.sum() for feature in features)
+
     def look(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         cache = keywords.get("past_key_values")
         begins = cache is None or cache.get_seq_length() == 0
@@ -108,20 +122,21 @@ def run_vision_in_every_batch(model: Any) -> None:
             return None
         waiting[0] = False
         embedded = keywords["inputs_embeds"]
-        side, patches = visual.spatial_merge_size, visual.patch_embed
-        values = patches.in_channels * patches.temporal_patch_size * patches.patch_size**2
-        pixels = torch.zeros(side * side, values, device=embedded.device)
-        grid = torch.tensor([[1, side, side]], device=embedded.device)
-        found = backbone.get_image_features(pixels, grid, return_dict=True)
-        features = [
-            *found.pooler_output,
-            *(part for layer in getattr(found, "deepstack_features", []) for part in layer),
-        ]
-        nothing = 0.0 * sum(feature.sum() for feature in features).to(embedded.dtype)
+        nothing = run_on_nothing(embedded.device).to(embedded.dtype)
         return arguments, {**keywords, "inputs_embeds": embedded + nothing}
 
     backbone.register_forward_pre_hook(look, with_kwargs=True)
     backbone.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
+    if hasattr(model, _BEFORE_PREFILL):
+        # `generate` runs the tower ahead of the model's own forward.
+        encode_images = getattr(model, _BEFORE_PREFILL)
+
+        def encode_images_or_nothing(model_kwargs: dict[str, Any]) -> Any:
+            if model_kwargs.get("pixel_values") is None:
+                run_on_nothing(model.device)
+            return encode_images(model_kwargs)
+
+        setattr(model, _BEFORE_PREFILL, encode_images_or_nothing)
 
 
 def call_head_after_backbone(model: Any) -> None:

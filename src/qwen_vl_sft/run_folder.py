@@ -111,11 +111,21 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    source = Path(__file__).parent
+    """The commit of this code, with `-dirty` after it when the checkout differs; None outside a checkout of it."""
+    # Installed into a virtual environment, it may lie inside the repository of something else.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit = _git("describe", "--always", "--dirty", "--abbrev=40")
+    # To `describe`, a module that was never added is no change.
+    if commit and not commit.endswith("-dirty") and _git("ls-files", "--others", "--exclude-standard"):
+        return f"{commit}-dirty"
+    return commit
+
+
+def _git(*words: str) -> str | None:
+    """What git says in the folder of this package, None when it fails or says nothing."""
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=source, capture_output=True
-        )
+        found = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True)
     except OSError:
         return None
-    return found.stdout.decode().strip() or None
+    return (found.stdout.decode().strip() or None) if found.returncode == 0 else None

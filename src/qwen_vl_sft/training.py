@@ -220,7 +220,13 @@ def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> 
     if not run.predict_with_generate or data.evaluation is None:
         return None
     return GenerationMetrics(
-        data.evaluation, data.encoder, run.max_predict_samples, batch_size, run.max_new_tokens, recipe.output_dir
+        data.evaluation,
+        data.encoder,
+        run.max_predict_samples,
+        batch_size,
+        run.max_new_tokens,
+        recipe.output_dir,
+        skip_bad_rows=recipe.data.bad_rows == "skip",
     )
 
 

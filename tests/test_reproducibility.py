@@ -1,0 +1,138 @@
+"""The same seed on the same machine gives the same run, bit for bit; and a run folder tells what it came from."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, launch
+
+from qwen_vl_sft import run_folder
+from qwen_vl_sft.preemption import Watch
+from qwen_vl_sft.recipe import read_recipe
+
+KEYS = {
+    "recipe": "recipes/quickstart.yaml",
+    "max_steps": 6,
+    "max_train_samples": 16,
+    "max_eval_samples": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "no",
+    "load_best_model_at_end": "false",
+    "predict_with_generate": "false",
+    "per_device_train_batch_size": 2,
+    "global_batch_size": 4,
+    "dataloader_num_workers": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": "true",
+}
+# Prefixes cannot be shared with dropout.
+PACKED = {"packing": "true", "tokens_per_batch": 512, "share_prefixes": "true"}
+# How long things took.
+CLOCK = ("second", "runtime", "time", "wait", "tflops", "mfu")
+
+
+def words(keys):
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+def outcome(run):
+    """Every logged number but those of the clock, and the adapter's bytes."""
+    entries = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+    told = [{name: entry[name] for name in entry if not any(part in name for part in CLOCK)} for entry in entries]
+    assert sum("loss" in entry for entry in told) == KEYS["max_steps"]
+    assert sum("eval_loss" in entry for entry in told) == 2
+    return told, (run / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Trains in this process."""
+
+    leave, own = os._exit, os.getpid()
+
+    def told(code):
+        if os.getpid() != own:  # a worker of a data loader
+            leave(code)
+        raise AssertionError(f"it ended with exit code {code}")
+
+    def run(name, **keys):
+        monkeypatch.setattr(os, "_exit", told)
+        monkeypatch.setattr(sys, "argv", ["scripts/sft.py", *words({**KEYS, "output_dir": tmp_path / name, **keys})])
+        monkeypatch.setattr(Watch, "begin", lambda watch: None)
+        monkeypatch.chdir(REPOSITORY)
+        runpy.run_path("scripts/sft.py", run_name="__main__")
+        return tmp_path / name
+
+    return run
+
+
+def test_one_process_packed_with_workers(train):
+    first = outcome(train("first", **PACKED))
+    torch.rand(7)  # what a process has drawn before is no part of a run
+    folder = train("second", **PACKED)
+    assert outcome(folder) == first
+    told = json.loads((folder / "environment.json").read_text())
+    assert told["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert told["world"]["strategy"] == "single"
+    assert told["data"]["train"]["rows"] == 16
+    assert told["data"]["train"]["fingerprint"]
+    assert told["git_commit"] == run_folder._git_commit()
+    assert read_recipe(folder / "recipe.yaml", {}).run.tokens_per_batch == 512
+    other = outcome(train("other", seed=43, **PACKED))
+    assert other[1] != first[1], "the seed decides"
+
+
+def test_two_processes_with_dropout(tmp_path):
+    keys = {**KEYS, "lora_dropout": 0.1}
+    found = []
+    for name in ("first", "second"):
+        finished = launch("cpu", "scripts/sft.py", *words({**keys, "output_dir": tmp_path / name}))
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        found.append(outcome(tmp_path / name))
+    assert found[0] == found[1]
+
+
+# The commit
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with a copy of the module that asks for its commit."""
+    package = tmp_path / "repository/src"
+    package.mkdir(parents=True)
+    shutil.copy(run_folder.__file__, package)
+    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
+    for name in list(os.environ):
+        if name.startswith("GIT_"):
+            monkeypatch.delenv(name)
+    return package
+
+
+def git(folder, *command):
+    name = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *name, *command], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_says_whether_the_code_was_changed(checkout):
+    assert run_folder._git_commit() is None
+    git(checkout, "init")
+    git(checkout, "commit", "--allow-empty", "-m", "of something else")
+    assert run_folder._git_commit() is None, "the package is no part of this repository"
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-m", "one")
+    clean = run_folder._git_commit()
+    assert len(clean) == 40
+    (checkout / "new.py").touch()
+    assert run_folder._git_commit() == f"{clean}-dirty"
+    (checkout / "new.py").unlink()
+    assert run_folder._git_commit() == clean
+    with (checkout / "run_folder.py").open("a") as file:
+        file.write("\n")
+    assert run_folder._git_commit() == f"{clean}-dirty"
