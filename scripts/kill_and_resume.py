@@ -1,6 +1,7 @@
 """Prove that a killed run loses nothing: kill it at random moments, resume it, compare weights, rows and losses.
 
 python scripts/kill_and_resume.py --kills 20 --processes 2
+python scripts/kill_and_resume.py --kills 3 --processes 2 --config zero3
 python scripts/kill_and_resume.py --kills 5 --packing --recipe recipes/quickstart.yaml --max_steps 20
 """
 
@@ -31,6 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--config", default="cpu", help="how several processes share the work: zero2, zero3, fsdp2, ..."
+    )
     parser.add_argument("--packing", action="store_true", help="packed batches with shared prefixes")
     parser.add_argument("--signal", default="SIGKILL", help="SIGTERM, SIGUSR1 or SIGINT: stop the run instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
@@ -40,13 +44,17 @@ def main() -> None:
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft import kill_and_resume, run_folder
 
+    if options.config != "cpu" and options.processes == 1:
+        raise UserError(f"config: {options.config} needs several processes; add --processes 2")
+    if not (config := Path(kill_and_resume.CONFIGS, f"{options.config}.yaml")).is_file():
+        raise UserError(f"config: there is no {config}; name one of {kill_and_resume.CONFIGS}/, such as zero2")
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise UserError(f"output_dir: {options.output_dir} holds files already; name another folder with --output_dir")
     words = [*SHORT.split(), *(PACKING.split() if options.packing else ()), *keys]
     # What is stated here wins over what stands above.
     words = [word for pair in dict(zip(words[::2], words[1::2], strict=True)).items() for word in pair]
     experiment = kill_and_resume.Experiment(
-        tuple(words), options.processes, options.output_dir, signal.Signals[options.signal]
+        tuple(words), options.processes, options.output_dir, signal.Signals[options.signal], options.config
     )
     trials = experiment.run(options.kills, options.seed, lambda trial: print(trial, flush=True))
     print(kill_and_resume.table(trials))
@@ -54,11 +62,12 @@ def main() -> None:
     print(f"{same} of {len(trials)} runs ended as the one that was never killed")
     if options.report:
         written = json.loads(options.report.read_text()) if options.report.exists() else {}
-        name = f"{options.signal}, {options.processes} process(es){', packing' if options.packing else ''}"
+        how = [options.config] * (options.config != "cpu") + ["packing"] * options.packing
+        name = ", ".join([options.signal, f"{options.processes} process(es)", *how])
         entry = {"keys": " ".join(words), "seed": options.seed, "kills": kill_and_resume.as_json(trials)}
         versions = run_folder.environment({}, {}, [])["versions"]
         runs = {**written.get("runs", {}), name: entry}
-        report = {"machine": f"{os.cpu_count()} CPU cores", "versions": versions, "runs": runs}
+        report = {**written, "machine": f"{os.cpu_count()} CPU cores", "versions": versions, "runs": runs}
         options.report.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(0 if same == len(trials) else 1)
 

@@ -23,7 +23,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.row_log import NAME, read_row_log
 from qwen_vl_sft.run_folder import LOG
 
-CONFIG = "accelerate_configs/cpu.yaml"
+CONFIGS = "accelerate_configs"
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ class Trial:
 class Experiment:
     """Runs of one recipe on some processes; `words` are keys of the recipe as on the command line of scripts/sft.py.
 
-    SIGKILL goes to every process of a run, another `signal` to the one that was started.
+    SIGKILL goes to every process of a run, another `signal` to the one that was started. `config` is one of
+    accelerate_configs/, for runs of several processes.
     """
 
     words: tuple[str, ...]
     processes: int
     folder: Path
     signal: signal.Signals = signal.SIGKILL
+    config: str = "cpu"
 
     def run(self, kills: int, seed: int, tell: Callable[[Trial], None]) -> list[Trial]:
         """The run alone, then `kills` times killed once and resumed. Raises `UserError` if a run fails by itself."""
@@ -88,16 +90,11 @@ class Experiment:
         return trial
 
     def _start(self, folder: Path) -> subprocess.Popen[bytes]:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--num_processes", str(self.processes)]
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{CONFIGS}/{self.config}.yaml"]
+        launcher += ["--num_processes", str(self.processes)]
         command = [sys.executable, *(launcher if self.processes > 1 else []), "scripts/sft.py", *self.words]
-        command += [
-            "--output_dir",
-            str(folder),
-            "--resume_from_checkpoint",
-            checkpoints.LATEST,
-            "--log_row_ids",
-            "true",
-        ]
+        command += ["--output_dir", str(folder), "--resume_from_checkpoint", checkpoints.LATEST]
+        command += ["--log_row_ids", "true"]
         with (self.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
