@@ -5,6 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+# What every recipe is told: nothing but training takes time.
+TRAINING_ALONE = {
+    "eval_strategy": "no",
+    "predict_with_generate": False,
+    "load_best_model_at_end": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
 
 def add_common_arguments(parser: argparse.ArgumentParser, needs_config: bool) -> None:
     """Add the recipe, the output folder, and the shape of a random model."""

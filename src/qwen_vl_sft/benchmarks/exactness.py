@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from qwen_vl_sft import launch, preparation, recipe_rules, recipe_rules_batch, training
-from qwen_vl_sft.benchmarks.arguments import random_model_of
-from qwen_vl_sft.benchmarks.session import QUIET
+from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, random_model_of
 from qwen_vl_sft.benchmarks.table import TEXT
 from qwen_vl_sft.collator import Collator
 from qwen_vl_sft.command_line import parse_command_line
@@ -55,7 +54,7 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[
         own |= {"output_dir": str(arguments.output_dir / "runs"), "lora_dropout": 0.0, "gradient_checkpointing": False}
         own |= {"tf32": False}  # float32 is what all is compared with
         own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
-        trainer, data = _load(arguments, {**QUIET, **own, **keys})
+        trainer, data = _load(arguments, {**TRAINING_ALONE, **own, **keys})
         limit = 0.0
         for name, batches in _ways(data, trainer.data_collator, arguments.rows, arguments.tokens_per_batch):
             found = _losses_and_gradients(trainer, batches, data)

@@ -8,23 +8,14 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.benchmarks import rounds
-from qwen_vl_sft.benchmarks.arguments import random_model_of
+from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, random_model_of
 from qwen_vl_sft.benchmarks.table import format_table
 from qwen_vl_sft.benchmarks.variants import build
 from qwen_vl_sft.command_line import parse_command_line
 from qwen_vl_sft.run_folder import environment
 
 WARMUP = 3
-# What the recipe is told for every variant: nothing but training is measured.
-QUIET = {
-    "eval_strategy": "no",
-    "predict_with_generate": False,
-    "load_best_model_at_end": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 10_000,
-}
+RARELY = {"logging_steps": 10_000}
 
 
 def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
@@ -35,7 +26,7 @@ def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
     variants = []
     for name in names:
         own = {"model_name_or_path": str(model_dir), "output_dir": str(arguments.output_dir / "runs" / name)}
-        variants.append(build(name, arguments.recipe, {**QUIET, **own, **keys}, arguments.repeat))
+        variants.append(build(name, arguments.recipe, {**TRAINING_ALONE, **RARELY, **own, **keys}, arguments.repeat))
         print(f"ready: {name}", flush=True)
     # A first run of each compiles kernels, and tells how many steps fill the time asked for.
     steps = {}

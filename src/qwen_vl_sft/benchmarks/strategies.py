@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from qwen_vl_sft import checkpoints
+from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE
 from qwen_vl_sft.benchmarks.outcome import differences, finished, machine_of, stopped
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.kill_and_resume import kill_family
@@ -29,17 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "lora": {"use_peft": True, "load_in_4bit": False},
     "full": {"use_peft": False, "load_in_4bit": False},
 }
-# Every step is logged, and nothing but training takes time.
-QUIET = {
-    "logging_steps": 1,
-    "eval_strategy": "no",
-    "predict_with_generate": False,
-    "load_best_model_at_end": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "log_row_ids": True,
-}
+EVERY_STEP = {"logging_steps": 1, "log_row_ids": True}
 _POLL_SECONDS = 0.05
 
 
@@ -76,7 +67,7 @@ def recipe_of(written: Mapping[str, Any], mode: str, keys: Mapping[str, Any]) ->
 
     Raises `UserError` when the batch would depend on the number of processes.
     """
-    recipe = {**written, **QUIET, **MODES.get(mode, {})}
+    recipe = {**written, **TRAINING_ALONE, **EVERY_STEP, **MODES.get(mode, {})}
     if mode == "full":
         recipe = {name: value for name, value in recipe.items() if name not in LORA_KEYS}
     recipe |= keys
