@@ -308,8 +308,8 @@ def launch(folder: Path, *arguments: str) -> tuple[int, str]:
     [
         ("cpu", "ddp", "DistributedDataParallel"),
         ("ddp", "ddp", "DistributedDataParallel"),
-        ("zero1", "zero1", "DeepSpeedEngine"),
-        ("zero2", "zero2", "DeepSpeedEngine"),
+        pytest.param("zero1", "zero1", "DeepSpeedEngine", marks=pytest.mark.long),
+        pytest.param("zero2", "zero2", "DeepSpeedEngine", marks=pytest.mark.long),
         ("zero3", "zero3", "DeepSpeedEngine"),
         ("fsdp2", "fsdp2", "FSDPQwen2VLForConditionalGeneration"),
     ],

@@ -79,11 +79,11 @@ def single(data, tmp_path_factory):
     ("config", "scope", "packing"),
     [
         ("cpu", "all", "false"),
-        ("zero2", "all", "true"),
-        ("zero3", "language", "false"),
         ("zero3", "all", "true"),
         ("fsdp2", "language", "true"),
-        ("fsdp2", "all", "false"),
+        pytest.param("zero2", "all", "true", marks=pytest.mark.long),
+        pytest.param("zero3", "language", "false", marks=pytest.mark.long),
+        pytest.param("fsdp2", "all", "false", marks=pytest.mark.long),
     ],
 )
 def test_a_process_with_text_alone_keeps_the_others_going(config, scope, packing, data, single, tmp_path):
@@ -126,7 +126,9 @@ def without_bad_row(broken, tmp_path_factory):
     return measured(folder)
 
 
-@pytest.mark.parametrize(("config", "packing"), [("zero3", "true"), ("fsdp2", "false")])
+@pytest.mark.parametrize(
+    ("config", "packing"), [("zero3", "true"), pytest.param("fsdp2", "false", marks=pytest.mark.long)]
+)
 def test_a_row_that_cannot_be_read_is_left_out_on_all_processes(config, packing, broken, without_bad_row, tmp_path):
     run = tmp_path / "run"
     done = launch(config, *on_broken(broken, run, packing, bad_rows="skip"))
@@ -140,7 +142,9 @@ def test_a_row_that_cannot_be_read_is_left_out_on_all_processes(config, packing,
     assert measured(run) == pytest.approx(without_bad_row, abs=2e-3)
 
 
-@pytest.mark.parametrize(("config", "packing"), [(None, "true"), ("zero2", "true"), ("fsdp2", "false")])
+@pytest.mark.parametrize(
+    ("config", "packing"), [(None, "true"), ("zero2", "true"), pytest.param("fsdp2", "false", marks=pytest.mark.long)]
+)
 def test_a_row_that_cannot_be_read_ends_the_run_by_its_name(config, packing, broken, tmp_path):
     words = on_broken(broken, tmp_path / "run", packing)
     done = launch(config, *words) if config else run_process(*words)

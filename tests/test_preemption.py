@@ -158,6 +158,17 @@ def test_all_processes_agree_under_the_launcher(config, number, whom, reason, st
     check_stopped(running, reason)
 
 
+def test_the_first_process_knows_why_though_another_has_noticed_first():
+    watch = preemption.Watch()
+    assert watch.reason_of_all == "a signal to another process"
+    watch._launcher = os.getppid()
+    assert watch.reason_of_all == "a signal to another process"
+    watch._launcher = 2**22 + 1  # no process has such a number
+    assert watch.reason_of_all == "the end of its launcher"
+    watch.reason = "SIGUSR1"
+    assert watch.reason_of_all == "SIGUSR1"
+
+
 def test_before_training_it_ends_at_once_with_nothing_to_save(start):
     running = start(None)
     running.wait_for(lambda: "model " in running.output.read_text())

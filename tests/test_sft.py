@@ -338,9 +338,8 @@ def test_resume_is_the_run_it_resumes(launched_run, tutorial_keys, tmp_path):
     assert [entry["loss"] for entry in read_log(resumed) if "loss" in entry] == pytest.approx(wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config", ["zero3", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "fsdp2"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
 def test_quickstart_trains_on_every_strategy(config, tmp_path):
     """What ran is asserted inside the run, by launch.check_running; here that it trains, evaluates and loads back."""
     keys = {"recipe": "recipes/quickstart.yaml", "output_dir": tmp_path / "run", "max_steps": 4, "max_eval_samples": 8}

@@ -200,7 +200,7 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("fault", BEHIND)
+@pytest.mark.parametrize("fault", ["hang_data", pytest.param("hang_forward", marks=pytest.mark.long)])
 def test_a_run_that_stands_still_ends_and_says_why(fault, tmp_path):
     code, text = start(tmp_path, fault)
     assert code == 1, text[-3000:]

@@ -26,6 +26,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A second Ctrl-C within this many seconds may be the launcher's copy of the first.
 _REPEAT_SECONDS = 1.0
 _PARENT_POLL_SECONDS = 1.0
+_LAUNCHER_GONE = "the end of its launcher"
 # What a process without its launcher may still take to save; a hung one must not hold its GPU for ever.
 _ORPHAN_SECONDS = 300.0
 
@@ -39,6 +40,7 @@ class Watch:
         self._since = 0.0
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
+        self._launcher: int | None = None
         # Shared with the workers of data loaders, which are forked.
         self._training = mmap.mmap(-1, 1)
 
@@ -47,7 +49,15 @@ class Watch:
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         if _has_launcher():
-            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
+            self._launcher = os.getppid()
+            threading.Thread(target=self._watch_parent, args=(self._launcher,), daemon=True).start()
+
+    @property
+    def reason_of_all(self) -> str:
+        """Why a run ends that some process was told to stop: what this one knows of it."""
+        if self.reason is None and self._launcher not in (None, os.getppid()):
+            return _LAUNCHER_GONE  # another process has noticed first
+        return self.reason or "a signal to another process"
 
     @property
     def training(self) -> bool:
@@ -124,7 +134,7 @@ class Watch:
         while os.getppid() == parent:
             time.sleep(_PARENT_POLL_SECONDS)
         if self.reason is None:
-            self._stop("the end of its launcher")
+            self._stop(_LAUNCHER_GONE)
         time.sleep(_ORPHAN_SECONDS)
         print("the launcher is gone and this process did not end by itself", file=sys.stderr, flush=True)
         os._exit(EXIT_PREEMPTED)

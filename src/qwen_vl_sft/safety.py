@@ -136,7 +136,7 @@ class Safety(TrainerCallback):
         told, time_is_up, unsound = flags
         if unsound:
             self.trainer.stop_if_unsound(*self._posted)
-        return (self.watch.reason or "a signal to another process") if told else TIME_IS_UP if time_is_up else None
+        return self.watch.reason_of_all if told else TIME_IS_UP if time_is_up else None
 
     def _tell_skipped(self, step: int) -> None:
         """Keep the steps left out in the run folder, where a resume finds them."""
