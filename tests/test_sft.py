@@ -101,6 +101,19 @@ BAD_RECIPES = {
     "pixel limits crossed": ({"min_pixels": 10000, "max_pixels": 1000}, "is above max_pixels"),
     "zero rows": ({"max_train_samples": 0}, "max_train_samples: 0 must be at least 1"),
     "logger not installed": ({"report_to": "wandb"}, "wandb is not installed; pip install wandb"),
+    "auto of a stream": (
+        {"gradient_checkpointing": "auto", "dataset_streaming": "true"},
+        "a stream does not tell which that is",
+    ),
+    "auto of reentrant checkpoints": (
+        {"gradient_checkpointing": "auto", "gradient_checkpointing_kwargs": "{use_reentrant: true}"},
+        "auto cannot try gradient_checkpointing_kwargs: use_reentrant: true",
+    ),
+    "auto of every second layer": (
+        {"gradient_checkpointing": "auto", "gradient_checkpointing_kwargs": "{every_n_layers: 2}"},
+        "remove one of the two",
+    ),
+    "checkpointing of some kind": ({"gradient_checkpointing": "some"}, "'some' is not true or false or one of auto"),
     "flash attention": ({"attn_implementation": "flash_attention_2"}, "flash_attention_2"),
     "missing model": ({"model_name_or_path": "./nowhere"}, "model_name_or_path: ./nowhere is not a folder"),
     "missing data": ({"dataset_name": "./nowhere"}, "dataset_name: ./nowhere does not exist"),

@@ -59,6 +59,10 @@ class Collator:
         """Rows left out so far by this process and its workers."""
         return int(self._skipped)
 
+    def forget_skipped(self) -> None:
+        """Count from none again."""
+        self._skipped.zero_()
+
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `pad` makes it; under "work" what it asks of the model, and its "row_ids", as plain numbers."""
         encoded = self.encode_all(items)

@@ -123,9 +123,11 @@ class MemoryProbe(TrainerCallback):
 def largest_batch(collator: Any, scan: Scan, sampler: Any, rows: int) -> dict[str, Any]:
     """The micro-batch that needs most: of the packed steps of `sampler`, else of the `rows` longest rows padded."""
     if isinstance(sampler, StepSampler):
-        return collator([sampler.plan.largest()])[MICRO_BATCHES][0]
-    longest = np.argsort(-scan.tokens, kind="stable")[:rows]
-    return collator([{"row": int(row)} for row in longest])
+        batch = collator([sampler.plan.largest()])[MICRO_BATCHES][0]
+    else:
+        batch = collator([{"row": int(row)} for row in np.argsort(-scan.tokens, kind="stable")[:rows]])
+    collator.forget_skipped()  # training will meet these rows again
+    return batch
 
 
 def choose(peak: Callable[[int], float], layers: int, room: float) -> tuple[int, float]:

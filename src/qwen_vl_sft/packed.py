@@ -62,6 +62,10 @@ class PackedCollator:
         """Rows left out so far by this process and its workers."""
         return self.rows.skipped
 
+    def forget_skipped(self) -> None:
+        """Count from none again."""
+        self.rows.forget_skipped()
+
     def __call__(self, step: Sequence[MicroBatch]) -> dict[str, Any]:
         """The micro-batches of a step under `MICRO_BATCHES`, each as `join` makes it."""
         return {MICRO_BATCHES: [self._micro_batch(groups) for groups in step]}

@@ -79,7 +79,13 @@ def _checkpointing(recipe: Recipe, world: World) -> Iterator[str]:
             "gradient_checkpointing: auto tries the largest micro-batch first, and a stream does not tell which that is;"
             " set true or false"
         )
-    if "every_n_layers" in (recipe.get("gradient_checkpointing_kwargs") or {}):
+    kwargs = recipe.get("gradient_checkpointing_kwargs") or {}
+    if kwargs.get("use_reentrant"):
+        yield (
+            "gradient_checkpointing: auto cannot try gradient_checkpointing_kwargs: use_reentrant: true; set it to false,"
+            " or gradient_checkpointing: true"
+        )
+    if "every_n_layers" in kwargs:
         yield (
             "gradient_checkpointing: auto chooses the layers, and gradient_checkpointing_kwargs: every_n_layers does too;"
             " remove one of the two"

@@ -125,8 +125,10 @@ def build_trainer(
     if world.strategy == "fsdp2":
         call_head_after_backbone(model)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
-    # The memory of a CPU cannot be measured so, and under ZeRO-3 the trial would count as a step.
-    if isinstance(data.train, Scan) and not world.on_cpu and world.strategy != "zero3":
+    # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
+    stated = recipe.get("gradient_checkpointing_kwargs") or {}
+    reentrant = stated.get("use_reentrant") or world.strategy == "zero3"
+    if isinstance(data.train, Scan) and not world.on_cpu and not reentrant:
         largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
         trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto"))
     return trainer
