@@ -158,7 +158,8 @@ def test_another_process_loads_nothing_without_the_token(lfs_worker, hub, run, t
 def test_a_killed_push_goes_on_when_run_again(xet, fault, hub, repo, tmp_path, request):
     run = write_run(tmp_path / "run", seed=int(xet) + 5)
     # A second large file, so that one is there and one is not.
-    (run / "loss.png").write_bytes(os.urandom(1000) + b"\0")
+    # A NUL in its beginning, which the client sends ahead, makes it one.
+    (run / "loss.png").write_bytes(b"\0" + os.urandom(1000))
     hub.faults({**fault, "times": 1, "kind": "hang"})
     process = subprocess.Popen(
         [sys.executable, "scripts/push.py", "--run", run, "--repo_id", repo],
