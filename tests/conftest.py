@@ -17,6 +17,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 PROCESS_TIMEOUT = 600
+RED, BLUE = "images/red.png", "images/blue.png"
 
 # The smallest shape whose layers bitsandbytes can quantize on a CPU.
 SMALL_SHAPE: dict[str, Any] = {
@@ -97,20 +98,28 @@ def png(color: str = "red", size: tuple[int, int] = (56, 56)) -> bytes:
 def messages_folder(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
     """Writes rows of messages as a local dataset: train.jsonl beside images/red.png and images/blue.png."""
 
-    def write(rows: list[dict[str, Any]]) -> Path:
-        folder = tmp_path / "data"
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        for color in ("red", "blue"):
-            (folder / "images" / f"{color}.png").write_bytes(png(color))
-        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return folder
-
-    return write
+    return lambda rows: write_messages(tmp_path / "data", rows)
 
 
-def conversation_row(
-    question: str = "<image>Which color?", answer: str = "red", images: Any = ("images/red.png",)
-) -> Any:
+def write_messages(folder: Path, rows: list[dict[str, Any]], size: tuple[int, int] = (56, 56)) -> Path:
+    """Write rows of messages as a local dataset: train.jsonl beside a red and a blue image."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name in (RED, BLUE):
+        (folder / name).write_bytes(png(Path(name).stem, size))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of text alone among rows of three images, so that processes differ in whether they show any."""
+    text = [conversation_row(f"What is {number}?", f"It is {number}", images=()) for number in range(4)]
+    question = "<image><image><image>Which is number {}?"
+    shown = [conversation_row(question.format(number), "red and blue", images=(RED, BLUE, RED)) for number in range(4)]
+    return write_messages(tmp_path_factory.mktemp("mixed"), [*text, *shown])
+
+
+def conversation_row(question: str = "<image>Which color?", answer: str = "red", images: Any = (RED,)) -> Any:
     """A good row of messages, or with other arguments a bad one."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": turns, "images": list(images)}

@@ -386,25 +386,6 @@ def test_the_scan_tells_images_apart_when_asked(tiny_processor):
     assert scan(rows, encoder).image_keys == []
 
 
-RED, BLUE = "images/red.png", "images/blue.png"
-TEXT = [conversation_row(f"What is {number}?", f"It is {number}", images=()) for number in range(4)]
-SHOWN = [
-    conversation_row(f"<image><image><image>Which is number {number}?", "red and blue", images=(RED, BLUE, RED))
-    for number in range(4)
-]
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """Rows of text alone among rows of three images, so that processes differ in whether they show any."""
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "images").mkdir()
-    for color in ("red", "blue"):
-        (folder / f"images/{color}.png").write_bytes(png(color))
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*TEXT, *SHOWN]))
-    return folder
-
-
 def arguments(data, folder, *more):
     keys = {
         "model_name_or_path": tiny.MODEL_DIR,
@@ -431,10 +412,10 @@ def arguments(data, folder, *more):
 
 
 @pytest.fixture(scope="module")
-def uncached(mixed, tmp_path_factory):
+def uncached(mixed_data, tmp_path_factory):
     """Losses of one process that computes the features in every step."""
     folder = tmp_path_factory.mktemp("uncached") / "run"
-    done = run_process(*arguments(mixed, folder))
+    done = run_process(*arguments(mixed_data, folder))
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "metrics.json").read_text())["work"]["patches"] > 0
     return losses_of(folder)
@@ -443,9 +424,9 @@ def uncached(mixed, tmp_path_factory):
 @pytest.mark.parametrize(
     "config", ["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp2", "zero3"))]
 )
-def test_two_processes_with_features_on_disk_have_the_losses_of_one_without(config, mixed, uncached, tmp_path):
+def test_two_processes_with_features_on_disk_have_the_losses_of_one_without(config, mixed_data, uncached, tmp_path):
     kept = ["--cache_image_features", "float32", "--image_features_dir", str(tmp_path / "cache")]
-    done = launch(config, *arguments(mixed, tmp_path / "run", *kept))
+    done = launch(config, *arguments(mixed_data, tmp_path / "run", *kept))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 of 2 images to compute" in done.stdout
     assert len(list((tmp_path / "cache").glob("*/*/*.safetensors"))) == 2

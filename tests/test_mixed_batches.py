@@ -10,23 +10,6 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.errors import EXIT_USER_ERROR
 from qwen_vl_sft.row_log import read_row_log
 
-RED, BLUE = "images/red.png", "images/blue.png"
-TEXT = [conversation_row(f"What is {number}?", f"It is {number}", images=()) for number in range(4)]
-SHOWN = [
-    conversation_row(f"<image><image><image>Which is number {number}?", "red and blue", images=(RED, BLUE, RED))
-    for number in range(4)
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "images").mkdir()
-    for color in ("red", "blue"):
-        (folder / f"images/{color}.png").write_bytes(png(color))
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*TEXT, *SHOWN]))
-    return folder
-
 
 def arguments(data, folder, scope, packing, **other):
     keys = {
@@ -64,12 +47,12 @@ def measured(folder):
 
 
 @pytest.fixture(scope="module")
-def single(data, tmp_path_factory):
+def single(mixed_data, tmp_path_factory):
     """What one process measures, by the scope of LoRA."""
     found = {}
     for scope in ("language", "all"):
         folder = tmp_path_factory.mktemp("single") / scope
-        done = run_process(*arguments(data, folder, scope, "false"))
+        done = run_process(*arguments(mixed_data, folder, scope, "false"))
         assert done.returncode == 0, done.stderr
         found[scope] = measured(folder)
     return found
@@ -86,8 +69,8 @@ def single(data, tmp_path_factory):
         pytest.param("fsdp2", "all", "false", marks=pytest.mark.long),
     ],
 )
-def test_a_process_with_text_alone_keeps_the_others_going(config, scope, packing, data, single, tmp_path):
-    done = launch(config, *arguments(data, tmp_path / "run", scope, packing))
+def test_a_process_with_text_alone_keeps_the_others_going(config, scope, packing, mixed_data, single, tmp_path):
+    done = launch(config, *arguments(mixed_data, tmp_path / "run", scope, packing))
     assert done.returncode == 0, done.stderr[-3000:]
     assert measured(tmp_path / "run") == pytest.approx(single[scope], abs=2e-3)
 
@@ -105,12 +88,12 @@ FOUND_LATE = {
 
 
 @pytest.fixture(scope="module")
-def broken(data):
+def broken(mixed_data):
     """A dataset of four rows, the cheapest of which cannot be read, and one of the other three."""
-    (data / "images/bad.png").write_bytes(png("blue")[:60])
-    (data / "broken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*GOOD, BAD]))
-    (data / "sound.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD))
-    return data
+    (mixed_data / "images/bad.png").write_bytes(png("blue")[:60])
+    (mixed_data / "broken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*GOOD, BAD]))
+    (mixed_data / "sound.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+    return mixed_data
 
 
 def on_broken(data, folder, packing, split="broken", **other):

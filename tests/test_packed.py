@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import conversation_row, launch, png, run_process
+from conftest import BLUE, RED, conversation_row, launch, run_process, write_messages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_trainer import newer, qwen2_vl
@@ -25,7 +25,6 @@ from qwen_vl_sft.rows import ImageFile
 from qwen_vl_sft.scan import scan
 from qwen_vl_sft.settings import ModelSettings
 
-RED, BLUE = "images/red.png", "images/blue.png"
 # One, two and no images, ragged answers, two and three questions on the same images, and one of a single token.
 ROWS = [
     conversation_row("<image>Which color?", "red"),
@@ -61,12 +60,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def encoded(tiny_processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rows")
-    (folder / "images").mkdir()
-    for color in ("red", "blue"):
-        (folder / f"images/{color}.png").write_bytes(png(color, (84, 56)))
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    rows = open_rows(str(folder), "train")
+    rows = open_rows(str(write_messages(tmp_path_factory.mktemp("rows"), ROWS, (84, 56))), "train")
     return [rows.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(ROWS))]
 
 

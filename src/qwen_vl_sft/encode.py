@@ -132,7 +132,7 @@ class Encoder:
     def read_image(self, file: ImageFile) -> EncodedImage:
         """Decode an image, resize it and cut it into patches. Raises `BadRow`."""
         batch = self.processor.image_processor(images=[file.decode()], return_tensors="pt")
-        return EncodedImage(file.digest(), batch["image_grid_thw"][0], batch["pixel_values"])
+        return EncodedImage(file.digest, batch["image_grid_thw"][0], batch["pixel_values"])
 
     def measure(self, conversation: Conversation, decode: bool = False, image_keys: bool = False) -> Lengths:
         """Count tokens and patches from the text and the image headers; `decode` also proves the pixels readable.
@@ -148,7 +148,7 @@ class Encoder:
         masked = self._labels(torch.tensor(ids), torch.tensor(learned))
         count = int((masked[1:] != IGNORE_INDEX).sum())
         prefix = self._prefix(ids, learned, conversation, patches)
-        found = ([file.digest() for file in conversation.images], patches) if image_keys else ([], [])
+        found = ([file.digest for file in conversation.images], patches) if image_keys else ([], [])
         return Lengths(tokens, count, len(images), sum(patches), *prefix, *found)
 
     def _prefix(

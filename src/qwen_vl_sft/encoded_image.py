@@ -32,7 +32,7 @@ def reading_once(read_image: ReadImage) -> ReadImage:
     known: dict[str, EncodedImage] = {}
 
     def read(file: ImageFile) -> EncodedImage:
-        key = file.digest()
+        key = file.digest
         if key not in known:
             known[key] = read_image(file)
         return known[key]

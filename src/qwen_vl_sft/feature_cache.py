@@ -18,12 +18,12 @@ import torch
 from qwen_vl_sft.encoded_image import EncodedImage
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.rows import ImageFile
+from qwen_vl_sft.whole_file import PARTIAL
 
 BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}
 # Tensors in these files start after a header of about so many bytes.
 _HEADER = 300
 _ABOUT = "about.json"
-_PARTIAL = ".partial"
 # A half file that nothing has added to for so long was left by a run that was killed.
 _STALE_SECONDS = 3600
 
@@ -59,7 +59,7 @@ class FeatureCache:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another run may be writing the same image; the last one to finish wins, with the same content.
-        partial = path.with_name(f"{key}.{uuid.uuid4().hex}{_PARTIAL}")
+        partial = path.with_name(f"{key}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             partial.write_bytes(data)
             partial.replace(path)
@@ -74,7 +74,7 @@ class FeatureCache:
 
     def read_image(self, file: ImageFile) -> EncodedImage:
         """An image with its features instead of pixels; it is not decoded. Raises `BadRow` when they are not there."""
-        key = file.digest()
+        key = file.digest
         try:
             features, grid = self.read(key)
         except (OSError, safetensors.SafetensorError) as error:
@@ -116,7 +116,7 @@ class FeatureCache:
         """Make the folder, write beside the features where they come from, and remove what killed runs left half."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / _ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for half in self.folder.glob(f"*/*{_PARTIAL}"):
+        for half in self.folder.glob(f"*/*{PARTIAL}"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - half.stat().st_mtime > _STALE_SECONDS:
                     half.unlink()

@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class ImageFile:
         """The same for the same image: its encoded bytes, or its file."""
         return self.data if self.data is not None else str(self.path).encode()
 
+    @cached_property
     def digest(self) -> str:
         """The sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
         try:
