@@ -35,7 +35,8 @@ def main() -> None:
     if summary is not None:
         precision = summary["precision"]
         note = "" if precision["scored_as_trained"] else f"; trained in: {precision['trained']}"
-        print(f"\n{summary['dataset']}, {summary['rows']:,} rows\nprecision: {precision['scored']}{note}\n")
+        skipped = f" (skipped {summary['skipped_rows']:,} that could not be read)" if summary["skipped_rows"] else ""
+        print(f"\n{summary['dataset']}, {summary['rows']:,} rows{skipped}\nprecision: {precision['scored']}{note}\n")
         if summary["speed"]:
             arms = ", ".join(f"{arm} {speed['rows_per_second']:.3g}" for arm, speed in summary["speed"].items())
             print(f"rows a second, without loading: {arms}\n")

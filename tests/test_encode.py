@@ -9,6 +9,10 @@ from qwen_vl_sft.rows import CHARTQA_SYSTEM_MESSAGE, Conversation, ImageFile
 IMAGE = ImageFile(png("red", (56, 56)), None)  # 2x2 merged patches: four image tokens
 
 
+def pixels(encoded):
+    return torch.cat([image.pixel_values for image in encoded.images])
+
+
 def text(role, words):
     return {"role": role, "content": [{"type": "text", "text": words}]}
 
@@ -35,7 +39,7 @@ def test_literal_labels_with_the_real_tokenizer(real_processor):
     assert encoded.labels.tolist() == [-100] * 28 + ANSWER + [-100]
     assert encoded.mm_token_type_ids.tolist() == [0] * 15 + [1] * 4 + [0] * 12
     assert encoded.image_grid_thw.tolist() == [[1, 4, 4]]
-    assert encoded.pixel_values.shape == (16, 3 * 2 * 14 * 14)
+    assert pixels(encoded).shape == (16, 3 * 2 * 14 * 14)
 
 
 def test_train_on_all_is_the_tutorials_collator(real_processor):
@@ -71,7 +75,7 @@ def test_a_prompt_in_training_is_the_prompt_of_generation(real_processor, answer
     assert encoded.input_ids[:first].tolist() == prompt.input_ids.tolist()
     learned = encoded.labels[encoded.labels != -100]
     assert real_processor.tokenizer.decode(learned) == answer + "<|im_end|>"
-    assert torch.equal(encoded.pixel_values, prompt.pixel_values)
+    assert torch.equal(pixels(encoded), pixels(prompt))
 
 
 def test_encoding_is_the_processors_own(real_processor, shared):
@@ -90,11 +94,11 @@ def test_encoding_is_the_processors_own(real_processor, shared):
         )
         assert torch.equal(encoded.input_ids, whole["input_ids"][0])
         assert torch.equal(encoded.mm_token_type_ids, whole["mm_token_type_ids"][0])
-        assert torch.equal(encoded.pixel_values, whole["pixel_values"])
+        assert torch.equal(pixels(encoded), whole["pixel_values"])
         measured = encoder.measure(conversation)
         assert measured.tokens == len(encoded.input_ids)
         assert measured.learned == int((encoded.labels != -100).sum())
-        assert measured.patches == len(encoded.pixel_values)
+        assert measured.patches == len(pixels(encoded))
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>"])
@@ -129,6 +133,6 @@ def test_pixel_limits_hold_and_are_saved(shared, tmp_path):
 
 def test_a_text_only_row(tiny_processor):
     encoded = Encoder(tiny_processor).encode(Conversation([text("user", "hi"), text("assistant", "yes")], []))
-    assert encoded.pixel_values is None
+    assert encoded.images == ()
     assert encoded.image_grid_thw.shape == (0, 3)
     assert int((encoded.labels != -100).sum()) >= 2

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import conversation_row, png, write_messages
 from evaluation_fixtures import SYSTEM_MESSAGE, read_rows, write_charts, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -318,6 +320,53 @@ def reference(run, tmp_path_factory):
     summary = evaluate(plan("--run", run, "--output_dir", folder, *ASKED))
     PartialState._reset_state()
     return folder, summary
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Six rows: the image of the second cannot be decoded, the fourth's header cannot be read either."""
+    rows = [conversation_row(f"<image>Which color is number {number}?", "red") for number in range(6)]
+    rows[1]["images"], rows[3]["images"] = ["images/half.png"], ["images/none.png"]
+    folder = write_messages(tmp_path_factory.mktemp("broken"), rows)
+    (folder / "images/half.png").write_bytes(png()[:60])
+    (folder / "images/none.png").write_bytes(b"no image")
+    (folder / "train.jsonl").rename(folder / "test.jsonl")
+    return folder
+
+
+def on_broken(data, *arguments):
+    return ("--dataset_name", str(data), "--dataset_format", "messages", "--arms", "base,tuned", *arguments)
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_counted_by_any_number_of_processes(run, broken, tmp_path):
+    from accelerate import PartialState
+
+    skipping = on_broken(broken, "--bad_rows", "skip")
+    started = start_two_processes(run, tmp_path / "two", *skipping, "--batch_size", "2")
+    alone = evaluate(plan("--run", run, "--output_dir", tmp_path / "one", *ASKED, *skipping, "--batch_size", 2))
+    PartialState._reset_state()
+    output, _ = started.communicate(timeout=300)
+    assert started.returncode == 0, output
+    assert "4 rows (skipped 2 that could not be read)" in output
+    assert re.search(r"skipped: .*row 1 image .*half\.png cannot be decoded", output)
+    both = json.loads((tmp_path / "two/summary.json").read_text())
+    for summary in (alone, both):
+        assert (summary["rows"], summary["skipped_rows"]) == (4, 2)
+        assert summary["scores"]["tuned"]["all"]["exact_match"]["rows"] == 4
+    assert [row["row_id"] for row in read_rows(tmp_path / "one")] == [0, 2, 4, 5]
+    assert (tmp_path / "two/rows.jsonl").read_bytes() == (tmp_path / "one/rows.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [(1, r"row 0 image .*half\.png cannot be decoded"), (3, r"row 0 image .*none\.png cannot be read")],
+)
+def test_a_row_that_cannot_be_read_is_named_with_the_way_out(row, message, run, broken, tmp_path):
+    asked = ("--run", run, "--output_dir", tmp_path, "--split", f"test[{row}:{row + 1}]", "--max_new_tokens", 2)
+    with pytest.raises(UserError, match=message + r".*; mend it, or .*--bad_rows skip"):
+        evaluate(plan(*asked, *on_broken(broken)))
+    with pytest.raises(UserError, match="none of "):
+        evaluate(plan(*asked, *on_broken(broken, "--bad_rows", "skip", "--overwrite")))
 
 
 def test_results_of_one_process(run, reference):

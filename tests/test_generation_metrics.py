@@ -14,6 +14,7 @@ from qwen_vl_sft.generation import generate_answers
 from qwen_vl_sft.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
 from qwen_vl_sft.metrics import METRICS, score
 from qwen_vl_sft.model import load_model
+from qwen_vl_sft.rows import ImageFile
 from qwen_vl_sft.scan import scan
 from qwen_vl_sft.settings import ModelSettings
 
@@ -85,11 +86,24 @@ def test_a_row_that_turns_bad_is_left_out_of_the_scores_or_named(tiny_processor,
     alone = GenerationMetrics(scan(rows.select([0]), encoder), encoder, None, 1, 4)
     expected = alone.measure(model, Accelerator(cpu=True), step=1)
     assert metrics[0].measure(model, Accelerator(cpu=True), step=1) == expected
+    assert (metrics[0].left_out, alone.left_out) == (1, 0)
     with pytest.raises(BadRow, match=r"row 1 image .*blue\.png cannot be read"):
         metrics[1].measure(model, Accelerator(cpu=True), step=1)
     (rows.folder / "images/red.png").write_bytes(b"gone bad")
     with pytest.raises(BadRow, match="none of the 2 evaluation rows"):
         metrics[0].measure(model, Accelerator(cpu=True), step=2)
+
+
+def test_each_image_is_decoded_once(tiny_processor, messages_folder, monkeypatch):
+    from accelerate import Accelerator
+
+    rows = open_rows(str(messages_folder([conversation_row(), conversation_row("<image>And now?")])), "train")
+    encoder = Encoder(tiny_processor)
+    metrics = GenerationMetrics(scan(rows, encoder), encoder, None, 2, 4, skip_bad_rows=True)
+    decoded, decode = [], ImageFile.decode
+    monkeypatch.setattr(ImageFile, "decode", lambda file: decoded.append(file.path) or decode(file))
+    metrics.measure(load_model(MODEL, on_cpu=True), Accelerator(cpu=True), step=1)
+    assert decoded == [str(rows.folder / "images/red.png")] * 2
 
 
 def test_training_is_the_same_with_and_without_it(evaluation, tiny_processor, tmp_path):

@@ -84,6 +84,7 @@ FOUND_LATE = {
     "tokens_per_batch": 70,
     "dataloader_num_workers": 1,
     "log_row_ids": "true",
+    "eval_on_start": "true",
 }
 
 
@@ -110,16 +111,23 @@ def without_bad_row(broken, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("config", "packing"), [("zero3", "true"), pytest.param("fsdp2", "false", marks=pytest.mark.long)]
+    ("config", "packing"),
+    [(None, "false"), ("zero3", "true"), pytest.param("fsdp2", "false", marks=pytest.mark.long)],
 )
 def test_a_row_that_cannot_be_read_is_left_out_on_all_processes(config, packing, broken, without_bad_row, tmp_path):
     run = tmp_path / "run"
-    done = launch(config, *on_broken(broken, run, packing, bad_rows="skip"))
+    words = on_broken(broken, run, packing, bad_rows="skip")
+    done = launch(config, *words) if config else run_process(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "row 3 image" in done.stderr
     metrics = json.loads((run / "metrics.json").read_text())
     assert (metrics["steps"], metrics["skipped_while_training"]) == (4, 4)
-    assert [len((run / f"row_ids-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [4, 4]
+    # Once an evaluation, although the loss and the answers both meet it.
+    assert (metrics["eval_skipped_rows"], metrics["skipped_while_evaluating"]) == (1, 2)
+    assert "skipped     4 rows that could not be read while training\n" in done.stdout
+    assert "skipped     2 rows that could not be read while evaluating\n" in done.stdout
+    ranks = range(2 if config else 1)
+    assert [len((run / f"row_ids-{rank}.jsonl").read_text().splitlines()) for rank in ranks] == [4 for _ in ranks]
     assert all(sorted(rows) == [0, 1, 2] for rows in read_row_log(run).values())
     # The mean over the tokens of the rows that are left, in training and in evaluation.
     assert measured(run) == pytest.approx(without_bad_row, abs=2e-3)

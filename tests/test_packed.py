@@ -40,6 +40,11 @@ FAMILIES = ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"]
 LORA = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), lora_scope="all", lora_r=4)
 
 
+def pixels(row):
+    """Of all its images one after another; empty when it shows none."""
+    return torch.cat([torch.zeros(0), *(image.pixel_values.flatten() for image in row.images)])
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     """A model of each family with LoRA everywhere that is not zero, so that every gradient is."""
@@ -105,7 +110,7 @@ def test_an_image_goes_through_the_vision_tower_once(share, model, encoded):
     """Rows show red three times, red and blue twice, and blue once; a shared group is cut in two."""
     groups = [[0, 1], [2], [3, 4], [5], [6]] if share else [[place] for place in range(len(ROWS))]
     batch = join([[encoded[place] for place in group] for group in groups], Positions(model.config))
-    one = encoded[0].pixel_values
+    one = encoded[0].images[0].pixel_values
     assert len(batch["image_grid_thw"]) == batch["work"]["images"] == 2
     assert len(batch["pixel_values"]) == batch["work"]["patches"] == 2 * len(one)
     torch.testing.assert_close(batch["pixel_values"][: len(one)], one, rtol=0, atol=0)
@@ -187,7 +192,7 @@ def test_generation_on_the_packed_attention_is_that_of_plain_attention(encoded, 
     encoder = Encoder(tiny_processor)
     plain, packed = qwen2_vl(), qwen2_vl()
     use_packed_attention(packed)
-    rows = [row for row in encoded if row.pixel_values is not None][:3]
+    rows = [row for row in encoded if row.images][:3]
     assert generate_batch(plain, encoder, rows, 8) == generate_batch(packed, encoder, rows, 8)
 
 
@@ -210,7 +215,7 @@ def test_scanned_prefixes_are_those_of_the_encoded_rows(tiny_processor):
     for alike in by_prefix.values():
         first = alike[0]
         assert all(torch.equal(row.input_ids[: seam(first)], first.input_ids[: seam(first)]) for row in alike)
-        assert all(torch.equal(row.pixel_values, first.pixel_values) for row in alike)
+        assert all(torch.equal(pixels(row), pixels(first)) for row in alike)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -220,7 +225,7 @@ def test_any_mix_of_rows(mixed, picked, share):
     groups = {}
     for number, place in enumerate(picked):
         family = next(index for index, group in enumerate(GROUPS) if place in group)
-        together = share and encoded[place].pixel_values is not None
+        together = share and bool(encoded[place].images)
         groups.setdefault(family if together else -1 - number, []).append(place)
     # A row twice in a group is one branch twice.
     batch = join([[encoded[place] for place in group] for group in groups.values()], Positions(model.config))

@@ -119,6 +119,14 @@ BAD_RECIPES = {
     "missing data": ({"dataset_name": "./nowhere"}, "dataset_name: ./nowhere does not exist"),
     "missing checkpoint": ({"resume_from_checkpoint": "./nowhere"}, "./nowhere is not a folder"),
     "target that matches nothing": ({"lora_target_modules": "wq"}, "match(es) no linear layer"),
+    "layer in full that is none": (
+        {"lora_modules_to_save": "nrom"},
+        "nrom matches no layer of the model; did you mean norm?",
+    ),
+    "quantized layers in full": (
+        {"load_in_4bit": "true", "lora_modules_to_save": "[norm, merger]"},
+        "lora_modules_to_save: merger holds 2 linear layer(s), such as model.visual.merger.mlp.0, which load_in_4bit",
+    ),
     "unknown split": ({"dataset_train_split": "tran"}, "has no split 'tran'"),
     "over-long rows": ({"max_length": 20}, "2 of 2 rows are too long"),
 }

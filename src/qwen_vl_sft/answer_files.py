@@ -16,13 +16,16 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class AnswerFiles:
-    """The part files in `folder`. A line is `{"arm", "row_id", "answer"}`; without its newline it does not count."""
+    """The part files in `folder`. A line is `{"arm", "row_id", "answer"}`; without its newline it does not count.
+
+    The answer to a row that could not be read is None.
+    """
 
     folder: Path
 
-    def read(self) -> dict[str, dict[int, str]]:
+    def read(self) -> dict[str, dict[int, str | None]]:
         """All answers there are, by arm and row, whichever process wrote them."""
-        answers: dict[str, dict[int, str]] = {}
+        answers: dict[str, dict[int, str | None]] = {}
         for path in sorted(self.folder.glob(f"{PARTS_FOLDER}/*.jsonl")):
             for line in _whole_lines(path):
                 entry = json.loads(line)
@@ -37,7 +40,7 @@ class AnswerFiles:
         if not content.endswith(b"\n"):
             path.write_bytes(content[: content.rfind(b"\n") + 1])
 
-    def append(self, rank: int, arm: str, answers: Mapping[int, str]) -> None:
+    def append(self, rank: int, arm: str, answers: Mapping[int, str | None]) -> None:
         """Add the answers of a batch."""
         lines = [json.dumps({"arm": arm, "row_id": row, "answer": text}) + "\n" for row, text in answers.items()]
         with open(self._path(rank), "a", encoding="utf-8") as file:

@@ -100,8 +100,7 @@ def _packed_attention(
         k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
     if _has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        tensors = (q.contiguous(), k.contiguous(), v.contiguous())
-        return _varlen_attention()(*tensors, *bounds, scale=scaling, window_size=(-1, 0))[None], None
+        return _varlen_attention()(q, k, v, *bounds, scale=scaling, window_size=(-1, 0))[None], None
     return _attend_by_piece(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling)[None], None
 
 
@@ -143,8 +142,8 @@ def _segmented_attention(
         )
     q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
     if _has_varlen_kernel(value):
-        packed, longest = [tensor.contiguous() for tensor in (q, k, v)], int(max_length_q)
-        return _varlen_attention()(*packed, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling)[None], None
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q))
+        return _varlen_attention()(q, k, v, *bounds, scale=scaling)[None], None
     return _attend_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
 
 
@@ -155,7 +154,8 @@ def _in_one_row(
     if attention_mask is not None or dropout or query.shape[0] != 1:
         raise RuntimeError("packed rows take no attention mask and no attention dropout, and batches of one sequence")
     # Under autocast the rotary embedding leaves query and key in float32.
-    return [tensor.to(value.dtype)[0].transpose(0, 1) for tensor in (query, key, value)]
+    # Not by [0], whose gradient is written into zeros.
+    return [tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
 
 
 def _has_varlen_kernel(value: torch.Tensor) -> bool:

@@ -36,7 +36,7 @@ VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as tensors: T tokens, I images, P patches of them all.
+    """One conversation as tensors: T tokens, I images.
 
     `input_ids`, `labels` [T] int64 (`labels` -100 where nothing is learned), `mm_token_type_ids` [T] int64 (1 on image
     tokens), `images` in order of appearance. `row_id` is that of the row it came from.
@@ -47,12 +47,6 @@ class Encoded:
     mm_token_type_ids: torch.Tensor
     images: tuple[EncodedImage, ...] = ()
     row_id: int = -1
-
-    @property
-    def pixel_values(self) -> torch.Tensor | None:
-        """Of all images, [P, values of a patch] float32; None when there are none, or features in their stead."""
-        pixels = [image.pixel_values for image in self.images if image.pixel_values is not None]
-        return torch.cat(pixels) if pixels else None
 
     @cached_property
     def image_grid_thw(self) -> torch.Tensor:

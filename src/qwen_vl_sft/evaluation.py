@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from qwen_vl_sft.answer_files import AnswerFiles, deal, different_settings
 from qwen_vl_sft.arms import load_arm, make_encoder, precision_summary
-from qwen_vl_sft.encode import Encoder
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation_options import ARMS, Plan
-from qwen_vl_sft.evaluation_task import Task, describe_task, prepare
+from qwen_vl_sft.evaluation_task import WAY_OUT, Prompts, Task, describe_task, prepare
 from qwen_vl_sft.generation import generate_batches
 from qwen_vl_sft.launch import World, read_world, start
 from qwen_vl_sft.report import write_report
@@ -60,6 +59,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     rows = collect(task.questions, files.read(), arms)
     summary = summarise(rows, arms) | {
         "dataset": task.rows.name,
+        "skipped_rows": task.left_out + len(task.questions) - len(rows),
         "settings": settings,
         "precision": precision_summary(plan),
         "speed": speed_of_arms(speeds),
@@ -95,7 +95,7 @@ def answer_all(
     plan: Plan,
     task: Task,
     arms: Sequence[str],
-    answered: Mapping[str, Mapping[int, str]],
+    answered: Mapping[str, Mapping[int, str | None]],
     files: AnswerFiles,
     world: World,
 ) -> dict[str, tuple[int, float]]:
@@ -112,12 +112,13 @@ def answer_all(
             continue
         model = load_arm(plan, arm, model, world)
         encoder = make_encoder(arm, task.processor, task.system_message)
+        prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
         title = arm if world.processes == 1 else f"{arm}, process 0 of {world.processes}"
         began = time.perf_counter()
         with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=world.rank > 0) as progress:
-            for batch, texts in _generate(plan, task, model, encoder, share):
+            for batch, texts in _generate(plan, model, prompts, share):
                 new = {
-                    task.questions[place].row_id: text
+                    task.questions[place].row_id: None if place in prompts.unreadable else text
                     for place, text in zip(batch, texts, strict=True)
                     if place not in done
                 }
@@ -138,10 +139,12 @@ def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str
 
 
 def _generate(
-    plan: Plan, task: Task, model: Any, encoder: Encoder, share: Sequence[Sequence[int]]
+    plan: Plan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], list[str]]]:
     try:
-        yield from generate_batches(model, encoder, task.conversation, share, plan.options.max_new_tokens)
+        yield from generate_batches(model, prompts.encoder, prompts.encode, share, plan.options.max_new_tokens)
+    except BadRow as error:
+        raise UserError(f"{error}; {WAY_OUT}") from None
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--batch_size {plan.options.batch_size}: the GPU's memory does not hold a batch of the longest rows; give"
@@ -150,14 +153,20 @@ def _generate(
 
 
 def collect(
-    questions: Sequence[Question], answers: Mapping[str, Mapping[int, str]], arms: Sequence[str]
+    questions: Sequence[Question], answers: Mapping[str, Mapping[int, str | None]], arms: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The scored rows in row order, each with an answer of every arm."""
+    """The scored rows in row order, each with an answer of every arm; without those that could not be read for one."""
     for arm in arms:
         missing = [question.row_id for question in questions if question.row_id not in answers.get(arm, {})]
         assert not missing, f"{arm}: no answer to rows {missing[:5]}"
-    ordered = sorted(questions, key=lambda question: question.row_id)
-    return [score_row(question, {arm: answers[arm][question.row_id] for arm in arms}) for question in ordered]
+    rows = []
+    for question in sorted(questions, key=lambda question: question.row_id):
+        texts = {arm: text for arm in arms if (text := answers[arm][question.row_id]) is not None}
+        if len(texts) == len(arms):
+            rows.append(score_row(question, texts))
+    if not rows:
+        raise UserError(f"none of the {len(questions)} rows can be read; mend them, and evaluate anew with --overwrite")
+    return rows
 
 
 def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ RECIPE_KEYS = (
     "use_bnb_nested_quant", "attn_implementation", "trust_remote_code", "use_safetensors", "dataset_name",
     "dataset_config", "dataset_format", "system_message", "min_pixels", "max_pixels", "use_cpu",
 )  # fmt: skip
+EVALUATION_KEYS = (*RECIPE_KEYS, "bad_rows")
 ADAPTER_FILE = "adapter_model.safetensors"
 FULL_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -100,13 +101,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--resume", action="store_true", help="go on with the evaluation in output_dir; arms may be added")
     add("--overwrite", action="store_true", help="replace the evaluation in output_dir")
-    add_recipe_keys(parser)
+    add_recipe_keys(parser, EVALUATION_KEYS)
     given = vars(parser.parse_args(arguments))
-    keys = take_recipe_keys(given)
+    keys = take_recipe_keys(given, EVALUATION_KEYS)
     return Options(**given, recipe_keys=keys)
 
 
-def add_recipe_keys(parser: argparse.ArgumentParser, keys: Sequence[str] = RECIPE_KEYS) -> None:
+def add_recipe_keys(parser: argparse.ArgumentParser, keys: Sequence[str]) -> None:
     """Let the command line give keys of a recipe; `take_recipe_keys` finds them."""
     group = parser.add_argument_group("keys of a recipe", "They win over the run's recipe.")
     described = {entry.name: entry for settings in (ModelSettings, DataSettings) for entry in fields(settings)}
@@ -117,9 +118,9 @@ def add_recipe_keys(parser: argparse.ArgumentParser, keys: Sequence[str] = RECIP
         group.add_argument(f"--{name}", help=text.replace("%", "%%"), **switch)
 
 
-def take_recipe_keys(given: dict[str, Any]) -> dict[str, str]:
+def take_recipe_keys(given: dict[str, Any], keys: Sequence[str] = RECIPE_KEYS) -> dict[str, str]:
     """Move the recipe's keys out of the parsed command line, as they were written."""
-    return {name: value for name in RECIPE_KEYS if (value := given.pop(name, None)) is not None}
+    return {name: value for name in keys if (value := given.pop(name, None)) is not None}
 
 
 def check_options(options: Options) -> None:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qwen_vl_sft.arms import choose_arms, load_run_processor, model_identity
 from qwen_vl_sft.data import ROW_ID, Rows, open_rows, spread
-from qwen_vl_sft.encode import Encoder
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.encode import Encoded, Encoder
+from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation_options import Plan
 from qwen_vl_sft.generation import estimate_length, plan_batches
 from qwen_vl_sft.rows import Conversation, resolve_system_message
 from qwen_vl_sft.scoring import SPLIT_COLUMN, Question, split_name
 
+logger = logging.getLogger(__name__)
+# Stands in a batch for a row that cannot be read.
+_STAND_IN = Conversation([{"role": "user", "content": [{"type": "text", "text": "?"}]}], [])
+WAY_OUT = "mend it, or leave such rows out with --bad_rows skip"
+
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be answered: the rows, their questions, and the batches, which hold places in `questions`."""
+    """What is to be answered: the rows, their questions, and the batches, which hold places in `questions`.
+
+    `left_out` rows of the split are not among them, since they cannot be used.
+    """
 
     rows: Rows
     questions: list[Question]
@@ -27,10 +36,38 @@ class Task:
     arms: tuple[str, ...]
     system_message: str
     processor: Any
+    left_out: int = 0
 
     def conversation(self, place: int) -> Conversation:
         """The conversation of a place, up to the answer that is scored."""
         return up_to_last_answer(self.rows.conversation(self.rows.dataset[place]))
+
+
+class Prompts:
+    """Encodes the questions of rows, each up to the answer that is scored.
+
+    A row that cannot be read raises `BadRow` with its name. With `skip_bad_rows` something else stands in its place, so
+    that batches and processes stay what they are, and the row is in `unreadable` from then on.
+    """
+
+    def __init__(self, rows: Rows, encoder: Encoder, skip_bad_rows: bool = False) -> None:
+        self.rows = rows
+        self.encoder = encoder
+        self.skip_bad_rows = skip_bad_rows
+        self.unreadable: set[int] = set()
+
+    def encode(self, index: int) -> Encoded:
+        """The prompt of the row at this index."""
+        self.unreadable.discard(index)
+        try:
+            with self.rows.opened({"row": index}) as (conversation, _):
+                return self.encoder.encode_prompt(up_to_last_answer(conversation))
+        except BadRow as error:
+            if not self.skip_bad_rows:
+                raise
+            logger.warning("skipped: %s", error)
+            self.unreadable.add(index)
+            return self.encoder.encode_prompt(_STAND_IN)
 
 
 def prepare(plan: Plan) -> Task:
@@ -45,14 +82,28 @@ def prepare(plan: Plan) -> Task:
     message = resolve_system_message(plan.system_message, rows.format) or ""
     arms = choose_arms(plan, message)
     processor = load_run_processor(plan)
-    encoder = Encoder(processor)
-    questions, lengths = [], []
-    for place in range(len(rows)):
-        raw = rows.dataset[place]
-        conversation = up_to_last_answer(rows.conversation(raw))
-        questions.append(read_question(raw, conversation, rows.format))
-        lengths.append(estimate_length(encoder, conversation))
-    return Task(rows, questions, plan_batches(lengths, options.batch_size), arms, message, processor)
+    found = _measured(rows, Encoder(processor), data.bad_rows == "skip")
+    questions, lengths = [question for question, _ in found.values()], [length for _, length in found.values()]
+    batches, left_out = plan_batches(lengths, options.batch_size), len(rows) - len(found)
+    return Task(rows.select([*found]) if left_out else rows, questions, batches, arms, message, processor, left_out)
+
+
+def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, tuple[Question, int]]:
+    """The question of each row and the estimated length of its prompt, by the row's index."""
+    found = {}
+    for index in range(len(rows)):
+        raw = rows.dataset[index]
+        try:
+            with rows.opened(raw) as (conversation, _):
+                asked = up_to_last_answer(conversation)
+                found[index] = read_question(raw, asked, rows.format), estimate_length(encoder, asked)
+        except BadRow as error:
+            if not skip_bad_rows:
+                raise UserError(f"{error}; {WAY_OUT}") from None
+            logger.warning("skipped: %s", error)
+    if not found:
+        raise UserError(f"{rows.name}: none of its {len(rows)} rows can be used; see the warnings above")
+    return found
 
 
 def up_to_last_answer(conversation: Conversation) -> Conversation:

@@ -27,7 +27,11 @@ def generate_answers(
     lengths = [estimate_length(encoder, conversation) for conversation in conversations]
     batches = plan_batches(lengths, batch_size)
     answers: dict[int, str] = {}
-    for places, texts in generate_batches(model, encoder, conversations.__getitem__, batches, max_new_tokens):
+
+    def prompt_at(place: int) -> Encoded:
+        return encoder.encode_prompt(conversations[place])
+
+    for places, texts in generate_batches(model, encoder, prompt_at, batches, max_new_tokens):
         answers.update(zip(places, texts, strict=True))
     return [answers[place] for place in range(len(conversations))]
 
@@ -50,18 +54,19 @@ def estimate_length(encoder: Encoder, conversation: Conversation) -> int:
 def generate_batches(
     model: Any,
     encoder: Encoder,
-    conversation_at: Callable[[int], Conversation],
+    prompt_at: Callable[[int], Encoded],
     batches: Sequence[Sequence[int]],
     max_new_tokens: int,
     synced: bool = False,
 ) -> Iterator[tuple[list[int], list[str]]]:
     """Answer batch after batch: yields its places and their answers. The next batch is read while one is answered.
 
-    `synced` is for weights that are split over processes: each then goes on until the longest answer of all is done.
+    `prompt_at` reads and encodes the prompt of a place, in a thread of its own. `synced` is for weights that are split
+    over processes: each then goes on until the longest answer of all is done.
     """
 
     def encode(batch: Sequence[int]) -> list[Encoded]:
-        return [encoder.encode_prompt(conversation_at(place)) for place in batch]
+        return [prompt_at(place) for place in batch]
 
     was_training = model.training
     model.eval()

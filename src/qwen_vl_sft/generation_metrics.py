@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +13,14 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from qwen_vl_sft.data import evenly_spread
-from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.encode import Encoded, Encoder
 from qwen_vl_sft.errors import BadRow
-from qwen_vl_sft.evaluation_task import read_question, up_to_last_answer
+from qwen_vl_sft.evaluation_task import Prompts, read_question, up_to_last_answer
 from qwen_vl_sft.generation import generate_batches, plan_batches
 from qwen_vl_sft.metrics import METRICS
-from qwen_vl_sft.rows import Conversation
 from qwen_vl_sft.scan import Scan
 from qwen_vl_sft.scoring import score_row
 from qwen_vl_sft.whole_file import write_whole
-
-logger = logging.getLogger(__name__)
 
 ARM = "tuned"
 ANSWERS_FOLDER = "answers_while_training"
@@ -44,6 +40,8 @@ class GenerationMetrics:
         max_new_tokens: most tokens of an answer.
         output_dir: the run folder; the answers of each evaluation are kept below it. None keeps none.
         skip_bad_rows: leave rows out of the scores whose images can be read no longer; otherwise they raise `BadRow`.
+
+    `left_out` is how many of the sample's rows the last scores leave out, on all processes together.
     """
 
     def __init__(
@@ -58,11 +56,10 @@ class GenerationMetrics:
     ) -> None:
         self.sample = evenly_spread(len(evaluation.rows), rows)
         self.rows = evaluation.rows
-        self.encoder = encoder
+        self.prompts = Prompts(evaluation.rows, encoder, skip_bad_rows)
         self.max_new_tokens = max_new_tokens
         self.output_dir = output_dir
-        self.skip_bad_rows = skip_bad_rows
-        self._unreadable: set[int] = set()
+        self.left_out = 0
         self.batches = plan_batches([int(evaluation.tokens[index]) for index in self.sample], batch_size)
 
     def measure(
@@ -84,7 +81,7 @@ class GenerationMetrics:
         answerer = answering_model(model, accelerator)
         answers: dict[int, str] = {}
         shown = tqdm(
-            generate_batches(answerer, self.encoder, self._conversation, batches, self.max_new_tokens, synced),
+            generate_batches(answerer, self.prompts.encoder, self._prompt, batches, self.max_new_tokens, synced),
             total=len(batches),
             desc="answering",
             unit="batch",
@@ -95,26 +92,14 @@ class GenerationMetrics:
             answers.update(zip(places, texts, strict=True))
             if poll is not None and number < len(self.batches) // world:
                 poll()
-        scored = {place: self._score(place, text) for place, text in answers.items() if place not in self._unreadable}
+        read = [place for place in answers if self.sample[place] not in self.prompts.unreadable]
+        scored = {place: self._score(place, answers[place]) for place in read}
         if self.output_dir is not None:
             self._keep_answers(scored, accelerator, step)
         return self._means(scored, accelerator)
 
-    def _conversation(self, place: int) -> Conversation:
-        item = {"row": self.sample[place]}
-        self._unreadable.discard(place)
-        try:
-            with self.rows.opened(item) as (conversation, _):
-                for file in conversation.images:
-                    file.decode()
-        except BadRow as error:
-            if not self.skip_bad_rows:
-                raise
-            logger.warning("skipped: %s", error)
-            self._unreadable.add(place)
-            # Its text is answered in its stead, so that all processes compute as often.
-            conversation = _without_images(self.rows.conversation(item))
-        return up_to_last_answer(conversation)
+    def _prompt(self, place: int) -> Encoded:
+        return self.prompts.encode(self.sample[place])
 
     def _score(self, place: int, text: str) -> dict[str, Any]:
         raw = self.rows.dataset[self.sample[place]]  # type: ignore[index]
@@ -128,6 +113,7 @@ class GenerationMetrics:
             sums[place] = torch.tensor([*(row["arms"][ARM][metric] for metric in METRICS), 1.0], dtype=torch.float64)
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
         sums = sums[sums[:, -1] > 0]
+        self.left_out = len(self.sample) - len(sums)
         if not len(sums):
             raise BadRow(f"none of the {len(self.sample)} evaluation rows that are answered can be read any longer")
         means = (sums[:, :-1] / sums[:, -1:]).mean(dim=0).tolist()
@@ -149,14 +135,6 @@ def share(batches: Sequence[Sequence[int]], rank: int, world: int, equal: bool) 
     if equal and len(own) < math.ceil(len(batches) / world):
         own.append(list(batches[-1]))
     return own
-
-
-def _without_images(conversation: Conversation) -> Conversation:
-    messages = [
-        {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
-        for message in conversation.messages
-    ]
-    return Conversation(messages, [])
 
 
 def is_split(model: Any) -> bool:

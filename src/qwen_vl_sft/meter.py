@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,3 +87,21 @@ class Meter:
         if self.device.type == "cuda":
             rates["peak_memory_gib"] = round(self.peak_memory / 2**30, 2)
         return rates
+
+
+class TimedIterator:
+    """An iterator that adds up the seconds its source takes."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source = source
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        began = time.perf_counter()
+        try:
+            return next(self.source)
+        finally:
+            self.seconds += time.perf_counter() - began

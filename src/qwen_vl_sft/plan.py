@@ -134,7 +134,8 @@ def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
     for count, why in (("skipped_bad_rows", "bad rows left out"), ("dropped_overlong_rows", "over-long rows left out")):
         if left_out.get(count):
             lines.append(f"{why:<23} {left_out[count]}")
-    if metrics["skipped_while_training"]:
-        lines.append(f"skipped     {metrics['skipped_while_training']} rows that could not be read while training")
+    for when in ("training", "evaluating"):
+        if metrics[f"skipped_while_{when}"]:
+            lines.append(f"skipped     {metrics[f'skipped_while_{when}']} rows that could not be read while {when}")
     lines.append(f"written     {recipe.output_dir}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from qwen_vl_sft.metrics import METRICS
 from qwen_vl_sft.publication import problem_of_base
 from qwen_vl_sft.recipe import Recipe
 from qwen_vl_sft.recipe_rules_batch import BATCH_RULES, Rule
+from qwen_vl_sft.recipe_rules_lora import LORA_RULES
 from qwen_vl_sft.recipe_rules_run import RUN_RULES
 from qwen_vl_sft.run_folder import problems_of_output_dir
 
@@ -201,6 +202,7 @@ RULES: tuple[Rule, ...] = (
     _required,
     _ranges,
     _training_kind,
+    *LORA_RULES,
     _strategy,
     *BATCH_RULES,
     _evaluation,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as MapDataset
+from transformers import TrainingArguments
 
 from qwen_vl_sft.collator import NO_ROW
-from qwen_vl_sft.packing import epoch_order
+from qwen_vl_sft.packing import StepSampler, epoch_order
 
 
 def places(rows: int, multiple_of: int) -> Dataset:
@@ -46,3 +49,25 @@ class EpochSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is given next."""
         self.epoch = epoch
+
+
+def step_loader(sampler: StepSampler, collate: Callable[..., Any], args: TrainingArguments) -> DataLoader[Any]:
+    """A data loader of packed steps, those of one process."""
+    workers = args.dataloader_num_workers
+    return DataLoader(
+        _AsIs(),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        # A batch is a whole step; one a worker in advance is enough, and memory holds no more.
+        prefetch_factor=(args.dataloader_prefetch_factor or 1) if workers else None,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+    )
+
+
+class _AsIs(MapDataset[Any]):
+    """Gives what a batch sampler asks for: the sampler says which rows a step has, the collator reads them."""
+
+    def __getitem__(self, item: Any) -> Any:
+        return item

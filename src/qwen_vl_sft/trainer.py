@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -10,19 +9,23 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwen_vl_sft.collator import Collator
+from qwen_vl_sft.encode import IGNORE_INDEX
 from qwen_vl_sft.flops import Work
 from qwen_vl_sft.generation_metrics import GenerationMetrics
 from qwen_vl_sft.memory import Fit
-from qwen_vl_sft.meter import Meter
+from qwen_vl_sft.meter import Meter, TimedIterator
 from qwen_vl_sft.packed import MICRO_BATCHES
 from qwen_vl_sft.packing import StepSampler
 from qwen_vl_sft.safe_trainer import ROW_IDS, SafeTrainer
-from qwen_vl_sft.sampler import EpochSampler
+from qwen_vl_sft.sampler import EpochSampler, step_loader
+
+# Of an evaluation's metrics: rows that could not be read.
+SKIPPED_ROWS = "skipped_rows"
 
 
 class VisionSFTTrainer(SafeTrainer):
@@ -58,12 +61,20 @@ class VisionSFTTrainer(SafeTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of one step, and count the seconds that takes."""
         self.meter.resume()
-        timed = _Timed(epoch_iterator)
+        timed = TimedIterator(epoch_iterator)
         steps, count = super().get_batch_samples(timed, num_batches, device)
         self.meter.waited += timed.seconds
         if steps and MICRO_BATCHES in steps[0]:
-            count = self._get_num_items_in_batch(steps[0][MICRO_BATCHES], device)
+            count = self._count_learned(steps[0][MICRO_BATCHES], device)
         return steps, count
+
+    def _count_learned(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """The learned tokens of a step on all processes, counted without waiting for the GPU."""
+        count = torch.stack([(batch["labels"][..., 1:] != IGNORE_INDEX).sum() for batch in batches]).sum()
+        if device.type == "cuda":
+            count = count.pin_memory().to(device, non_blocking=True)
+        summed: torch.Tensor = self.accelerator.reduce(count, reduction="sum")
+        return summed
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward over a micro-batch, or over all packed micro-batches of an optimizer step."""
@@ -95,17 +106,7 @@ class VisionSFTTrainer(SafeTrainer):
         """The loader of training rows; that of packed steps gives each process its own, so nothing is dealt out again."""
         if not isinstance(self._sampler, StepSampler):
             return super().get_train_dataloader()
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            _AsIs(),
-            batch_sampler=self._sampler,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            # A batch is a whole step; one a worker in advance is enough, and memory holds no more.
-            prefetch_factor=(self.args.dataloader_prefetch_factor or 1) if workers else None,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-        )
+        return step_loader(self._sampler, self.data_collator, self.args)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add to a training log the share of right tokens, their entropy, and the speed of all processes."""
@@ -164,10 +165,16 @@ class VisionSFTTrainer(SafeTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Replace the Trainer's mean over batches by the mean over learned tokens, and add the metrics of answers."""
+        """Replace the Trainer's mean over batches by the mean over learned tokens, and add the metrics of answers.
+
+        `skipped_rows` of the metrics are those that the loss leaves out, or the answers if these have lost more: they are
+        to some of the same rows.
+        """
         self._eval_sums = torch.zeros_like(self._eval_sums)
+        skipped_before = self.eval_collator.skipped
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        loss, right, learned, _ = self._take(self._eval_sums)
+        own_skipped = self._eval_sums.new_tensor([self.eval_collator.skipped - skipped_before])
+        loss, right, learned, _, skipped = self._take(torch.cat([self._eval_sums, own_skipped]))
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
@@ -177,6 +184,8 @@ class VisionSFTTrainer(SafeTrainer):
                     self.model_wrapped, self.accelerator, self.state.global_step, not self.args.disable_tqdm, self.poll
                 )
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in answered.items()})
+            skipped = max(skipped, self.generation_metrics.left_out)
+        output.metrics[f"{metric_key_prefix}_{SKIPPED_ROWS}"] = int(skipped)
         return output
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,28 +237,3 @@ def _sums(outputs: Any) -> torch.Tensor:
     """Loss, right tokens, learned tokens and entropy of a micro-batch; all are zero where nothing is learned."""
     summed = (-outputs.log_probs, outputs.is_top1, outputs.label_mask, outputs.entropy)
     return torch.stack([values.detach().sum().double() for values in summed])
-
-
-class _AsIs(Dataset[Any]):
-    """Gives what a batch sampler asks for: the sampler says which rows a step has, the collator reads them."""
-
-    def __getitem__(self, item: Any) -> Any:
-        return item
-
-
-class _Timed:
-    """An iterator that adds up the seconds its source takes."""
-
-    def __init__(self, source: Iterator[Any]) -> None:
-        self.source = source
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        began = time.perf_counter()
-        try:
-            return next(self.source)
-        finally:
-            self.seconds += time.perf_counter() - began

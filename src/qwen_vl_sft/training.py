@@ -21,7 +21,7 @@ from qwen_vl_sft.data import Rows
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.flops import FlopCounter
 from qwen_vl_sft.generation_metrics import GenerationMetrics
-from qwen_vl_sft.kernels import use_fused_kernels
+from qwen_vl_sft.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.launch import World
 from qwen_vl_sft.lora import lora_config, trains_language_only
 from qwen_vl_sft.memory import MemoryProbe, largest_batch
@@ -47,7 +47,7 @@ from qwen_vl_sft.safety import skipped_steps
 from qwen_vl_sft.sampler import EpochSampler, places
 from qwen_vl_sft.scan import Scan
 from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS
-from qwen_vl_sft.trainer import VisionSFTTrainer
+from qwen_vl_sft.trainer import SKIPPED_ROWS, VisionSFTTrainer
 
 
 def sft_config(recipe: Recipe, world: World) -> SFTConfig:
@@ -116,7 +116,9 @@ def build_trainer(
         trainer.add_callback(Progress())
     if recipe.model.use_peft:
         keep_adapter_in_float32(model)
-    launch.keep_gradients_in_float32(trainer.accelerator)
+        if LORA in (recipe.model.fused_kernels or ()):
+            use_fused_lora(trainer.model)  # type: ignore[arg-type]
+    launch.round_as_one_process_does(trainer.accelerator)
     vision_frozen = is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)
@@ -168,6 +170,7 @@ def train(
         **({"memory": asdict(trainer.memory_fit)} if trainer.memory_fit else {}),
         "work": asdict(trainer.meter.total),
         "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
+        "skipped_while_evaluating": _skipped_while_evaluating(trainer),
         "skipped_steps": skipped_steps(recipe.output_dir),
         "data": data.summary(),
         "parameters": {part: asdict(count) for part, count in parameters.items()},
@@ -237,8 +240,13 @@ def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
-    names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *METRICS)]
+    names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *METRICS, SKIPPED_ROWS)]
     return {name: entries[-1][name] for name in names if name in entries[-1]} if entries else {}
+
+
+def _skipped_while_evaluating(trainer: VisionSFTTrainer) -> int:
+    """Rows that evaluations could not read, each as often as one met it; also of evaluations before a resume."""
+    return sum(int(entry.get(f"eval_{SKIPPED_ROWS}", 0)) for entry in trainer.state.log_history)
 
 
 def _sum_over_ranks(trainer: VisionSFTTrainer, count: int) -> int:

@@ -1,0 +1,104 @@
+"""Kernels that compute the same as the layers they stand for; what needs a GPU is compared in scripts/check_packing.py."""
+
+import importlib.util
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_trainer import qwen2_vl
+from torch import nn
+
+from qwen_vl_sft.kernels import problems_of_kernels, use_fused_kernels, use_fused_lora
+
+
+def adapted(dtype=torch.float32, **options):
+    """Two linear layers with an adapter that is not zero, in float32 as training keeps it."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)).to(dtype)
+    model = get_peft_model(layers, LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"], **options)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float32) / 4
+    return model
+
+
+def outcome(model, inputs, autocast=False):
+    """Output and gradients of the adapter."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(inputs)
+    output.float().square().sum().backward()
+    return [output.detach().float(), *(p.grad.float() for p in model.parameters() if p.requires_grad)]
+
+
+def distance(found, expected):
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def test_fused_lora_is_the_adapter():
+    model, inputs = adapted(), torch.randn(2, 5, 16)
+    expected = outcome(model, inputs)
+    assert use_fused_lora(model) == 2
+    assert distance(outcome(model, inputs), expected) < 1e-6
+
+
+def test_fused_lora_rounds_no_more_than_peft():
+    inputs = torch.randn(64, 16, dtype=torch.bfloat16)
+    model, exact = adapted(torch.bfloat16), adapted()
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    expected = outcome(exact, inputs.float())
+    peft = distance(outcome(model, inputs, autocast=True), expected)
+    assert use_fused_lora(model) == 2
+    assert distance(outcome(model, inputs, autocast=True), expected) < 1.2 * peft
+
+
+@pytest.mark.parametrize("how", ["evaluation", "disabled", "merged", "dropout", "bfloat16 without autocast"])
+def test_fused_lora_leaves_all_else_to_peft(how):
+    bfloat16 = how.startswith("bfloat16")
+    model, inputs = adapted(torch.bfloat16 if bfloat16 else torch.float32), torch.randn(3, 16)
+    if bfloat16:
+        inputs = inputs.bfloat16()
+    if how == "dropout":
+        model = adapted(lora_dropout=0.5)
+    if how == "merged":
+        model.merge_adapter()
+    if how == "evaluation":
+        model.eval()
+
+    def run():
+        torch.manual_seed(1)
+        if how == "disabled":
+            with model.disable_adapter():
+                return model(inputs)
+        return model(inputs)
+
+    expected = run()
+    use_fused_lora(model)
+    assert torch.equal(run(), expected)
+
+
+def test_dora_is_not_fused():
+    assert use_fused_lora(adapted(use_dora=True)) == 0
+
+
+def test_patch_embedding_is_the_convolution():
+    model = qwen2_vl()
+    embed = model.model.visual.patch_embed
+    values = embed.in_channels * embed.temporal_patch_size * embed.patch_size**2
+    patches = torch.randn(12, values)
+    expected = embed(patches)
+    assert use_fused_kernels(model, ["patch_embed", "lora"]) == {"patch_embed": 1}
+    assert torch.allclose(embed(patches), expected, atol=1e-5)
+
+
+def test_only_three_kernels_need_liger(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not list(problems_of_kernels(["quick_gelu", "patch_embed", "lora"], on_cpu=False))
+    (problem,) = problems_of_kernels(["lora", "rope"], on_cpu=False)
+    assert "liger-kernel" in problem
+    assert "pip install" in problem
+    (problem,) = problems_of_kernels(["lora"], on_cpu=True)
+    assert "CUDA only" in problem
+    (problem,) = problems_of_kernels(["flora"], on_cpu=False)
+    assert "flora" in problem
+    assert "lora" in problem
