@@ -13,7 +13,7 @@ import os
 
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.evaluation_options import Options, check_options, check_output_dir, make_plan, parse_options
+from qwen_vl_sft.evaluation.options import Options, check_options, check_output_dir, make_plan, parse_options
 
 
 @exits_with_user_errors
@@ -28,8 +28,8 @@ def main() -> None:
 
     plan = make_plan(options)
 
-    from qwen_vl_sft.evaluation import evaluate
-    from qwen_vl_sft.scoring import REPORT_FILE, format_summary
+    from qwen_vl_sft.evaluation.evaluate import evaluate
+    from qwen_vl_sft.evaluation.scoring import REPORT_FILE, format_summary
 
     summary = evaluate(plan, report=True)
     if summary is not None:
@@ -45,9 +45,9 @@ def main() -> None:
 
 def score_file(options: Options) -> None:
     """Score a file of predictions; files are written only where --output_dir says."""
-    from qwen_vl_sft.predictions import score_predictions
-    from qwen_vl_sft.report import write_report
-    from qwen_vl_sft.scoring import format_summary, write_results
+    from qwen_vl_sft.evaluation.predictions import score_predictions
+    from qwen_vl_sft.evaluation.report import write_report
+    from qwen_vl_sft.evaluation.scoring import format_summary, write_results
 
     assert options.predictions
     if options.output_dir:

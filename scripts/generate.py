@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import UserError, exits_with_user_errors, format_error
-from qwen_vl_sft.evaluation_options import read_source
-from qwen_vl_sft.generate_options import Options, check_options, choose_arms, parse_options, read_questions
+from qwen_vl_sft.evaluation.options import read_source
+from qwen_vl_sft.inference.options import Options, check_options, choose_arms, parse_options, read_questions
 
 if TYPE_CHECKING:
-    from qwen_vl_sft.answering import Answerer
-    from qwen_vl_sft.rows import Conversation
+    from qwen_vl_sft.data.rows import Conversation
+    from qwen_vl_sft.inference.answering import Answerer
 
 
 @exits_with_user_errors
@@ -34,7 +34,7 @@ def main() -> None:
     source = read_source(options.run, options.recipe_keys, tuned_needed)
     arms = choose_arms(options, source.system_message)
 
-    from qwen_vl_sft.answering import Answerer, ask, read_images
+    from qwen_vl_sft.inference.answering import Answerer, ask, read_images
 
     images = read_images(options.images)
     answerer = Answerer([source])
@@ -58,7 +58,7 @@ def answer(
     options: Options, answerer: Answerer, arms: Sequence[str], question: str, conversation: Conversation
 ) -> None:
     """Answer one question with every arm, and print it."""
-    from qwen_vl_sft.answer_lines import describe, format_table, print_stream, to_json
+    from qwen_vl_sft.inference.answer_lines import describe, format_table, print_stream, to_json
 
     answers = {}
     for arm in arms:

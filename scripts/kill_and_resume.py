@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write the result as JSON, beside what is there already")
     options, keys = parser.parse_known_args()
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft import kill_and_resume, run_folder
+    from qwen_vl_sft.benchmarks import kill_and_resume
+    from qwen_vl_sft.outputs import run_folder
 
     if options.config != "cpu" and options.processes == 1:
         raise UserError(f"config: {options.config} needs several processes; add --processes 2")

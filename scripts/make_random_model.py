@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the weights are drawn; cuda is faster")
     arguments = parser.parse_args()
 
-    from qwen_vl_sft.random_model import make_random_model
+    from qwen_vl_sft.modeling.random_model import make_random_model
 
     count = make_random_model(**vars(arguments))
     print(f"{count:,} random parameters written to {arguments.output_dir}")

@@ -12,7 +12,7 @@ import sys
 
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.merge_plan import make_plan, parse_options
+from qwen_vl_sft.merging.plan import make_plan, parse_options
 
 
 @exits_with_user_errors
@@ -25,8 +25,8 @@ def main() -> None:
     try:
         plan = make_plan(options)
 
-        from qwen_vl_sft.merge import merge
-        from qwen_vl_sft.merge_check import format_report
+        from qwen_vl_sft.merging.check import format_report
+        from qwen_vl_sft.merging.merge import merge
 
         report = merge(plan)
     except KeyboardInterrupt:

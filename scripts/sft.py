@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import sys
 
-from qwen_vl_sft.command_line import format_help, parse_command_line
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.preemption import Watch
+from qwen_vl_sft.recipe.command_line import format_help, parse_command_line
+from qwen_vl_sft.resilience.preemption import Watch
 
 SWITCHES = {"dry_run": "check everything, print the resolved recipe and the plan, and stop", "help": "this text"}
 
@@ -28,29 +28,22 @@ def main() -> None:
         print(format_help(__doc__ or "", SWITCHES))
         return
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft import (
-        feature_filling,
-        launch,
-        plan,
-        preparation,
-        push_while_training,
-        recipe_rules,
-        recipe_rules_batch,
-        resume_check,
-        safety,
-        training,
-    )
-    from qwen_vl_sft.recipe import read_recipe
+    from qwen_vl_sft.hub import push_while_training
+    from qwen_vl_sft.launching import launch
+    from qwen_vl_sft.preparation import batch_rules, feature_filling, plan, prepared_data, resume_check, rules
+    from qwen_vl_sft.recipe.reading import read_recipe
+    from qwen_vl_sft.resilience import safety
+    from qwen_vl_sft.training import sft
 
     recipe = read_recipe(recipe_file, overrides)
     world = launch.read_world(use_cpu=recipe.get("use_cpu"))
-    recipe_rules.check(recipe, world)
-    global_batch = recipe_rules_batch.resolve_batch(recipe, world)
+    rules.check(recipe, world)
+    global_batch = batch_rules.resolve_batch(recipe, world)
     publisher = push_while_training.prepare(recipe, world)
     watch.folder = recipe.output_dir
 
     launch.start(world)
-    data = preparation.prepare_data(recipe, world)
+    data = prepared_data.prepare_data(recipe, world)
     if world.rank == 0:
         if "dry_run" in switches:
             print(recipe.to_yaml())
@@ -61,20 +54,20 @@ def main() -> None:
         return
 
     about = resume_check.about_run(recipe, world, data, global_batch)
-    args = training.sft_config(recipe, world)
+    args = sft.sft_config(recipe, world)
     resume = resume_check.checkpoint_to_resume(recipe, world, about)
-    trainer = training.build_trainer(recipe, world, args, data, global_batch)
+    trainer = sft.build_trainer(recipe, world, args, data, global_batch)
     if data.features:
         feature_filling.fill(trainer, data.features, recipe.data.bad_rows == "skip")
     if publisher:
         trainer.add_callback(publisher)
     if world.rank == 0:
-        training.begin_run_folder(recipe, world, data)
+        sft.begin_run_folder(recipe, world, data)
     safety.attach(trainer, recipe, world, watch, about, resume)
     with watch.while_training():
-        metrics = training.train(trainer, world, recipe, data, resume.path if resume else None)
+        metrics = sft.train(trainer, world, recipe, data, resume.path if resume else None)
         if world.rank == 0:
-            training.finish_run_folder(recipe, trainer, metrics)
+            sft.finish_run_folder(recipe, trainer, metrics)
             print(plan.outcome(recipe, metrics), flush=True)
     trainer.accelerator.end_training()
     if publisher:

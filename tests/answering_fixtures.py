@@ -8,8 +8,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qwen_vl_sft.data import open_rows
-from qwen_vl_sft.recipe import read_recipe
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.tiny import DATA_DIR, MODEL_DIR
 
 

@@ -78,7 +78,7 @@ def tiny_processor() -> Any:
 @pytest.fixture(scope="session")
 def small_model(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2-VL of the smallest shape with the real tokenizer, in float32."""
-    from qwen_vl_sft.random_model import make_random_model
+    from qwen_vl_sft.modeling.random_model import make_random_model
 
     folder = tmp_path_factory.mktemp("models") / "small"
     make_random_model(

@@ -7,7 +7,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from qwen_vl_sft.recipe import read_recipe
+from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.tiny.dataset import write_dataset
 from qwen_vl_sft.tiny.model import build_model
 from qwen_vl_sft.tiny.processor import build_processor

@@ -16,8 +16,8 @@ import time
 
 import torch
 
-from qwen_vl_sft.collator import Collator
-from qwen_vl_sft.trainer import VisionSFTTrainer
+from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 compute_loss, prediction_step, save = VisionSFTTrainer.compute_loss, VisionSFTTrainer.prediction_step, torch.save
 collate, collated = Collator.__call__, itertools.count(1)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.launch import check_running, read_world, start, training_arguments
+from qwen_vl_sft.launching.launch import check_running, read_world, start, training_arguments
 
 
 class Checked(Exception):

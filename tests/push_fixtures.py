@@ -17,10 +17,10 @@ import torch
 from conftest import REPOSITORY
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.model import load_model
-from qwen_vl_sft.recipe import read_recipe
-from qwen_vl_sft.scoring import Question, score_row, summarise
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.evaluation.scoring import Question, score_row, summarise
+from qwen_vl_sft.modeling.base_model import load_model
+from qwen_vl_sft.recipe.reading import read_recipe
+from qwen_vl_sft.recipe.settings import ModelSettings
 
 WRITER, READER, SCOPED, OTHER = "hf_aliceWritesHere", "hf_aliceReadsHere", "hf_aliceScopedLab", "hf_bobWritesHere"
 PROCESSOR_FILES = ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -8,8 +8,8 @@ import runpy
 
 import torch
 
-from qwen_vl_sft import training
-from qwen_vl_sft.memory import MemoryProbe, largest_batch
+from qwen_vl_sft.training import sft
+from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
 
 
 class SavedActivations:
@@ -50,5 +50,5 @@ def build_with_probe(recipe, world, args, data, global_batch):
 
 
 if __name__ == "__main__":
-    build, training.build_trainer = training.build_trainer, build_with_probe
+    build, sft.build_trainer = sft.build_trainer, build_with_probe
     runpy.run_path("scripts/sft.py", run_name="__main__")

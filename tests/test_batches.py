@@ -6,12 +6,12 @@ from conftest import conversation_row
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_vl_sft.collator import NO_ROW, Collator, pad
-from qwen_vl_sft.data import open_rows
-from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.batching.collator import NO_ROW, Collator, pad
+from qwen_vl_sft.batching.sampler import EpochSampler, places
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.sampler import EpochSampler, places
-from qwen_vl_sft.scan import scan
+from qwen_vl_sft.preparation.scan import scan
 
 BAD = conversation_row(answer="")
 LONG = conversation_row(question="<image>" + "color " * 200)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import launch, run_process
 
-from qwen_vl_sft import checkpoints, resume_check
-from qwen_vl_sft.checkpoints import MARK, Checkpoint
+from qwen_vl_sft.benchmarks.kill_and_resume import Experiment
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
-from qwen_vl_sft.kill_and_resume import Experiment
-from qwen_vl_sft.row_log import RowLog, forget_after, read_row_log
+from qwen_vl_sft.outputs import checkpoints
+from qwen_vl_sft.outputs.checkpoints import MARK, Checkpoint
+from qwen_vl_sft.outputs.row_log import RowLog, forget_after, read_row_log
+from qwen_vl_sft.preparation import resume_check
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {

@@ -14,13 +14,14 @@ from conftest import REPOSITORY, run_process
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from qwen_vl_sft import launch, tiny
+from qwen_vl_sft import tiny
 from qwen_vl_sft.benchmarks import comparison, outcome, strategies
 from qwen_vl_sft.benchmarks.strategies import Case, grid, recipe_of
 from qwen_vl_sft.benchmarks.table import TEXT, format_table
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.model import forget_unused_renamings
-from qwen_vl_sft.random_model import make_random_model
+from qwen_vl_sft.launching import launch
+from qwen_vl_sft.modeling.base_model import forget_unused_renamings
+from qwen_vl_sft.modeling.random_model import make_random_model
 
 SCRIPT = "scripts/compare_strategies.py"
 SHORT = ["--recipe", "recipes/quickstart.yaml", "--max_train_samples", "32", "--per_device_train_batch_size", "2"]

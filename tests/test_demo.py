@@ -23,8 +23,8 @@ from qwen_vl_sft.demo.examples import collect_examples, load_examples, save_exam
 from qwen_vl_sft.demo.naming import label, model_name, relaxed_accuracy, run_names
 from qwen_vl_sft.demo.options import check_options, parse_options
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation_options import Source, TunedModel, read_source
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.evaluation.options import Source, TunedModel, read_source
+from qwen_vl_sft.recipe.settings import ModelSettings
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 MESSAGES = ("Answer with one word.", "Answer in a sentence.")
@@ -113,7 +113,7 @@ gradio = pytest.importorskip("gradio", reason="Gradio is not installed (pip inst
 
 @pytest.fixture(scope="module")
 def answerer(sources):
-    from qwen_vl_sft.answering import Answerer
+    from qwen_vl_sft.inference.answering import Answerer
 
     ready = Answerer(sources)
     ready.load(("base", "tuned"))
@@ -123,8 +123,8 @@ def answerer(sources):
 @pytest.fixture(scope="module")
 def expected(answerer):
     """What scripts/generate.py answers: by arm, run, row, and system message."""
-    from qwen_vl_sft.answering import ask
-    from qwen_vl_sft.rows import ImageFile
+    from qwen_vl_sft.data.rows import ImageFile
+    from qwen_vl_sft.inference.answering import ask
 
     def answer(arm, place, image, question, message=None):
         encoder = answerer.encoder(arm, place, message)
@@ -508,7 +508,7 @@ def test_what_cannot_be_a_space_is_refused_and_nothing_is_written(runs, tmp_path
 
 def test_hardware_follows_from_the_size(monkeypatch):
     from qwen_vl_sft.demo import space
-    from qwen_vl_sft.model import PartCount
+    from qwen_vl_sft.modeling.base_model import PartCount
 
     def machine(weights, **keys):
         monkeypatch.setattr(space, "build_on_meta", lambda _: None)

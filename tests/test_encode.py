@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import png
 
-from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, Conversation, ImageFile
 from qwen_vl_sft.errors import BadRow, OverLongRow
-from qwen_vl_sft.rows import CHARTQA_SYSTEM_MESSAGE, Conversation, ImageFile
 
 IMAGE = ImageFile(png("red", (56, 56)), None)  # 2x2 merged patches: four image tokens
 
@@ -79,7 +79,7 @@ def test_a_prompt_in_training_is_the_prompt_of_generation(real_processor, answer
 
 
 def test_encoding_is_the_processors_own(real_processor, shared):
-    from qwen_vl_sft.data import open_rows
+    from qwen_vl_sft.data.dataset import open_rows
 
     encoder = Encoder(real_processor, system_message=CHARTQA_SYSTEM_MESSAGE)
     rows = open_rows(str(shared / "chartqa"), "val[:4]")
@@ -120,8 +120,8 @@ def test_an_overlong_row_is_refused_not_cut(real_processor):
 def test_pixel_limits_hold_and_are_saved(shared, tmp_path):
     from transformers import AutoProcessor
 
-    from qwen_vl_sft.model import load_processor
-    from qwen_vl_sft.settings import ModelSettings
+    from qwen_vl_sft.modeling.base_model import load_processor
+    from qwen_vl_sft.recipe.settings import ModelSettings
     from qwen_vl_sft.tiny import MODEL_DIR
 
     processor = load_processor(ModelSettings(model_name_or_path=str(MODEL_DIR)), min_pixels=784, max_pixels=4 * 784)

@@ -19,16 +19,16 @@ from evaluation_fixtures import SYSTEM_MESSAGE, read_rows, write_charts, write_r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vl_sft.answer_files import AnswerFiles, deal
-from qwen_vl_sft.arms import attach_adapter, load_arm
+from qwen_vl_sft.data.rows import Conversation, ImageFile
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation import collect, evaluate
-from qwen_vl_sft.evaluation_options import check_options, check_output_dir, make_plan, parse_options
-from qwen_vl_sft.evaluation_task import prepare, read_question, up_to_last_answer
-from qwen_vl_sft.generation import plan_batches
-from qwen_vl_sft.predictions import score_predictions
-from qwen_vl_sft.rows import Conversation, ImageFile
-from qwen_vl_sft.scoring import Question, format_summary, score_row, summarise
+from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
+from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
+from qwen_vl_sft.evaluation.evaluate import collect, evaluate
+from qwen_vl_sft.evaluation.generation import plan_batches
+from qwen_vl_sft.evaluation.options import check_options, check_output_dir, make_plan, parse_options
+from qwen_vl_sft.evaluation.predictions import score_predictions
+from qwen_vl_sft.evaluation.scoring import Question, format_summary, score_row, summarise
+from qwen_vl_sft.evaluation.task import prepare, read_question, up_to_last_answer
 from qwen_vl_sft.tiny import MODEL_DIR
 
 REPOSITORY = Path(__file__).parent.parent
@@ -301,7 +301,7 @@ def test_an_adapter_of_another_model_is_refused(run, tmp_path):
 
 
 def world():
-    from qwen_vl_sft.launch import World
+    from qwen_vl_sft.launching.launch import World
 
     return World("single", 1, 0, 0, on_cpu=True)
 
@@ -450,7 +450,7 @@ def test_an_arm_can_be_added_and_nothing_is_answered_again(run, tmp_path, monkey
     evaluate(plan(*asked, "--arms", "base"))
     summary = evaluate(plan(*asked, "--arms", "tuned", "--resume"))
     assert list(summary["scores"]) == ["base", "tuned"]
-    monkeypatch.setattr("qwen_vl_sft.evaluation.load_arm", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.load_arm", lambda *_: pytest.fail("a model was loaded"))
     assert evaluate(plan(*asked, "--arms", "base", "--resume"))["scores"] == summary["scores"]
 
 
@@ -485,7 +485,7 @@ def test_too_little_memory_names_the_way_out(run, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qwen_vl_sft.evaluation.generate_batches", fail)
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.generate_batches", fail)
     with pytest.raises(UserError, match=r"--batch_size 8: .*--max_pixels"):
         evaluate(plan("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", 8))
 

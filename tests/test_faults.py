@@ -13,11 +13,11 @@ from conftest import REPOSITORY, launch
 from faulty_run import faulty_loss, faulty_save
 from safetensors.torch import load_file
 
-from qwen_vl_sft.checkpoints import folders, problem_of
 from qwen_vl_sft.errors import EXIT_USER_ERROR
-from qwen_vl_sft.preemption import Watch
-from qwen_vl_sft.row_log import read_row_log
-from qwen_vl_sft.trainer import VisionSFTTrainer
+from qwen_vl_sft.outputs.checkpoints import folders, problem_of
+from qwen_vl_sft.outputs.row_log import read_row_log
+from qwen_vl_sft.resilience.preemption import Watch
+from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 KEYS = {
     "recipe": "recipes/quickstart.yaml",

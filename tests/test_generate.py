@@ -13,13 +13,13 @@ import torch
 from answering_fixtures import chart, write_builtin_run
 from conftest import REPOSITORY, png, run_process
 
-from qwen_vl_sft.answer_lines import format_table
-from qwen_vl_sft.answering import Answer, Answerer, _Listener, ask, read_images
-from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.rows import ImageFile
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation_options import read_source
-from qwen_vl_sft.generate_options import check_options, choose_arms, parse_options
-from qwen_vl_sft.rows import ImageFile
+from qwen_vl_sft.evaluation.options import read_source
+from qwen_vl_sft.inference.answer_lines import format_table
+from qwen_vl_sft.inference.answering import Answer, Answerer, _Listener, ask, read_images
+from qwen_vl_sft.inference.options import check_options, choose_arms, parse_options
 
 TOKENS = 16
 MESSAGES = ("Answer with one word.", "Answer in a sentence.")
@@ -51,9 +51,9 @@ def answer(answerer, number, arm, place=0, **asked):
 def test_the_answers_are_those_of_an_evaluation(answerer, runs, tmp_path):
     from accelerate import PartialState
 
-    from qwen_vl_sft.evaluation import evaluate
-    from qwen_vl_sft.evaluation_options import make_plan
-    from qwen_vl_sft.evaluation_options import parse_options as parse_evaluation
+    from qwen_vl_sft.evaluation.evaluate import evaluate
+    from qwen_vl_sft.evaluation.options import make_plan
+    from qwen_vl_sft.evaluation.options import parse_options as parse_evaluation
 
     # The second adapter was loaded beside the first, and is evaluated alone.
     words = ["--run", runs[1], "--output_dir", tmp_path, "--max_samples", 6, "--max_new_tokens", TOKENS]

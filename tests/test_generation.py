@@ -7,9 +7,9 @@ import torch
 from evaluation_fixtures import tiny_model
 from PIL import Image
 
-from qwen_vl_sft.encode import Encoder
-from qwen_vl_sft.generation import estimate_length, generate_answers, greedy_config, plan_batches
-from qwen_vl_sft.rows import Conversation, ImageFile
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.rows import Conversation, ImageFile
+from qwen_vl_sft.evaluation.generation import estimate_length, generate_answers, greedy_config, plan_batches
 
 NEW_TOKENS = 12
 

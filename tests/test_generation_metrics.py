@@ -7,16 +7,16 @@ import pytest
 from conftest import conversation_row, launch, run_process
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.data import open_rows
-from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.rows import ImageFile
 from qwen_vl_sft.errors import BadRow
-from qwen_vl_sft.generation import generate_answers
-from qwen_vl_sft.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
-from qwen_vl_sft.metrics import METRICS, score
-from qwen_vl_sft.model import load_model
-from qwen_vl_sft.rows import ImageFile
-from qwen_vl_sft.scan import scan
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.evaluation.generation import generate_answers
+from qwen_vl_sft.evaluation.metrics import METRICS, score
+from qwen_vl_sft.modeling.base_model import load_model
+from qwen_vl_sft.preparation.scan import scan
+from qwen_vl_sft.recipe.settings import ModelSettings
+from qwen_vl_sft.training.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
 
 MODEL = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), dtype="float32")
 KEYS = {

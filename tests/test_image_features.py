@@ -16,23 +16,24 @@ from conftest import conversation_row, launch, png, run_process
 from test_packed import FAMILIES, GROUPS, losses_of, one_at_a_time, token_losses
 from test_trainer import make_trainer, newer, qwen2_vl
 
-from qwen_vl_sft import feature_filling, tiny
-from qwen_vl_sft.attention import use_packed_attention
-from qwen_vl_sft.collator import Collator
-from qwen_vl_sft.data import open_rows
-from qwen_vl_sft.encode import Encoder
-from qwen_vl_sft.encoded_image import EncodedImage
+from qwen_vl_sft import tiny
+from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoded_image import EncodedImage
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.feature_cache import FeatureCache
-from qwen_vl_sft.image_features import plan_features
-from qwen_vl_sft.launch import World
-from qwen_vl_sft.model import set_pixel_limits
-from qwen_vl_sft.packed import MICRO_BATCHES, PackedCollator, join
-from qwen_vl_sft.patches import run_vision_in_every_batch, take_images_as_packed
-from qwen_vl_sft.positions import Positions
-from qwen_vl_sft.recipe import build
-from qwen_vl_sft.recipe_rules_batch import BATCH_RULES
-from qwen_vl_sft.scan import scan
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.modeling.base_model import set_pixel_limits
+from qwen_vl_sft.modeling.patches import run_vision_in_every_batch, take_images_as_packed
+from qwen_vl_sft.preparation import feature_filling
+from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
+from qwen_vl_sft.preparation.image_features import plan_features
+from qwen_vl_sft.preparation.scan import scan
+from qwen_vl_sft.recipe.reading import build
 
 encoded, model = test_packed.encoded, test_packed.model
 DISTINCT = 16  # different images among the first 24 rows of the tiny charts' val split
@@ -210,7 +211,7 @@ def losses(model, batch):
 
 def test_training_decodes_no_image(filling, monkeypatch):
     filling.fill()
-    monkeypatch.setattr("qwen_vl_sft.rows.ImageFile.decode", lambda file: pytest.fail("decoded"))
+    monkeypatch.setattr("qwen_vl_sft.data.rows.ImageFile.decode", lambda file: pytest.fail("decoded"))
     assert filling.batch()["image_features"].shape[1] == filling.features.cache.width
 
 

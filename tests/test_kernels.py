@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import qwen2_vl
 from torch import nn
 
-from qwen_vl_sft.kernels import problems_of_kernels, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.kernels import problems_of_kernels, use_fused_kernels, use_fused_lora
 
 
 def adapted(dtype=torch.float32, **options):

@@ -14,10 +14,9 @@ import yaml
 from accelerate.commands.config import config_args
 from torch import nn
 
-from qwen_vl_sft import launch_world
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launch import World, check_running, prepare_final_save, read_world, training_arguments
-from qwen_vl_sft.launch_asked import Asked, Process, ancestors, asked_of_launcher
+from qwen_vl_sft.launching.asked import Asked, Process, ancestors, asked_of_launcher
+from qwen_vl_sft.launching.launch import World, check_running, prepare_final_save, read_world, training_arguments
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"
@@ -30,7 +29,7 @@ ZERO = RANK_1_OF_2 | {"ACCELERATE_USE_DEEPSPEED": "true"}
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "no_default_config.yaml"))
-    monkeypatch.setattr(launch_world, "find_spec", lambda name: "installed")
+    monkeypatch.setattr("qwen_vl_sft.launching.world.find_spec", lambda name: "installed")
 
 
 def read(env, asked=None, gpus=2, use_cpu=False) -> World:
@@ -106,7 +105,7 @@ def test_launches_that_cannot_train_are_refused(env, words):
 
 
 def test_deepspeed_must_be_installed(monkeypatch):
-    monkeypatch.setattr(launch_world, "find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_vl_sft.launching.world.find_spec", lambda name: None)
     assert "pip install deepspeed" in refusal(ZERO)
 
 

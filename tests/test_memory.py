@@ -14,13 +14,13 @@ from test_packing import sizes_of
 from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.data import open_rows
-from qwen_vl_sft.encode import Encoder
+from qwen_vl_sft.batching.packing import StepPlan
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.memory import MARGIN, Fit, MemoryProbe, all_layers, choose, largest_batch
-from qwen_vl_sft.packing import StepPlan
+from qwen_vl_sft.preparation.scan import scan
 from qwen_vl_sft.random_state import random_state
-from qwen_vl_sft.scan import scan
+from qwen_vl_sft.training.memory import MARGIN, Fit, MemoryProbe, all_layers, choose, largest_batch
 
 HUGE = 10**12
 
@@ -119,7 +119,7 @@ def test_the_run_does_not_notice_the_trial(probed):
 
 
 def test_a_trial_draws_no_random_numbers_and_leaves_no_gradient(probed, monkeypatch):
-    from qwen_vl_sft import memory
+    from qwen_vl_sft.training import memory
 
     before = []
     inner = memory.MemoryProbe.on_train_begin

@@ -8,16 +8,16 @@ import torch
 from conftest import run_process
 from safetensors.torch import load_file, save_file
 
-from qwen_vl_sft import merge as merging
 from qwen_vl_sft import tiny
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.merge import merge, prepare, requantized
-from qwen_vl_sft.merge_base import quantized_layers, read_base
-from qwen_vl_sft.merge_check import check_model, check_weights, format_report
-from qwen_vl_sft.merge_plan import Options, make_plan, parse_options
-from qwen_vl_sft.model import build_on_meta, load_model
-from qwen_vl_sft.recipe import read_recipe
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.merging import merge as merging
+from qwen_vl_sft.merging.base import quantized_layers, read_base
+from qwen_vl_sft.merging.check import check_model, check_weights, format_report
+from qwen_vl_sft.merging.merge import merge, prepare, requantized
+from qwen_vl_sft.merging.plan import Options, make_plan, parse_options
+from qwen_vl_sft.modeling.base_model import build_on_meta, load_model
+from qwen_vl_sft.recipe.reading import read_recipe
+from qwen_vl_sft.recipe.settings import ModelSettings
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 
@@ -166,7 +166,7 @@ def test_the_key_names_of_the_base_are_kept(tmp_path, renamed):
 def test_names_of_every_family():
     from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-    from qwen_vl_sft.merge_base import renamer
+    from qwen_vl_sft.merging.base import renamer
 
     with torch.device("meta"):
         three = AutoModelForImageTextToText.from_config(Qwen3VLConfig())
@@ -207,9 +207,9 @@ def test_one_of_two_tied_tensors_trained_in_full_unties_them(tmp_path, trained):
 
 
 def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
-    from qwen_vl_sft import evaluation_options
-    from qwen_vl_sft.arms import load_arm, load_run_processor
-    from qwen_vl_sft.launch import read_world
+    from qwen_vl_sft.evaluation import options
+    from qwen_vl_sft.evaluation.arms import load_arm, load_run_processor
+    from qwen_vl_sft.launching.launch import read_world
 
     merged = tmp_path / "merged"
     merged.mkdir()  # an empty folder may be there
@@ -217,9 +217,7 @@ def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
     assert {"merge.json", "recipe.yaml", "system_message.txt", "generation_config.json", "chat_template.jinja"} <= set(
         left_in(merged)
     )
-    plan = evaluation_options.make_plan(
-        evaluation_options.parse_options(["--run", str(merged), "--output_dir", str(tmp_path / "scores")])
-    )
+    plan = options.make_plan(options.parse_options(["--run", str(merged), "--output_dir", str(tmp_path / "scores")]))
     assert plan.system_message == "Answer with one word."
     assert not plan.recipe.model.load_in_4bit
     load_run_processor(plan)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_vl_sft.metrics import (
+from qwen_vl_sft.evaluation.metrics import (
     METRICS,
     anls,
     compare,

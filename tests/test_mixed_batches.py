@@ -8,7 +8,7 @@ from conftest import conversation_row, launch, png, run_process
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.errors import EXIT_USER_ERROR
-from qwen_vl_sft.row_log import read_row_log
+from qwen_vl_sft.outputs.row_log import read_row_log
 
 
 def arguments(data, folder, scope, packing, **other):

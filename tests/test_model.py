@@ -3,11 +3,9 @@ import torch
 from conftest import SMALL_SHAPE
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.attention import resolve_attention
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.flops import FlopCounter, Work, peak_flops
-from qwen_vl_sft.lora import find_targets, lora_config, outside_scope, shortest_targets, trains_language_only
-from qwen_vl_sft.model import (
+from qwen_vl_sft.modeling.attention import resolve_attention
+from qwen_vl_sft.modeling.base_model import (
     build_on_meta,
     count_parameters,
     format_parameters,
@@ -17,8 +15,10 @@ from qwen_vl_sft.model import (
     load_processor,
     part_of,
 )
-from qwen_vl_sft.random_model import make_random_model
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.modeling.flops import FlopCounter, Work, peak_flops
+from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope, shortest_targets, trains_language_only
+from qwen_vl_sft.modeling.random_model import make_random_model
+from qwen_vl_sft.recipe.settings import ModelSettings
 
 TINY = str(tiny.MODEL_DIR)
 

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from test_trainer import newer, qwen2_vl
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.attention import use_packed_attention, use_segmented_vision_attention
-from qwen_vl_sft.collator import Collator, pad
-from qwen_vl_sft.data import open_rows
-from qwen_vl_sft.encode import IGNORE_INDEX, Encoder
-from qwen_vl_sft.lora import lora_config
-from qwen_vl_sft.packed import MICRO_BATCHES, PackedCollator, join, seam
-from qwen_vl_sft.packing import StepPlan, StepSampler
-from qwen_vl_sft.patches import take_images_as_packed
-from qwen_vl_sft.positions import Positions
-from qwen_vl_sft.rows import ImageFile
-from qwen_vl_sft.scan import scan
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.batching.collator import Collator, pad
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join, seam
+from qwen_vl_sft.batching.packing import StepPlan, StepSampler
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoder
+from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
+from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.modeling.patches import take_images_as_packed
+from qwen_vl_sft.preparation.scan import scan
+from qwen_vl_sft.recipe.settings import ModelSettings
 
 # One, two and no images, ragged answers, two and three questions on the same images, and one of a single token.
 ROWS = [
@@ -187,7 +187,7 @@ def test_the_comparison_above_would_notice(name, model, encoded):
 
 
 def test_generation_on_the_packed_attention_is_that_of_plain_attention(encoded, tiny_processor):
-    from qwen_vl_sft.generation import generate_batch
+    from qwen_vl_sft.evaluation.generation import generate_batch
 
     encoder = Encoder(tiny_processor)
     plain, packed = qwen2_vl(), qwen2_vl()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vl_sft.packing import Sizes, StepPlan, StepSampler
+from qwen_vl_sft.batching.packing import Sizes, StepPlan, StepSampler
 
 BUDGET = 100
 
@@ -70,7 +70,7 @@ def test_epochs_differ_and_follow_from_the_seed_alone():
 
 
 def test_without_sharing_the_order_is_that_of_padded_training():
-    from qwen_vl_sft.sampler import EpochSampler
+    from qwen_vl_sft.batching.sampler import EpochSampler
 
     sampler = EpochSampler(30, 30, seed=3)
     sampler.set_epoch(2)

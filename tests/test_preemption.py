@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_process
 
-from qwen_vl_sft import faults, preemption
-from qwen_vl_sft.checkpoints import problem_of
-from qwen_vl_sft.deadline import Deadline, parse_duration
 from qwen_vl_sft.errors import EXIT_PREEMPTED, UserError
-from qwen_vl_sft.faults import StepRecord
+from qwen_vl_sft.outputs.checkpoints import problem_of
+from qwen_vl_sft.resilience import faults, preemption
+from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
+from qwen_vl_sft.resilience.faults import StepRecord
 
 SCRIPT = "scripts/sft.py"
 ENDLESS = {

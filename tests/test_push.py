@@ -29,16 +29,17 @@ from push_fixtures import (
     write_run,
 )
 
-from qwen_vl_sft import hub_access, push_while_training, tiny
+from qwen_vl_sft import tiny
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.hub_access import Target, check_access, redact
-from qwen_vl_sft.hub_names import public_name, without_paths
-from qwen_vl_sft.model_card import make_card
-from qwen_vl_sft.model_card_usage import python_code
-from qwen_vl_sft.publication import read_publication
-from qwen_vl_sft.published_files import collect_files
-from qwen_vl_sft.push_options import Options, check_options, run_push
-from qwen_vl_sft.recipe import read_recipe
+from qwen_vl_sft.hub import access, push_while_training
+from qwen_vl_sft.hub.access import Target, check_access, redact
+from qwen_vl_sft.hub.card import make_card
+from qwen_vl_sft.hub.card_usage import python_code
+from qwen_vl_sft.hub.files import collect_files
+from qwen_vl_sft.hub.names import public_name, without_paths
+from qwen_vl_sft.hub.options import Options, check_options, run_push
+from qwen_vl_sft.hub.publication import read_publication
+from qwen_vl_sft.recipe.reading import read_recipe
 
 COMMIT = {"method": "POST", "path": "/commit/", "times": 1}
 
@@ -94,8 +95,8 @@ COMPARE_LOGITS = """
 import sys, torch
 from peft import PeftModel
 from qwen_vl_sft import tiny
-from qwen_vl_sft.model import load_model
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.modeling.base_model import load_model
+from qwen_vl_sft.recipe.settings import ModelSettings
 
 def logits(folder):
     base = load_model(ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), dtype="float32"), on_cpu=True)
@@ -336,12 +337,12 @@ def test_an_organization_and_a_fine_grained_token(lfs_worker, hub, run):
 
 def test_the_hub_out_of_reach(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    monkeypatch.setattr(hub_access, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(access, "is_offline_mode", lambda: True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         check_access(Target("alice/x"))
-    monkeypatch.setattr(hub_access, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(access, "is_offline_mode", lambda: False)
     # The client itself refuses every request in these tests' own process, as if there were no network.
-    monkeypatch.setattr(hub_access, "HfApi", partial(hub_access.HfApi, endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(access, "HfApi", partial(access.HfApi, endpoint="http://127.0.0.1:9"))
     with pytest.raises(UserError, match=r"^push: http://127.0.0.1:9: the connection failed"):
         check_access(Target("alice/x"))
 
@@ -581,10 +582,10 @@ def test_a_final_push_that_fails_leaves_the_run_and_says_how(run, monkeypatch, t
     copied = write_run(tmp_path / "run")
     recipe = read_recipe(copied / "recipe.yaml", {"push_to_hub": True, "hub_model_id": "alice/x", "hub_revision": "v2"})
     target = push_while_training.target_of(recipe)
-    access = hub_access.Access(hub_access.HfApi(token=False), target, "alice", exists=False, private=True)
+    allowed = access.Access(access.HfApi(token=False), target, "alice", exists=False, private=True)
     monkeypatch.setattr(push_while_training, "publish", fail)
     with pytest.raises(UserError) as told:
-        push_while_training.PushWhileTraining(recipe, access).finish()
+        push_while_training.PushWhileTraining(recipe, allowed).finish()
     assert "training has finished and" in str(told.value)
     assert f"python scripts/push.py --run {copied} --repo_id alice/x --branch v2" in str(told.value)
     assert "the Hub failed (500)" in json.loads((copied / "metrics.json").read_text())["push"]["failed"]
@@ -603,8 +604,8 @@ BAD_RECIPES = {
 
 @pytest.mark.parametrize("name", BAD_RECIPES)
 def test_a_recipe_that_cannot_push(name, tmp_path):
-    from qwen_vl_sft import recipe_rules
-    from qwen_vl_sft.launch import World
+    from qwen_vl_sft.launching.launch import World
+    from qwen_vl_sft.preparation import rules
 
     changes, told = BAD_RECIPES[name]
     keys = {
@@ -618,5 +619,5 @@ def test_a_recipe_that_cannot_push(name, tmp_path):
         **{key: value.format(here=tmp_path) for key, value in changes.items()},
     }
     with pytest.raises(UserError) as problem:
-        recipe_rules.check(read_recipe(None, keys), World("single", 1, 0, 0, True))
+        rules.check(read_recipe(None, keys), World("single", 1, 0, 0, True))
     assert told in str(problem.value)

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_sft.coercion import coerce, load_yaml
-from qwen_vl_sft.command_line import format_help, parse_command_line
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.recipe import key_hints, read_recipe
-from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
+from qwen_vl_sft.recipe.coercion import coerce, load_yaml
+from qwen_vl_sft.recipe.command_line import format_help, parse_command_line
+from qwen_vl_sft.recipe.reading import key_hints, read_recipe
+from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

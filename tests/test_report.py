@@ -13,10 +13,10 @@ import pytest
 from conftest import REPOSITORY, png
 from PIL import Image
 
-from qwen_vl_sft.error_kinds import CATEGORY, EMPTY, KINDS, OTHER_NUMBER, VERBOSE, WITHIN, error_kind
-from qwen_vl_sft.report import MAX_WIDTH, embed, page_data, render, to_script_json, write_report
-from qwen_vl_sft.rows import ImageFile
-from qwen_vl_sft.scoring import Question, score_row, summarise
+from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.evaluation.error_kinds import CATEGORY, EMPTY, KINDS, OTHER_NUMBER, VERBOSE, WITHIN, error_kind
+from qwen_vl_sft.evaluation.report import MAX_WIDTH, embed, page_data, render, to_script_json, write_report
+from qwen_vl_sft.evaluation.scoring import Question, score_row, summarise
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 HOSTILE = (
@@ -172,7 +172,7 @@ def test_charts_are_scaled_down_and_small():
 
 
 def test_250_real_rows_stay_small(shared):
-    from qwen_vl_sft.data import open_rows
+    from qwen_vl_sft.data.dataset import open_rows
 
     rows = open_rows(str(shared / "chartqa"), "test")
     answered = [scored(row_id, "1", base="1") for row_id in range(len(rows))]
@@ -199,9 +199,9 @@ def test_predictions_get_a_page_too(tmp_path):
 
 
 def test_a_row_of_a_capped_evaluation_keeps_its_own_chart(tmp_path):
-    from qwen_vl_sft.data import open_rows, spread
-    from qwen_vl_sft.evaluation import charts_of
-    from qwen_vl_sft.evaluation_task import Task
+    from qwen_vl_sft.data.dataset import open_rows, spread
+    from qwen_vl_sft.evaluation.evaluate import charts_of
+    from qwen_vl_sft.evaluation.task import Task
 
     lines = []
     for number in range(9):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, launch
 
-from qwen_vl_sft import run_folder
-from qwen_vl_sft.preemption import Watch
-from qwen_vl_sft.recipe import read_recipe
+from qwen_vl_sft.outputs import run_folder
+from qwen_vl_sft.recipe.reading import read_recipe
+from qwen_vl_sft.resilience.preemption import Watch
 
 KEYS = {
     "recipe": "recipes/quickstart.yaml",
@@ -107,8 +107,10 @@ def checkout(tmp_path, monkeypatch):
     """A repository with a copy of the module that asks for its commit."""
     package = tmp_path / "repository/src"
     package.mkdir(parents=True)
-    shutil.copy(run_folder.__file__, package)
-    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
+    module = package / "outputs/run_folder.py"
+    module.parent.mkdir()
+    shutil.copy(run_folder.__file__, module)
+    monkeypatch.setattr(run_folder, "__file__", str(module))
     for name in list(os.environ):
         if name.startswith("GIT_"):
             monkeypatch.delenv(name)
@@ -133,6 +135,6 @@ def test_the_commit_says_whether_the_code_was_changed(checkout):
     assert run_folder._git_commit() == f"{clean}-dirty"
     (checkout / "new.py").unlink()
     assert run_folder._git_commit() == clean
-    with (checkout / "run_folder.py").open("a") as file:
+    with (checkout / "outputs/run_folder.py").open("a") as file:
         file.write("\n")
     assert run_folder._git_commit() == f"{clean}-dirty"

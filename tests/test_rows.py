@@ -3,9 +3,9 @@ import json
 import pytest
 from conftest import conversation_row, png
 
-from qwen_vl_sft.data import open_rows, spread
+from qwen_vl_sft.data.dataset import open_rows, spread
+from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, ImageFile, chartqa_conversation, messages_conversation
 from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.rows import CHARTQA_SYSTEM_MESSAGE, ImageFile, chartqa_conversation, messages_conversation
 
 RED = {"bytes": png("red"), "path": None}
 

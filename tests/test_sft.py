@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, conversation_row, launch, png, run_process
 
-from qwen_vl_sft import errors, preemption, tiny
+from qwen_vl_sft import errors, tiny
+from qwen_vl_sft.resilience import preemption
 
 SCRIPT = "scripts/sft.py"
 
@@ -288,8 +289,8 @@ def test_the_run_folder_holds_what_the_readme_says(launched_run):
     from PIL import Image
     from transformers import AutoProcessor
 
-    from qwen_vl_sft.recipe import read_recipe
-    from qwen_vl_sft.rows import CHARTQA_SYSTEM_MESSAGE
+    from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE
+    from qwen_vl_sft.recipe.reading import read_recipe
 
     run, _ = launched_run
     assert (run / "adapter_model.safetensors").stat().st_mode & 0o044
@@ -323,11 +324,11 @@ def test_one_process_gives_the_same_losses_and_adapter(launched_run, tutorial_ke
 def test_the_adapter_loads_back_and_changes_the_output(launched_run, tutorial_keys):
     from peft import PeftModel
 
-    from qwen_vl_sft.collator import pad
-    from qwen_vl_sft.data import open_rows
-    from qwen_vl_sft.encode import Encoder
-    from qwen_vl_sft.model import load_model, load_processor
-    from qwen_vl_sft.settings import ModelSettings
+    from qwen_vl_sft.batching.collator import pad
+    from qwen_vl_sft.data.dataset import open_rows
+    from qwen_vl_sft.data.encoding import Encoder
+    from qwen_vl_sft.modeling.base_model import load_model, load_processor
+    from qwen_vl_sft.recipe.settings import ModelSettings
 
     run, _ = launched_run
     base = ModelSettings(

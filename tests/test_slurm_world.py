@@ -3,8 +3,8 @@
 import pytest
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launch_world import read_world
-from qwen_vl_sft.slurm_world import unlike_allotted
+from qwen_vl_sft.launching.slurm import unlike_allotted
+from qwen_vl_sft.launching.world import read_world
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from conftest import REPOSITORY
 from test_faults import KEYS
 from torch.distributed import TCPStore
 
-from qwen_vl_sft import stall
-from qwen_vl_sft.row_log import read_row_log
-from qwen_vl_sft.stall import StallWatch, Standing, format_report
+from qwen_vl_sft.outputs.row_log import read_row_log
+from qwen_vl_sft.resilience import stall
+from qwen_vl_sft.resilience.stall import StallWatch, Standing, format_report
 
 TIMEOUT = 20
 

@@ -6,16 +6,16 @@ from conftest import SMALL_SHAPE, conversation_row
 from trl import SFTConfig
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.callbacks import EpochOrder, format_log
-from qwen_vl_sft.collator import Collator
-from qwen_vl_sft.data import open_rows
-from qwen_vl_sft.encode import Encoder
-from qwen_vl_sft.meter import Meter
-from qwen_vl_sft.model import load_model
-from qwen_vl_sft.patches import run_frozen_vision_without_gradients
-from qwen_vl_sft.sampler import EpochSampler, places
-from qwen_vl_sft.settings import FIXED_TRAINING_ARGUMENTS, ModelSettings
-from qwen_vl_sft.trainer import VisionSFTTrainer
+from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.sampler import EpochSampler, places
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.modeling.base_model import load_model
+from qwen_vl_sft.modeling.patches import run_frozen_vision_without_gradients
+from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS, ModelSettings
+from qwen_vl_sft.training.callbacks import EpochOrder, format_log
+from qwen_vl_sft.training.meter import Meter
+from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 
 def qwen2_vl():
@@ -94,7 +94,7 @@ def make_trainer(model, rows, processor, tmp_path, train_rows=6, **arguments):
 
 def token_mean(model, rows, processor):
     """The loss by its definition: one row at a time, all learned tokens weighing the same."""
-    from qwen_vl_sft.collator import pad
+    from qwen_vl_sft.batching.collator import pad
 
     encoder, total, count = Encoder(processor), 0.0, 0
     for index in range(len(rows)):
@@ -148,8 +148,8 @@ def test_an_incomplete_last_step_weighs_its_own_tokens(ragged, tiny_processor, t
 
 
 def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, tiny_processor):
-    from qwen_vl_sft.collator import pad
-    from qwen_vl_sft.model import part_of
+    from qwen_vl_sft.batching.collator import pad
+    from qwen_vl_sft.modeling.base_model import part_of
 
     encoder, gradients = Encoder(tiny_processor), []
     batch = pad([ragged.encode({"row": 0}, encoder)], encoder.pad_token_id)

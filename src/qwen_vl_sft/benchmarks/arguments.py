@@ -33,7 +33,7 @@ def random_model_of(arguments: argparse.Namespace) -> Path:
     """The folder of the random model, which is written unless it is there. Raises `UserError`."""
     import torch
 
-    from qwen_vl_sft.random_model import make_random_model
+    from qwen_vl_sft.modeling.random_model import make_random_model
 
     folder = arguments.model_dir or arguments.output_dir / "model"
     if not (folder / "config.json").is_file():

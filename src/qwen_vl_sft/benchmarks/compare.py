@@ -8,9 +8,9 @@ import torch
 
 from qwen_vl_sft.benchmarks.arguments import random_model_of
 from qwen_vl_sft.benchmarks.strategies import CONFIGS, Case, Experiment, grid, recipe_of, write_recipes
-from qwen_vl_sft.command_line import parse_command_line
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.recipe import read_file
+from qwen_vl_sft.recipe.command_line import parse_command_line
+from qwen_vl_sft.recipe.reading import read_file
 
 STEPS = 20
 

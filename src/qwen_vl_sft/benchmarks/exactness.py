@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vl_sft import launch, preparation, recipe_rules, recipe_rules_batch, training
+from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator
+from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, random_model_of
 from qwen_vl_sft.benchmarks.table import TEXT
-from qwen_vl_sft.collator import Collator
-from qwen_vl_sft.command_line import parse_command_line
-from qwen_vl_sft.packed import MICRO_BATCHES, PackedCollator
-from qwen_vl_sft.packing import StepPlan
-from qwen_vl_sft.preparation import PreparedData
-from qwen_vl_sft.recipe import read_recipe
-from qwen_vl_sft.scan import Scan
+from qwen_vl_sft.launching import launch
+from qwen_vl_sft.preparation import batch_rules, prepared_data, rules
+from qwen_vl_sft.preparation.prepared_data import PreparedData
+from qwen_vl_sft.preparation.scan import Scan
+from qwen_vl_sft.recipe.command_line import parse_command_line
+from qwen_vl_sft.recipe.reading import read_recipe
+from qwen_vl_sft.training import sft
 
 COLUMNS = {
     "precision": ("precision", TEXT),
@@ -73,11 +75,11 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[
 def _load(arguments: argparse.Namespace, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
     recipe = read_recipe(arguments.recipe, keys)
     world = launch.read_world(use_cpu=recipe.get("use_cpu"))
-    recipe_rules.check(recipe, world)
-    global_batch = recipe_rules_batch.resolve_batch(recipe, world)
+    rules.check(recipe, world)
+    global_batch = batch_rules.resolve_batch(recipe, world)
     launch.start(world)
-    data = preparation.prepare_data(recipe, world)
-    trainer: Any = training.build_trainer(recipe, world, training.sft_config(recipe, world), data, global_batch)
+    data = prepared_data.prepare_data(recipe, world)
+    trainer: Any = sft.build_trainer(recipe, world, sft.sft_config(recipe, world), data, global_batch)
     numbers = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:

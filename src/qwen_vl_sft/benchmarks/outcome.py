@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft import run_folder
 from qwen_vl_sft.errors import EXIT_USER_ERROR
-from qwen_vl_sft.row_log import read_row_log
+from qwen_vl_sft.outputs import run_folder
+from qwen_vl_sft.outputs.row_log import read_row_log
 
 MEASURED = (
     "rows_per_second",

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from qwen_vl_sft.benchmarks.table import TEXT, format_table
 from qwen_vl_sft.benchmarks.variants import Variant, timed_fetching
-from qwen_vl_sft.flops import peak_flops
+from qwen_vl_sft.modeling.flops import peak_flops
 
 COLUMNS = {
     "variant": ("variant", TEXT),

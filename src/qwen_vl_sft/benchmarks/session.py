@@ -11,8 +11,8 @@ from qwen_vl_sft.benchmarks import rounds
 from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, random_model_of
 from qwen_vl_sft.benchmarks.table import format_table
 from qwen_vl_sft.benchmarks.variants import build
-from qwen_vl_sft.command_line import parse_command_line
-from qwen_vl_sft.run_folder import environment
+from qwen_vl_sft.outputs.run_folder import environment
+from qwen_vl_sft.recipe.command_line import parse_command_line
 
 WARMUP = 3
 RARELY = {"logging_steps": 10_000}

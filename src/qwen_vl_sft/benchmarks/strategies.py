@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from qwen_vl_sft import checkpoints
 from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE
+from qwen_vl_sft.benchmarks.kill_and_resume import kill_family
 from qwen_vl_sft.benchmarks.outcome import differences, finished, machine_of, stopped
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.kill_and_resume import kill_family
-from qwen_vl_sft.recipe_rules import LORA_KEYS
-from qwen_vl_sft.row_log import read_row_log
+from qwen_vl_sft.outputs import checkpoints
+from qwen_vl_sft.outputs.row_log import read_row_log
+from qwen_vl_sft.preparation.rules import LORA_KEYS
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "sft.py"
 CONFIGS = Path("accelerate_configs")

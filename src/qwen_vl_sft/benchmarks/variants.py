@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_vl_sft import kernels, launch, preparation, recipe_rules, recipe_rules_batch, training
+from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.flops import FlopCounter, Work
-from qwen_vl_sft.launch import World
-from qwen_vl_sft.lora import lora_config
-from qwen_vl_sft.meter import TimedIterator
-from qwen_vl_sft.model import quantization_config
-from qwen_vl_sft.packing import StepSampler
-from qwen_vl_sft.preparation import PreparedData
-from qwen_vl_sft.recipe import Recipe, read_recipe
-from qwen_vl_sft.scan import Scan
+from qwen_vl_sft.launching import launch
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.modeling import kernels
+from qwen_vl_sft.modeling.base_model import quantization_config
+from qwen_vl_sft.modeling.flops import FlopCounter, Work
+from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.preparation import batch_rules, prepared_data, rules
+from qwen_vl_sft.preparation.prepared_data import PreparedData
+from qwen_vl_sft.preparation.scan import Scan
+from qwen_vl_sft.recipe.reading import Recipe, read_recipe
+from qwen_vl_sft.training import sft
+from qwen_vl_sft.training.meter import TimedIterator
 
 PACKED = {"packing": True, "gradient_checkpointing": False, "lora_dropout": 0.0}
 KERNELS = {"fused_kernels": list(kernels.KERNELS)}
@@ -84,18 +87,18 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     changed = VARIANTS[name]
     recipe = read_recipe(recipe_file, {**keys, **(changed or {"packing": False})})
     world = launch.read_world(use_cpu=recipe.get("use_cpu"))
-    recipe_rules.check(recipe, world)
-    global_batch = recipe_rules_batch.resolve_batch(recipe, world)
+    rules.check(recipe, world)
+    global_batch = batch_rules.resolve_batch(recipe, world)
     launch.start(world)
-    data = preparation.prepare_data(recipe, world)
+    data = prepared_data.prepare_data(recipe, world)
     assert isinstance(data.train, Scan), "rows are looked up"
     data = dataclasses.replace(data, train=repeated(data.train, repeat), evaluation=None)
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     if changed is None:
         trainer, rows = trl_trainer(recipe, world, data), TRL_BATCH
     else:
-        args = training.sft_config(recipe, world)
-        trainer, rows = training.build_trainer(recipe, world, args, data, global_batch), global_batch
+        args = sft.sft_config(recipe, world)
+        trainer, rows = sft.build_trainer(recipe, world, args, data, global_batch), global_batch
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     scan: Any = data.train
     counter = FlopCounter.of(trainer.model.config, peft=True, vision_frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_sft.errors import raise_all
-from qwen_vl_sft.evaluation_options import RECIPE_KEYS, add_recipe_keys, positive, take_recipe_keys
+from qwen_vl_sft.evaluation.options import RECIPE_KEYS, add_recipe_keys, positive, take_recipe_keys
 
 # Each run has a system message of its own, and one that is given for all would hide them; the page edits it.
 KEYS = tuple(name for name in RECIPE_KEYS if name != "system_message")

@@ -9,12 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from qwen_vl_sft.answer_lines import describe
-from qwen_vl_sft.answering import Answer, Answerer, ask, read_image
 from qwen_vl_sft.demo.examples import Example
 from qwen_vl_sft.demo.naming import label, model_name, run_names
 from qwen_vl_sft.demo.options import Options
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.inference.answer_lines import describe
+from qwen_vl_sft.inference.answering import Answer, Answerer, ask, read_image
 
 MOST_IMAGES = 4
 # Characters of a text that is sent; far above any question, far below what fills a GPU.

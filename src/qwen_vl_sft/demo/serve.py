@@ -13,7 +13,7 @@ from typing import Any
 from qwen_vl_sft.demo.examples import Example, collect_examples
 from qwen_vl_sft.demo.options import LOCAL, Options
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation_options import Source, read_source
+from qwen_vl_sft.evaluation.options import Source, read_source
 
 
 def read_sources(options: Options) -> list[Source]:
@@ -46,8 +46,8 @@ def serve(options: Options, examples: Sequence[Example] | None = None) -> None:
 
 def load_page(options: Options, examples: Sequence[Example] | None, folder: Path) -> Any:
     """Load the models and build their page; examples that are collected go into `folder`. Raises `UserError`."""
-    from qwen_vl_sft.answering import Answerer
     from qwen_vl_sft.demo.page import build_page
+    from qwen_vl_sft.inference.answering import Answerer
 
     sources = read_sources(options)
     answerer = Answerer(sources)

@@ -17,19 +17,20 @@ from typing import Any
 import yaml
 
 import qwen_vl_sft
-from qwen_vl_sft import run_folder, tiny
+from qwen_vl_sft import tiny
 from qwen_vl_sft.demo import examples as example_files
 from qwen_vl_sft.demo.naming import EVALUATION, model_name, relaxed_accuracy, run_names
 from qwen_vl_sft.demo.options import Options
 from qwen_vl_sft.demo.serve import prepare_gradio, read_sources
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.evaluation_options import ADAPTER_FILE, Source
-from qwen_vl_sft.merge_folder import PROCESSOR_FILES
-from qwen_vl_sft.metrics import HEADLINE
-from qwen_vl_sft.model import build_on_meta, count_parameters
-from qwen_vl_sft.recipe import BUILTIN
-from qwen_vl_sft.scoring import SUMMARY_FILE
-from qwen_vl_sft.settings import ModelSettings
+from qwen_vl_sft.evaluation.metrics import HEADLINE
+from qwen_vl_sft.evaluation.options import ADAPTER_FILE, Source
+from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
+from qwen_vl_sft.merging.folder import PROCESSOR_FILES
+from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters
+from qwen_vl_sft.outputs import run_folder
+from qwen_vl_sft.recipe.reading import BUILTIN
+from qwen_vl_sft.recipe.settings import ModelSettings
 
 BUILTIN_MODEL = "builtin:tiny-qwen2-vl"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,7 +82,7 @@ def export_space(options: Options) -> None:
     prepare_gradio()
     sources = read_sources(options)
     raise_all(_problems(sources))
-    from qwen_vl_sft.arms import check_one_base
+    from qwen_vl_sft.evaluation.arms import check_one_base
 
     check_one_base(sources)
     names = [name.replace("/", "-") for name in run_names(sources)]

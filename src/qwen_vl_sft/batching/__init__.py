@@ -1,0 +1,1 @@
+"""From rows to batches: their order, padded batches, and packed ones."""

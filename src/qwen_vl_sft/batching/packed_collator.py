@@ -1,0 +1,213 @@
+"""Packed micro-batches: rows one after another in one sequence, none of which sees another, prefixes computed once.
+
+A sequence is a chain of groups. A group of several rows is their common prefix, up to the last image before the first
+answer, followed by what each row has after it. Every token keeps the position it has in its own row, and attends to its
+own row alone: a branch to the prefix and to itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad as pad_tensor
+
+from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.packing import MicroBatch
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.encoded_image import EncodedImage, reading_once
+from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded
+from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.modeling.flops import Work
+
+MICRO_BATCHES = "micro_batches"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens of one row, T in all, that follows `before` (tokens of the sequence, by place) in its row."""
+
+    row: Encoded
+    positions: torch.Tensor
+    start: int
+    stop: int
+    before: range
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class PackedCollator:
+    """Makes the packed micro-batches of one optimizer step.
+
+    Args:
+        rows: looks up and encodes single rows, with the recipe's rules for bad ones.
+        positions: M-RoPE positions of a row.
+        dtype: of pixel values, that of the vision tower's input, and of features.
+
+    With `features` set, batches bring what the vision tower made of their images before, and no pixels.
+    """
+
+    def __init__(self, rows: Collator, positions: Positions, dtype: torch.dtype = torch.float32) -> None:
+        self.rows = rows
+        self.positions = positions
+        self.dtype = dtype
+        self.features: FeatureCache | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Rows left out so far by this process and its workers."""
+        return self.rows.skipped
+
+    def forget_skipped(self) -> None:
+        """Count from none again."""
+        self.rows.forget_skipped()
+
+    def __call__(self, step: Sequence[MicroBatch]) -> dict[str, Any]:
+        """The micro-batches of a step under `MICRO_BATCHES`, each as `join` makes it."""
+        return {MICRO_BATCHES: [self._micro_batch(groups) for groups in step]}
+
+    def _micro_batch(self, groups: MicroBatch) -> dict[str, Any]:
+        # Questions on one image are mostly in one micro-batch; longer than that, decoded images are not kept.
+        read_image = reading_once(self.features.read_image if self.features else self.rows.encoder.read_image)
+        encoded = [self.rows.encode_all([{"row": row} for row in group], read_image) for group in groups]
+        filled = [group for group in encoded if group] or [[self.rows.filler_row([], read_image)]]
+        batch = join(filled, self.positions)
+        if self.features:
+            # Also where no image is shown: the tower then runs in no batch.
+            batch.setdefault("image_features", torch.zeros(0, self.features.width))
+        for name in ("pixel_values", "image_features"):
+            if name in batch:
+                batch[name] = batch[name].to(self.dtype)
+        batch["row_ids"] = [row.row_id for group in encoded for row in group]
+        if not any(encoded):
+            batch["work"] = asdict(Work())
+        return batch
+
+
+def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str, Any]:
+    """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
+
+    Returns `input_ids`, `labels` [1, T]; `position_ids` [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the
+    boundaries of the pieces and of what they attend to; their largest lengths `max_length_q`, `max_length_k`;
+    `kv_index` [K], for prefixes that are shared, the keys and values of each piece one after another; what the images
+    bring, as `_vision_inputs` puts it together; and `work`. There is no attention mask.
+    """
+    pieces: list[Piece] = []
+    total = 0
+    for group in groups:
+        for piece in _pieces(group, positions, total):
+            pieces.append(piece)
+            total += len(piece)
+    lengths = [len(piece) for piece in pieces]
+    reach = [len(piece) + len(piece.before) for piece in pieces]
+    batch: dict[str, Any] = {
+        "input_ids": torch.cat([piece.row.input_ids[piece.start : piece.stop] for piece in pieces])[None],
+        "labels": torch.cat([_labels(piece) for piece in pieces])[None],
+        "position_ids": torch.cat([piece.positions[:, piece.start : piece.stop] for piece in pieces], dim=1)[:, None],
+        "cu_seq_lens_q": _boundaries(lengths),
+        "cu_seq_lens_k": _boundaries(reach),
+        "max_length_q": max(lengths),
+        "max_length_k": max(reach),
+    }
+    if lengths != reach:
+        starts = [0, *itertools.accumulate(lengths)]
+        runs = [
+            run
+            for piece, start in zip(pieces, starts, strict=False)
+            for run in (piece.before, range(start, start + len(piece)))
+        ]
+        batch["kv_index"] = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+    shown = [image for piece in pieces for image in _images(piece)]
+    if shown:
+        batch |= _vision_inputs(shown, positions)
+        merged = sum(int(image.grid.prod()) for image in shown) // positions.config.vision_config.spatial_merge_size**2
+        tokens = sum(int(piece.row.mm_token_type_ids[piece.start : piece.stop].sum()) for piece in pieces)
+        assert tokens == merged, f"{tokens} image tokens stand for {merged} merged patches"
+    batch["work"] = asdict(_work(groups, pieces, shown, batch))
+    return batch
+
+
+def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[str, Any]:
+    """What images bring, one after another as they are shown.
+
+    Returns `pixel_values` and `image_grid_thw` as in a padded batch, each different image once, with what
+    `Positions.of_patches` knows of them, and `image_places`, for each image shown which of the different ones it is,
+    when an image is shown twice. Images that bring features give `image_features` [image tokens, values] alone.
+    """
+    if shown[0].features is not None:
+        return {"image_features": torch.cat([image.features for image in shown if image.features is not None])}
+    different = {image.key: image for image in shown}
+    grids = torch.stack([image.grid for image in different.values()])
+    pixels = [image.pixel_values for image in different.values() if image.pixel_values is not None]
+    found = {"pixel_values": torch.cat(pixels), "image_grid_thw": grids, **positions.of_patches(grids)}
+    if len(different) < len(shown):
+        numbers = {key: number for number, key in enumerate(different)}
+        found["image_places"] = [numbers[image.key] for image in shown]
+    return found
+
+
+def seam(row: Encoded) -> int:
+    """Where the part of a row ends that rows on the same images can share: after the last image before any answer."""
+    image = row.mm_token_type_ids.bool()
+    learned = (row.labels != IGNORE_INDEX).nonzero()
+    if len(learned):
+        image[int(learned[0]) :] = False
+    found = image.nonzero()
+    # An image is closed by one more token; the tokenizer never merges text into it.
+    return int(found[-1]) + 2 if len(found) else 0
+
+
+def _pieces(group: Sequence[Encoded], positions: Positions, start: int) -> list[Piece]:
+    first = group[0]
+    shared = seam(first) if len(group) > 1 else 0
+    if not shared:
+        assert len(group) == 1, "rows of a group share a prefix"
+        return [Piece(first, positions(first), 0, len(first.input_ids), range(0))]
+    prefix = first.input_ids[:shared]
+    for row in group[1:]:
+        assert torch.equal(row.input_ids[:shared], prefix), "rows of a group begin alike"
+        assert bool((row.labels[: shared + 1] == IGNORE_INDEX).all()), "nothing is learned in a prefix"
+    branches = [Piece(row, positions(row), shared, len(row.input_ids), range(start, start + shared)) for row in group]
+    return [Piece(first, branches[0].positions, 0, shared, range(0)), *branches]
+
+
+def _labels(piece: Piece) -> torch.Tensor:
+    labels = piece.row.labels[piece.start : piece.stop].clone()
+    labels[0] = IGNORE_INDEX  # what stands before it in the sequence may be of another row
+    return labels
+
+
+def _images(piece: Piece) -> tuple[EncodedImage, ...]:
+    """The images that begin inside a piece."""
+    row = piece.row
+    if not row.images:
+        return ()
+    image = row.mm_token_type_ids.bool()
+    begins = image & ~pad_tensor(image[:-1], (1, 0))
+    assert int(begins.sum()) == len(row.images), f"images without a boundary among {len(image)} tokens"
+    return row.images[int(begins[: piece.start].sum()) : int(begins[: piece.stop].sum())]
+
+
+def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
+    return pad_tensor(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+
+
+def _work(
+    groups: Sequence[Sequence[Encoded]], pieces: Sequence[Piece], shown: Sequence[EncodedImage], batch: dict[str, Any]
+) -> Work:
+    """What the micro-batch asks of the model; a shared prefix is computed once, an image once, and no features at all."""
+    patches = batch["image_grid_thw"].prod(-1) if "image_grid_thw" in batch else torch.zeros(0, dtype=torch.long)
+    return Work(
+        tokens=sum(len(piece) for piece in pieces),
+        # A piece of n tokens after p others attends to n * p + n * n / 2 of them, a row of n tokens to n * n / 2.
+        tokens_squared=sum(len(piece) ** 2 + 2 * len(piece) * len(piece.before) for piece in pieces),
+        learned=int((batch["labels"] != IGNORE_INDEX).sum()),
+        images=len({image.key for image in shown}),
+        patches=int(patches.sum()),
+        patches_squared=int((patches**2).sum()),
+        rows=sum(len(group) for group in groups),
+    )

@@ -1,0 +1,59 @@
+"""M-RoPE positions of a row, computed from its tokens and image grids on the CPU, in the data loader's workers."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from transformers import MODEL_MAPPING
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+
+from qwen_vl_sft.data.encoding import Encoded
+
+
+class Positions:
+    """Positions by the model class's own rule, which needs its configuration and no weights.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._get_rope_index: Any = None
+
+    def __call__(self, row: Encoded) -> torch.Tensor:
+        """Positions [4, T] int64 of one row: its place in the text, then time, height and width."""
+        if self._get_rope_index is None:
+            self._get_rope_index = _rope_index(self.config)
+        grids = row.image_grid_thw if len(row.image_grid_thw) else None
+        found, _ = self._get_rope_index(row.input_ids[None], row.mm_token_type_ids[None], image_grid_thw=grids)
+        return torch.cat([torch.arange(len(row.input_ids))[None], found[:, 0]])
+
+    def of_patches(self, grids: torch.Tensor) -> dict[str, Any]:
+        """What the vision tower of Qwen2-VL would work out from the grids, waiting for the GPU image by image.
+
+        Returns `image_position_ids` [P, 2], `image_cu_seqlens` [I + 1] int32 and `image_max_seqlen`; nothing for models
+        whose towers work out more than that.
+        """
+        if self.config.model_type != "qwen2_vl":
+            return {}
+        boundaries = get_vision_cu_seqlens(grids)
+        return {
+            "image_position_ids": get_vision_position_ids(grids, self.config.vision_config.spatial_merge_size),
+            "image_cu_seqlens": boundaries,
+            "image_max_seqlen": int(boundaries.diff().max()),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned builds the bound methods anew.
+        return {"config": self.config, "_get_rope_index": None}
+
+
+def _rope_index(config: Any) -> Any:
+    """The model class's `get_rope_index` bound to an object that holds the configuration alone."""
+    backbone: Any = MODEL_MAPPING[type(config)]
+    stub = types.SimpleNamespace(config=config)
+    stub.get_vision_position_ids = types.MethodType(backbone.get_vision_position_ids, stub)
+    return types.MethodType(backbone.get_rope_index, stub)

@@ -1,0 +1,1 @@
+"""From a dataset to conversations, and from these to token ids, labels and pixels."""

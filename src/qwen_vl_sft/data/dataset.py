@@ -1,0 +1,206 @@
+"""Opening a dataset: Hub id, local folder or file, split slices, streaming. Images stay undecoded."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+
+from qwen_vl_sft.data.encoded_image import ReadImage
+from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.rows import FORMAT_COLUMNS, FORMATS, Conversation
+from qwen_vl_sft.errors import BadRow, UserError
+
+ROW_ID = "row_id"
+_SLICE = re.compile(r"^(?P<split>[\w.-]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split: undecoded, in a known format, with a name for messages.
+
+    `dataset` is a map-style `Dataset`, or an `IterableDataset` when streamed. Every row carries `row_id`, its place in
+    the split (or slice) before any shuffling.
+    """
+
+    dataset: Dataset | IterableDataset
+    format: str
+    name: str
+    folder: Path | None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows come one after another and cannot be looked up."""
+        return isinstance(self.dataset, IterableDataset)
+
+    def __len__(self) -> int:
+        assert isinstance(self.dataset, Dataset)
+        return len(self.dataset)
+
+    def conversation(self, item: Mapping[str, Any]) -> Conversation:
+        """The conversation of an item, `{"row": index}` or a raw row. Raises `BadRow` that names the row."""
+        with self.opened(item) as (conversation, _):
+            return conversation
+
+    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_image: ReadImage | None = None) -> Encoded:
+        """Encode an item, its images as `read_image` or else the encoder reads them. Raises `BadRow` that names the row."""
+        with self.opened(item) as (conversation, row_id):
+            return replace(encoder.encode(conversation, read_image), row_id=row_id)
+
+    @contextlib.contextmanager
+    def opened(self, item: Mapping[str, Any]) -> Iterator[tuple[Conversation, int]]:
+        """The conversation of an item and its row id; a `BadRow` that is raised inside comes out with the row's name."""
+        # A raw row may have a column of this name too.
+        raw = self.dataset[item["row"]] if set(item) == {"row"} else item  # type: ignore[index]
+        row_id = int(raw[ROW_ID])
+        try:
+            yield FORMATS[self.format](raw, self.folder), row_id
+        except BadRow as error:
+            raise type(error)(f"{self.where(row_id)} {error}") from None
+
+    def select(self, indices: list[int]) -> Rows:
+        """The same rows, only those at `indices`, in that order."""
+        assert isinstance(self.dataset, Dataset)
+        return Rows(self.dataset.select(indices), self.format, self.name, self.folder)
+
+    def without_data(self) -> Rows:
+        """The format and the name alone, cheap to send to another process."""
+        return Rows(Dataset.from_dict({}), self.format, self.name, self.folder)
+
+    def where(self, row_id: int) -> str:
+        """How a message names a row."""
+        return f"{self.name}, row {row_id}"
+
+
+def open_rows(
+    name: str,
+    split: str,
+    config: str | None = None,
+    streaming: bool = False,
+    row_format: str = "auto",
+    shuffle_seed: int | None = None,
+    max_rows: int | None = None,
+) -> Rows:
+    """Open one split of a dataset.
+
+    Args:
+        name: Hub id, local folder (parquet in the Hub's layout, JSONL, or images with metadata), or local file.
+        split: its name, with an optional slice: `train[:10%]`, `train[100:200]`.
+        config: the Hub dataset's configuration.
+        streaming: read row by row instead of preparing the whole split first.
+        row_format: "chartqa", "messages", or "auto" to tell by the columns.
+        shuffle_seed: shuffle with this seed, before the cap; None keeps the order.
+        max_rows: at most so many rows.
+
+    Raises `UserError` when the dataset, the split or the format is not there.
+    """
+    path = Path(name).expanduser()
+    folder = (path if path.is_dir() else path.parent) if path.exists() else None
+    dataset = _load(name, path, split, config, streaming)
+    where = f"{name} [{split}]"
+    if shuffle_seed is not None:
+        dataset = dataset.shuffle(seed=shuffle_seed)
+    if max_rows is not None:
+        dataset = dataset.take(max_rows)
+    return Rows(dataset, _find_format(dataset, row_format, where), where, folder)
+
+
+def spread(rows: Rows, max_rows: int | None) -> Rows:
+    """At most so many rows, evenly over the split: ChartQA's first half is all human, its second all machine."""
+    if max_rows is None or max_rows >= len(rows):
+        return rows
+    return rows.select(evenly_spread(len(rows), max_rows))
+
+
+def evenly_spread(total: int, most: int | None) -> list[int]:
+    """At most `most` of `total` places, evenly spread; all of them for None."""
+    count = min(most or total, total)
+    return [number * total // count for number in range(count)]
+
+
+def in_memory(rows: Rows) -> Rows:
+    """The rows of a stream as a map-style dataset, for evaluation; bounded by the cap they were opened with."""
+    assert isinstance(rows.dataset, IterableDataset)
+
+    def read() -> Iterator[dict[str, Any]]:
+        yield from rows.dataset
+
+    return Rows(Dataset.from_generator(read, features=rows.dataset.features), rows.format, rows.name, rows.folder)
+
+
+def _load(name: str, path: Path, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
+    arguments: dict[str, Any] = {"path": name, "name": config, "streaming": streaming}
+    if path.exists():
+        arguments |= _local_arguments(path, split)
+    elif name.startswith((".", "/", "~")) or name.endswith((".json", ".jsonl", ".parquet")):
+        raise UserError(f"dataset_name: {name} does not exist here; give a local folder or file, or a Hub id")
+    base, start, stop = split, None, None
+    if streaming and "[" in split:
+        match = _SLICE.match(split)
+        if not match:
+            raise UserError(f"dataset split {split!r}: a streamed dataset takes row slices only, such as train[:1000]")
+        base, start, stop = match["split"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+    try:
+        dataset = datasets.load_dataset(**arguments, split=base)
+    except Exception as error:
+        # load_dataset raises a dozen kinds of error for a wrong name, split, configuration or file.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"dataset {name}, split {split}: cannot be loaded: {reason}") from error
+    dataset = _undecoded(dataset)
+    if isinstance(dataset, IterableDataset):
+        # Without its features, a mapped stream would decode images again.
+        features = Features({**dataset.features, ROW_ID: Value("int64")}) if dataset.features else None
+        numbered = dataset.map(lambda row, index: {**row, ROW_ID: index}, with_indices=True, features=features)
+        numbered = numbered.skip(start) if start else numbered
+        return numbered.take(stop - (start or 0)) if stop is not None else numbered
+    if len(dataset) == 0:
+        raise UserError(f"dataset {name}, split {split}: holds no rows")
+    return dataset.add_column(ROW_ID, range(len(dataset)))
+
+
+def _local_arguments(path: Path, split: str) -> dict[str, Any]:
+    """How to load a local path. Left to itself, `load_dataset` takes a folder of JSONL and images for images alone."""
+    base = split.split("[")[0]
+    if path.is_file():
+        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+        if kind is None:
+            raise UserError(f"dataset_name: {path} is none of .jsonl, .json, .parquet, nor a folder")
+        return {"path": kind, "data_files": {base: str(path)}}
+    listed = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json"))
+    listed = [file for file in listed if file.stem != "metadata"]
+    if listed and not any(path.rglob("*.parquet")):
+        files = {file.stem: str(file) for file in listed}
+        if base not in files:
+            raise UserError(f"dataset {path}: has no split {base!r}; its files give {', '.join(sorted(files))}")
+        return {"path": "json", "data_files": files}
+    return {"path": str(path)}
+
+
+def _undecoded(dataset: Any) -> Any:
+    """Keep image columns as bytes and paths; workers decode them."""
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    return dataset
+
+
+def _find_format(dataset: Any, row_format: str, where: str) -> str:
+    columns = set(dataset.column_names or next(iter(dataset)))
+    if row_format == "auto":
+        for candidate, needed in FORMAT_COLUMNS.items():
+            if needed <= columns:
+                return candidate
+        known = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in FORMAT_COLUMNS.items())
+        raise UserError(f"{where}: columns {sorted(columns - {ROW_ID})} fit no format ({known}); set dataset_format")
+    missing = FORMAT_COLUMNS[row_format] - columns
+    if missing:
+        raise UserError(f"{where}: dataset_format {row_format} needs the column(s) {', '.join(sorted(missing))}")
+    return row_format

@@ -1,0 +1,1 @@
+"""Base, prompted and tuned on the same rows: their answers, their scores and the report."""

@@ -1,0 +1,202 @@
+"""Scoring a model on a split of the data, with any number of processes, so that a killed run can go on.
+
+Each process answers whole batches into a file of its own; the first one joins the files in row order and scores them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
+from qwen_vl_sft.evaluation.arms import load_arm, make_encoder, precision_summary
+from qwen_vl_sft.evaluation.generation import generate_batches
+from qwen_vl_sft.evaluation.options import ARMS, Plan
+from qwen_vl_sft.evaluation.report import write_report
+from qwen_vl_sft.evaluation.scoring import (
+    REPORT_FILE,
+    ROWS_FILE,
+    SUMMARY_FILE,
+    Question,
+    score_row,
+    summarise,
+    write_results,
+)
+from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, describe_task, prepare
+from qwen_vl_sft.launching.launch import World, read_world, start
+from qwen_vl_sft.outputs.run_folder import environment
+
+# Processes finish at different times, and the first wait for the last.
+LONGEST_WAIT = timedelta(days=1)
+
+
+def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
+    """Answer and score; returns the summary on the first process, None on the others. Raises `UserError`.
+
+    Until everything has been checked nothing is written. With `report`, the page of the rows is written too.
+    """
+    began = time.monotonic()
+    world = read_world(bool(plan.recipe.get("use_cpu")))
+    task = prepare(plan)
+    files = AnswerFiles(plan.output_dir)
+    settings = describe_task(plan, task)
+    arms = _arms_with_former(plan, task.arms, files, settings)
+    barrier = join_processes(world)
+    if world.rank == 0:
+        if plan.options.overwrite:
+            _clear(plan, files)
+        files.write_settings(settings | {"arms": arms})
+    barrier()
+    answered = files.read()
+    barrier()  # nobody writes before everybody has read, or the shares would overlap
+    files.repair(world.rank)
+    own_speed = answer_all(plan, task, arms, answered, files, world)
+    barrier()
+    speeds = gather_object([own_speed]) if world.processes > 1 else [own_speed]
+    if world.rank > 0:
+        return None
+    rows = collect(task.questions, files.read(), arms)
+    summary = summarise(rows, arms) | {
+        "dataset": task.rows.name,
+        "skipped_rows": task.left_out + len(task.questions) - len(rows),
+        "settings": settings,
+        "precision": precision_summary(plan),
+        "speed": speed_of_arms(speeds),
+        "seconds": round(time.monotonic() - began, 1),
+        "environment": environment({"processes": world.processes, "strategy": world.strategy}, {}, [_device(world)]),
+    }
+    write_results(plan.output_dir, rows, summary)
+    if report:
+        # Last: a page that fails costs no answers.
+        write_report(plan.output_dir, rows, summary, charts_of(task))
+    return summary
+
+
+def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:
+    """The images of a row by its `row_id`, not decoded yet."""
+    places = {question.row_id: place for place, question in enumerate(task.questions)}
+    return lambda row_id: task.conversation(places[row_id]).images
+
+
+def join_processes(world: World) -> Any:
+    """Start the process group of a launched run; returns a function in which all processes wait for each other."""
+    from accelerate import PartialState
+
+    start(world)
+    # Every process holds a whole model here; transformers would load an empty one where FSDP is on.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    state = PartialState(cpu=world.on_cpu, **({"timeout": LONGEST_WAIT} if world.processes > 1 else {}))
+    assert state.num_processes == world.processes, f"{state.num_processes} processes take part, not {world.processes}"
+    return state.wait_for_everyone
+
+
+def answer_all(
+    plan: Plan,
+    task: Task,
+    arms: Sequence[str],
+    answered: Mapping[str, Mapping[int, str | None]],
+    files: AnswerFiles,
+    world: World,
+) -> dict[str, tuple[int, float]]:
+    """Answer this process's share of every arm. A model is loaded only where something is left to answer.
+
+    Returns the rows that this process answered for each arm, and the seconds that took, without loading.
+    """
+    model, speed = None, {}
+    places = {question.row_id: place for place, question in enumerate(task.questions)}
+    for arm in arms:
+        done = {places[row_id] for row_id in answered.get(arm, {})}
+        share = deal(task.batches, done, world.rank, world.processes)
+        if not share:
+            continue
+        model = load_arm(plan, arm, model, world)
+        encoder = make_encoder(arm, task.processor, task.system_message)
+        prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
+        title = arm if world.processes == 1 else f"{arm}, process 0 of {world.processes}"
+        began = time.perf_counter()
+        with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=world.rank > 0) as progress:
+            for batch, texts in _generate(plan, model, prompts, share):
+                new = {
+                    task.questions[place].row_id: None if place in prompts.unreadable else text
+                    for place, text in zip(batch, texts, strict=True)
+                    if place not in done
+                }
+                files.append(world.rank, arm, new)
+                progress.update(len(batch))
+        speed[arm] = sum(map(len, share)), time.perf_counter() - began
+    return speed
+
+
+def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str, dict[str, float]]:
+    """Rows of all processes, the seconds of the slowest, and rows a second, of every arm that was answered now."""
+    found = {}
+    for arm in dict.fromkeys(arm for speed in speeds for arm in speed):
+        rows = sum(speed[arm][0] for speed in speeds if arm in speed)
+        seconds = max(speed[arm][1] for speed in speeds if arm in speed)
+        found[arm] = {"rows": rows, "seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 3)}
+    return found
+
+
+def _generate(
+    plan: Plan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], list[str]]]:
+    try:
+        yield from generate_batches(model, prompts.encoder, prompts.encode, share, plan.options.max_new_tokens)
+    except BadRow as error:
+        raise UserError(f"{error}; {WAY_OUT}") from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--batch_size {plan.options.batch_size}: the GPU's memory does not hold a batch of the longest rows; give"
+            f" less, with --overwrite, or reduce the images with --max_pixels ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def collect(
+    questions: Sequence[Question], answers: Mapping[str, Mapping[int, str | None]], arms: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The scored rows in row order, each with an answer of every arm; without those that could not be read for one."""
+    for arm in arms:
+        missing = [question.row_id for question in questions if question.row_id not in answers.get(arm, {})]
+        assert not missing, f"{arm}: no answer to rows {missing[:5]}"
+    rows = []
+    for question in sorted(questions, key=lambda question: question.row_id):
+        texts = {arm: text for arm in arms if (text := answers[arm][question.row_id]) is not None}
+        if len(texts) == len(arms):
+            rows.append(score_row(question, texts))
+    if not rows:
+        raise UserError(f"none of the {len(questions)} rows can be read; mend them, and evaluate anew with --overwrite")
+    return rows
+
+
+def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:
+    """The arms to score; a resumed evaluation keeps those it was begun with. Raises `UserError` when it is another one."""
+    former = files.read_settings() if plan.options.resume else {}
+    former_arms = former.pop("arms", [])
+    if not former:
+        return list(arms)
+    different = different_settings(former, settings)
+    if different:
+        raise UserError(
+            f"--resume: {plan.output_dir} was begun with other settings ({'; '.join(different)});"
+            f" give the same ones, start anew with --overwrite, or name another --output_dir"
+        )
+    return [arm for arm in ARMS if arm in {*former_arms, *arms}]
+
+
+def _clear(plan: Plan, files: AnswerFiles) -> None:
+    files.clear()
+    for name in (SUMMARY_FILE, ROWS_FILE, REPORT_FILE):
+        (plan.output_dir / name).unlink(missing_ok=True)
+
+
+def _device(world: World) -> str:
+    return "cpu" if world.on_cpu else torch.cuda.get_device_name(world.local_rank)

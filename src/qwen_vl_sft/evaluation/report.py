@@ -1,0 +1,212 @@
+"""`report.html`: the scores of an evaluation and every row with its chart, in one file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
+from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
+from qwen_vl_sft.evaluation.scoring import REPORT_FILE, SPLIT_COLUMN
+from qwen_vl_sft.whole_file import write_whole
+
+# The charts of a row, by its row_id.
+Charts = Callable[[int], Sequence[ImageFile]]
+
+# The arm whose wins and losses the page offers.
+TUNED = "tuned"
+# Wide enough to read a chart's labels; hundreds of them stay a file that can be mailed.
+MAX_WIDTH, MAX_HEIGHT = 480, 1200
+FORMATS: dict[str, dict[str, Any]] = {
+    "webp": {"quality": 80},
+    "jpeg": {"quality": 80, "optimize": True},
+    "png": {"optimize": True},
+}
+PAGE, STYLE, SCRIPT = "report_page.html", "report_page.css", "report_page.js"
+
+
+def write_report(
+    folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts: Charts | None = None
+) -> None:
+    """Write `report.html` of scored rows (lines of `rows.jsonl`) and their summary; without `charts`, texts alone."""
+    write_whole(folder / REPORT_FILE, render(rows, summary, charts))
+
+
+def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts: Charts | None = None) -> str:
+    """The whole page as HTML. Texts of rows reach it only escaped or as JSON that the script shows as text."""
+    data = page_data(rows, list(summary["scores"]), charts)
+    parts = {
+        "title": escape(_title(summary)),
+        "style": _asset(STYLE),
+        "facts": _facts(summary),
+        "scores": _scores(summary["scores"]),
+        "comparisons": _comparisons(summary["comparisons"]),
+        "errors": _errors(data),
+        "data": to_script_json(data),
+        "script": _asset(SCRIPT),
+    }
+    # One pass: a text that holds a marker itself is not filled in.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(PAGE))
+
+
+def page_data(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], charts: Charts | None) -> dict[str, Any]:
+    """What the page's script shows: `arms`, `kinds`, `rows`, and `images`, in which rows share an equal chart.
+
+    A row's `arms` are `[answer, right, kind]` in the order of `arms`; `kind` is None when the answer is right.
+    """
+    images: list[tuple[str, int, int]] = []
+    places: dict[Any, int] = {}
+    shown = []
+    for row in rows:
+        held = []
+        for chart in charts(row["row_id"]) if charts else ():
+            key = hashlib.sha256(chart.data).hexdigest() if chart.data is not None else chart.path
+            if key not in places:
+                places[key] = len(images)
+                images.append(embed(chart.decode()))
+            held.append(places[key])
+        answered = [_judged(row["arms"][arm], row["answers"]) for arm in arms]
+        shown.append(
+            {
+                "id": row["row_id"],
+                "question": row["question"],
+                "gold": row["answers"],
+                "split": row[SPLIT_COLUMN],
+                "charts": held,
+                "arms": answered,
+            }
+        )
+    splits = sorted({row["split"] for row in shown if row["split"] is not None})
+    return {"arms": arms, "tuned": TUNED, "splits": splits, "kinds": KINDS, "images": images, "rows": shown}
+
+
+def embed(image: Image.Image) -> tuple[str, int, int]:
+    """An RGB image as a data URI with its width, at most 480 pixels, and height; in the format of the fewest bytes."""
+    scale = min(1.0, MAX_WIDTH / image.width, MAX_HEIGHT / image.height)
+    if scale < 1:
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    candidates = {}
+    for kind, options in FORMATS.items():
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        candidates[kind] = buffer.getvalue()
+    kind = min(candidates, key=lambda name: len(candidates[name]))
+    return f"data:image/{kind};base64,{base64.b64encode(candidates[kind]).decode()}", *image.size
+
+
+def to_script_json(value: Any) -> str:
+    """JSON that may stand inside `<script>`: none of its texts can close the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # A lone surrogate, which JSON answers may carry, has no UTF-8 form.
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _judged(scored: Mapping[str, Any], golds: Sequence[str]) -> list[Any]:
+    right = scored[HEADLINE] == 1
+    return [scored["answer"], right, None if right else error_kind(scored["answer"], golds)]
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    settings = summary.get("settings", {})
+    return str(settings.get("run") or settings.get("model_name_or_path") or summary.get("predictions") or "predictions")
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    """What was evaluated, as far as the summary says: predictions of another program come without model or dataset."""
+    settings, precision = summary.get("settings", {}), summary.get("precision", {})
+    scored = precision.get("scored")
+    if scored and not precision["scored_as_trained"]:
+        scored = f"{scored}; trained in: {precision['trained']}"
+    known = summary.get("environment", {}).get("versions", {})
+    facts = {
+        "Dataset": summary.get("dataset"),
+        "Run": settings.get("run"),
+        "Model": settings.get("model_name_or_path"),
+        "Predictions": summary.get("predictions"),
+        "Precision": scored,
+        "Rows": f"{summary['rows']:,}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in known.items() if version),
+    }
+    shown = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value
+    )
+    return f"<dl>{shown}</dl>"
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    headline, *others = [_metric(scores, metric) for metric in METRICS]
+    return f"{headline}<details><summary>The other metrics</summary>{''.join(others)}</details>"
+
+
+def _metric(scores: Mapping[str, Any], metric: str) -> str:
+    first = next(iter(scores.values()))
+    headings = [f"{escape(split)} <small>({cells[metric]['rows']:,})</small>" for split, cells in first.items()]
+    body = [[escape(arm), *(_bar(cells[metric]) for cells in of_arm.values())] for arm, of_arm in scores.items()]
+    name = metric.replace("_", " ")
+    return f"<h3>{name[0].upper()}{name[1:]}</h3><p>{NOTES[metric]}</p>" + _table(name, ["arm", *headings], body)
+
+
+def _bar(cell: Mapping[str, float]) -> str:
+    """The percentage with its interval, in figures and drawn on a line from 0 to 100."""
+    mean, low, high = (100 * cell[name] for name in ("mean", "low", "high"))
+    drawn = f'<i class="bar" style="--low:{low:.1f}%;--mean:{mean:.1f}%;--width:{high - low:.1f}%"></i>'
+    return f"<b>{mean:.1f}</b> <small>[{low:.1f}, {high:.1f}]</small>{drawn}"
+
+
+def _comparisons(entries: Iterable[Mapping[str, Any]]) -> str:
+    body = []
+    for entry in entries:
+        if entry["metric"] != HEADLINE:
+            continue
+        mean, low, high = (100 * entry["difference"][name] for name in ("mean", "low", "high"))
+        body.append(
+            [
+                f"{escape(entry['second'])} − {escape(entry['first'])}",  # noqa: RUF001
+                f"{escape(entry['split'])} <small>({entry['rows']:,})</small>",
+                f"<b>{mean:+.1f}</b> <small>[{low:+.1f}, {high:+.1f}]</small>",
+                f"{entry['second_wins']:,} : {entry['first_wins']:,}",
+                f"{entry['p_value']:.2g}",
+            ]
+        )
+    if not body:
+        return ""
+    note = "Relaxed accuracy on the same rows, in points; rows won and lost by the first arm; p of an exact sign test."
+    headings = ["arms", "rows", "difference", "won : lost", "p"]
+    return f"<h2>Arms against each other</h2><p>{note}</p>" + _table("paired comparisons", headings, body)
+
+
+def _errors(data: Mapping[str, Any]) -> str:
+    """How many wrong answers of each kind every arm gave."""
+    body = []
+    for place, arm in enumerate(data["arms"]):
+        counts = Counter(row["arms"][place][2] for row in data["rows"])
+        body.append([escape(arm), *(f"{counts[kind]:,}" for kind in KINDS)])
+    return "<h2>Wrong answers by kind</h2>" + _table("wrong answers by kind", ["arm", *KINDS.values()], body)
+
+
+def _table(label: str, headings: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table of HTML cells; what is wider than the page scrolls, also by keyboard."""
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    lines = "".join(
+        f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
+        for cells in body
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{label}">{table}</div>'
+
+
+def _asset(name: str) -> str:
+    return resources.files("qwen_vl_sft.evaluation").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,141 @@
+"""From answers to scores: scored rows, the summary of all arms and splits, and its table for a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES, compare, estimate, score
+from qwen_vl_sft.whole_file import write_whole
+
+ROWS_FILE = "rows.jsonl"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+ALL = "all"
+# The column of ChartQA that tells its two halves apart: 0 and 1, or the names.
+SPLIT_COLUMN = "human_or_machine"
+HALVES = {"0": "human", "1": "machine"}
+SPLITS_A_LINE = 3
+NAME_WIDTH = 11
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to be answered: its accepted answers, and the part of the data it counts for beside the whole."""
+
+    row_id: int
+    question: str
+    answers: list[str]
+    split: str | None
+
+
+def split_name(value: Any) -> str | None:
+    """The part of the data that a value of the split column stands for; None when the row has none."""
+    return None if value is None else HALVES.get(str(value), str(value))
+
+
+def score_row(question: Question, predictions: Mapping[str, str]) -> dict[str, Any]:
+    """A line of `rows.jsonl`: the row, and of each arm its answer and every metric of it."""
+    return {
+        "row_id": question.row_id,
+        "question": question.question,
+        "answers": question.answers,
+        SPLIT_COLUMN: question.split,
+        "arms": {arm: {"answer": text, **score(text, question.answers)} for arm, text in predictions.items()},
+    }
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+    """Means and paired comparisons of scored rows, which all hold every one of `arms`.
+
+    Returns `scores[arm][split][metric]`, an `Estimate`, and `comparisons`, a list with every pair of arms for each split
+    and metric. Splits are "all" and those the rows name. The order of the rows does not matter.
+    """
+    splits = _splits(rows)
+    scores: dict[str, Any] = {}
+    for arm in arms:
+        scores[arm] = {
+            split: {metric: asdict(estimate(_values(chosen, arm, metric))) for metric in METRICS}
+            for split, chosen in splits.items()
+        }
+    comparisons = [
+        {"first": first, "second": second, "split": split, "metric": metric}
+        | asdict(compare(_values(chosen, first, metric), _values(chosen, second, metric)))
+        for first, second in combinations(arms, 2)
+        for split, chosen in splits.items()
+        for metric in METRICS
+    ]
+    return {"rows": len(rows), "scores": scores, "comparisons": comparisons}
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The summary as a table of at most 80 columns: percentages with their 95% intervals, rows in the headings."""
+    lines = ["in % with 95% intervals; in brackets after a heading its number of rows", ""]
+    for metric in METRICS:
+        lines += [f"{metric} ({NOTES[metric]})", *_metric_table(summary["scores"], metric), ""]
+    shown = [entry for entry in summary["comparisons"] if entry["metric"] == HEADLINE]
+    if shown:
+        lines += [f"arms on the same rows by {HEADLINE}, in points, with an exact sign test"]
+        lines += [_comparison_line("", "", "difference", "won:lost", "p"), *_comparison_table(shown)]
+    return "\n".join(lines).rstrip()
+
+
+def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    """Write `rows.jsonl` and `summary.json`, the summary last: where it is, the results are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+
+
+def _splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    splits: dict[str, list[Mapping[str, Any]]] = {ALL: list(rows)}
+    for name in sorted({row[SPLIT_COLUMN] for row in rows if row[SPLIT_COLUMN] is not None}):
+        splits[name] = [row for row in rows if row[SPLIT_COLUMN] == name]
+    return splits
+
+
+def _values(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> list[float]:
+    return [row["arms"][arm][metric] for row in rows]
+
+
+def _metric_table(scores: Mapping[str, Any], metric: str) -> Iterator[str]:
+    splits = list(next(iter(scores.values())))
+    for start in range(0, len(splits), SPLITS_A_LINE):
+        columns = splits[start : start + SPLITS_A_LINE]
+        counts = [next(iter(scores.values()))[split][metric]["rows"] for split in columns]
+        headings = [f"{_short(split, 10)} ({count:,})" for split, count in zip(columns, counts, strict=True)]
+        yield _line("", headings)
+        for arm, of_arm in scores.items():
+            yield _line(arm, [_percent(of_arm[split][metric]) for split in columns])
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return (f"  {_short(name, NAME_WIDTH):<{NAME_WIDTH}}" + "".join(f"{cell:>22}" for cell in cells)).rstrip()
+
+
+def _percent(cell: Mapping[str, float]) -> str:
+    return f"{100 * cell['mean']:.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
+
+
+def _comparison_table(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    former = ""
+    for entry in entries:
+        pair = f"{entry['second']} - {entry['first']}"
+        cell = entry["difference"]
+        difference = f"{100 * cell['mean']:+.1f} [{100 * cell['low']:+.1f}, {100 * cell['high']:+.1f}]"
+        won = f"{entry['second_wins']}:{entry['first_wins']}"
+        split = f"{_short(entry['split'], 8)} ({entry['rows']:,})"
+        yield _comparison_line("" if pair == former else pair, split, difference, won, f"{entry['p_value']:.2g}")
+        former = pair
+
+
+def _comparison_line(pair: str, split: str, difference: str, won: str, p_value: str) -> str:
+    return f"  {pair:<17}{split:<17}{difference:>23}{won:>12}{p_value:>9}"
+
+
+def _short(name: str, width: int) -> str:
+    return name if len(name) <= width else name[: width - 1] + "…"

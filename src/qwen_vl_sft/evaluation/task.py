@@ -1,0 +1,140 @@
+"""What an evaluation asks: the rows of a split with their questions, accepted answers and batches."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, spread
+from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.rows import Conversation, resolve_system_message
+from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.evaluation.arms import choose_arms, load_run_processor, model_identity
+from qwen_vl_sft.evaluation.generation import estimate_length, plan_batches
+from qwen_vl_sft.evaluation.options import Plan
+from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
+
+logger = logging.getLogger(__name__)
+# Stands in a batch for a row that cannot be read.
+_STAND_IN = Conversation([{"role": "user", "content": [{"type": "text", "text": "?"}]}], [])
+WAY_OUT = "mend it, or leave such rows out with --bad_rows skip"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be answered: the rows, their questions, and the batches, which hold places in `questions`.
+
+    `left_out` rows of the split are not among them, since they cannot be used.
+    """
+
+    rows: Rows
+    questions: list[Question]
+    batches: list[list[int]]
+    arms: tuple[str, ...]
+    system_message: str
+    processor: Any
+    left_out: int = 0
+
+    def conversation(self, place: int) -> Conversation:
+        """The conversation of a place, up to the answer that is scored."""
+        return up_to_last_answer(self.rows.conversation(self.rows.dataset[place]))
+
+
+class Prompts:
+    """Encodes the questions of rows, each up to the answer that is scored.
+
+    A row that cannot be read raises `BadRow` with its name. With `skip_bad_rows` something else stands in its place, so
+    that batches and processes stay what they are, and the row is in `unreadable` from then on.
+    """
+
+    def __init__(self, rows: Rows, encoder: Encoder, skip_bad_rows: bool = False) -> None:
+        self.rows = rows
+        self.encoder = encoder
+        self.skip_bad_rows = skip_bad_rows
+        self.unreadable: set[int] = set()
+
+    def encode(self, index: int) -> Encoded:
+        """The prompt of the row at this index."""
+        self.unreadable.discard(index)
+        try:
+            with self.rows.opened({"row": index}) as (conversation, _):
+                return self.encoder.encode_prompt(up_to_last_answer(conversation))
+        except BadRow as error:
+            if not self.skip_bad_rows:
+                raise
+            logger.warning("skipped: %s", error)
+            self.unreadable.add(index)
+            return self.encoder.encode_prompt(_STAND_IN)
+
+
+def prepare(plan: Plan) -> Task:
+    """Open the rows, read their questions and lengths, and form the batches. Raises `UserError`, decodes no image."""
+    data, options = plan.recipe.data, plan.options
+    if not data.dataset_name:
+        raise UserError("dataset_name is not set, neither by --run nor by --dataset_name; name a dataset")
+    rows = spread(
+        open_rows(data.dataset_name, options.split, data.dataset_config, row_format=data.dataset_format),
+        options.max_samples,
+    )
+    message = resolve_system_message(plan.system_message, rows.format) or ""
+    arms = choose_arms(plan, message)
+    processor = load_run_processor(plan)
+    found = _measured(rows, Encoder(processor), data.bad_rows == "skip")
+    questions, lengths = [question for question, _ in found.values()], [length for _, length in found.values()]
+    batches, left_out = plan_batches(lengths, options.batch_size), len(rows) - len(found)
+    return Task(rows.select([*found]) if left_out else rows, questions, batches, arms, message, processor, left_out)
+
+
+def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, tuple[Question, int]]:
+    """The question of each row and the estimated length of its prompt, by the row's index."""
+    found = {}
+    for index in range(len(rows)):
+        raw = rows.dataset[index]
+        try:
+            with rows.opened(raw) as (conversation, _):
+                asked = up_to_last_answer(conversation)
+                found[index] = read_question(raw, asked, rows.format), estimate_length(encoder, asked)
+        except BadRow as error:
+            if not skip_bad_rows:
+                raise UserError(f"{error}; {WAY_OUT}") from None
+            logger.warning("skipped: %s", error)
+    if not found:
+        raise UserError(f"{rows.name}: none of its {len(rows)} rows can be used; see the warnings above")
+    return found
+
+
+def up_to_last_answer(conversation: Conversation) -> Conversation:
+    """The conversation without what follows its last assistant turn, which is the one that is scored."""
+    messages = conversation.messages
+    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    kept = messages[: last + 1]
+    images = sum(part["type"] == "image" for message in kept for part in message["content"])
+    return Conversation(kept, conversation.images[:images])
+
+
+def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format: str) -> Question:
+    """The question and the accepted answers of a row: every entry of ChartQA's label list, else the last answer."""
+    texts = ["".join(part.get("text", "") for part in message["content"]) for message in conversation.messages]
+    asked = [text for text, turn in zip(texts, conversation.messages, strict=True) if turn["role"] == "user"]
+    label = raw["label"] if row_format == "chartqa" else texts[-1]
+    answers = [text for text in label if text] if isinstance(label, list) else [label]
+    return Question(raw[ROW_ID], asked[-1] if asked else "", answers, split_name(raw.get(SPLIT_COLUMN)))
+
+
+def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
+    """Everything that the answers depend on, as plain values: a run is resumed only under the same."""
+    size = task.processor.image_processor.size
+    described = {
+        "dataset": task.rows.name,
+        "dataset_config": plan.recipe.data.dataset_config,
+        "rows": len(task.questions),
+        "batch_size": plan.options.batch_size,
+        "max_new_tokens": plan.options.max_new_tokens,
+        "system_message": task.system_message,
+        "min_pixels": size["shortest_edge"],
+        "max_pixels": size["longest_edge"],
+    }
+    return json.loads(json.dumps(described | model_identity(plan)))

@@ -1,0 +1,1 @@
+"""What goes to the Hub: the files, the model card, the push and its comparison."""

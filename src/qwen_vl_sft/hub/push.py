@@ -1,0 +1,184 @@
+"""One commit of a model to the Hub, and the proof that what is there equals what is here.
+
+Files that are on the Hub already are not sent, so a push that was interrupted goes on where it stopped, and one of
+unchanged files makes no commit. The Hub's answer alone is not believed: after every commit, and after every failure, the
+size and digest of each file on the Hub are compared with the local ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.hub.access import HUB_ERRORS, MAIN, Access, explain
+from qwen_vl_sft.hub.files import OUR_FILES, PublishedFile
+
+AGAIN = "push again: what has arrived is not sent twice"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished push: where it is, its commit, how many files were compared, and how many of them were sent now."""
+
+    url: str
+    revision: str
+    commit: str
+    files: int
+    sent: int
+    private: bool
+
+
+def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
+    """Make the repository and branch where needed, commit what differs, and compare. Raises `UserError`."""
+    target = access.target
+    where = f"{target.repo_id}, {target.revision}"
+    try:
+        _prepare(access)
+        head = _head(access, target.revision)
+        differing = differences(access, files, head)
+        gone = _former_files(access, files, head)
+        pull_request = _open_pull_request(access, files) if target.create_pr and (differing or gone) else None
+    except HUB_ERRORS as error:
+        raise UserError(f"push: {explain(error, where)}. Nothing was committed; {AGAIN}") from None
+    if pull_request:
+        return _verified(access, files, pull_request, sent=0)
+    if not differing and not gone:
+        return _verified(access, files, head, sent=0)
+    sent = [file for file in files if file.path in differing]
+    operations = [_addition(file) for file in sent] + [CommitOperationDelete(path) for path in gone]
+    try:
+        commit = access.api.create_commit(
+            target.repo_id,
+            operations,
+            commit_message=title,
+            revision=target.revision,
+            create_pr=target.create_pr,
+            # Nothing of somebody else's, committed since the comparison, is overwritten unseen.
+            parent_commit=head,
+        )
+        revision = commit.pr_revision or commit.oid
+    except HUB_ERRORS as error:
+        revision = _committed_after_all(access, files, head, where, error)
+    return _verified(access, files, revision, sent=len(sent))
+
+
+def differences(access: Access, files: Sequence[PublishedFile], revision: str) -> dict[str, str]:
+    """What is not on the Hub as it is here: path and reason. Raises the client's errors."""
+    found = access.api.get_paths_info(access.target.repo_id, [file.path for file in files], revision=revision)
+    remote: dict[str, Any] = {entry.path: entry for entry in found}
+    return {file.path: reason for file in files if (reason := _difference(file, remote.get(file.path)))}
+
+
+def format_outcome(outcome: Outcome) -> str:
+    """What a person sees at the end."""
+    visibility = "private" if outcome.private else "public"
+    sent = f"{outcome.sent} sent now" if outcome.sent else "all were there already, so no commit was made"
+    return "\n".join(
+        [
+            f"published   {outcome.url} ({visibility})",
+            f"commit      {outcome.commit} on {outcome.revision}",
+            f"compared    {outcome.files} files on the Hub equal the local ones ({sent})",
+        ]
+    )
+
+
+def _prepare(access: Access) -> None:
+    target = access.target
+    if not access.exists:
+        access.api.create_repo(target.repo_id, private=target.private, exist_ok=True)
+    if target.branch:
+        access.api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
+
+
+def _head(access: Access, revision: str) -> str:
+    commit = access.api.model_info(access.target.repo_id, revision=revision).sha
+    assert commit
+    return commit
+
+
+def _difference(file: PublishedFile, remote: Any) -> str | None:
+    size = getattr(remote, "size", None)  # a folder has none
+    if size is None:
+        return "missing"
+    if size != file.size:
+        return f"{size:,} bytes instead of {file.size:,}"
+    equal = remote.lfs.sha256 == file.sha256 if remote.lfs else remote.blob_id == file.git_sha1
+    return None if equal else "other content"
+
+
+def _former_files(access: Access, files: Sequence[PublishedFile], revision: str) -> list[str]:
+    """Files of ours that a former push left and this one has no more, such as the shards of another model."""
+    kept = {file.path for file in files}
+    tree = access.api.list_repo_tree(access.target.repo_id, recursive=True, revision=revision)
+    paths = [entry.path for entry in tree if hasattr(entry, "blob_id")]
+    return sorted(path for path in paths if path not in kept and (path in OUR_FILES or _is_shard(path)))
+
+
+def _is_shard(path: str) -> bool:
+    return path.startswith("model-") and path.endswith(".safetensors")
+
+
+def _addition(file: PublishedFile) -> CommitOperationAdd:
+    return CommitOperationAdd(file.path, file.content if isinstance(file.content, bytes) else str(file.content))
+
+
+def _open_pull_request(access: Access, files: Sequence[PublishedFile]) -> str | None:
+    """The revision of this user's open pull request that holds these very files already."""
+    discussions = access.api.get_repo_discussions(
+        access.target.repo_id, author=access.user, discussion_type="pull_request", discussion_status="open"
+    )
+    for discussion in discussions:
+        revision = f"refs/pr/{discussion.num}"
+        if not differences(access, files, revision):
+            return revision
+    return None
+
+
+def _committed_after_all(
+    access: Access, files: Sequence[PublishedFile], head: str, where: str, error: Exception
+) -> str:
+    """The revision of a commit whose reply was lost. Raises `UserError` with the first failure when there is none."""
+    told = f"push: {explain(error, where)}"
+    try:
+        if access.target.create_pr:
+            revision = _open_pull_request(access, files)
+            moved = False
+        else:
+            revision = _head(access, access.target.revision)
+            moved = revision != head
+            if differences(access, files, revision):
+                revision = None
+    except HUB_ERRORS:
+        raise UserError(f"{told}. Whether it was committed could not be asked; {AGAIN}") from None
+    if revision is None:
+        left = "somebody else committed meanwhile" if moved else "Nothing was committed"
+        raise UserError(f"{told}. {left}; {AGAIN}") from None
+    return revision
+
+
+def _verified(access: Access, files: Sequence[PublishedFile], revision: str, sent: int) -> Outcome:
+    """Compare every file with the Hub's. Raises `UserError` that names those that differ."""
+    target = access.target
+    try:
+        info = access.api.model_info(target.repo_id, revision=revision)
+        wrong = differences(access, files, revision)
+    except HUB_ERRORS as error:
+        raise UserError(
+            f"push: {explain(error, target.repo_id)}. The files were committed but not compared; {AGAIN}"
+        ) from None
+    if wrong:
+        first = "; ".join(f"{path}: {reason}" for path, reason in list(wrong.items())[:5])
+        raise UserError(
+            f"push: {target.repo_id} at {revision} does not hold what is here: {len(wrong)} of {len(files)} files differ"
+            f" ({first}). Do not use that revision; {AGAIN}"
+        )
+    is_request = revision.startswith("refs/pr/")
+    url = f"{access.url}/discussions/{revision.rpartition('/')[2]}" if is_request else access.url
+    if target.revision != MAIN:
+        url = f"{access.url}/tree/{target.revision}"
+    shown = revision if is_request else target.revision
+    return Outcome(url, shown, str(info.sha), len(files), sent, private=bool(info.private))

@@ -1,0 +1,249 @@
+"""Answering one conversation at a time, as a stream of text: a base model, and any number of runs on it.
+
+The prompt and the decoding are those of an evaluation, so the whole answer is the one that an evaluation scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import queue
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.rows import Conversation, ImageFile
+from qwen_vl_sft.errors import BadRow, UserError, raise_all
+from qwen_vl_sft.evaluation.arms import attach_adapter, check_one_base, load_arm, load_run_processor, make_encoder
+from qwen_vl_sft.evaluation.generation import decode_answer, generate_batch
+from qwen_vl_sft.evaluation.options import Source
+from qwen_vl_sft.launching.launch import read_world
+from qwen_vl_sft.modeling.base_model import set_pixel_limits
+
+# Stands for the bytes of a character whose last token is still to come.
+UNFINISHED_CHARACTER = "\ufffd"
+# How long an iterator that is left behind waits for the token that is being generated.
+STOPPING_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer so far.
+
+    `tokens` counts what was generated, the end of the turn too; `seconds` run from when the models were free for it, with
+    the reading of the images; `first_seconds` is their count at the first token.
+    """
+
+    text: str
+    tokens: int
+    first_seconds: float
+    seconds: float
+    finished: bool
+
+
+def ask(question: str, images: Sequence[ImageFile]) -> Conversation:
+    """A conversation of one question about images, which come before it, as in ChartQA's rows."""
+    if not question.strip():
+        raise UserError("the question is empty; write one")
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    return Conversation([{"role": "user", "content": content}], list(images))
+
+
+def read_images(paths: Sequence[str | Path]) -> list[ImageFile]:
+    """Read image files into memory, and prove them readable. Raises `UserError` with every file that is not."""
+    images, problems = [], []
+    for path in paths:
+        if str(path).startswith(("http://", "https://")):
+            problems.append(f"{path} is an address on the web; download it and name the file")
+            continue
+        if Path(path).is_dir():
+            problems.append(f"{path} is a folder; name image files in it")
+            continue
+        try:
+            images.append(read_image(path, str(path)))
+        except UserError as error:
+            problems += error.problems
+    raise_all(problems)
+    return images
+
+
+def read_image(path: str | Path, name: str) -> ImageFile:
+    """Read one image file into memory, and prove it readable; messages call it `name`. Raises `UserError`."""
+    try:
+        image = ImageFile(Path(path).read_bytes(), name)
+        image.decode()
+    except OSError as error:
+        raise UserError(f"image {name} cannot be read: {error.strerror}") from None
+    except BadRow as error:
+        raise UserError(f"{error}; give a PNG, JPEG, WebP or the like") from None
+    return image
+
+
+class Answerer:
+    """A base model with the adapters of runs on it, or full models beside it; one conversation is answered at a time.
+
+    `sources` are runs, or a base model alone; they are named by their places. Any thread may ask.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        check_one_base(sources)
+        self.sources = list(sources)
+        self.processors = [load_run_processor(source) for source in sources]
+        self._world = read_world(any(bool(source.recipe.get("use_cpu")) for source in sources))
+        self._base: Any = None
+        self._full: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def load(self, arms: Collection[str]) -> None:
+        """Load what the arms need. Raises `UserError`."""
+        tuned = {place: source.tuned for place, source in enumerate(self.sources) if source.tuned and "tuned" in arms}
+        adapters = {place: model.folder for place, model in tuned.items() if model.is_adapter}
+        with reported_memory():
+            if adapters or set(arms) & {"base", "prompted"}:
+                self._base = load_arm(self.sources[0], "base", None, self._world)
+            for place, folder in adapters.items():
+                self._base = attach_adapter(self._base, folder, _adapter_name(place))
+            for place in tuned.keys() - adapters.keys():
+                self._full[place] = load_arm(self.sources[place], "tuned", None, self._world)
+        for model in (self._base, *self._full.values()):
+            if model is not None:
+                model.eval()
+
+    def encoder(
+        self, arm: str, place: int = 0, system_message: str | None = None, max_pixels: int | None = None
+    ) -> Encoder:
+        """How an arm is asked; a system message and a limit of pixels that are given win over the run's."""
+        processor = self.processors[place]
+        if max_pixels is not None:
+            processor = copy.copy(processor)
+            processor.image_processor = copy.copy(processor.image_processor)
+            set_pixel_limits(processor, None, max_pixels)
+        message = self.sources[place].system_message if system_message is None else system_message
+        return make_encoder(arm, processor, message or "")
+
+    def check(self, conversation: Conversation, encoder: Encoder) -> None:
+        """Raise `UserError` for a conversation that cannot be asked; needs no model."""
+        with _named():
+            encoder.encode_prompt(conversation)
+
+    def stream(
+        self, conversation: Conversation, arm: str, encoder: Encoder, max_new_tokens: int, place: int = 0
+    ) -> Iterator[Answer]:
+        """Answer token by token; the last answer is the finished one. Raises `UserError`.
+
+        Whoever stops iterating stops the generation too, at its next token.
+        """
+        listener = _Listener(encoder)
+
+        def answer() -> None:
+            # The thread that generates holds the lock: an iterator that is left behind must not keep it.
+            try:
+                with self._lock, self._weights(arm, place) as model, reported_memory(), _named():
+                    listener.begin()
+                    rows = [encoder.encode_prompt(conversation)]
+                    left = StoppingCriteriaList([listener.is_left])
+                    [text] = generate_batch(
+                        model, encoder, rows, max_new_tokens, streamer=listener, stopping_criteria=left
+                    )
+                    listener.finish(text)
+            except BaseException as error:
+                listener.said.put(error)
+
+        worker = threading.Thread(target=answer, daemon=True)
+        worker.start()
+        try:
+            while True:
+                heard = listener.said.get()
+                if isinstance(heard, BaseException):
+                    raise heard
+                yield heard
+                if heard.finished:
+                    return
+        finally:
+            listener.left.set()
+            # Python must not end in the middle of the model's last step.
+            worker.join(timeout=STOPPING_SECONDS)
+
+    @contextlib.contextmanager
+    def _weights(self, arm: str, place: int) -> Iterator[Any]:
+        if arm == "tuned" and place in self._full:
+            yield self._full[place]
+        elif arm == "tuned":
+            self._base.set_adapter(_adapter_name(place))
+            yield self._base
+        elif isinstance(self._base, PeftModel):
+            with self._base.disable_adapter():
+                yield self._base
+        else:
+            yield self._base
+
+
+class _Listener(BaseStreamer):
+    """Turns generated tokens into answers, and tells `generate` when nobody listens any more."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.said: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        self.left = threading.Event()
+        self._encoder = encoder
+        self._tokens: list[int] | None = None
+        self._began = self._first = 0.0
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._tokens is None:  # the prompt comes first
+            self._tokens = []
+            return
+        if not self._tokens:
+            self._first = time.perf_counter() - self._began
+        self._tokens += value.flatten().tolist()
+        self._say(decode_answer(self._encoder, self._tokens).rstrip(UNFINISHED_CHARACTER), finished=False)
+
+    def end(self) -> None:
+        """The text is finished by `finish`, with the words of an evaluation."""
+
+    def finish(self, text: str) -> None:
+        self._say(text, finished=True)
+
+    def is_left(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
+
+    def _say(self, text: str, finished: bool) -> None:
+        tokens = len(self._tokens or ())
+        self.said.put(Answer(text, tokens, self._first, time.perf_counter() - self._began, finished))
+
+
+@contextlib.contextmanager
+def reported_memory() -> Iterator[None]:
+    """Turn too little GPU memory into a `UserError` with the ways out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory does not suffice; reduce the images with --max_pixels, ask about fewer of them, or load the"
+            f" model with --load_in_4bit ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """A row's error says what a row has; here there is none, but a request."""
+    try:
+        yield
+    except BadRow as error:
+        raise UserError(f"the request {error}; take it out") from None
+
+
+def _adapter_name(place: int) -> str:
+    # PEFT looks for an adapter's name inside the names of weights, so none may be part of another, nor of a layer's.
+    return f"run{place:04d}"

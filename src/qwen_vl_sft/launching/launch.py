@@ -1,0 +1,168 @@
+"""How a run was launched: read it before anything starts, make it real, and check that it is what trains.
+
+Accelerate turns several requests into something else without a word, mostly on a CPU. So the order in a script is
+`read_world`, `start`, `SFTConfig(..., **training_arguments(world))`, `check_running` when training begins, and
+`prepare_final_save` after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_vl_sft.errors import raise_all
+from qwen_vl_sft.launching.world import Strategy, World, read_world
+
+__all__ = [
+    "Strategy",
+    "World",
+    "check_running",
+    "prepare_final_save",
+    "read_world",
+    "round_as_one_process_does",
+    "start",
+    "training_arguments",
+]
+
+logger = logging.getLogger(__name__)
+
+# accelerate's DistributedType for each strategy; on a CPU a group of plain processes is MULTI_CPU.
+RUNNING_TYPES = {"single": {"NO"}, "ddp": {"MULTI_GPU", "MULTI_CPU"}, "fsdp2": {"FSDP"}}
+WAY_OUT = (
+    "The training that would follow is not the one asked for. Launch with an unchanged file of accelerate_configs/ and "
+    "without `fsdp` or `deepspeed` in the recipe; if that does not help, report it with accelerate's and transformers' "
+    "versions."
+)
+
+
+def start(world: World) -> None:
+    """Set up accelerate's state so that the strategy runs as read; call it before `SFTConfig` is built."""
+    precision = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        # Otherwise it would take effect exactly where the recipe says `bf16: false`.
+        logger.warning("The launcher's mixed_precision: %s is ignored; the recipe's `bf16` decides.", precision)
+    if world.strategy == "single" and not world.on_cpu:
+        # With more than one GPU in sight, Trainer would wrap the model in nn.DataParallel.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if world.on_cpu:
+        # Whatever imports DeepSpeed then need not look for a GPU, and warn that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if world.on_cpu and world.zero_stage:
+        import deepspeed
+
+        # On a CPU, DeepSpeed's torch backend compiles a shared-memory all-reduce at first use, 40 to 70 s, which only
+        # tensor-parallel inference calls. It came with https://github.com/deepspeedai/DeepSpeed/pull/5391; this can go
+        # when DeepSpeed compiles it in `inference_all_reduce`.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.on_cpu and world.strategy == "fsdp2":
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        # AcceleratorState turns on FSDP only for MULTI_GPU and its like; MULTI_CPU stays plain DDP although the plugin
+        # was built. This can go when its list of types includes MULTI_CPU.
+        PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def training_arguments(world: World) -> dict[str, Any]:
+    """The keyword arguments of `SFTConfig` that make this world real; they win over the recipe's."""
+    if not world.on_cpu:
+        # Copying the next batch to the GPU need not wait for what the GPU still computes.
+        return {"accelerator_config": {"non_blocking": True}}
+    arguments: dict[str, Any] = {"use_cpu": True, "dataloader_pin_memory": False}
+    if world.strategy == "fsdp2":
+        # Without it TrainingArguments discards the state that `start` prepared.
+        arguments["accelerator_config"] = {"use_configured_state": True}
+    return arguments
+
+
+def round_as_one_process_does(accelerator: Any) -> None:
+    """Have FSDP2 round nothing but weights; call it before training. `accelerator` is the trainer's.
+
+    accelerate takes `bf16: true` to mean that gradients are added up in bfloat16, and what enters a layer or leaves the
+    model is rounded to it as well: the vision tower's rotation angles lose all but three digits, which moves the loss of
+    a 7B by 0.6%, and so do log-probabilities. Its configuration files cannot say otherwise. May go when accelerate lets
+    its users choose `reduce_dtype`, `output_dtype` and `cast_forward_inputs` there
+    (FullyShardedDataParallelPlugin.set_mixed_precision).
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+
+
+def check_running(world: World, accelerator: Any, model: nn.Module) -> None:
+    """Raise `UserError` unless `model`, as the trainer wrapped it (`trainer.model_wrapped`), runs as `world` says.
+
+    Call it when training begins: before that nothing is wrapped. `accelerator` is the trainer's.
+    """
+    running = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    expected = RUNNING_TYPES.get(world.strategy, {"DEEPSPEED"})
+    device = "cpu" if world.on_cpu else "cuda"
+    problems = []
+    if running not in expected:
+        problems.append(f"accelerate runs {running}, not {' or '.join(sorted(expected))}")
+    if accelerator.num_processes != world.processes:
+        problems.append(f"{accelerator.num_processes} processes take part, not {world.processes}")
+    if accelerator.device.type != device:
+        problems.append(f"the device is {accelerator.device}, not {device}")
+    problems += _wrapping_problems(world, model)
+    raise_all([f"launched as {world.strategy}, but {problem}. {WAY_OUT}" for problem in problems])
+
+
+def prepare_final_save(accelerator: Any) -> None:
+    """Have `trainer.save_model` write whole weights; call it on every rank after training, and save no checkpoint then.
+
+    Under FSDP with SHARDED_STATE_DICT, `save_model` writes nothing and says nothing
+    (https://github.com/huggingface/transformers/issues/30491). Checkpoints need SHARDED_STATE_DICT for QLoRA to resume.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def _wrapping_problems(world: World, model: nn.Module) -> list[str]:
+    if world.zero_stage:
+        return _zero_problems(world, model)
+    if world.strategy == "fsdp2":
+        return _fsdp_problems(model)
+    if world.strategy == "ddp" and not isinstance(model, nn.parallel.DistributedDataParallel):
+        return [f"the model is a {type(model).__name__}, not wrapped in DistributedDataParallel: nothing is averaged"]
+    if world.strategy == "single" and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return [f"the model is wrapped in {type(model).__name__}"]
+    return []
+
+
+def _zero_problems(world: World, model: nn.Module) -> list[str]:
+    stage_of = getattr(model, "zero_optimization_stage", None)
+    if stage_of is None:
+        return [f"the model is a {type(model).__name__}, not a DeepSpeed engine"]
+    if stage_of() != world.zero_stage:
+        return [f"DeepSpeed runs stage {stage_of()}"]
+    if world.zero_stage == 3 and world.processes > 1:
+        # A split weight keeps its full size in ds_numel and is empty between uses.
+        split = [p for p in model.parameters() if getattr(p, "ds_numel", 0) > p.numel()]
+        if not split:
+            return ["no weight is split over the processes"]
+    return []
+
+
+def _fsdp_problems(model: nn.Module) -> list[str]:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(model, FSDPModule):
+        return [f"the model is a {type(model).__name__}, not split by fully_shard"]
+    problems = []
+    if sum(isinstance(module, FSDPModule) for module in model.modules()) < 3:
+        problems.append("no layer is split on its own, so that the whole model is gathered at once")
+    # 8-bit weights and 4-bit ones in integer storage would stay whole; everything that trains must be split.
+    whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if whole:
+        problems.append(f"{len(whole)} trainable weights are not split, the first of them {whole[0]}")
+    return problems

@@ -1,0 +1,112 @@
+"""The folder of a merged model: written beside its place and moved there at the end, with all that belongs to a model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
+from qwen_vl_sft.outputs import run_folder
+
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def staged(output: Path, needed: int) -> Iterator[Path]:
+    """A temporary folder beside `output` that becomes it at the end, or is deleted on any failure, Ctrl-C included.
+
+    Raises `UserError` when the disk has fewer than `needed` bytes free.
+    """
+    with writing_to(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output.parent).free
+        if free < needed:
+            raise UserError(
+                f"--output_dir: {output} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some, or"
+                f" name a folder on another disk"
+            )
+        where = Path(tempfile.mkdtemp(prefix=f".{output.name}-merging-", dir=output.parent))
+    try:
+        yield where
+        with writing_to(output):
+            _open_to_group(where)
+            os.replace(where, output)
+    finally:
+        shutil.rmtree(where, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """Turn a full or forbidden disk into a `UserError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(
+            f"--output_dir: {output} cannot be written: {reason}; nothing was left there. Free space, or name another folder"
+        ) from error
+
+
+def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None:
+    """Configuration, processor, prompt and recipe, so that the folder is a model and a run of its own.
+
+    Args:
+        plan: the merge.
+        base: the base model's folder.
+        unties: the output head is no longer the embeddings.
+        folder: where to write.
+    """
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = merged_config(config, plan.options.dtype, unties)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # A checkpoint may hold weights alone; the run around it has the processor with its pixel limits.
+    places = [plan.tuned.folder, plan.tuned.home]
+    for name in (*PROCESSOR_FILES, run_folder.SYSTEM_MESSAGE):
+        _copy_first(name, places, folder)
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        for name in PROCESSOR_FILES:
+            _copy_first(name, [base], folder)
+    _copy_first("generation_config.json", [base], folder)
+    # The merged model is no longer in 4 bits, so evaluating it as a run must not quantize it again.
+    precision = {"dtype": plan.options.dtype, "load_in_4bit": False, "load_in_8bit": False}
+    recipe = yaml.safe_dump(plan.recipe.values() | precision, sort_keys=False, allow_unicode=True, width=100)
+    note = f"# Of the run that was merged; the precision is the merged model's. See {REPORT_FILE}.\n"
+    (folder / run_folder.RECIPE).write_text(note + recipe, encoding="utf-8")
+
+
+def merged_config(config: dict[str, Any], dtype: str, unties: bool) -> dict[str, Any]:
+    """The base's configuration in the precision of the output, and untied where the adapter unties."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
+        if unties and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    return config if "torch_dtype" in config else config | {"dtype": dtype}
+
+
+def _copy_first(name: str, places: Sequence[Path], folder: Path) -> None:
+    found = next((place / name for place in places if (place / name).is_file()), None)
+    if found:
+        shutil.copyfile(found, folder / name)
+
+
+def _open_to_group(folder: Path) -> None:
+    """mkdtemp and safetensors write for the owner alone; a group that shares the folder could not load the model."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)

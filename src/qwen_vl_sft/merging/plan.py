@@ -1,0 +1,168 @@
+"""What `scripts/merge.py` is asked for: its command line, the run it merges and the base model below it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.evaluation.options import FULL_MODEL_FILES, TunedModel, find_tuned
+from qwen_vl_sft.recipe.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from qwen_vl_sft.recipe.reading import Recipe
+
+REPORT_FILE = "merge.json"
+ADAPTER_CONFIG = "adapter_config.json"
+Dtype = Literal["bfloat16", "float16", "float32"]
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line. `max_shard_size` in bytes; `samples` rows on which the logits are compared."""
+
+    run: Path
+    output_dir: Path
+    base: str | None = None
+    dtype: Dtype = "bfloat16"
+    nf4_aware: bool = False
+    max_shard_size: int = 4 * 10**9
+    samples: int = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that is ready to start: `base` says where the 16-bit base comes from, `trained` how training loaded it."""
+
+    options: Options
+    recipe: Recipe
+    tuned: TunedModel
+    base: ModelSettings
+    trained: ModelSettings
+
+    @property
+    def trained_quantized(self) -> bool:
+        """Whether training held the base in 4 or 8 bits."""
+        return self.trained.load_in_4bit or self.trained.load_in_8bit
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether to quantize and compare on the CPU: without a GPU, or when the run was told to compute there."""
+        import torch
+
+        return not torch.cuda.is_available() or bool(self.recipe.get("use_cpu"))
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line. Wrong keys and values end in argparse's message, exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="merge.py",
+        description="Merge a run's adapter into its base model and prove the result.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder of scripts/sft.py, or a checkpoint in it")
+    add("--output_dir", type=Path, required=True, help="a new or empty folder for the merged model")
+    add("--base", help="base model, Hub id or local folder; default: the one that the run names")
+    add(
+        "--dtype",
+        choices=get_args(Dtype),
+        default="bfloat16",
+        help="precision of the merged weights (default: %(default)s)",
+    )
+    add(
+        "--nf4_aware",
+        action="store_true",
+        help="add the adapter to the 4-bit weights it was trained on, dequantized, instead of the original ones",
+    )
+    add("--max_shard_size", type=_bytes, default=4 * 10**9, help="largest weight file, such as 4GB (the default)")
+    add("--samples", type=_count, default=4, help="rows to compare logits and answers on; 0 for none (default: 4)")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def make_plan(options: Options) -> Plan:
+    """Read the run. Raises `UserError` when there is nothing to merge or nowhere to write; writes nothing."""
+    from qwen_vl_sft.outputs.run_folder import RECIPE
+    from qwen_vl_sft.recipe.reading import read_recipe
+
+    check_output_dir(options.output_dir)
+    if (options.run / REPORT_FILE).is_file():
+        raise UserError(f"--run: {options.run} is a merged model already; name the run folder with the adapter")
+    tuned = find_tuned(options.run, needed=True)
+    if not tuned.is_adapter:
+        held = next(name for name in FULL_MODEL_FILES if (options.run / name).is_file())
+        raise UserError(
+            f"--run: {options.run} holds a full model ({held}) and no adapter, so there is nothing to merge; use it as it is"
+        )
+    recipe = read_recipe(tuned.home / RECIPE, {})
+    if options.nf4_aware and not recipe.model.load_in_4bit:
+        raise UserError(
+            f"--nf4_aware: {tuned.home / RECIPE} says that the run was not trained on 4-bit weights (load_in_4bit), so it"
+            f" would change the base for nothing; leave it out"
+        )
+    base = replace(find_base(options, tuned, recipe.model), load_in_4bit=False, load_in_8bit=False, dtype=options.dtype)
+    trained = replace(recipe.model, model_name_or_path=base.model_name_or_path, model_revision=base.model_revision)
+    return Plan(options, recipe, tuned, base, trained)
+
+
+def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
+    """The recipe's model settings with the base to merge into: that of --base, else of the adapter and the recipe."""
+    from qwen_vl_sft.recipe.reading import BUILTIN
+
+    if options.base:
+        asked = str(BUILTIN.get(options.base, options.base))
+        same = asked == settings.model_name_or_path
+        return replace(settings, model_name_or_path=asked, model_revision=settings.model_revision if same else "main")
+    config = read_adapter_config(tuned.folder)
+    name: str | None = config.get("base_model_name_or_path")
+    if name and settings.model_name_or_path and name != settings.model_name_or_path:
+        raise UserError(
+            f"--run: {tuned.folder / ADAPTER_CONFIG} names the base {name}, the recipe beside it"
+            f" {settings.model_name_or_path}; say which one with --base"
+        )
+    name = name or settings.model_name_or_path
+    if not name:
+        raise UserError(
+            f"--run: neither the adapter nor the recipe in {tuned.home} names a base model; give it with --base"
+        )
+    return replace(settings, model_name_or_path=name, model_revision=config.get("revision") or settings.model_revision)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration beside an adapter. Raises `UserError`."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run: {folder / ADAPTER_CONFIG} cannot be read: {error}; name a finished run") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--run: {folder / ADAPTER_CONFIG} is not an adapter's configuration; name a finished run")
+    return config
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise `UserError` when something is there already."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir: {folder} is a file; name a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        what = "a merged model" if (folder / REPORT_FILE).is_file() else "files"
+        raise UserError(f"--output_dir: {folder} holds {what} already; delete the folder, or name another one")
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS[match[2]]))
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number

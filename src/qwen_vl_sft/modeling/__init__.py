@@ -1,0 +1,1 @@
+"""The base model: loaded, adapted, patched, and what it costs to compute."""

@@ -1,0 +1,205 @@
+"""Loading the base model and its processor, quantized or not, and telling its parts apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.modeling.attention import resolve_attention, use_segmented_vision_attention
+from qwen_vl_sft.recipe.settings import ModelSettings
+
+SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+PARTS = ("vision", "merger", "language")
+# Left in full precision by quantization: bitsandbytes would quantize the output head too when it is not tied.
+NOT_QUANTIZED = ["lm_head"]
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part of the model."""
+
+    total: int = 0
+    trainable: int = 0
+
+
+def part_of(name: str) -> str:
+    """The part of a Qwen-VL model that a parameter or module belongs to: "vision", "merger" or "language"."""
+    if ".merger" in name or "deepstack_merger" in name:
+        return "merger"
+    return "vision" if "visual." in name else "language"
+
+
+def load_processor(settings: ModelSettings, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    """The model's processor with the recipe's pixel limits, which are saved with it and so hold everywhere after."""
+    config = load_config(settings)
+    processor = _from_hub(AutoProcessor, settings)
+    set_pixel_limits(processor, min_pixels, max_pixels)
+    if len(processor.tokenizer) > config.get_text_config().vocab_size:
+        raise UserError(
+            f"model {settings.model_name_or_path}: its tokenizer has {len(processor.tokenizer)} tokens but the model only"
+            f" {config.get_text_config().vocab_size}; the folder mixes two models"
+        )
+    return processor
+
+
+def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Change the limits that are given. Raises `UserError` when the smaller is then above the larger."""
+    size = processor.image_processor.size
+    shortest, longest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+    if shortest > longest:
+        raise UserError(f"min_pixels {shortest:,} is above max_pixels {longest:,}; set both, or neither")
+    # The names that transformers 5 reads; `min_pixels` and `max_pixels` attributes are ignored there
+    # (https://github.com/huggingface/transformers/issues/41955).
+    processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+
+
+def load_config(settings: ModelSettings) -> Any:
+    """The model's configuration. Raises `UserError` for a model outside the Qwen-VL family."""
+    config = _from_hub(AutoConfig, settings)
+    if config.model_type not in SUPPORTED_MODELS:
+        raise UserError(
+            f"model_name_or_path: {settings.model_name_or_path} is a {config.model_type} model; this package trains"
+            f" {', '.join(SUPPORTED_MODELS.values())}"
+        )
+    return config
+
+
+def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, strategy: str = "single") -> Any:
+    """The base model, ready for an adapter or for training in full.
+
+    Args:
+        settings: the recipe's model keys.
+        on_cpu: compute on the CPU.
+        local_rank: the GPU to load onto.
+        strategy: how the run is launched. ZeRO-3 and FSDP2 place the weights themselves.
+    """
+    load_config(settings)
+    attention = resolve_attention(settings.attn_implementation, on_cpu, settings.dtype)
+    quantization = quantization_config(settings, sharded=strategy == "fsdp2")
+    model = _from_hub(
+        AutoModelForImageTextToText,
+        settings,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation=attention,
+        use_safetensors=settings.use_safetensors,
+        quantization_config=quantization,
+        device_map=None if on_cpu or strategy in ("zero3", "fsdp2") else {"": local_rank},
+    )
+    if attention == "sdpa":
+        use_segmented_vision_attention(model)
+    if on_cpu and settings.load_in_4bit:
+        keep_4bit_weights_unpacked(model)
+    if strategy == "zero3":
+        forget_unused_renamings(model)
+    return model
+
+
+def build_on_meta(settings: ModelSettings) -> Any:
+    """The model's structure without weights, for counting and for finding layers before anything is loaded."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(load_config(settings))
+
+
+def quantization_config(settings: ModelSettings, sharded: bool = False) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings for the recipe's model keys, None when nothing is quantized.
+
+    FSDP2 shards floating-point tensors only: `sharded` stores the 4-bit values in such, else each GPU holds them all.
+    """
+    if settings.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
+    if not settings.load_in_4bit:
+        return None
+    dtype = getattr(torch, settings.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+        llm_int8_skip_modules=NOT_QUANTIZED,
+    )
+
+
+def forget_unused_renamings(model: Any) -> None:
+    """Have a model that ZeRO-3 loaded saved under the names of the checkpoint it came from.
+
+    transformers keeps the renamings that a load used, to undo them when it saves; on ZeRO-3's way it keeps all that it
+    knows, and the saved weights are named model.model.layers, which few other tools read. May go when
+    `_load_state_dict_into_zero3_model` of transformers' integrations/deepspeed.py asks `was_used` as
+    core_model_loading.py does.
+    """
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        model._weight_conversions = [renaming for renaming in known if renaming.was_used()]
+
+
+def keep_4bit_weights_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place in an evaluation forward on CPUs with AVX512-BF16.
+
+    Training after it fails and a merge is corrupt. Related: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078.
+    May go when bitsandbytes unpacks before every use that is not its fused CPU kernel.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def count_parameters(model: nn.Module) -> dict[str, PartCount]:
+    """Parameters of each part; a 4-bit weight counts as the weights it stands for."""
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2 * parameter.element_size()
+        counts[part_of(name)][0] += size
+        counts[part_of(name)][1] += size if parameter.requires_grad else 0
+    return {part: PartCount(*count) for part, count in counts.items()}
+
+
+def format_parameters(counts: dict[str, PartCount]) -> str:
+    """A table of parameters per part, at most 60 columns wide."""
+    lines = [f"{'part':<10}{'parameters':>16}{'trainable':>16}{'share':>10}"]
+    total = PartCount(*(sum(getattr(count, name) for count in counts.values()) for name in ("total", "trainable")))
+    for part, count in {**counts, "all": total}.items():
+        share = count.trainable / count.total if count.total else 0
+        lines.append(f"{part:<10}{count.total:>16,}{count.trainable:>16,}{share:>10.4%}")
+    return "\n".join(lines)
+
+
+def freeze_vision_tower(model: nn.Module) -> None:
+    """Leave the vision tower out of full fine-tuning; the merger behind it stays trainable."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "vision":
+            parameter.requires_grad_(False)
+
+
+def is_vision_frozen(model: nn.Module) -> bool:
+    """Whether nothing in the vision tower or its merger trains."""
+    return not any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) != "language"
+    )
+
+
+def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:
+    try:
+        return factory.from_pretrained(
+            settings.model_name_or_path,
+            revision=settings.model_revision,
+            trust_remote_code=settings.trust_remote_code,
+            **arguments,
+        )
+    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model_name_or_path: {settings.model_name_or_path} cannot be loaded: {reason.rstrip('.')}."
+            " Check the name, the revision and the network, or give a local folder."
+        ) from error

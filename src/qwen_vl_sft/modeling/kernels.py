@@ -1,0 +1,171 @@
+"""Fused kernels in place of chains of small operations, each on its own switch. CUDA only.
+
+liger-kernel's own patch of Qwen2-VL does not import with transformers 5.23 (it looks for an output class that is gone,
+https://github.com/linkedin/Liger-Kernel), so its single kernels are put in here. May go when that patch imports.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from qwen_vl_sft.modeling.base_model import part_of
+
+LORA = "lora"
+KERNELS = {
+    "rms_norm": "normalisation in the language model",
+    "swiglu": "activation in the language model",
+    "rope": "rotary embedding in the language model and the vision tower",
+    "quick_gelu": "activation in the vision tower",
+    "patch_embed": "the vision tower's first layer, as a matrix product",
+    LORA: "the adapter's product, scaled and added in one call",
+}
+FROM_LIGER = ("rms_norm", "swiglu", "rope")
+SILU = ("SiLU", "SiLUActivation")
+TEXT_ROPE, VISION_ROPE = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
+
+
+def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
+    """Why these kernels cannot be used; nothing when they can."""
+    unknown = [name for name in wanted if name not in KERNELS]
+    if unknown:
+        yield f"fused_kernels: {', '.join(unknown)} is unknown; known are {', '.join(KERNELS)}"
+    elif wanted and on_cpu:
+        yield "fused_kernels run on CUDA only; leave the key out on a CPU"
+    elif set(wanted) & set(FROM_LIGER) and importlib.util.find_spec("liger_kernel") is None:
+        yield (
+            f"fused_kernels: {', '.join(FROM_LIGER)} need liger-kernel; pip install 'qwen_vl_sft[kernels]', or leave"
+            " them out"
+        )
+
+
+def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:
+    """Put the kernels into a base model; returns of each how many layers (or functions) have it now.
+
+    `lora` needs a model with its adapter: `use_fused_lora` puts that in.
+    """
+    counts = {name: 0 for name in wanted if name != LORA}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        language = part_of(name) == "language"
+        if "rms_norm" in wanted and language and kind.endswith("RMSNorm"):
+            module.forward = types.MethodType(_rms_norm, module)
+            counts["rms_norm"] += 1
+        elif "swiglu" in wanted and language and kind.endswith("MLP") and type(module.act_fn).__name__ in SILU:
+            module.forward = types.MethodType(_swiglu, module)
+            counts["swiglu"] += 1
+        elif "quick_gelu" in wanted and not language and kind == "QuickGELUActivation":
+            module.forward = _quick_gelu()
+            counts["quick_gelu"] += 1
+        elif "patch_embed" in wanted and isinstance(module, nn.Conv3d) and name.endswith("visual.patch_embed.proj"):
+            module.forward = types.MethodType(_patch_embed, module)  # type: ignore[method-assign]
+            counts["patch_embed"] += 1
+    if "rope" in wanted:
+        counts["rope"] = _use_fused_rope(sys.modules[type(model).__module__])
+    return counts
+
+
+def use_fused_lora(model: nn.Module) -> int:
+    """Have the layers of a model with an adapter add the adapter's part in one call; returns how many do."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
+    for layer in layers:
+        fused = functools.wraps(layer.forward)(functools.partial(_lora, layer, layer.forward))
+        layer.forward = fused  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _rms_norm(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # "llama": computed in float32 and rounded before the weight is multiplied, as transformers does. Not in place: the
+    # gradient that comes in is also that of the residual.
+    return LigerRMSNormFunction.apply(hidden_states, layer.weight, layer.variance_epsilon, 0.0, "llama", False)
+
+
+def _swiglu(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return layer.down_proj(LigerSiLUMulFunction.apply(layer.gate_proj(hidden_states), layer.up_proj(hidden_states)))
+
+
+@functools.cache
+def _quick_gelu() -> Any:
+    # Written out, it reads and writes the widest activations of the tower three times.
+    return torch.compile(lambda hidden_states: hidden_states * torch.sigmoid(1.702 * hidden_states), dynamic=True)
+
+
+def _patch_embed(layer: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+    """Patches [N, channels, time, height, width], each as large as the kernel -> [N, values, 1, 1, 1].
+
+    cuDNN has no fast convolution in bfloat16 for a kernel that is never moved.
+    """
+    embedded = nn.functional.linear(patches.flatten(1), layer.weight.flatten(1), layer.bias)
+    return embedded[:, :, None, None, None]
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    """Whether an adapter adds scaling * B A x to the output of a linear layer, and nothing else."""
+    is_linear = isinstance(layer.get_base_layer(), nn.Linear)
+    return is_linear and not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+def _lora(
+    layer: Any, otherwise: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`x` [..., in] -> [..., out] of a layer with one adapter in training; `otherwise` for all else.
+
+    PEFT copies the layer's output, scales the product and adds both: each a pass over the widest activations. Here the
+    matrix product adds to the output, which is rounded once and not three times.
+    """
+    (adapter, *others) = layer.active_adapters
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    if (
+        not layer.training
+        or others
+        or args
+        or kwargs
+        or layer.disable_adapters
+        or layer.merged
+        or layer.lora_dropout[adapter].__class__ is not nn.Identity
+        or hasattr(up.weight, "ds_id")  # ZeRO-3 gathers weights for the layers that are called
+        or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype)
+    ):
+        return otherwise(x, *args, **kwargs)
+    result = layer.base_layer(x)
+    product = torch.addmm(result.flatten(0, -2), down(x).flatten(0, -2), up.weight.t(), alpha=layer.scaling[adapter])
+    return product.view_as(result)
+
+
+def _use_fused_rope(modeling: Any) -> int:
+    """Replace the functions that the model's attention layers call; CPU tensors still take the original ones."""
+    for name in (TEXT_ROPE, VISION_ROPE):
+        original = getattr(modeling, name)
+        if not hasattr(original, "without_kernel"):
+            # liger's kernel works in place, on what the vision tower would first have to copy.
+            fused = _text_rope if name == TEXT_ROPE else torch.compile(original, dynamic=True)
+            setattr(modeling, name, _on_cuda(fused, original))
+    return 2
+
+
+def _on_cuda(fused: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def choose(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        return (fused if query.is_cuda else original)(query, key, cos, sin)
+
+    choose.without_kernel = original  # type: ignore[attr-defined]
+    return choose
+
+
+def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    """Rotate [B, heads, T, D] by `cos`, `sin` [B, T, D], whose halves are alike also with M-RoPE's sections."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    return LigerRopeFunction.apply(query, key, cos, sin)

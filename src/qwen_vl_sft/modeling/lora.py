@@ -1,0 +1,98 @@
+"""Where LoRA goes: scopes of the model, explicit targets, and a check that every target lands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from peft import LoraConfig
+from torch import nn
+
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.modeling.base_model import PARTS, build_on_meta, part_of
+from qwen_vl_sft.recipe.settings import ModelSettings
+
+
+def scope_parts(scope: str) -> tuple[str, ...]:
+    """The parts of the model that a scope names."""
+    return PARTS if scope == "all" else (scope,)
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of all layers that LoRA may wrap: linear ones, except the output head, which TRL's fused loss reads raw."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+
+
+def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
+    """Full names of the layers that get LoRA.
+
+    Raises `UserError` for a target that matches no linear layer, with the names there are.
+    """
+    layers = linear_layers(model)
+    if settings.lora_target_modules is None:
+        parts = scope_parts(settings.lora_scope)
+        return [name for name in layers if part_of(name) in parts]
+    unmatched = [target for target in settings.lora_target_modules if not _matches(layers, [target])]
+    if unmatched:
+        known = sorted({name.rsplit(".", 1)[-1] for name in layers} - {str(number) for number in range(10)})
+        raise UserError(
+            f"lora_target_modules: {', '.join(unmatched)} match(es) no linear layer of the model;"
+            f" its layers are named {', '.join(known)}"
+        )
+    return _matches(layers, settings.lora_target_modules)
+
+
+def outside_scope(targets: Iterable[str], settings: ModelSettings) -> list[str]:
+    """A warning for each part of the model where explicit targets put LoRA although the scope does not name it."""
+    counts = {part: 0 for part in PARTS if part not in scope_parts(settings.lora_scope)}
+    for name in targets:
+        if part_of(name) in counts:
+            counts[part_of(name)] += 1
+    return [
+        f"lora_target_modules puts LoRA on {count} layers of the {part} part, outside lora_scope {settings.lora_scope};"
+        f" set lora_scope to all if that is meant, or name the layers more fully"
+        for part, count in counts.items()
+        if count
+    ]
+
+
+def trains_language_only(settings: ModelSettings) -> bool:
+    """Whether every layer with LoRA is in the language model; no weight is loaded to tell."""
+    return all(part_of(name) == "language" for name in find_targets(build_on_meta(settings), settings))
+
+
+def lora_config(model: nn.Module, settings: ModelSettings) -> LoraConfig:
+    """PEFT's configuration of the adapter, for exactly the layers of `find_targets`."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias="none",
+        target_modules=shortest_targets(model, find_targets(model, settings)),
+        modules_to_save=settings.lora_modules_to_save,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+
+
+def shortest_targets(model: nn.Module, targets: list[str]) -> list[str] | str:
+    """`targets` as PEFT's suffixes when these hit nothing else, else as one regular expression.
+
+    Suffixes are what other tools that read the adapter, such as vLLM, understand best.
+    """
+    names = [name for name, _ in model.named_modules()]
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    if _matches(names, suffixes) == targets:
+        return suffixes
+    # layers.0.x and layers.1.x become one alternative, layers.\d+.x
+    shapes = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in targets})
+    pattern = "|".join(shapes)
+    if [name for name in names if re.fullmatch(pattern, name)] == targets:
+        return pattern
+    return targets
+
+
+def _matches(names: list[str], suffixes: list[str]) -> list[str]:
+    """Names that end in one of the suffixes, as PEFT matches them."""
+    return [name for name in names if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)]

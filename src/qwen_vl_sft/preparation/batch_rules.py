@@ -1,0 +1,110 @@
+"""Rules about the batch of an optimizer step: its rows over all processes, and how packing fills them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.recipe.reading import Recipe
+
+Rule = Callable[[Recipe, World], Iterator[str]]
+
+
+def resolve_batch(recipe: Recipe, world: World) -> int:
+    """Set gradient accumulation from `global_batch_size` and return the rows of one optimizer step."""
+    per_step = recipe.get("per_device_train_batch_size") * world.processes
+    if recipe.run.packing and recipe.run.global_batch_size is not None:
+        return recipe.run.global_batch_size
+    if recipe.run.global_batch_size is not None:
+        recipe.training["gradient_accumulation_steps"] = recipe.run.global_batch_size // per_step
+    return per_step * recipe.get("gradient_accumulation_steps")
+
+
+def _batch(recipe: Recipe, world: World) -> Iterator[str]:
+    whole, per_device = recipe.run.global_batch_size, recipe.get("per_device_train_batch_size")
+    if whole is None or per_device < 1:
+        return
+    if recipe.run.packing:
+        if whole < world.processes:
+            yield f"global_batch_size {whole} is below the {world.processes} processes; raise it, or start fewer"
+        return
+    per_step = per_device * world.processes
+    if whole % per_step:
+        yield (
+            f"global_batch_size {whole} is no multiple of per_device_train_batch_size {per_device} x {world.processes}"
+            f" process(es) = {per_step}; change one of them"
+        )
+    elif "gradient_accumulation_steps" in recipe.stated:
+        product = per_step * recipe.get("gradient_accumulation_steps")
+        if product != whole:
+            yield (
+                f"global_batch_size {whole} contradicts per_device_train_batch_size {per_device} x {world.processes}"
+                f" process(es) x gradient_accumulation_steps {recipe.get('gradient_accumulation_steps')} = {product};"
+                f" remove gradient_accumulation_steps"
+            )
+
+
+def _packing(recipe: Recipe, world: World) -> Iterator[str]:
+    run, model = recipe.run, recipe.model
+    if not run.packing:
+        if run.share_prefixes:
+            yield "share_prefixes needs packing: true; set it, or leave share_prefixes out"
+        return
+    if run.tokens_per_batch < 1:
+        yield f"tokens_per_batch: {run.tokens_per_batch} must be at least 1"
+    if recipe.data.dataset_streaming:
+        yield "packing needs the lengths of all rows, and a stream does not tell them; set one of the two to false"
+    if model.attn_implementation not in ("auto", "sdpa"):
+        yield (
+            f"packing brings its own attention, so attn_implementation: {model.attn_implementation} has no effect;"
+            f" leave it out"
+        )
+    if run.share_prefixes and model.use_peft and model.lora_dropout > 0:
+        yield (
+            f"share_prefixes with lora_dropout {model.lora_dropout}: all questions on an image would share one draw of"
+            f" the dropout in its tokens; set lora_dropout: 0, or share_prefixes: false"
+        )
+    if run.share_prefixes and recipe.data.train_on == "all":
+        yield (
+            "share_prefixes with train_on: all: the text of a shared prefix would be learned once, not once a question;"
+            " set train_on: assistant, or share_prefixes: false"
+        )
+
+
+def _checkpointing(recipe: Recipe, world: World) -> Iterator[str]:
+    if recipe.run.gradient_checkpointing != "auto":
+        return
+    if recipe.data.dataset_streaming:
+        yield (
+            "gradient_checkpointing: auto tries the largest micro-batch first, and a stream does not tell which that is;"
+            " set true or false"
+        )
+    kwargs = recipe.get("gradient_checkpointing_kwargs") or {}
+    if kwargs.get("use_reentrant"):
+        yield (
+            "gradient_checkpointing: auto cannot try gradient_checkpointing_kwargs: use_reentrant: true; set it to false,"
+            " or gradient_checkpointing: true"
+        )
+    if "every_n_layers" in kwargs:
+        yield (
+            "gradient_checkpointing: auto chooses the layers, and gradient_checkpointing_kwargs: every_n_layers does too;"
+            " remove one of the two"
+        )
+
+
+def _image_features(recipe: Recipe, world: World) -> Iterator[str]:
+    run, model = recipe.run, recipe.model
+    if run.cache_image_features is None:
+        if run.image_features_dir is not None:
+            yield "image_features_dir is set but cache_image_features is not; set it to bfloat16 or int8 as well"
+        return
+    if not run.packing:
+        yield "cache_image_features needs packing: true; set it, or leave cache_image_features out"
+    if not model.use_peft:
+        yield (
+            "cache_image_features needs a vision tower and merger that do not change, and use_peft: false trains the"
+            " merger at least; set use_peft: true with lora_scope: language, or leave cache_image_features out"
+        )
+
+
+BATCH_RULES: tuple[Rule, ...] = (_batch, _packing, _checkpointing, _image_features)

@@ -1,0 +1,128 @@
+"""From a recipe to checked data: processor, encoder, and rows that are known to be good."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+
+from qwen_vl_sft.batching.packing import StepPlan
+from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, spread
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.rows import resolve_system_message
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.modeling.base_model import load_processor
+from qwen_vl_sft.preparation.image_features import ImageFeatures, plan_features
+from qwen_vl_sft.preparation.scan import Scan, scan
+from qwen_vl_sft.recipe.reading import Recipe
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains and evaluates on. `train` is checked (`Scan`), or a stream that is checked as it comes.
+
+    `features`: what is kept on disk of the training rows' images.
+    """
+
+    encoder: Encoder
+    train: Scan | Rows
+    evaluation: Scan | None
+    features: ImageFeatures | None = None
+
+    def steps(self, recipe: Recipe, global_batch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if recipe.get("max_steps") > 0:
+            return recipe.get("max_steps")
+        assert isinstance(self.train, Scan), "recipe rules require max_steps for a stream"
+        return math.ceil(recipe.get("num_train_epochs") * math.ceil(len(self.train.rows) / global_batch))
+
+    def summary(self) -> dict[str, Any]:
+        """Names, counts and fingerprints for the run's files."""
+        found: dict[str, Any] = {}
+        for name, part in (("train", self.train), ("evaluation", self.evaluation)):
+            if isinstance(part, Scan):
+                rows = part.rows
+                found[name] = {"source": rows.name, "fingerprint": rows.dataset._fingerprint, **part.summary()}
+            elif part is not None:
+                found[name] = {"source": part.name, "streamed": True}
+        return found
+
+
+def prepare_data(recipe: Recipe, world: World) -> PreparedData:
+    """Open and check the rows. Raises `UserError` for everything that cannot be trained on."""
+    data = recipe.data
+    processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
+    # One process of a machine downloads, prepares and checks; the others then read its caches.
+    with PartialState().local_main_process_first():
+        train_rows = _open(recipe, data.dataset_train_split, data.max_train_samples, shuffle=data.shuffle_dataset)
+        message = resolve_system_message(data.system_message, train_rows.format)
+        encoder = Encoder(processor, message, data.train_on, data.max_length)
+        image_keys = recipe.run.cache_image_features is not None
+        train = train_rows if train_rows.streamed else _scan(recipe, train_rows, encoder, image_keys)
+        evaluation = None
+        if recipe.get("eval_strategy") != "no":
+            evaluation = _scan(recipe, _evaluation_rows(recipe), encoder)
+    if recipe.run.packing:
+        assert isinstance(train, Scan), "recipe rules refuse packing of a stream"
+        _check_rows_fit(train, recipe.run.tokens_per_batch)
+    features = plan_features(recipe, train, encoder) if isinstance(train, Scan) else None
+    return PreparedData(encoder, train, evaluation, features)
+
+
+def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
+    longer = int((train.tokens > tokens_per_batch).sum())
+    if longer:
+        row = train.rows.where(train.rows.dataset[int(train.tokens.argmax())][ROW_ID])  # type: ignore[index]
+        raise UserError(
+            f"tokens_per_batch {tokens_per_batch:,}: {longer:,} of {len(train.rows):,} rows are longer, the longest"
+            f" ({row}) with {int(train.tokens.max()):,} tokens; raise tokens_per_batch, lower max_pixels, or leave them"
+            f" out with max_length: {tokens_per_batch} and overlong: drop"
+        )
+
+
+def step_plan(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> StepPlan:
+    """Which rows a packed run trains on together."""
+    assert isinstance(data.train, Scan), "recipe rules refuse packing of a stream"
+    run = recipe.run
+    budget, share = run.tokens_per_batch, run.share_prefixes
+    # Where the vision tower does not run, nobody waits for another's large images.
+    sizes = data.train.sizes.without_patches() if data.features else data.train.sizes
+    return StepPlan(sizes, global_batch, budget, world.processes, recipe.data_seed, share)
+
+
+def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:
+    data = recipe.data
+    assert data.dataset_name is not None
+    return open_rows(
+        data.dataset_name,
+        split,
+        data.dataset_config,
+        data.dataset_streaming,
+        data.dataset_format,
+        shuffle_seed=recipe.data_seed if shuffle else None,
+        max_rows=max_rows,
+    )
+
+
+def _evaluation_rows(recipe: Recipe) -> Rows:
+    split, cap = recipe.data.dataset_test_split, recipe.data.max_eval_samples
+    assert split is not None
+    if recipe.data.dataset_streaming:
+        return in_memory(_open(recipe, split, cap, shuffle=False))
+    return spread(_open(recipe, split, None, shuffle=False), cap)
+
+
+def _scan(recipe: Recipe, rows: Rows, encoder: Encoder, image_keys: bool = False) -> Scan:
+    data = recipe.data
+    return scan(
+        rows,
+        encoder,
+        data.verify_images,
+        skip_bad_rows=data.bad_rows == "skip",
+        drop_overlong=data.overlong == "drop",
+        num_proc=data.dataset_num_proc,
+        image_keys=image_keys,
+    )

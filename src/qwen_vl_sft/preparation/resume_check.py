@@ -1,0 +1,149 @@
+"""Whether a run may go on from a checkpoint: it must train on the same rows in the same order, with the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from qwen_vl_sft.data.dataset import ROW_ID
+from qwen_vl_sft.errors import raise_all
+from qwen_vl_sft.launching.world import World
+from qwen_vl_sft.outputs import checkpoints
+from qwen_vl_sft.outputs.checkpoints import Checkpoint
+from qwen_vl_sft.preparation.prepared_data import PreparedData
+from qwen_vl_sft.preparation.scan import Scan
+from qwen_vl_sft.recipe.reading import Recipe
+
+# Strategies whose checkpoints hold whole weights and a whole optimizer.
+_WHOLE = ("single", "ddp")
+_MODEL_KEYS = (
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_scope",
+    "lora_target_modules",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "load_in_4bit",
+    "load_in_8bit",
+    "dtype",
+)
+_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
+
+
+def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> dict[str, Any]:
+    """What a checkpoint says of its run: the world, what must be the same to go on, and versions."""
+    run = recipe.run
+    same: dict[str, Any] = {
+        "global_batch_size": global_batch,
+        "seed": recipe.get("seed"),
+        "data_seed": recipe.data_seed,
+        "packing": run.packing,
+        **({"tokens_per_batch": run.tokens_per_batch, "share_prefixes": run.share_prefixes} if run.packing else {}),
+        # Stored features are rounded otherwise.
+        **({"cache_image_features": run.cache_image_features} if run.cache_image_features else {}),
+        **{name: asdict(recipe.model)[name] for name in _MODEL_KEYS if recipe.model.use_peft or "lora" not in name},
+    }
+    if isinstance(data.train, Scan):
+        same |= {"rows": len(data.train.rows), "data": fingerprint(data.train)}
+    return {
+        "world": {"strategy": world.strategy, "processes": world.processes},
+        "same": same,
+        "versions": {name: metadata.version(name) for name in _VERSIONS},
+    }
+
+
+def fingerprint(train: Scan) -> str:
+    """The same for the same rows, encoded alike: of their ids and lengths, so that it does not change with the machine."""
+    ids = np.asarray(train.rows.dataset.with_format("numpy")[ROW_ID])  # type: ignore[index]
+    digest = hashlib.sha256()
+    for column in (ids, train.tokens, train.learned, train.images, train.patches):
+        digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint that this run goes on from, the same on every process. Raises `UserError` if it may not.
+
+    Call it on all processes, joined by now (`training.sft.sft_config`): the first one reads the folder and tells the
+    others.
+    """
+    resume = recipe.get("resume_from_checkpoint")
+    if not resume:
+        return None
+    found: list[Checkpoint | None] = [None]
+    if world.rank == 0:
+        found = [checkpoints.find(recipe.output_dir, resume, _tell)]
+        if found[0] is not None:
+            for note in check(found[0], about, recipe.model.lora_dropout if recipe.model.use_peft else 0.0):
+                _tell(note)
+        else:
+            _tell(f"{recipe.output_dir} holds no checkpoint to go on from; the run starts anew")
+    if world.processes > 1:
+        # accelerate's own broadcast does nothing, and says nothing, as long as it takes the run for a single process.
+        assert dist.is_initialized(), "the processes are joined when SFTConfig has been asked for its device"
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def check(checkpoint: Checkpoint, about: dict[str, Any], dropout: float) -> list[str]:
+    """Notes on a resume that is allowed. Raises `UserError` with everything that stands against it."""
+    if not checkpoint.about:
+        return []
+    problems = []
+    was, now = checkpoint.about["same"], about["same"]
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            problems.append(_differs(checkpoint, name, was.get(name), now.get(name)))
+    world_problem = _other_world(checkpoint, about["world"])
+    raise_all(problems + ([world_problem] if world_problem else []))
+    notes = []
+    if checkpoint.about["world"] != about["world"]:
+        exact = "the dropout draws other numbers than before" if dropout else "losses agree up to rounding"
+        notes.append(
+            f"{checkpoint.path} was written by {_words(checkpoint.about['world'])} and goes on with"
+            f" {_words(about['world'])}: the same rows in the same steps, {exact}"
+        )
+    now = about["versions"]
+    changed = [
+        f"{name} {old}, now {now[name]}" for name, old in checkpoint.about["versions"].items() if now[name] != old
+    ]
+    if changed:
+        notes.append(f"{checkpoint.path} was written with {'; '.join(changed)}: losses may differ in the last digits")
+    return notes
+
+
+def _differs(checkpoint: Checkpoint, name: str, was: Any, now: Any) -> str:
+    where = f"resume_from_checkpoint: {checkpoint.path}"
+    if name in ("rows", "data"):
+        what = f"{was} rows, now {now}" if name == "rows" else "other rows, or rows encoded otherwise"
+        return f"{where} was trained on {what}; restore the data and its keys, or start a new run in another output_dir"
+    return f"{where} has {name} {was}, this run {now}; set it back, or start a new run in another output_dir"
+
+
+def _other_world(checkpoint: Checkpoint, now: dict[str, Any]) -> str | None:
+    was = checkpoint.about["world"]
+    if was == now or (was["strategy"] in _WHOLE and now["strategy"] in _WHOLE):
+        return None
+    if was["strategy"] == now["strategy"] == "fsdp2":
+        return None
+    why = "the optimizer is saved in parts, one a process" if now["strategy"] == was["strategy"] else "the files differ"
+    return (
+        f"resume_from_checkpoint: {checkpoint.path} was written by {_words(was)}, this run has {_words(now)}: {why}."
+        f" Launch it as before, or start a new run in another output_dir"
+    )
+
+
+def _words(world: dict[str, Any]) -> str:
+    return f"{world['processes']} process(es) ({world['strategy']})"
+
+
+def _tell(message: str) -> None:
+    print(f"resume: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,215 @@
+"""How the keys of a recipe go together: one small rule a concern, all of their problems reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.evaluation.metrics import METRICS
+from qwen_vl_sft.hub.names import problem_of_branch, problem_of_repo_id
+from qwen_vl_sft.hub.publication import problem_of_base
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.modeling.attention import resolve_attention
+from qwen_vl_sft.modeling.kernels import problems_of_kernels
+from qwen_vl_sft.outputs.run_folder import problems_of_output_dir
+from qwen_vl_sft.preparation.batch_rules import BATCH_RULES, Rule
+from qwen_vl_sft.preparation.lora_rules import LORA_RULES
+from qwen_vl_sft.preparation.run_rules import RUN_RULES
+from qwen_vl_sft.recipe.reading import Recipe
+
+# What every evaluation measures while training; those of `METRICS` come with predict_with_generate.
+EVALUATION_METRICS = ("loss", "mean_token_accuracy")
+LORA_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_scope",
+    "lora_target_modules",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
+
+
+def check(recipe: Recipe, world: World) -> None:
+    """Raise one `UserError` with everything that cannot work in this recipe, on this world."""
+    raise_all([problem for rule in RULES for problem in rule(recipe, world)])
+
+
+def _required(recipe: Recipe, world: World) -> Iterator[str]:
+    stated = {
+        "model_name_or_path": recipe.model.model_name_or_path,
+        "dataset_name": recipe.data.dataset_name,
+        "output_dir": recipe.training.get("output_dir"),
+    }
+    for name, value in stated.items():
+        if not value:
+            yield f"{name} is missing: set it in the recipe, or on the command line as --{name}"
+    model = recipe.model.model_name_or_path or ""
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        yield f"model_name_or_path: {model} is not a folder here"
+    data = recipe.data.dataset_name or ""
+    if data.startswith((".", "/", "~")) and not Path(data).expanduser().exists():
+        yield f"dataset_name: {data} does not exist here"
+
+
+def _ranges(recipe: Recipe, world: World) -> Iterator[str]:
+    at_least_one = (
+        "max_train_samples",
+        "max_eval_samples",
+        "max_length",
+        "min_pixels",
+        "max_pixels",
+        "dataset_num_proc",
+        "max_predict_samples",
+        "max_new_tokens",
+    )
+    values = recipe.values()
+    positive = {name: values[name] for name in (*at_least_one, "lora_r", "lora_alpha", "global_batch_size")}
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        positive[name] = recipe.get(name)
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            yield f"{name}: {value} must be at least 1"
+    if not 0 <= recipe.model.lora_dropout < 1:
+        yield f"lora_dropout: {recipe.model.lora_dropout} must be at least 0 and below 1"
+    if recipe.get("learning_rate") <= 0:
+        yield f"learning_rate: {recipe.get('learning_rate')} must be above 0"
+    if recipe.get("max_steps") <= 0 and recipe.get("num_train_epochs") <= 0:
+        yield "num_train_epochs must be above 0, or max_steps set"
+    if recipe.data.min_pixels and recipe.data.max_pixels and recipe.data.min_pixels > recipe.data.max_pixels:
+        yield f"min_pixels {recipe.data.min_pixels:,} is above max_pixels {recipe.data.max_pixels:,}"
+
+
+def _training_kind(recipe: Recipe, world: World) -> Iterator[str]:
+    model = recipe.model
+    if model.load_in_4bit and model.load_in_8bit:
+        yield "load_in_4bit and load_in_8bit are both true; keep one"
+    quantized = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    if quantized and not model.use_peft:
+        yield f"{quantized} with use_peft: false: quantized weights cannot be trained; set use_peft: true (QLoRA)"
+    if not model.use_peft:
+        for name in LORA_KEYS:
+            if name in recipe.stated:
+                yield f"{name} is set but use_peft is false, so there is no adapter; remove one of the two"
+    elif model.freeze_vision_tower:
+        yield "freeze_vision_tower is for full fine-tuning: with use_peft the base is frozen, and lora_scope says the rest"
+    if recipe.get("fp16") and recipe.get("bf16"):
+        yield "fp16 and bf16 are both true; keep one"
+    if model.dtype == "float16" and not model.use_peft:
+        yield "dtype: float16 with use_peft: false: float16 weights cannot be trained; use bfloat16 or float32"
+    yield from problems_of_kernels(model.fused_kernels or [], world.on_cpu)
+    try:
+        resolve_attention(model.attn_implementation, world.on_cpu, model.dtype)
+    except UserError as error:
+        yield str(error)
+
+
+def _strategy(recipe: Recipe, world: World) -> Iterator[str]:
+    if recipe.model.load_in_8bit and world.strategy in ("zero3", "fsdp2"):
+        yield f"load_in_8bit does not run under {world.strategy}: 8-bit weights cannot be sharded; use load_in_4bit, or ddp"
+
+
+def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
+    evaluates = recipe.get("eval_strategy") != "no"
+    if evaluates and not recipe.data.dataset_test_split:
+        yield "eval_strategy is set but dataset_test_split is not: name the split to evaluate on, or set eval_strategy: no"
+    yield from _best_metric(recipe)
+    if not recipe.get("load_best_model_at_end"):
+        return
+    if not evaluates:
+        yield "load_best_model_at_end needs evaluation: set eval_strategy and dataset_test_split"
+    elif recipe.get("save_strategy") not in (recipe.get("eval_strategy"), "best"):
+        yield (
+            f"load_best_model_at_end needs save_strategy {recipe.get('save_strategy')} to equal eval_strategy"
+            f" {recipe.get('eval_strategy')}, so that every evaluated model can be saved"
+        )
+    elif recipe.get("eval_strategy") == "steps" and recipe.get("save_strategy") == "steps":
+        every = recipe.get("eval_steps") or recipe.get("logging_steps")
+        if recipe.get("save_steps") % every:
+            yield f"load_best_model_at_end needs save_steps {recipe.get('save_steps')} to be a multiple of eval_steps {every}"
+
+
+def _best_metric(recipe: Recipe) -> Iterator[str]:
+    stated = recipe.get("metric_for_best_model")
+    if stated is None:
+        return
+    metric, greater = stated.removeprefix("eval_"), recipe.get("greater_is_better")
+    known = (*EVALUATION_METRICS, *METRICS)
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+        yield f"metric_for_best_model: {stated!r} is not measured; {hint}"
+    elif metric in METRICS and not recipe.run.predict_with_generate:
+        yield f"metric_for_best_model: {stated} is measured with predict_with_generate: true only; set it, or use eval_loss"
+    elif greater is not None and greater == (metric == "loss"):
+        yield f"greater_is_better: {str(greater).lower()} would keep the worst model by {stated}; leave the key out"
+
+
+def _streaming(recipe: Recipe, world: World) -> Iterator[str]:
+    if not recipe.data.dataset_streaming:
+        return
+    if recipe.get("max_steps") <= 0:
+        yield "dataset_streaming needs max_steps: the length of a stream is not known"
+    if recipe.get("eval_strategy") != "no" and recipe.data.max_eval_samples is None:
+        yield "dataset_streaming with evaluation needs max_eval_samples: evaluation rows are kept in memory"
+    if recipe.get("resume_from_checkpoint"):
+        yield "dataset_streaming cannot resume exactly; prepare the dataset without streaming, or start anew"
+
+
+def _reporting(recipe: Recipe, world: World) -> Iterator[str]:
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    report_to = recipe.get("report_to") or []
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in packages and importlib.util.find_spec(packages[name]) is None:
+            yield f"report_to: {name} is not installed; pip install {packages[name]}, or remove it"
+        elif name not in packages and name != "none":
+            yield f"report_to: {name!r} is unknown; tensorboard, wandb, trackio or none"
+
+
+def _loss(recipe: Recipe, world: World) -> Iterator[str]:
+    if recipe.get("loss_type") not in ("nll", "dft"):
+        yield f"loss_type: {recipe.get('loss_type')!r} is unknown; nll or dft"
+
+
+def _publishing(recipe: Recipe, world: World) -> Iterator[str]:
+    run = recipe.run
+    if not run.push_to_hub:
+        return
+    if run.hub_model_id and (problem := problem_of_repo_id(run.hub_model_id)):
+        yield f"hub_model_id: {problem}"
+    if run.hub_revision and (problem := problem_of_branch(run.hub_revision)):
+        yield f"hub_revision: {problem}"
+    if problem := problem_of_base(recipe.model.model_name_or_path, recipe.model.use_peft):
+        yield problem
+    if run.hub_strategy == "every_save" and recipe.get("save_strategy") == "no":
+        yield "hub_strategy: every_save publishes checkpoints, and save_strategy is no; set it, or hub_strategy: end"
+    if run.hub_strategy == "every_save" and world.strategy == "fsdp2":
+        yield "hub_strategy: every_save cannot run under fsdp2: its checkpoints hold no whole weights; set hub_strategy: end"
+
+
+def _output(recipe: Recipe, world: World) -> Iterator[str]:
+    if recipe.training.get("output_dir"):
+        yield from problems_of_output_dir(
+            recipe.output_dir, recipe.run.overwrite_output_dir, recipe.get("resume_from_checkpoint")
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _required,
+    _ranges,
+    _training_kind,
+    *LORA_RULES,
+    _strategy,
+    *BATCH_RULES,
+    _evaluation,
+    _streaming,
+    _reporting,
+    _loss,
+    _publishing,
+    *RUN_RULES,
+    _output,
+)

@@ -1,0 +1,38 @@
+"""Rules of a recipe on how long a run may take and what it does when something goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.recipe.reading import Recipe
+from qwen_vl_sft.resilience.deadline import parse_duration
+
+
+def _time(recipe: Recipe, world: World) -> Iterator[str]:
+    limit = recipe.run.max_run_time
+    if limit is None:
+        return
+    try:
+        seconds = parse_duration(limit)
+    except ValueError:
+        yield f"max_run_time: {limit!r} is no time; write 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
+        return
+    if seconds < 1:
+        yield f"max_run_time: {limit} must be above 0"
+
+
+def _nonfinite(recipe: Recipe, world: World) -> Iterator[str]:
+    if recipe.run.nonfinite == "skip" and world.zero_stage:
+        yield (
+            f"nonfinite: skip does not work under {world.strategy}: DeepSpeed changes the weights before the gradient can"
+            f" be looked at; set nonfinite: error, or use accelerate_configs/fsdp2.yaml or ddp.yaml"
+        )
+
+
+def _keeps(recipe: Recipe, world: World) -> Iterator[str]:
+    if recipe.get("resume_from_checkpoint") and recipe.get("ignore_data_skip"):
+        yield "ignore_data_skip with resume_from_checkpoint would train rows twice; leave ignore_data_skip out"
+
+
+RUN_RULES = (_time, _nonfinite, _keeps)

@@ -1,0 +1,1 @@
+"""TRL's trainer around model and data: built, run and measured."""

@@ -1,0 +1,74 @@
+"""Hooks into the Trainer's loop: the order of an epoch, the clock, and what a person sees while training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.batching.sampler import EpochSampler
+from qwen_vl_sft.launching.launch import World, check_running
+from qwen_vl_sft.training.meter import Meter
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins; accelerate does not pass it on to a sampler inside a sharded batch sampler."""
+
+    def __init__(self, sampler: EpochSampler | StepSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """`state.epoch` is a whole number here, or on a resume the fraction already done."""
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class PauseMeter(TrainerCallback):
+    """Stops the clock of the meter while the Trainer evaluates or saves."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Pause when something other than training follows; a log follows a full step, so it needs the time so far."""
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.meter.pause()
+
+
+class CheckWorld(TrainerCallback):
+    """Stops a run whose model was not wrapped as the launcher was asked to."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The Trainer has prepared the model by now."""
+        check_running(self.world, self.trainer.accelerator, self.trainer.model_wrapped)
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar, with a short line for each log instead of a dictionary."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the line above the bar."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "train_runtime" not in logs:
+            self.training_bar.write(format_log(state.global_step, state.max_steps, logs))
+
+
+def format_log(step: int, max_steps: int, logs: dict[str, Any]) -> str:
+    """One log entry in at most 80 columns."""
+    names = {
+        "loss": ("loss", "{:.4g}"),
+        "eval_loss": ("eval loss", "{:.4f}"),
+        "eval_mean_token_accuracy": ("right tokens", "{:.1%}"),
+        "eval_relaxed_accuracy": ("relaxed accuracy", "{:.1%}"),
+        "learning_rate": ("lr", "{:.1e}"),
+        "tokens_per_second": ("", "{:,.0f} tok/s"),
+        "images_per_second": ("", "{:.3g} img/s"),
+        "data_wait": ("wait", "{:.0%}"),
+        "mfu": ("mfu", "{:.0%}"),
+    }
+    parts = [f"{label} {style.format(logs[key])}".strip() for key, (label, style) in names.items() if key in logs]
+    return f"{step:>{len(str(max_steps))}}/{max_steps}  " + "  ".join(parts)

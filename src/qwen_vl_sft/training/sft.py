@@ -1,0 +1,254 @@
+"""Building the trainer of a recipe, running it, and writing the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTConfig
+
+from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.packed_collator import PackedCollator
+from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.batching.sampler import EpochSampler, places
+from qwen_vl_sft.data.dataset import Rows
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.evaluation.metrics import METRICS
+from qwen_vl_sft.launching import launch
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.modeling.base_model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
+from qwen_vl_sft.modeling.flops import FlopCounter
+from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.lora import lora_config, trains_language_only
+from qwen_vl_sft.modeling.patches import (
+    call_head_after_backbone,
+    count_no_placeholders_in_training,
+    run_frozen_vision_without_gradients,
+    run_vision_in_every_batch,
+    take_images_as_packed,
+)
+from qwen_vl_sft.outputs import run_folder
+from qwen_vl_sft.outputs.plots import plot_loss
+from qwen_vl_sft.preparation.prepared_data import PreparedData, step_plan
+from qwen_vl_sft.preparation.rules import EVALUATION_METRICS
+from qwen_vl_sft.preparation.scan import Scan
+from qwen_vl_sft.recipe.reading import Recipe
+from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS
+from qwen_vl_sft.resilience.safe_trainer import save_final_model
+from qwen_vl_sft.resilience.safety import skipped_steps
+from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, PauseMeter, Progress
+from qwen_vl_sft.training.generation_metrics import GenerationMetrics
+from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
+from qwen_vl_sft.training.meter import Meter
+from qwen_vl_sft.training.trainer import SKIPPED_ROWS, VisionSFTTrainer
+
+
+def sft_config(recipe: Recipe, world: World) -> SFTConfig:
+    """TRL's configuration of a recipe. Must exist before the model is loaded: ZeRO-3 partitions while loading."""
+    arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(world)}
+    arguments["resume_from_checkpoint"] = None
+    if recipe.run.packing:
+        # The Trainer's batch is then a whole optimizer step; its micro-batches are planned by their tokens.
+        arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    arguments.setdefault("run_name", recipe.output_dir.name)
+    # transformers' new names of these keys; TRL and its users still write the former ones.
+    arguments["activation_checkpointing"] = recipe.run.gradient_checkpointing is not False
+    kwargs = arguments.pop("gradient_checkpointing_kwargs", recipe.get("gradient_checkpointing_kwargs"))
+    arguments["activation_checkpointing_kwargs"] = kwargs
+    if recipe.model.use_peft and trains_language_only(recipe.model):
+        # Every language adapter takes part in every batch, so DDP need not look for those that do not.
+        arguments.setdefault("ddp_find_unused_parameters", False)
+    try:
+        config = SFTConfig(**arguments)
+        # A process drives one GPU, however many it sees; the Trainer would spread over all of them with DataParallel.
+        config._n_gpu = min(config.n_gpu, 1)
+        return config
+    except ValueError as error:
+        raise UserError(f"recipe: {error}") from None
+
+
+def build_trainer(
+    recipe: Recipe, world: World, args: SFTConfig, data: PreparedData, global_batch: int
+) -> VisionSFTTrainer:
+    """Load the model and set up TRL's trainer around it."""
+    model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy)
+    if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
+        freeze_vision_tower(model)
+    # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        config.pad_token_id = data.encoder.pad_token_id
+    if recipe.run.packing:
+        use_packed_attention(model)
+        count_no_placeholders_in_training(model)
+        take_images_as_packed(model)
+    if recipe.model.fused_kernels:
+        use_fused_kernels(model, recipe.model.fused_kernels)
+    meter, check_world = Meter(args.device), CheckWorld(world)
+    train_dataset, sampler = _train_places(recipe, world, data, global_batch)
+    train_collator = _collator(recipe, data, data.train)
+    evaluation = data.evaluation
+    collator = _packed(train_collator, model) if recipe.run.packing else train_collator
+    trainer = VisionSFTTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        eval_collator=_collator(recipe, data, evaluation) if evaluation else train_collator,
+        train_dataset=train_dataset,
+        eval_dataset=places(len(evaluation.rows), args.eval_batch_size * world.processes) if evaluation else None,
+        processing_class=data.encoder.processor,
+        peft_config=lora_config(model, recipe.model) if recipe.model.use_peft else None,
+        sampler=sampler,
+        meter=meter,
+        generation_metrics=_generation_metrics(recipe, data, args.eval_batch_size),
+        callbacks=[PauseMeter(meter), check_world, *([EpochOrder(sampler)] if sampler else [])],
+    )
+    check_world.trainer = trainer
+    for plain in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(plain)
+    if not args.disable_tqdm:
+        trainer.add_callback(Progress())
+    if recipe.model.use_peft:
+        keep_adapter_in_float32(model)
+        if LORA in (recipe.model.fused_kernels or ()):
+            use_fused_lora(trainer.model)  # type: ignore[arg-type]
+    launch.round_as_one_process_does(trainer.accelerator)
+    vision_frozen = is_vision_frozen(model)
+    if vision_frozen:
+        run_frozen_vision_without_gradients(model)
+    if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
+        run_vision_in_every_batch(model)
+    if world.strategy == "fsdp2":
+        call_head_after_backbone(model)
+    meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
+    # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
+    stated = recipe.get("gradient_checkpointing_kwargs") or {}
+    reentrant = stated.get("use_reentrant") or world.strategy == "zero3"
+    if isinstance(data.train, Scan) and not world.on_cpu and not reentrant:
+        largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
+        trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto"))
+    return trainer
+
+
+def keep_adapter_in_float32(model: nn.Module) -> None:
+    """Undo TRL's cast of QLoRA adapters to bfloat16, in which the optimizer's small steps are lost.
+
+    A resume would also load them in float32, and so go on otherwise than the run it resumes. With `bf16: true` each
+    strategy computes in bfloat16 all the same, and ZeRO keeps float32 copies of its own; with `bf16: false` ZeRO and
+    FSDP2 would take gradients in bfloat16 too, and end 1% off the weights of DDP.
+    """
+    for parameter in model.parameters():
+        # ZeRO-3 knows the type of what it has split already, such as a copy of a layer that trains in full.
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+
+
+def train(
+    trainer: VisionSFTTrainer, world: World, recipe: Recipe, data: PreparedData, resume: Path | None
+) -> dict[str, Any]:
+    """Train, save the final model, and return the metrics of the run."""
+    assert isinstance(trainer.data_collator, Collator | PackedCollator)
+    assert isinstance(trainer.model, nn.Module)
+    collator, parameters = trainer.data_collator, count_parameters(trainer.model)
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.meter.measure(trainer.accelerator)
+    metrics = {
+        **{name: value for name, value in result.metrics.items() if name in ("train_loss", "train_runtime")},
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        **_evaluation_of_saved_model(trainer),
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        # The commit of a base model from the Hub, None for a folder.
+        "base_commit": getattr(trainer.model.config, "_commit_hash", None),
+        **trainer.meter.summary(world.processes),
+        **({"memory": asdict(trainer.memory_fit)} if trainer.memory_fit else {}),
+        "work": asdict(trainer.meter.total),
+        "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
+        "skipped_while_evaluating": _skipped_while_evaluating(trainer),
+        "skipped_steps": skipped_steps(recipe.output_dir),
+        "data": data.summary(),
+        "parameters": {part: asdict(count) for part, count in parameters.items()},
+    }
+    launch.prepare_final_save(trainer.accelerator)
+    save_final_model(trainer, recipe.output_dir)
+    return metrics
+
+
+def begin_run_folder(recipe: Recipe, world: World, data: PreparedData) -> None:
+    """Write what is known before training; call it on one process only."""
+    devices = [] if world.on_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    environment = run_folder.environment(asdict(world), data.summary(), devices)
+    message = data.encoder.system_message
+    run_folder.begin(recipe.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
+
+
+def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, metrics: dict[str, Any]) -> None:
+    """Write metrics, log and plot; call it on one process only."""
+    history = trainer.state.log_history
+    run_folder.finish(recipe.output_dir, metrics, history)
+    plot_loss(history, recipe.output_dir / run_folder.LOSS_PLOT)
+
+
+def _train_places(
+    recipe: Recipe, world: World, data: PreparedData, global_batch: int
+) -> tuple[Any, EpochSampler | StepSampler | None]:
+    if recipe.run.packing:
+        plan = step_plan(recipe, world, data, global_batch)
+        return places(len(plan.sizes.tokens), 1), StepSampler(plan, world.rank)
+    if not isinstance(data.train, Scan):
+        # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
+        return data.train.dataset.repeat(None), None
+    items = places(len(data.train.rows), global_batch)
+    return items, EpochSampler(len(data.train.rows), len(items), recipe.data_seed)
+
+
+def _packed(collator: Collator, model: Any) -> PackedCollator:
+    # The vision tower casts pixels to its own type first thing; half the bytes then go to the GPU.
+    return PackedCollator(collator, Positions(model.config), model.dtype)
+
+
+def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows) -> Collator:
+    skip = recipe.data.bad_rows == "skip"
+    if isinstance(part, Scan):
+        return Collator(part.rows, data.encoder, skip, part.filler)
+    return Collator(part, data.encoder, skip, skip_overlong=recipe.data.overlong == "drop")
+
+
+def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> GenerationMetrics | None:
+    run = recipe.run
+    if not run.predict_with_generate or data.evaluation is None:
+        return None
+    return GenerationMetrics(
+        data.evaluation,
+        data.encoder,
+        run.max_predict_samples,
+        batch_size,
+        run.max_new_tokens,
+        recipe.output_dir,
+        skip_bad_rows=recipe.data.bad_rows == "skip",
+    )
+
+
+def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
+    """The evaluation of the model that is saved: the best when that is loaded at the end, else the last."""
+    entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
+    names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *METRICS, SKIPPED_ROWS)]
+    return {name: entries[-1][name] for name in names if name in entries[-1]} if entries else {}
+
+
+def _skipped_while_evaluating(trainer: VisionSFTTrainer) -> int:
+    """Rows that evaluations could not read, each as often as one met it; also of evaluations before a resume."""
+    return sum(int(entry.get(f"eval_{SKIPPED_ROWS}", 0)) for entry in trainer.state.log_history)
+
+
+def _sum_over_ranks(trainer: VisionSFTTrainer, count: int) -> int:
+    return int(trainer.accelerator.reduce(torch.tensor(count, device=trainer.args.device), reduction="sum"))
