@@ -321,6 +321,29 @@ def test_one_process_gives_the_same_losses_and_adapter(launched_run, tutorial_ke
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-3)
 
 
+def test_all_weights_train_in_float32_and_are_saved_as_the_recipe_says(good):
+    """Steps of 1e-5, most of which bfloat16 would lose."""
+    from safetensors.torch import load_file
+
+    keys = {"use_peft": "false", "freeze_vision_tower": "true", "dtype": "bfloat16", "bf16": "true"}
+    keys |= {"learning_rate": "1e-5", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    finished = run_process(SCRIPT, *words(good | keys))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "precision   bfloat16, what trains is kept in float32" in finished.stdout
+    run = good["output_dir"]
+    saved, final = (load_file(folder / "model.safetensors") for folder in (run / "checkpoint-2", run))
+    assert {weight.dtype for weight in final.values()} == {torch.bfloat16}
+    assert json.loads((run / "config.json").read_text())["dtype"] == "bfloat16"
+    start = load_file(tiny.MODEL_DIR / "model.safetensors")
+    for name, weight in saved.items():
+        assert torch.equal(weight.to(torch.bfloat16), final[name]), name
+        vision = "visual." in name and "merger" not in name
+        assert weight.dtype == (torch.bfloat16 if vision else torch.float32), name
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = saved[name] - start[name].to(torch.bfloat16).float()
+    assert (moved != 0).float().mean() > 0.9
+
+
 def test_the_adapter_loads_back_and_changes_the_output(launched_run, tutorial_keys):
     from peft import PeftModel
 

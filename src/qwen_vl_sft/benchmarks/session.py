@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from qwen_vl_sft.benchmarks import rounds
 from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, random_model_of
 from qwen_vl_sft.benchmarks.table import format_table
-from qwen_vl_sft.benchmarks.variants import build
+from qwen_vl_sft.benchmarks.variants import Variant, build
 from qwen_vl_sft.outputs.run_folder import environment
 from qwen_vl_sft.recipe.command_line import parse_command_line
 
 WARMUP = 3
+# A round of fewer rows says more of those rows than of the variant.
+FEWEST_ROWS = 96
 RARELY = {"logging_steps": 10_000}
 
 
@@ -28,11 +31,7 @@ def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
         own = {"model_name_or_path": str(model_dir), "output_dir": str(arguments.output_dir / "runs" / name)}
         variants.append(build(name, arguments.recipe, {**TRAINING_ALONE, **RARELY, **own, **keys}, arguments.repeat))
         print(f"ready: {name}", flush=True)
-    # A first run of each compiles kernels, and tells how many steps fill the time asked for.
-    steps = {}
-    for variant in variants:
-        found = rounds.measure(variant, steps=3, warmup=WARMUP)
-        steps[variant.name] = max(3, round(arguments.seconds * found["rows_per_second"] / variant.rows_per_step))
+    steps = {variant.name: steps_of_a_round(variant, arguments.seconds) for variant in variants}
     measured: list[dict[str, dict[str, float]]] = []
     for number in range(arguments.rounds):
         measured.append(
@@ -43,6 +42,14 @@ def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
     results = rounds.summarise(measured, reference=names[0])
     rounds.write_results(arguments.output_dir, results, _about(arguments, keys, steps, measured, variants))
     return format_table(results, rounds.COLUMNS)
+
+
+def steps_of_a_round(variant: Variant, seconds: float) -> int:
+    """How many steps take about so long, and hold rows enough."""
+    # A first run compiles and loads kernels, and is far slower.
+    rounds.measure(variant, steps=3, warmup=WARMUP)
+    speed = rounds.measure(variant, steps=3, warmup=WARMUP)["rows_per_second"]
+    return max(3, math.ceil(max(FEWEST_ROWS, seconds * speed) / variant.rows_per_step))
 
 
 def _about(

@@ -20,7 +20,7 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
     attention = resolve_attention(recipe.model.attn_implementation, world.on_cpu, recipe.model.dtype)
     lines = [
         f"model       {recipe.model.model_name_or_path}",
-        f"precision   {recipe.model.precision}",
+        f"precision   {recipe.model.precision}{', what trains is kept in float32' * _keeps_float32(recipe)}",
         f"attention   {'boundaries between packed rows' if recipe.run.packing else attention}",
         f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
         *_batch_lines(recipe, world, data, global_batch),
@@ -72,11 +72,24 @@ def warnings(recipe: Recipe) -> list[str]:
     if not recipe.run.push_to_hub:
         idle = [name for name in sorted(recipe.stated) if name.startswith("hub_")]
         found += [f"{name} has no effect without push_to_hub: true" for name in idle]
+    if _trains_half_precision(recipe) and not _keeps_float32(recipe):
+        found.append(
+            "dtype: bfloat16 without bf16: true loses steps smaller than 0.4% of a weight; bf16: true keeps what trains in"
+            " float32"
+        )
     if recipe.data.train_on == "all":
         found.append(
             "train_on: all also learns the prompt's fixed text; answers usually come out worse than with assistant"
         )
     return found
+
+
+def _trains_half_precision(recipe: Recipe) -> bool:
+    return not recipe.model.use_peft and recipe.model.dtype == "bfloat16"
+
+
+def _keeps_float32(recipe: Recipe) -> bool:
+    return _trains_half_precision(recipe) and bool(recipe.get("bf16"))
 
 
 def _publishing_line(recipe: Recipe) -> str:

@@ -116,9 +116,12 @@ def build_trainer(
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
     if recipe.model.use_peft:
-        keep_adapter_in_float32(model)
+        keep_trained_weights_in_float32(model)
         if LORA in (recipe.model.fused_kernels or ()):
             use_fused_lora(trainer.model)  # type: ignore[arg-type]
+    elif recipe.get("bf16") and world.strategy in ("single", "ddp"):
+        # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
+        keep_trained_weights_in_float32(model)
     launch.round_as_one_process_does(trainer.accelerator)
     vision_frozen = is_vision_frozen(model)
     if vision_frozen:
@@ -137,12 +140,13 @@ def build_trainer(
     return trainer
 
 
-def keep_adapter_in_float32(model: nn.Module) -> None:
-    """Undo TRL's cast of QLoRA adapters to bfloat16, in which the optimizer's small steps are lost.
+def keep_trained_weights_in_float32(model: nn.Module) -> None:
+    """Hold what trains in float32, in which small steps of the optimizer are not lost.
 
-    A resume would also load them in float32, and so go on otherwise than the run it resumes. With `bf16: true` each
-    strategy computes in bfloat16 all the same, and ZeRO keeps float32 copies of its own; with `bf16: false` ZeRO and
-    FSDP2 would take gradients in bfloat16 too, and end 1% off the weights of DDP.
+    TRL casts QLoRA adapters to bfloat16, and a whole model is in the recipe's `dtype`. A resume would also load adapters
+    in float32, and so go on otherwise than the run it resumes. With `bf16: true` each strategy computes in bfloat16 all
+    the same, and ZeRO keeps float32 copies of its own; with `bf16: false` ZeRO and FSDP2 would take gradients in bfloat16
+    too, and end 1% off the weights of DDP.
     """
     for parameter in model.parameters():
         # ZeRO-3 knows the type of what it has split already, such as a copy of a layer that trains in full.
@@ -177,6 +181,9 @@ def train(
         "parameters": {part: asdict(count) for part, count in parameters.items()},
     }
     launch.prepare_final_save(trainer.accelerator)
+    if not recipe.model.use_peft and not trainer.is_deepspeed_enabled:
+        # DeepSpeed saves the copy that it computes with.
+        trainer.model.to(getattr(torch, recipe.model.dtype))
     save_final_model(trainer, recipe.output_dir)
     return metrics
 

@@ -223,7 +223,8 @@ class VisionSFTTrainer(SafeTrainer):
         (https://github.com/huggingface/transformers/issues/43701). May go when that is closed.
         """
         assert isinstance(self.model, PreTrainedModel)
-        saved = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        # Weights that train are in float32, frozen ones may be in less; each is copied into its own type.
+        saved = type(self.model).from_pretrained(checkpoint, dtype=torch.float32)
         self.model.load_state_dict(saved.state_dict(), strict=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,24 @@
+"""scripts/benchmark.py: ways of training side by side."""
+
+import json
+
+import pytest
+from conftest import run_process
+
+from qwen_vl_sft import tiny
+from qwen_vl_sft.benchmarks.session import FEWEST_ROWS
+
+
+@pytest.mark.long
+def test_ways_of_training_are_measured_on_rows_enough(tmp_path):
+    words = ["--recipe", "recipes/quickstart.yaml", "--config", tiny.MODEL_DIR, "--variants", "trl,packed_plain"]
+    words += ["--rounds", "1", "--seconds", "1", "--use_cpu", "true", "--load_in_4bit", "false"]
+    finished = run_process("scripts/benchmark.py", *words, "--max_train_samples", "64", "--output_dir", tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    about = json.loads((tmp_path / "results.json").read_text())
+    trl, packed = about["results"]
+    assert about["steps"]["trl"] * 4 >= FEWEST_ROWS
+    assert (trl["variant"], trl["ratio"], packed["variant"]) == ("trl", 1.0, "packed_plain")
+    assert packed["ratio"] == packed["rows_per_second"] / trl["rows_per_second"]
+    assert "| packed_plain |" in finished.stdout
+    assert (tmp_path / "speed.png").stat().st_size > 5_000
