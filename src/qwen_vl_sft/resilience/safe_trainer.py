@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from trl import SFTTrainer
 
@@ -60,6 +61,7 @@ class SafeTrainer(SFTTrainer):
         self.poll: Callable[[], None] | None = None
         self.stall_watch: StallWatch | None = None
         self._after_loss: tuple[Any, ...] | None = None
+        self._held: dict[str, torch.Tensor] = {}
         # The Trainer would delete old checkpoints before the new one is marked, and at the end before the model is saved.
         self._keep, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -130,6 +132,21 @@ class SafeTrainer(SFTTrainer):
         raise unsound_error(described, can_skip=not self.is_deepspeed_enabled)
 
     # A save
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; an adapter that DeepSpeed trains as the optimizer holds it. All processes must call at once."""
+        assert isinstance(self.model, nn.Module)
+        exact = is_peft_model(self.model) and self.is_deepspeed_enabled
+        self._held = held_by_deepspeed(self.model) if exact else {}
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._held = {}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict:
+            state_dict = {name: self._held.get(name, value) for name, value in state_dict.items()}
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began = time.perf_counter()
@@ -203,6 +220,22 @@ class SafeTrainer(SFTTrainer):
             best = Path(self.args.output_dir or "", f"checkpoint-{self.state.best_global_step}")
             if self.state.best_global_step == self.state.global_step and best.is_dir():
                 self.state.best_model_checkpoint = str(best)
+
+
+def held_by_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The float32 copies that DeepSpeed steps on of what trains in less, whole, by name. All processes must call at once.
+
+    The model itself holds them rounded to bfloat16, and so would a file of it, other than that of DDP.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    held = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            whole = safe_get_full_fp32_param(parameter)
+            if whole is not None:
+                held[name] = whole.detach().cpu()
+    return held
 
 
 def save_final_model(trainer: SafeTrainer, folder: Path) -> None:
