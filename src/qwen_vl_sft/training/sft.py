@@ -23,18 +23,9 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.modeling.attention import use_packed_attention
-from qwen_vl_sft.modeling.base_model import count_parameters, freeze_vision_tower, is_vision_frozen, load_model
+from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
-from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.lora import lora_config, trains_language_only
-from qwen_vl_sft.modeling.patches import (
-    call_head_after_backbone,
-    count_no_placeholders_in_training,
-    run_frozen_vision_without_gradients,
-    run_vision_in_every_batch,
-    take_images_as_packed,
-)
 from qwen_vl_sft.outputs import run_folder
 from qwen_vl_sft.outputs.plots import plot_loss
 from qwen_vl_sft.preparation.prepared_data import PreparedData, step_plan
@@ -48,6 +39,7 @@ from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, PauseMeter, P
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
 from qwen_vl_sft.training.meter import Meter
+from qwen_vl_sft.training.model_setup import finish_model, prepare_model
 from qwen_vl_sft.training.trainer import SKIPPED_ROWS, VisionSFTTrainer
 
 
@@ -79,18 +71,7 @@ def build_trainer(
     recipe: Recipe, world: World, args: SFTConfig, data: PreparedData, global_batch: int
 ) -> VisionSFTTrainer:
     """Load the model and set up TRL's trainer around it."""
-    model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy)
-    if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
-        freeze_vision_tower(model)
-    # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
-    for config in (model.config, model.config.get_text_config(), model.generation_config):
-        config.pad_token_id = data.encoder.pad_token_id
-    if recipe.run.packing:
-        use_packed_attention(model)
-        count_no_placeholders_in_training(model)
-        take_images_as_packed(model)
-    if recipe.model.fused_kernels:
-        use_fused_kernels(model, recipe.model.fused_kernels)
+    model = prepare_model(recipe, world, data.encoder.pad_token_id)
     meter, check_world = Meter(args.device), CheckWorld(world)
     train_dataset, sampler = _train_places(recipe, world, data, global_batch)
     train_collator = _collator(recipe, data, data.train)
@@ -115,21 +96,7 @@ def build_trainer(
         trainer.remove_callback(plain)
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
-    if recipe.model.use_peft:
-        keep_trained_weights_in_float32(model)
-        if LORA in (recipe.model.fused_kernels or ()):
-            use_fused_lora(trainer.model)  # type: ignore[arg-type]
-    elif recipe.get("bf16") and world.strategy in ("single", "ddp"):
-        # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
-        keep_trained_weights_in_float32(model)
-    launch.round_as_one_process_does(trainer.accelerator)
-    vision_frozen = is_vision_frozen(model)
-    if vision_frozen:
-        run_frozen_vision_without_gradients(model)
-    if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
-        run_vision_in_every_batch(model)
-    if world.strategy == "fsdp2":
-        call_head_after_backbone(model)
+    vision_frozen = finish_model(trainer, recipe, world)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen)
     # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
     stated = recipe.get("gradient_checkpointing_kwargs") or {}
@@ -138,20 +105,6 @@ def build_trainer(
         largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
         trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto"))
     return trainer
-
-
-def keep_trained_weights_in_float32(model: nn.Module) -> None:
-    """Hold what trains in float32, in which small steps of the optimizer are not lost.
-
-    TRL casts QLoRA adapters to bfloat16, and a whole model is in the recipe's `dtype`. A resume would also load adapters
-    in float32, and so go on otherwise than the run it resumes. With `bf16: true` each strategy computes in bfloat16 all
-    the same, and ZeRO keeps float32 copies of its own; with `bf16: false` ZeRO and FSDP2 would take gradients in bfloat16
-    too, and end 1% off the weights of DDP.
-    """
-    for parameter in model.parameters():
-        # ZeRO-3 knows the type of what it has split already, such as a copy of a layer that trains in full.
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.float()
 
 
 def train(

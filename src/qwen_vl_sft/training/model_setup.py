@@ -1,0 +1,76 @@
+"""What is done to a model before it trains: as it comes from the disk, and once the trainer has given it its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from trl import SFTTrainer
+
+from qwen_vl_sft.launching import launch
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model
+from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.patches import (
+    call_head_after_backbone,
+    count_no_placeholders_in_training,
+    run_frozen_vision_without_gradients,
+    run_vision_in_every_batch,
+    take_images_as_packed,
+)
+from qwen_vl_sft.recipe.reading import Recipe
+
+
+def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
+    """Load the base model of a recipe as its trainer takes it."""
+    model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy)
+    if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
+        freeze_vision_tower(model)
+    # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        config.pad_token_id = pad_token_id
+    if recipe.run.packing:
+        use_packed_attention(model)
+        count_no_placeholders_in_training(model)
+        take_images_as_packed(model)
+    if recipe.model.fused_kernels:
+        use_fused_kernels(model, recipe.model.fused_kernels)
+    return model
+
+
+def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
+    """What can be done once the model has its adapter; returns whether nothing of the vision tower trains."""
+    model: Any = trainer.model
+    if recipe.model.use_peft:
+        keep_trained_weights_in_float32(model)
+        if LORA in (recipe.model.fused_kernels or ()):
+            use_fused_lora(model)
+    elif recipe.get("bf16") and world.strategy in ("single", "ddp"):
+        # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
+        keep_trained_weights_in_float32(model)
+    launch.round_as_one_process_does(trainer.accelerator)
+    vision_frozen = is_vision_frozen(model)
+    if vision_frozen:
+        run_frozen_vision_without_gradients(model)
+    base = model.get_base_model() if recipe.model.use_peft else model
+    if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
+        run_vision_in_every_batch(base)
+    if world.strategy == "fsdp2":
+        call_head_after_backbone(base)
+    return vision_frozen
+
+
+def keep_trained_weights_in_float32(model: nn.Module) -> None:
+    """Hold what trains in float32, in which small steps of the optimizer are not lost.
+
+    TRL casts QLoRA adapters to bfloat16, and a whole model is in the recipe's `dtype`. A resume would also load adapters
+    in float32, and so go on otherwise than the run it resumes. With `bf16: true` each strategy computes in bfloat16 all
+    the same, and ZeRO keeps float32 copies of its own; with `bf16: false` ZeRO and FSDP2 would take gradients in bfloat16
+    too, and end 1% off the weights of DDP.
+    """
+    for parameter in model.parameters():
+        # ZeRO-3 knows the type of what it has split already, such as a copy of a layer that trains in full.
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
