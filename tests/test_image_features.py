@@ -310,6 +310,7 @@ def test_the_default_folder_is_in_the_users_cache(tmp_path, tiny_processor, monk
         {"lora_scope": "merger"},
         {"lora_target_modules": ["qkv", "q_proj"]},
         {"lora_modules_to_save": ["merger"]},
+        {"lora_modules_to_save": ["erger"]},
     ],
 )
 def test_a_tower_that_trains_is_refused(keys, tmp_path, tiny_processor):

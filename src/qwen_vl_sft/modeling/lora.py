@@ -42,6 +42,11 @@ def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
     return _matches(layers, settings.lora_target_modules)
 
 
+def trained_in_full(model: nn.Module, suffix: str) -> list[str]:
+    """Names of the modules that an entry of `lora_modules_to_save` means: as PEFT matches, by how the whole name ends."""
+    return [name for name, _ in model.named_modules() if name and name.endswith(suffix)]
+
+
 def outside_scope(targets: Iterable[str], settings: ModelSettings) -> list[str]:
     """A warning for each part of the model where explicit targets put LoRA although the scope does not name it."""
     counts = {part: 0 for part in PARTS if part not in scope_parts(settings.lora_scope)}

@@ -17,7 +17,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache, add_to_digest
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_config, part_of
-from qwen_vl_sft.modeling.lora import find_targets
+from qwen_vl_sft.modeling.lora import find_targets, trained_in_full
 from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe
 from qwen_vl_sft.recipe.settings import ModelSettings
@@ -87,10 +87,9 @@ def plan_features(recipe: Recipe, train: Scan, encoder: Encoder) -> ImageFeature
 
 def _check_frozen(settings: ModelSettings) -> None:
     model = build_on_meta(settings)
-    saved = settings.lora_modules_to_save or []
-    trained = find_targets(model, settings) + [
-        name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in saved)
-    ]
+    trained = find_targets(model, settings)
+    for suffix in settings.lora_modules_to_save or []:
+        trained += trained_in_full(model, suffix)
     seeing = [name for name in trained if part_of(name) != "language"]
     if seeing:
         raise UserError(

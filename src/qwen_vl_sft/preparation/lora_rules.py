@@ -10,6 +10,7 @@ from torch import nn
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import NOT_QUANTIZED, build_on_meta
+from qwen_vl_sft.modeling.lora import trained_in_full
 from qwen_vl_sft.recipe.reading import Recipe
 
 
@@ -25,8 +26,7 @@ def _saved_modules(recipe: Recipe, world: World) -> Iterator[str]:
     modules = {name: module for name, module in model.named_modules() if name}
     endings = sorted({part for name in modules for part in name.split(".") if not part.isdigit()})
     for wanted in settings.lora_modules_to_save:
-        # As PEFT matches them: by how the whole name ends.
-        matched = [name for name in modules if name.endswith(wanted)]
+        matched = trained_in_full(model, wanted)
         if not matched:
             near = get_close_matches(wanted, endings, n=1)
             hint = f"did you mean {near[0]}?" if near else f"its layers are named {', '.join(endings)}"
