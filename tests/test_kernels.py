@@ -1,6 +1,8 @@
 """Kernels that compute the same as the layers they stand for; what needs a GPU is compared in scripts/check_packing.py."""
 
+import copy
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import qwen2_vl
 from torch import nn
 
+from qwen_vl_sft.modeling import kernels
 from qwen_vl_sft.modeling.kernels import problems_of_kernels, use_fused_kernels, use_fused_lora
 
 
@@ -52,7 +55,7 @@ def test_fused_lora_rounds_no_more_than_peft():
     assert distance(outcome(model, inputs, autocast=True), expected) < 1.2 * peft
 
 
-@pytest.mark.parametrize("how", ["evaluation", "disabled", "merged", "dropout", "bfloat16 without autocast"])
+@pytest.mark.parametrize("how", ["disabled", "merged", "dropout", "bfloat16 without autocast"])
 def test_fused_lora_leaves_all_else_to_peft(how):
     bfloat16 = how.startswith("bfloat16")
     model, inputs = adapted(torch.bfloat16 if bfloat16 else torch.float32), torch.randn(3, 16)
@@ -62,8 +65,6 @@ def test_fused_lora_leaves_all_else_to_peft(how):
         model = adapted(lora_dropout=0.5)
     if how == "merged":
         model.merge_adapter()
-    if how == "evaluation":
-        model.eval()
 
     def run():
         torch.manual_seed(1)
@@ -89,6 +90,34 @@ def test_patch_embedding_is_the_convolution():
     expected = embed(patches)
     assert use_fused_kernels(model, ["patch_embed", "lora"]) == {"patch_embed": 1}
     assert torch.allclose(embed(patches), expected, atol=1e-5)
+
+
+def test_a_model_without_the_kernel_rotates_as_before(monkeypatch):
+    """The function that rotates is one for all models of a family."""
+    plain = qwen2_vl()
+    fused = copy.deepcopy(plain)
+    modeling = sys.modules[type(fused).__module__]
+    for name in (kernels.TEXT_ROPE, kernels.VISION_ROPE):
+        monkeypatch.setattr(modeling, name, getattr(modeling, name))
+    monkeypatch.setattr(torch, "compile", lambda original, dynamic: original)
+    counts = use_fused_kernels(fused, ["rope"])
+    layers = len(fused.model.language_model.layers) + len(fused.model.visual.blocks)
+    assert counts == {"rope": layers}
+    called = []
+    rotate = getattr(modeling, kernels.TEXT_ROPE).without_kernel
+
+    def record(*args):
+        called.append(True)
+        return rotate(*args)
+
+    monkeypatch.setattr(modeling, kernels.TEXT_ROPE, kernels._fused_or_not(record, rotate))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = plain(input_ids=tokens).logits
+        assert not called
+        assert torch.equal(fused(input_ids=tokens).logits, expected)
+    assert len(called) == len(fused.model.language_model.layers)
 
 
 def test_only_three_kernels_need_liger(monkeypatch):

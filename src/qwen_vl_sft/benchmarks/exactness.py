@@ -24,6 +24,7 @@ from qwen_vl_sft.training import sft
 
 COLUMNS = {
     "precision": ("precision", TEXT),
+    "kernels": ("kernels", TEXT),
     "rows": ("rows", TEXT),
     "loss": ("mean loss", "{:.6f}"),
     "token_loss_mean": ("a token's loss off by", "{:.1e}"),
@@ -43,32 +44,35 @@ Losses = dict[int, list[float]]
 def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[str, Any]], bool]:
     """Per-token losses and adapter gradients, in float32 and in bfloat16, of one, padded, packed and shared rows.
 
-    Everything is compared with float32, one row at a time. Returns the results, and whether packed and shared rows are
-    no further from it than `TOLERATED` times as far as rows one at a time in the same precision.
+    Everything is compared with float32, one row at a time, without fused kernels. With `fused_kernels` each precision
+    runs without and with them. Returns the results, and whether all are no further from float32 than `TOLERATED` times as
+    far as rows one at a time without kernels in the same precision.
     """
     model_dir = random_model_of(arguments) if arguments.config else None
     _, keys, _ = parse_command_line(words, flags=())
     results: list[dict[str, Any]] = []
     reference: tuple[Losses, dict[str, torch.Tensor]] | None = None
     good = True
+    kernels = read_recipe(arguments.recipe, keys).model.fused_kernels
     for precision in arguments.precisions.split(","):
-        own: dict[str, Any] = {"dtype": precision, "bf16": precision == "bfloat16", "packing": True}
-        own |= {"output_dir": str(arguments.output_dir / "runs"), "lora_dropout": 0.0, "gradient_checkpointing": False}
-        own |= {"tf32": False}  # float32 is what all is compared with
-        own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
-        trainer, data = _load(arguments, {**TRAINING_ALONE, **own, **keys})
         limit = 0.0
-        for name, batches in _ways(data, trainer.data_collator, arguments.rows, arguments.tokens_per_batch):
-            found = _losses_and_gradients(trainer, batches, data)
-            reference = reference or found
-            result = {"precision": precision, "rows": name, **_differences(found, reference)}
-            results.append(result)
-            print(f"compared: {precision}, {name}", flush=True)
-            if name == "one at a time":
-                limit = max(TOLERATED * result["gradient"], ROUNDING)
-            good = good and result["gradient"] <= limit
-        del trainer
-        torch.cuda.empty_cache()
+        for fused in (None, kernels) if kernels else (None,):
+            own: dict[str, Any] = {"dtype": precision, "bf16": precision == "bfloat16", "packing": True}
+            own |= {"output_dir": str(arguments.output_dir / "runs"), "lora_dropout": 0.0}
+            own |= {"gradient_checkpointing": False, "tf32": False}  # float32 is what all is compared with
+            own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
+            trainer, data = _load(arguments, {**TRAINING_ALONE, **own, **keys, "fused_kernels": fused})
+            for name, batches in _ways(data, trainer.data_collator, arguments.rows, arguments.tokens_per_batch):
+                found = _losses_and_gradients(trainer, batches, data)
+                reference = reference or found
+                result = {"precision": precision, "rows": name, **_differences(found, reference)}
+                result["kernels"] = "fused" if fused else "plain"
+                results.append(result)
+                print(f"compared: {precision}, {name}, {result['kernels']} kernels", flush=True)
+                limit = limit or max(TOLERATED * result["gradient"], ROUNDING)
+                good = good and result["gradient"] <= limit
+            del trainer
+            torch.cuda.empty_cache()
     return results, good
 
 

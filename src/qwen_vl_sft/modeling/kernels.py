@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ KERNELS = {
     LORA: "the adapter's product, scaled and added in one call",
 }
 FROM_LIGER = ("rms_norm", "swiglu", "rope")
+# Set while an attention layer computes that has the kernel.
+_ROTATES_FUSED: ContextVar[bool] = ContextVar("rotates_fused", default=False)
 SILU = ("SiLU", "SiLUActivation")
 TEXT_ROPE, VISION_ROPE = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
 
@@ -68,8 +71,11 @@ def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:
         elif "patch_embed" in wanted and isinstance(module, nn.Conv3d) and name.endswith("visual.patch_embed.proj"):
             module.forward = types.MethodType(_patch_embed, module)  # type: ignore[method-assign]
             counts["patch_embed"] += 1
+        if "rope" in wanted and kind.endswith("Attention"):
+            module.forward = _with_fused_rope(module.forward)
+            counts["rope"] += 1
     if "rope" in wanted:
-        counts["rope"] = _use_fused_rope(sys.modules[type(model).__module__])
+        _offer_fused_rope(sys.modules[type(model).__module__])
     return counts
 
 
@@ -120,7 +126,7 @@ def _is_plain(layer: LoraLayer) -> bool:
 def _lora(
     layer: Any, otherwise: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """`x` [..., in] -> [..., out] of a layer with one adapter in training; `otherwise` for all else.
+    """`x` [..., in] -> [..., out] of a layer with one adapter and no dropout; `otherwise` for all else.
 
     PEFT copies the layer's output, scales the product and adds both: each a pass over the widest activations. Here the
     matrix product adds to the output, which is rounded once and not three times.
@@ -128,8 +134,7 @@ def _lora(
     (adapter, *others) = layer.active_adapters
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if (
-        not layer.training
-        or others
+        others
         or args
         or kwargs
         or layer.disable_adapters
@@ -144,21 +149,32 @@ def _lora(
     return product.view_as(result)
 
 
-def _use_fused_rope(modeling: Any) -> int:
-    """Replace the functions that the model's attention layers call; CPU tensors still take the original ones."""
+def _with_fused_rope(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        token = _ROTATES_FUSED.set(True)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _ROTATES_FUSED.reset(token)
+
+    return attend
+
+
+def _offer_fused_rope(modeling: Any) -> None:
+    """Have the functions that attention layers call choose: all models of a family share them."""
     for name in (TEXT_ROPE, VISION_ROPE):
         original = getattr(modeling, name)
         if not hasattr(original, "without_kernel"):
             # liger's kernel works in place, on what the vision tower would first have to copy.
             fused = _text_rope if name == TEXT_ROPE else torch.compile(original, dynamic=True)
-            setattr(modeling, name, _on_cuda(fused, original))
-    return 2
+            setattr(modeling, name, _fused_or_not(fused, original))
 
 
-def _on_cuda(fused: Any, original: Any) -> Any:
+def _fused_or_not(fused: Any, original: Any) -> Any:
     @functools.wraps(original)
     def choose(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        return (fused if query.is_cuda else original)(query, key, cos, sin)
+        return (fused if _ROTATES_FUSED.get() and query.is_cuda else original)(query, key, cos, sin)
 
     choose.without_kernel = original  # type: ignore[attr-defined]
     return choose
