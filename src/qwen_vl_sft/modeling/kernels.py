@@ -1,4 +1,4 @@
-"""Fused kernels in place of chains of small operations, each on its own switch. CUDA only.
+"""Fused kernels in place of chains of small operations, each on its own switch.
 
 liger-kernel's own patch of Qwen2-VL does not import with transformers 5.23 (it looks for an output class that is gone,
 https://github.com/linkedin/Liger-Kernel), so its single kernels are put in here. May go when that patch imports.
@@ -30,6 +30,7 @@ KERNELS = {
     LORA: "the adapter's product, scaled and added in one call",
 }
 FROM_LIGER = ("rms_norm", "swiglu", "rope")
+PLAIN_PYTORCH = ("patch_embed", LORA)
 # Set while an attention layer computes that has the kernel.
 _ROTATES_FUSED: ContextVar[bool] = ContextVar("rotates_fused", default=False)
 SILU = ("SiLU", "SiLUActivation")
@@ -39,10 +40,11 @@ TEXT_ROPE, VISION_ROPE = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
 def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
     """Why these kernels cannot be used; nothing when they can."""
     unknown = [name for name in wanted if name not in KERNELS]
+    compiled = [name for name in wanted if name not in PLAIN_PYTORCH]
     if unknown:
         yield f"fused_kernels: {', '.join(unknown)} is unknown; known are {', '.join(KERNELS)}"
-    elif wanted and on_cpu:
-        yield "fused_kernels run on CUDA only; leave the key out on a CPU"
+    elif compiled and on_cpu:
+        yield f"fused_kernels: {', '.join(compiled)} run on CUDA only; leave them out on a CPU"
     elif set(wanted) & set(FROM_LIGER) and importlib.util.find_spec("liger_kernel") is None:
         yield (
             f"fused_kernels: {', '.join(FROM_LIGER)} need liger-kernel; pip install 'qwen_vl_sft[kernels]', or leave"
@@ -126,26 +128,23 @@ def _is_plain(layer: LoraLayer) -> bool:
 def _lora(
     layer: Any, otherwise: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """`x` [..., in] -> [..., out] of a layer with one adapter and no dropout; `otherwise` for all else.
+    """`x` [..., in] -> [..., out] of a layer with one adapter; `otherwise` for all else.
 
     PEFT copies the layer's output, scales the product and adds both: each a pass over the widest activations. Here the
     matrix product adds to the output, which is rounded once and not three times.
     """
-    (adapter, *others) = layer.active_adapters
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    if (
-        others
-        or args
-        or kwargs
-        or layer.disable_adapters
-        or layer.merged
-        or layer.lora_dropout[adapter].__class__ is not nn.Identity
-        or hasattr(up.weight, "ds_id")  # ZeRO-3 gathers weights for the layers that are called
-        or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype)
-    ):
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.disable_adapters or layer.merged or args or kwargs:
         return otherwise(x, *args, **kwargs)
+    (adapter,) = active
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    # ZeRO-3 gathers weights for the layers that are called.
+    split = hasattr(up.weight, "ds_id")
+    if split or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype):
+        return otherwise(x)
     result = layer.base_layer(x)
-    product = torch.addmm(result.flatten(0, -2), down(x).flatten(0, -2), up.weight.t(), alpha=layer.scaling[adapter])
+    reduced = down(layer.lora_dropout[adapter](x))
+    product = torch.addmm(result.flatten(0, -2), reduced.flatten(0, -2), up.weight.t(), alpha=layer.scaling[adapter])
     return product.view_as(result)
 
 

@@ -56,7 +56,8 @@ class ModelSettings:
     attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
     fused_kernels: list[str] | None = key(
         None,
-        "any of rms_norm, swiglu, rope, quick_gelu, patch_embed, lora; CUDA only, the first three need liger-kernel",
+        "any of rms_norm, swiglu, rope (these need liger-kernel), quick_gelu, patch_embed, lora; all but the last two need"
+        " CUDA",
     )
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")
