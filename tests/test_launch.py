@@ -338,3 +338,21 @@ def test_a_group_on_the_cpu_that_became_one_process_is_refused(way, tmp_path):
     assert "returned non-zero exit status 2" in output  # the worker's, which the launcher turns into 1
     assert f"single process for {way}" in output
     assert "accelerate_configs/cpu.yaml" in output
+
+
+def test_a_finished_process_of_several_does_what_was_left_for_its_exit_and_no_more(tmp_path):
+    """Taking libraries down after that has aborted runs that were finished: here a thread that is still at work."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, sys, threading, time\n"
+        "from qwen_vl_sft.errors import exits_with_user_errors\n"
+        "@exits_with_user_errors\n"
+        "def main():\n"
+        "    atexit.register(lambda: print('registered', flush=True))\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    print('done')\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
+    finished = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=30)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "done\nregistered\n", "")

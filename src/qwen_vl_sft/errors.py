@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import multiprocessing
@@ -84,8 +85,22 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
                 time.sleep(_PEER_SECONDS)
                 leave(1, f"process {os.environ.get('RANK')}: another process has ended; its message says why")
             leave(1, traceback.format_exc())
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave_finished()
 
     return wrapper
+
+
+def _leave_finished() -> None:
+    """End a process of several that has done its work, with what Python does at an exit and nothing after that.
+
+    Then the libraries' own threads are taken down; one that still runs aborts the process, and with it a run that is
+    finished ("terminate called without an active exception", seen on a busy machine).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def leave(code: int, message: str, show: bool = True) -> None:
