@@ -99,7 +99,7 @@ def test_a_model_without_the_kernel_rotates_as_before(monkeypatch):
     modeling = sys.modules[type(fused).__module__]
     for name in (kernels.TEXT_ROPE, kernels.VISION_ROPE):
         monkeypatch.setattr(modeling, name, getattr(modeling, name))
-    monkeypatch.setattr(torch, "compile", lambda original, dynamic: original)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     counts = use_fused_kernels(fused, ["rope"])
     layers = len(fused.model.language_model.layers) + len(fused.model.visual.blocks)
     assert counts == {"rope": layers}

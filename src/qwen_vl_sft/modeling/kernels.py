@@ -107,7 +107,16 @@ def _swiglu(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _quick_gelu() -> Any:
     # Written out, it reads and writes the widest activations of the tower three times.
-    return torch.compile(lambda hidden_states: hidden_states * torch.sigmoid(1.702 * hidden_states), dynamic=True)
+    return _compiled(lambda hidden_states: hidden_states * torch.sigmoid(1.702 * hidden_states))
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when it is first called, for any sizes."""
+    from torch._inductor import config
+
+    # Else a process for each core imports PyTorch, beside every process of the run, to compile a handful of lines.
+    config.compile_threads = 1
+    return torch.compile(function, dynamic=True)
 
 
 def _patch_embed(layer: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
@@ -166,7 +175,7 @@ def _offer_fused_rope(modeling: Any) -> None:
         original = getattr(modeling, name)
         if not hasattr(original, "without_kernel"):
             # liger's kernel works in place, on what the vision tower would first have to copy.
-            fused = _text_rope if name == TEXT_ROPE else torch.compile(original, dynamic=True)
+            fused = _text_rope if name == TEXT_ROPE else _compiled(original)
             setattr(modeling, name, _fused_or_not(fused, original))
 
 
