@@ -103,7 +103,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--overwrite", action="store_true", help="replace the evaluation in output_dir")
     add_recipe_keys(parser, EVALUATION_KEYS)
     given = vars(parser.parse_args(arguments))
-    keys = take_recipe_keys(given, EVALUATION_KEYS)
+    keys = take_recipe_keys(given)
     return Options(**given, recipe_keys=keys)
 
 
@@ -118,9 +118,9 @@ def add_recipe_keys(parser: argparse.ArgumentParser, keys: Sequence[str]) -> Non
         group.add_argument(f"--{name}", help=text.replace("%", "%%"), **switch)
 
 
-def take_recipe_keys(given: dict[str, Any], keys: Sequence[str] = RECIPE_KEYS) -> dict[str, str]:
+def take_recipe_keys(given: dict[str, Any]) -> dict[str, str]:
     """Move the recipe's keys out of the parsed command line, as they were written."""
-    return {name: value for name in keys if (value := given.pop(name, None)) is not None}
+    return {name: value for name in EVALUATION_KEYS if (value := given.pop(name, None)) is not None}
 
 
 def check_options(options: Options) -> None:

@@ -17,7 +17,6 @@ from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
-from qwen_vl_sft.data.encoding import IGNORE_INDEX
 from qwen_vl_sft.modeling.flops import Work
 from qwen_vl_sft.resilience.safe_trainer import ROW_IDS, SafeTrainer
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
@@ -69,8 +68,8 @@ class VisionSFTTrainer(SafeTrainer):
         return steps, count
 
     def _count_learned(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """The learned tokens of a step on all processes, counted without waiting for the GPU."""
-        count = torch.stack([(batch["labels"][..., 1:] != IGNORE_INDEX).sum() for batch in batches]).sum()
+        """The learned tokens of a step on all processes, without waiting for the GPU: the workers have counted them."""
+        count = torch.tensor(sum(batch["work"]["learned"] for batch in batches))
         if device.type == "cuda":
             count = count.pin_memory().to(device, non_blocking=True)
         summed: torch.Tensor = self.accelerator.reduce(count, reduction="sum")
