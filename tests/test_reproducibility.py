@@ -1,6 +1,7 @@
 """The same seed on the same machine gives the same run, bit for bit; and a run folder tells what it came from."""
 
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -14,6 +15,8 @@ from conftest import REPOSITORY, launch
 from qwen_vl_sft.outputs import run_folder
 from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.resilience.preemption import Watch
+from qwen_vl_sft.training import sft
+from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 KEYS = {
     "recipe": "recipes/quickstart.yaml",
@@ -87,6 +90,27 @@ def test_one_process_packed_with_workers(train):
     assert read_recipe(folder / "recipe.yaml", {}).run.tokens_per_batch == 512
     other = outcome(train("other", seed=43, **PACKED))
     assert other[1] != first[1], "the seed decides"
+
+
+@pytest.mark.parametrize("keys", [{}, PACKED], ids=["padded", "packed"])
+def test_kept_workers_end_with_the_training(train, monkeypatch, keys):
+    """Else each would hold up the end of a process with a GPU for five seconds."""
+    during, after = [], []
+    step, finish = VisionSFTTrainer.training_step, sft.finish_run_folder
+
+    def watched_step(*args, **kwargs):
+        during.append(multiprocessing.active_children())
+        return step(*args, **kwargs)
+
+    def watched_finish(*args):
+        after.append(multiprocessing.active_children())
+        finish(*args)
+
+    monkeypatch.setattr(VisionSFTTrainer, "training_step", watched_step)
+    monkeypatch.setattr(sft, "finish_run_folder", watched_finish)
+    train("run", max_steps=2, eval_steps=1, dataloader_persistent_workers="true", **keys)
+    # Two train; once evaluated, two more stand ready for the next evaluation.
+    assert (len(during[0]), len(during[-1]), after) == (2, 4, [[]])
 
 
 def test_two_processes_with_dropout(tmp_path):

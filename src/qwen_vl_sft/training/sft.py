@@ -62,9 +62,13 @@ def sft_config(recipe: Recipe, world: World) -> SFTConfig:
         config = SFTConfig(**arguments)
         # A process drives one GPU, however many it sees; the Trainer would spread over all of them with DataParallel.
         config._n_gpu = min(config.n_gpu, 1)
-        return config
     except ValueError as error:
         raise UserError(f"recipe: {error}") from None
+    if config.tf32 is False:
+        # What transformers sets does not reach convolutions, of which the vision tower's first layer is one. May go with
+        # a PyTorch that has https://github.com/pytorch/pytorch/issues/179445 closed by its change.
+        torch.backends.cudnn.allow_tf32 = False
+    return config
 
 
 def build_trainer(
@@ -115,6 +119,7 @@ def train(
     assert isinstance(trainer.model, nn.Module)
     collator, parameters = trainer.data_collator, count_parameters(trainer.model)
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.end_workers()
     trainer.meter.measure(trainer.accelerator)
     metrics = {
         **{name: value for name, value in result.metrics.items() if name in ("train_loss", "train_runtime")},

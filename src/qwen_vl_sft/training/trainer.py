@@ -195,6 +195,19 @@ class VisionSFTTrainer(SafeTrainer):
         finally:
             self.data_collator = train_collator
 
+    def end_workers(self) -> None:
+        """End the workers of the data loaders, which are kept between epochs; call it when nothing is read any more.
+
+        Where batches are pinned, PyTorch would wait five seconds for each when the process ends. May go when
+        https://github.com/pytorch/pytorch/issues/81794 is closed.
+        """
+        loaders = [self.callback_handler.train_dataloader, *getattr(self, "_eval_dataloaders", {}).values()]
+        for loader in loaders:
+            # accelerate's loaders hold the one that has the workers.
+            iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
+            if iterator is not None:
+                iterator._shutdown_workers()
+
     def _take(self, sums: torch.Tensor) -> list[float]:
         return self.accelerator.reduce(sums, reduction="sum").tolist()
 
