@@ -9,6 +9,14 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.benchmarks.session import FEWEST_ROWS
 
 
+def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
+    words = ["--config", tiny.MODEL_DIR, "--rounds", "0", "--output_dir", tmp_path / "out"]
+    finished = run_process("scripts/benchmark.py", *words)
+    assert (finished.returncode, finished.stderr.count("\n")) == (2, 1), finished.stderr
+    assert "--rounds" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.long
 def test_ways_of_training_are_measured_on_rows_enough(tmp_path):
     words = ["--recipe", "recipes/quickstart.yaml", "--config", tiny.MODEL_DIR, "--variants", "trl,packed_plain"]

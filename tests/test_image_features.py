@@ -28,7 +28,7 @@ from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
-from qwen_vl_sft.modeling.patches import run_vision_in_every_batch, take_images_as_packed
+from qwen_vl_sft.modeling.patches import run_vision_in_every_batch, take_packed_batches
 from qwen_vl_sft.preparation import feature_filling
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
 from qwen_vl_sft.preparation.image_features import plan_features
@@ -87,7 +87,7 @@ def test_losses_are_those_of_rows_one_at_a_time(share, model, encoded, tmp_path)
 def test_bfloat16_features_of_a_bfloat16_tower_change_no_bit(family, encoded, tmp_path):
     model = (qwen2_vl() if family == "qwen2_vl" else newer(family)).bfloat16().eval()
     use_packed_attention(model)
-    take_images_as_packed(model)
+    take_packed_batches(model)
     plain = join([[row] for row in encoded], Positions(model.config))
     cached = join(
         [[row] for row in stored(model, encoded, cache_of(model, tmp_path, "bfloat16"))], Positions(model.config)
@@ -100,7 +100,7 @@ def test_no_batch_of_features_runs_the_tower_even_without_images(encoded):
     """Otherwise a process with text alone would wait under ZeRO-3 and FSDP2 for others that do not run it."""
     model = qwen2_vl()
     use_packed_attention(model)
-    take_images_as_packed(model)
+    take_packed_batches(model)
     run_vision_in_every_batch(model)
     ran = []
     model.model.visual.register_forward_pre_hook(lambda *args: ran.append(1))
@@ -156,7 +156,7 @@ class Filling:
         self.features = plan_features(recipe(tmp_path, **keys), self.scan, encoder)
         model = qwen2_vl()
         use_packed_attention(model)
-        take_images_as_packed(model)
+        take_packed_batches(model)
         for parameter in model.model.visual.parameters():
             parameter.requires_grad_(False)
         self.trainer = make_trainer(model, self.scan.rows, processor, tmp_path)

@@ -230,6 +230,8 @@ def test_flops_of_the_7b(shared):
     text = 2 * (28 * 2 * layer * 610 + 28 * 2 * 3584 * 610**2 + 2 * 3584 * 152064 * 5)
     image = counter.per_patch * 2000 + 32 * 4 * 1280 * 2000**2
     assert counter.flops(row) == pytest.approx(text + image)
+    packed = FlopCounter.of(config, peft=True, vision_frozen=True, packed=True)
+    assert counter.flops(row) - packed.flops(row) == 2 * 2 * 3 * 3584 * 18944 * (610 - 5)
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("a toaster") is None
 

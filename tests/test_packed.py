@@ -21,7 +21,7 @@ from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoder
 from qwen_vl_sft.data.rows import ImageFile
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.lora import lora_config
-from qwen_vl_sft.modeling.patches import take_images_as_packed
+from qwen_vl_sft.modeling.patches import take_packed_batches
 from qwen_vl_sft.preparation.scan import scan
 from qwen_vl_sft.recipe.settings import ModelSettings
 
@@ -53,7 +53,7 @@ def model(request):
     base = qwen2_vl() if request.param == "qwen2_vl" else newer(request.param)
     use_segmented_vision_attention(base)
     use_packed_attention(base)
-    take_images_as_packed(base)
+    take_packed_batches(base)
     config = lora_config(base, LORA)
     torch.manual_seed(0)
     adapted = get_peft_model(base, config)
@@ -72,8 +72,10 @@ def encoded(tiny_processor, tmp_path_factory):
 def token_losses(model, batch):
     """The loss of each learned token, in order."""
     batch = {name: value for name, value in batch.items() if name != "work"}
-    labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch, use_cache=False).logits[:, :-1]
+    packed = "shift_labels" in batch
+    labels = batch.pop("shift_labels") if packed else batch.pop("labels")[:, 1:]
+    logits = model(**batch, use_cache=False).logits
+    logits = logits if packed else logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return losses[labels != IGNORE_INDEX]
 
@@ -152,6 +154,8 @@ def wrong(name, batch):
             del batch[key]
     elif name == "positions of the sequence":
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(4, 1, -1)
+    elif name == "places of what is learned":
+        batch["learned_places"] = batch["learned_places"] + 1
     return batch
 
 
@@ -179,7 +183,7 @@ def test_a_mask_beside_boundaries_is_an_error(model, encoded):
         token_losses(model, batch)
 
 
-@pytest.mark.parametrize("name", ["no boundaries", "positions of the sequence"])
+@pytest.mark.parametrize("name", ["no boundaries", "positions of the sequence", "places of what is learned"])
 def test_the_comparison_above_would_notice(name, model, encoded):
     batch = wrong(name, join([[row] for row in encoded], Positions(model.config)))
     difference = (token_losses(model, batch) - one_at_a_time(model, encoded)).abs().max()
@@ -237,7 +241,7 @@ def test_any_mix_of_rows(mixed, picked, share):
 def mixed(encoded):
     model = qwen2_vl()
     use_packed_attention(model)
-    take_images_as_packed(model)
+    take_packed_batches(model)
     return model.eval(), encoded
 
 
@@ -247,7 +251,7 @@ def three_steps(start, data, processor, folder, share, budget):
 
     model = copy.deepcopy(start)
     use_packed_attention(model)
-    take_images_as_packed(model)
+    take_packed_batches(model)
     trainer = make_trainer(model, data.rows, processor, folder, train_rows=len(data.rows), max_steps=3)
     plan = StepPlan(data.sizes, 6, budget, 1, seed=0, share_prefixes=share)
     trainer._sampler = StepSampler(plan, 0)

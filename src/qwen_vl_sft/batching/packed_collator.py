@@ -91,10 +91,11 @@ class PackedCollator:
 def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str, Any]:
     """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
 
-    Returns `input_ids`, `labels` [1, T]; `position_ids` [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the
-    boundaries of the pieces and of what they attend to; their largest lengths `max_length_q`, `max_length_k`;
-    `kv_index` [K], for prefixes that are shared, the keys and values of each piece one after another; what the images
-    bring, as `_vision_inputs` puts it together; and `work`. There is no attention mask.
+    Returns `input_ids` [1, T]; `shift_labels` [1, N], the learned tokens, and `learned_places` [N], the places of the
+    sequence that predict them; `position_ids` [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the boundaries of
+    the pieces and of what they attend to; their largest lengths `max_length_q`, `max_length_k`; `kv_index` [K], for
+    prefixes that are shared, the keys and values of each piece one after another; what the images bring, as
+    `_vision_inputs` puts it together; and `work`. There is no attention mask.
     """
     pieces: list[Piece] = []
     total = 0
@@ -106,7 +107,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     reach = [len(piece) + len(piece.before) for piece in pieces]
     batch: dict[str, Any] = {
         "input_ids": torch.cat([piece.row.input_ids[piece.start : piece.stop] for piece in pieces])[None],
-        "labels": torch.cat([_labels(piece) for piece in pieces])[None],
+        **_learned(torch.cat([_labels(piece) for piece in pieces])),
         "position_ids": torch.cat([piece.positions[:, piece.start : piece.stop] for piece in pieces], dim=1)[:, None],
         "cu_seq_lens_q": _boundaries(lengths),
         "cu_seq_lens_k": _boundaries(reach),
@@ -181,6 +182,14 @@ def _labels(piece: Piece) -> torch.Tensor:
     return labels
 
 
+def _learned(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Which places predict what, of `labels` [T]; where nothing is learned one place with nothing to predict."""
+    places = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
+    if not len(places):
+        places = torch.zeros(1, dtype=torch.long)
+    return {"shift_labels": labels[places + 1][None], "learned_places": places}
+
+
 def _images(piece: Piece) -> tuple[EncodedImage, ...]:
     """The images that begin inside a piece."""
     row = piece.row
@@ -205,7 +214,7 @@ def _work(
         tokens=sum(len(piece) for piece in pieces),
         # A piece of n tokens after p others attends to n * p + n * n / 2 of them, a row of n tokens to n * n / 2.
         tokens_squared=sum(len(piece) ** 2 + 2 * len(piece) * len(piece.before) for piece in pieces),
-        learned=int((batch["labels"] != IGNORE_INDEX).sum()),
+        learned=int((batch["shift_labels"] != IGNORE_INDEX).sum()),
         images=len({image.key for image in shown}),
         patches=int(patches.sum()),
         patches_squared=int((patches**2).sum()),

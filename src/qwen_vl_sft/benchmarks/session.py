@@ -12,6 +12,7 @@ from qwen_vl_sft.benchmarks import rounds
 from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, random_model_of
 from qwen_vl_sft.benchmarks.table import format_table
 from qwen_vl_sft.benchmarks.variants import Variant, build
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.outputs.run_folder import environment
 from qwen_vl_sft.recipe.command_line import parse_command_line
 
@@ -23,6 +24,8 @@ RARELY = {"logging_steps": 10_000}
 
 def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
     """Run everything and write the results; returns the table. Raises `UserError`."""
+    if arguments.rounds < 1 or arguments.repeat < 1:
+        raise UserError("--rounds, --repeat: at least 1")
     model_dir = random_model_of(arguments)
     _, keys, _ = parse_command_line(recipe_words, flags=())
     names = [name.strip() for name in arguments.variants.split(",") if name.strip()]
@@ -39,8 +42,9 @@ def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
         )
         speeds = ", ".join(f"{name} {one['rows_per_second']:.2f}" for name, one in measured[-1].items())
         print(f"round {number + 1}: {speeds} rows/s", flush=True)
-    results = rounds.summarise(measured, reference=names[0])
-    rounds.write_results(arguments.output_dir, results, _about(arguments, keys, steps, measured, variants))
+        # After each round: what was measured stays, whatever ends the run.
+        results = rounds.summarise(measured, reference=names[0])
+        rounds.write_results(arguments.output_dir, results, _about(arguments, keys, steps, measured, variants))
     return format_table(results, rounds.COLUMNS)
 
 

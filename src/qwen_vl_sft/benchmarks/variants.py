@@ -101,7 +101,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
         trainer, rows = sft.build_trainer(recipe, world, args, data, global_batch), global_batch
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     scan: Any = data.train
-    counter = FlopCounter.of(trainer.model.config, peft=True, vision_frozen=True)
+    counter = FlopCounter.of(trainer.model.config, peft=True, vision_frozen=True, packed=recipe.run.packing)
     return Variant(name, trainer, rows, mean_work(scan), float(scan.tokens.mean()), counter, after - before)
 
 

@@ -68,12 +68,16 @@ class FlopCounter:
     vision_passes: float
 
     @classmethod
-    def of(cls, config: Any, peft: bool, vision_frozen: bool) -> FlopCounter:
-        """Count from a Qwen-VL configuration: `peft` when only adapters train, `vision_frozen` without vision gradients."""
+    def of(cls, config: Any, peft: bool, vision_frozen: bool, packed: bool = False) -> FlopCounter:
+        """Count from a Qwen-VL configuration: `peft` when only adapters train, `vision_frozen` without vision gradients.
+
+        `packed` batches take the last layer's MLP for learned tokens alone (`patches.take_packed_batches`).
+        """
         text, vision = config.get_text_config(), config.vision_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-        layer = text.hidden_size * (2 * queries + 2 * keys) + 3 * text.hidden_size * text.intermediate_size
+        attention, mlp = text.hidden_size * (2 * queries + 2 * keys), 3 * text.hidden_size * text.intermediate_size
+        late = mlp if packed else 0
         width = getattr(vision, "embed_dim", None) or vision.hidden_size
         inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
         gated = 3 if config.model_type == "qwen2_5_vl" else 2
@@ -81,9 +85,9 @@ class FlopCounter:
         merged = width * vision.spatial_merge_size**2
         merger = (merged * merged + merged * text.hidden_size) / vision.spatial_merge_size**2
         return cls(
-            per_token=2 * text.num_hidden_layers * layer,
+            per_token=2 * (text.num_hidden_layers * (attention + mlp) - late),
             per_token_squared=2 * text.num_hidden_layers * queries,
-            per_learned=2 * text.hidden_size * text.vocab_size,
+            per_learned=2 * (text.hidden_size * text.vocab_size + late),
             per_patch=2 * (vision.depth * block + merger),
             per_patch_squared=4 * vision.depth * width,
             language_passes=2 if peft else 3,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,14 +55,35 @@ def count_no_placeholders_in_training(model: Any) -> None:
     backbone.get_placeholder_mask = get_placeholder_mask
 
 
-def take_images_as_packed(model: Any) -> None:
-    """Let packed batches show an image in several places, and bring images as features instead of pixels.
+def take_packed_batches(model: Any) -> None:
+    """Have a model take batches of the packed collator; all others go on as before.
 
     `image_places`, a list, names for each image that is shown the one of `pixel_values` that it is: the vision tower runs
     once on each, and its gradients add up. `image_features` [image tokens, values] are what the tower and its merger made
     of the images before, for Qwen3-VL with the features of the deeper layers beside them; the tower does not run then,
-    also when there are none.
+    also when there are none. `learned_places` [N] names the places that predict something: the last hidden state is then
+    [1, N, D], for no other place is read behind the last attention.
     """
+    _take_images(model)
+    layer = model.model.language_model.layers[-1]
+    layer.forward = MethodType(_last_layer, layer)
+
+
+def _last_layer(
+    layer: Any, hidden_states: torch.Tensor, *args: Any, learned_places: torch.Tensor | None = None, **kwargs: Any
+) -> Any:
+    """A layer [1, T, D] -> [1, N, D] that spares its widest products on all but the N places that are named.
+
+    Losses and gradients are the same; answers are a few tokens of hundreds.
+    """
+    if learned_places is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    reached = (hidden_states + attended).index_select(1, learned_places)
+    return reached + layer.mlp(layer.post_attention_layernorm(reached))
+
+
+def _take_images(model: Any) -> None:
     backbone = model.model
     computed = backbone.get_image_features
     width = model.config.get_text_config().hidden_size

@@ -18,7 +18,7 @@ from qwen_vl_sft.modeling.patches import (
     count_no_placeholders_in_training,
     run_frozen_vision_without_gradients,
     run_vision_in_every_batch,
-    take_images_as_packed,
+    take_packed_batches,
 )
 from qwen_vl_sft.recipe.reading import Recipe
 
@@ -34,7 +34,7 @@ def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
     if recipe.run.packing:
         use_packed_attention(model)
         count_no_placeholders_in_training(model)
-        take_images_as_packed(model)
+        take_packed_batches(model)
     if recipe.model.fused_kernels:
         use_fused_kernels(model, recipe.model.fused_kernels)
     return model
