@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from qwen_vl_sft.benchmarks.arguments import add_common_arguments
+from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors, leave
 
 
@@ -27,6 +28,7 @@ def main() -> None:
         "--repeat", type=int, default=1, help="times each row stands in the data (default: %(default)s)"
     )
     arguments, rest = parser.parse_known_args()
+    quiet_libraries(rank=0)
 
     from qwen_vl_sft.benchmarks.session import run_session
 

@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
 
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="where the weights are drawn; cuda is faster")
     arguments = parser.parse_args()
+    quiet_libraries(rank=0)
 
     from qwen_vl_sft.modeling.random_model import make_random_model
 
