@@ -178,6 +178,44 @@ def test_before_training_it_ends_at_once_with_nothing_to_save(start):
     assert not running.run.exists()
 
 
+# A mutex that is taken twice: the main thread waits in a library, and no signal wakes it.
+STUCK = """
+import ctypes, os, signal, sys, time
+from qwen_vl_sft.resilience.preemption import Watch
+watch = Watch()
+watch.begin()
+library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+library.pthread_mutex_lock(mutex)
+heard, told = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(told, b".")
+    time.sleep(60)
+    os._exit(1)
+os.read(heard, 1)
+os.kill(child, signal.SIGTERM)
+os.waitpid(child, 0)
+print("ready", flush=True)
+library.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_that_is_stuck_in_a_library_ends_too(number):
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        # What its child was told has not ended it.
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2 * preemption._HANDLER_SECONDS)
+        process.send_signal(number)
+        try:
+            _, told = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == EXIT_PREEMPTED
+    assert told.decode().strip() == f"stopped by {number.name} before training began; there is nothing to save"
+
+
 def test_a_run_ends_before_its_time_is_up(start):
     began = time.time()
     running = start(None, max_run_time="25s")

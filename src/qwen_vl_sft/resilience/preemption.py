@@ -27,6 +27,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _REPEAT_SECONDS = 1.0
 _PARENT_POLL_SECONDS = 1.0
 _LAUNCHER_GONE = "the end of its launcher"
+# Python's own handlers wait until the main thread is back in Python.
+_HANDLER_SECONDS = 1.0
 # What a process without its launcher may still take to save; a hung one must not hold its GPU for ever.
 _ORPHAN_SECONDS = 300.0
 
@@ -41,6 +43,7 @@ class Watch:
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
         self._launcher: int | None = None
+        self._told: int | None = None
         # Shared with the workers of data loaders, which are forked.
         self._training = mmap.mmap(-1, 1)
 
@@ -48,6 +51,12 @@ class Watch:
         """Handle signals from now on. Under a launcher, watch that it lives too."""
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        heard, self._told = os.pipe()
+        os.set_blocking(self._told, False)
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        # What a forked process is told is not for this one.
+        os.register_at_fork(after_in_child=_hear_no_more)
+        threading.Thread(target=self._end_when_stuck, args=(heard,), daemon=True).start()
         if _has_launcher():
             self._launcher = os.getppid()
             threading.Thread(target=self._watch_parent, args=(self._launcher,), daemon=True).start()
@@ -99,6 +108,10 @@ class Watch:
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
+            if self._told is not None:
+                signal.set_wakeup_fd(-1)
+                os.close(self._told)
+                self._told = None
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._pid:
@@ -130,6 +143,15 @@ class Watch:
                 write_mark(self.folder, reason, None, None)
         os._exit(EXIT_PREEMPTED)
 
+    def _end_when_stuck(self, heard: int) -> None:
+        """End a process whose main thread is in a library that waits, for other processes to join say, and has no ear."""
+        while received := os.read(heard, 1):
+            before = not self.training
+            time.sleep(_HANDLER_SECONDS)
+            if before and not self.training and self._told is not None and received[0] in SIGNALS:
+                self._stop(signal.Signals(received[0]).name)
+        os.close(heard)
+
     def _watch_parent(self, parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(_PARENT_POLL_SECONDS)
@@ -144,6 +166,11 @@ def write_mark(folder: Path, reason: str, step: int | None, checkpoint: Path | N
     """Leave word in the run folder that it was stopped, since launchers turn every exit code into 1."""
     entry = {"reason": reason, "step": step, "checkpoint": checkpoint.name if checkpoint else None}
     write_whole(folder / MARK, json.dumps(entry) + "\n")
+
+
+def _hear_no_more() -> None:
+    with contextlib.suppress(ValueError):  # forked by another thread than the main one
+        signal.set_wakeup_fd(-1)
 
 
 def _has_launcher() -> bool:
