@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_process
+from conftest import conversation_row, png, run_process
 from safetensors.torch import load_file, save_file
 
 from qwen_vl_sft import tiny
@@ -15,6 +15,7 @@ from qwen_vl_sft.merging.base import quantized_layers, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights, format_report
 from qwen_vl_sft.merging.merge import merge, prepare, requantized
 from qwen_vl_sft.merging.plan import Options, make_plan, parse_options
+from qwen_vl_sft.merging.samples import read_samples
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_model
 from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.recipe.settings import ModelSettings
@@ -357,11 +358,11 @@ def test_the_checks_find_what_is_wrong(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="extra is in the base or in the merged model"):
         check_weights(task, folder)
     with pytest.raises(UserError, match="unexpected_keys: extra"):
-        check_model(task, folder)
+        check_model(task, folder, read_samples(task.plan))
     written(**{target: good[target] + 0.3 * (good[target] - base[target].float())})
     check_weights(task, folder)
     with pytest.raises(UserError, match="its logits differ"):
-        check_model(task, folder)
+        check_model(task, folder, read_samples(task.plan))
 
 
 def test_a_layer_without_an_adapters_effect_fails_the_merge(run, tmp_path):
@@ -373,6 +374,21 @@ def test_a_layer_without_an_adapters_effect_fails_the_merge(run, tmp_path):
     with pytest.raises(UserError, match="was not changed by the adapter"):
         run_merge(idle, tmp_path / "merged")
     assert left_in(tmp_path) == ["run"]
+
+
+def test_rows_that_cannot_be_read_are_named_before_anything_is_merged(run, messages_folder, tmp_path, monkeypatch):
+    data = messages_folder([conversation_row(), conversation_row(images=("images/half.png",))])
+    (data / "images/half.png").write_bytes(png()[:60])
+    plan = make_plan(options(run, tmp_path / "merged"))
+    keys = {"dataset_name": str(data), "dataset_format": "messages", "dataset_test_split": "train"}
+
+    def on_these_rows(**changes):
+        return replace(plan, recipe=read_recipe(run / "recipe.yaml", keys | changes))
+
+    assert len(read_samples(on_these_rows(bad_rows="skip")).conversations) == 1
+    monkeypatch.setattr(merging, "write_weights", lambda *args: pytest.fail("it was merged"))
+    with pytest.raises(UserError, match=r"row 1 image .*half\.png.*; give --samples 0"):
+        merge(on_these_rows())
 
 
 def test_rows_that_are_gone(run, tmp_path):

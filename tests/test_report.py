@@ -151,6 +151,13 @@ def test_what_was_evaluated_is_printed():
     assert "deepspeed" not in page
 
 
+def test_rows_that_were_left_out_are_told():
+    rows = fake_rows(4)
+    summary = fake_summary(rows)
+    assert "Left out" not in render(rows, summary)
+    assert "<dt>Left out</dt><dd>2, which could not be read</dd>" in render(rows, summary | {"skipped_rows": 2})
+
+
 def test_rows_share_an_equal_chart_and_are_judged_by_relaxed_accuracy():
     data = page_data(fake_rows(7), list(ARMS), charts)
     assert [row["charts"] for row in data["rows"]] == [[0], [1], [0], [1], [0], [1], [0]]

@@ -131,6 +131,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
     if scored and not precision["scored_as_trained"]:
         scored = f"{scored}; trained in: {precision['trained']}"
     known = summary.get("environment", {}).get("versions", {})
+    left_out = summary.get("skipped_rows", 0)
     facts = {
         "Dataset": summary.get("dataset"),
         "Run": settings.get("run"),
@@ -138,6 +139,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         "Predictions": summary.get("predictions"),
         "Precision": scored,
         "Rows": f"{summary['rows']:,}",
+        "Left out": f"{left_out:,}, which could not be read" if left_out else None,
         "Versions": ", ".join(f"{name} {version}" for name, version in known.items() if version),
     }
     shown = "".join(

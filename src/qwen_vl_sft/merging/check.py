@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwen_vl_sft.data.rows import Conversation
     from qwen_vl_sft.merging.merge import Merge
     from qwen_vl_sft.merging.plan import Plan
+    from qwen_vl_sft.merging.samples import Samples
 
 # The largest mean difference of logits, as a share of their root mean square. Weights are rounded before the adapter is
 # added on one side and after it on the other, and each layer carries the difference on: 3.3% in bfloat16 through all of
@@ -70,16 +71,16 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
-def check_model(task: Merge, folder: Path) -> dict[str, Any]:
-    """Load the merged model strictly, and compare it with base and adapter on rows of the run. Raises `UserError`.
+def check_model(task: Merge, folder: Path, samples: Samples | None) -> dict[str, Any]:
+    """Load the merged model strictly, and compare it with base and adapter on `samples`. Raises `UserError`.
 
     Returns the differences: `against_adapter`, and `against_training` where training held the base in other precision.
     """
     plan = task.plan
     model = reload_strictly(plan, folder)
-    if not plan.options.samples:
+    if samples is None:
         return {}
-    encoder, conversations = read_samples(plan, folder)
+    encoder, conversations = samples.encoder(folder), samples.conversations
     merged = speak(model, encoder, conversations)
     del model
     adapted = load_adapted(plan, plan.trained if plan.options.nf4_aware else plan.base)
@@ -137,37 +138,6 @@ def load_adapted(plan: Plan, settings: Any) -> Any:
     from qwen_vl_sft.modeling.base_model import load_model
 
     return attach_adapter(load_model(settings, plan.on_cpu), plan.tuned.folder)
-
-
-def read_samples(plan: Plan, folder: Path) -> tuple[Encoder, list[Conversation]]:
-    """Rows of the run's evaluation split, else of its training split, and how the merged model encodes them."""
-    from transformers import AutoProcessor
-
-    from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
-    from qwen_vl_sft.data.encoding import Encoder
-    from qwen_vl_sft.data.rows import resolve_system_message
-    from qwen_vl_sft.evaluation.task import up_to_last_answer
-    from qwen_vl_sft.outputs.run_folder import SYSTEM_MESSAGE
-
-    data, samples = plan.recipe.data, plan.options.samples
-    split = data.dataset_test_split or data.dataset_train_split
-    try:
-        rows = open_rows(
-            str(data.dataset_name),
-            split,
-            data.dataset_config,
-            streaming=data.dataset_streaming,
-            row_format=data.dataset_format,
-            max_rows=samples if data.dataset_streaming else None,
-        )
-        rows = in_memory(rows) if rows.streamed else spread(rows, samples)
-        conversations = [up_to_last_answer(rows.conversation(rows.dataset[place])) for place in range(len(rows))]
-    except UserError as error:
-        raise UserError(f"--samples: {error}; give --samples 0 to merge without comparing logits") from None
-    message = folder / SYSTEM_MESSAGE
-    stored = message.read_text(encoding="utf-8") if message.is_file() else None
-    system = resolve_system_message(stored, rows.format)
-    return Encoder(AutoProcessor.from_pretrained(folder), system_message=system), conversations
 
 
 def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Spoken:

@@ -77,8 +77,9 @@ class Merge:
 def merge(plan: Plan) -> dict[str, Any]:
     """Merge, verify and put in place; returns the figures of `format_report`. Raises `UserError`, and then leaves nothing."""
     from qwen_vl_sft.merging.check import check_model, check_weights
+    from qwen_vl_sft.merging.samples import read_samples
 
-    task = prepare(plan)
+    task, samples = prepare(plan), read_samples(plan)
     output = plan.options.output_dir
     with staged(output, size_of(task)) as folder:
         with writing_to(output):
@@ -87,7 +88,7 @@ def merge(plan: Plan) -> dict[str, Any]:
         task.report["peak_memory_writing"] = peak_memory()
         check_weights(task, folder)
         try:
-            task.report |= check_model(task, folder)
+            task.report |= check_model(task, folder, samples)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"--samples: the GPU's memory does not hold the model that is compared ({str(error).splitlines()[0]}); hide"
