@@ -10,8 +10,11 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import qwen2_vl
 from torch import nn
 
+from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling import kernels
-from qwen_vl_sft.modeling.kernels import problems_of_kernels, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.preparation.plan import _kernel_lines
+from qwen_vl_sft.recipe.reading import read_recipe
 
 
 def adapted(dtype=torch.float32, **options):
@@ -132,3 +135,29 @@ def test_only_three_kernels_need_liger(monkeypatch):
     (problem,) = problems_of_kernels(["flora"], on_cpu=False)
     assert "flora" in problem
     assert "lora" in problem
+
+
+@pytest.mark.parametrize(
+    ("installed", "on_cpu", "chosen", "told"),
+    [
+        (True, False, list(kernels.KERNELS), None),
+        (False, False, ["quick_gelu", "patch_embed", "lora"], "with pip install 'qwen_vl_sft[kernels]' also rms_norm"),
+        (True, True, ["patch_embed", "lora"], None),
+    ],
+)
+def test_automatic_kernels_are_all_that_can_run_here_and_the_plan_names_them(
+    monkeypatch, installed, on_cpu, chosen, told
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert chosen_kernels("auto", on_cpu) == chosen
+    assert not list(problems_of_kernels(chosen, on_cpu))
+    recipe = read_recipe(None, {"model_name_or_path": "some/model", "dataset_name": "data", "fused_kernels": "auto"})
+    lines = _kernel_lines(recipe, World(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=on_cpu))
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines).startswith(f"kernels     {', '.join(chosen)}")
+    assert (told in lines[-1]) if told else len(lines) == 1
+
+
+def test_kernels_that_are_named_are_taken_as_they_are():
+    assert chosen_kernels(["lora"], on_cpu=False) == ["lora"]
+    assert chosen_kernels(None, on_cpu=False) == []

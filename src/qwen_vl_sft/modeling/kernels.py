@@ -37,6 +37,15 @@ SILU = ("SiLU", "SiLUActivation")
 TEXT_ROPE, VISION_ROPE = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
 
 
+def chosen_kernels(wanted: str | list[str] | None, on_cpu: bool) -> list[str]:
+    """The kernels that a recipe names; for "auto" all that can be used with this device and what is installed."""
+    if wanted != "auto":
+        return list(wanted or ())
+    if on_cpu:
+        return list(PLAIN_PYTORCH)
+    return [name for name in KERNELS if name not in FROM_LIGER or _has_liger()]
+
+
 def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
     """Why these kernels cannot be used; nothing when they can."""
     unknown = [name for name in wanted if name not in KERNELS]
@@ -45,11 +54,15 @@ def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
         yield f"fused_kernels: {', '.join(unknown)} is unknown; known are {', '.join(KERNELS)}"
     elif compiled and on_cpu:
         yield f"fused_kernels: {', '.join(compiled)} run on CUDA only; leave them out on a CPU"
-    elif set(wanted) & set(FROM_LIGER) and importlib.util.find_spec("liger_kernel") is None:
+    elif set(wanted) & set(FROM_LIGER) and not _has_liger():
         yield (
             f"fused_kernels: {', '.join(FROM_LIGER)} need liger-kernel; pip install 'qwen_vl_sft[kernels]', or leave"
             " them out"
         )
+
+
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from qwen_vl_sft.hub.names import problem_of_branch, problem_of_repo_id
 from qwen_vl_sft.hub.publication import problem_of_base
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.attention import resolve_attention
-from qwen_vl_sft.modeling.kernels import problems_of_kernels
+from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
 from qwen_vl_sft.outputs.run_folder import problems_of_output_dir
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES, Rule
 from qwen_vl_sft.preparation.lora_rules import LORA_RULES
@@ -101,7 +101,7 @@ def _training_kind(recipe: Recipe, world: World) -> Iterator[str]:
         yield "fp16 and bf16 are both true; keep one"
     if model.dtype == "float16" and not model.use_peft:
         yield "dtype: float16 with use_peft: false: float16 weights cannot be trained; use bfloat16 or float32"
-    yield from problems_of_kernels(model.fused_kernels or [], world.on_cpu)
+    yield from problems_of_kernels(chosen_kernels(model.fused_kernels, world.on_cpu), world.on_cpu)
     try:
         resolve_attention(model.attn_implementation, world.on_cpu, model.dtype)
     except UserError as error:

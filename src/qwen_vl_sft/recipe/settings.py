@@ -54,10 +54,10 @@ class ModelSettings:
         "bfloat16", "precision of the weights that are not 4 or 8 bit"
     )
     attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
-    fused_kernels: list[str] | None = key(
+    fused_kernels: Literal["auto"] | list[str] | None = key(
         None,
-        "any of rms_norm, swiglu, rope (these need liger-kernel), quick_gelu, patch_embed, lora; all but the last two need"
-        " CUDA",
+        "auto for all that can run here, or any of rms_norm, swiglu, rope (these need liger-kernel), quick_gelu,"
+        " patch_embed, lora; all but the last two need CUDA",
     )
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")

@@ -12,7 +12,7 @@ from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model
-from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.kernels import LORA, chosen_kernels, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.patches import (
     call_head_after_backbone,
     count_no_placeholders_in_training,
@@ -35,8 +35,7 @@ def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
         use_packed_attention(model)
         count_no_placeholders_in_training(model)
         take_packed_batches(model)
-    if recipe.model.fused_kernels:
-        use_fused_kernels(model, recipe.model.fused_kernels)
+    use_fused_kernels(model, chosen_kernels(recipe.model.fused_kernels, world.on_cpu))
     return model
 
 
@@ -45,7 +44,7 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
     model: Any = trainer.model
     if recipe.model.use_peft:
         keep_trained_weights_in_float32(model)
-        if LORA in (recipe.model.fused_kernels or ()):
+        if LORA in chosen_kernels(recipe.model.fused_kernels, world.on_cpu):
             use_fused_lora(model)
     elif recipe.get("bf16") and world.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
