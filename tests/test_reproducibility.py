@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, launch
 
+from qwen_vl_sft import tiny
+from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.outputs import run_folder
 from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.resilience.preemption import Watch
@@ -111,6 +113,16 @@ def test_kept_workers_end_with_the_training(train, monkeypatch, keys):
     train("run", max_steps=2, eval_steps=1, dataloader_persistent_workers="true", **keys)
     # Two train; once evaluated, two more stand ready for the next evaluation.
     assert (len(during[0]), len(during[-1]), after) == (2, 4, [[]])
+
+
+@pytest.mark.parametrize("tf32", [False, None])
+def test_float32_is_float32_in_convolutions_too(tf32, tmp_path, monkeypatch):
+    """The vision tower's first layer is one; `tf32: false` of transformers does not reach it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    keys = {"model_name_or_path": str(tiny.MODEL_DIR), "dataset_name": "data", "use_cpu": True, "bf16": False}
+    recipe = read_recipe(None, {**keys, "output_dir": str(tmp_path), **({} if tf32 is None else {"tf32": tf32})})
+    sft.sft_config(recipe, World(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True))
+    assert torch.backends.cudnn.allow_tf32 == (tf32 is None)
 
 
 def test_two_processes_with_dropout(tmp_path):
