@@ -93,7 +93,10 @@ BAD_RECIPES = {
         "would keep the worst model by loss",
     ),
     "stream without steps": ({"dataset_streaming": "true", "max_steps": -1}, "dataset_streaming needs max_steps"),
-    "batch that does not divide": ({"global_batch_size": 3, "per_device_train_batch_size": 2}, "is no multiple of"),
+    "batch that does not divide": (
+        {"global_batch_size": 9, "per_device_train_batch_size": 4},
+        "= 4; global_batch_size 8 or per_device_train_batch_size 3 would do",
+    ),
     "batch contradicted": (
         {"global_batch_size": 4, "gradient_accumulation_steps": 3},
         "= 3; remove gradient_accumulation_steps",

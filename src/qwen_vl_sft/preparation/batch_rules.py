@@ -32,7 +32,7 @@ def _batch(recipe: Recipe, world: World) -> Iterator[str]:
     if whole % per_step:
         yield (
             f"global_batch_size {whole} is no multiple of per_device_train_batch_size {per_device} x {world.processes}"
-            f" process(es) = {per_step}; change one of them"
+            f" process(es) = {per_step}; {_that_divides(whole, per_device, world.processes)}"
         )
     elif "gradient_accumulation_steps" in recipe.stated:
         product = per_step * recipe.get("gradient_accumulation_steps")
@@ -42,6 +42,16 @@ def _batch(recipe: Recipe, world: World) -> Iterator[str]:
                 f" process(es) x gradient_accumulation_steps {recipe.get('gradient_accumulation_steps')} = {product};"
                 f" remove gradient_accumulation_steps"
             )
+
+
+def _that_divides(whole: int, per_device: int, processes: int) -> str:
+    """What can be written instead: the nearest whole batch, and if there is one, the largest part of it that fits."""
+    per_step = per_device * processes
+    ways = [f"global_batch_size {max(1, round(whole / per_step)) * per_step}"]
+    if whole % processes == 0:
+        share = whole // processes
+        ways += [f"per_device_train_batch_size {max(n for n in range(1, per_device + 1) if share % n == 0)}"]
+    return f"{' or '.join(ways)} would do"
 
 
 def _packing(recipe: Recipe, world: World) -> Iterator[str]:
