@@ -38,7 +38,7 @@ KEYS = {
     "disable_tqdm": "true",
 }
 # Prefixes cannot be shared with dropout.
-PACKED = {"packing": "true", "tokens_per_batch": 512, "share_prefixes": "true"}
+PACKED = {"packing": "true", "tokens_per_batch": 512, "share_prefixes": "true", "fused_kernels": "auto"}
 # How long things took.
 CLOCK = ("second", "runtime", "time", "wait", "tflops", "mfu")
 
@@ -86,6 +86,7 @@ def test_one_process_packed_with_workers(train):
     told = json.loads((folder / "environment.json").read_text())
     assert told["versions"]["torch"] == torch.__version__.split("+")[0]
     assert told["world"]["strategy"] == "single"
+    assert told["chosen"] == {"attention": "packed_rows", "fused_kernels": ["patch_embed", "lora"]}
     assert told["data"]["train"]["rows"] == 16
     assert told["data"]["train"]["fingerprint"]
     assert told["git_commit"] == run_folder._git_commit()
