@@ -202,16 +202,16 @@ library.pthread_mutex_lock(mutex)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_process_that_is_stuck_in_a_library_ends_too(number):
-    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
         assert process.stdout.readline() == b"ready\n"
         # What its child was told has not ended it.
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=2 * preemption._HANDLER_SECONDS)
         process.send_signal(number)
-        try:
-            _, told = process.communicate(timeout=30)
-        finally:
-            process.kill()
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == EXIT_PREEMPTED
     assert told.decode().strip() == f"stopped by {number.name} before training began; there is nothing to save"
 
