@@ -51,9 +51,9 @@ def main() -> None:
         raise UserError(f"config: there is no {config}; name one of {kill_and_resume.CONFIGS}/, such as zero2")
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise UserError(f"output_dir: {options.output_dir} holds files already; name another folder with --output_dir")
-    words = [*SHORT.split(), *(PACKING.split() if options.packing else ()), *keys]
-    # What is stated here wins over what stands above.
-    words = [word for pair in dict(zip(words[::2], words[1::2], strict=True)).items() for word in pair]
+    if keys and not keys[0].startswith("--"):
+        raise UserError(f"command line: {keys[0]!r} stands alone; write --key value, and --packing without a value")
+    words = last_of_each([*SHORT.split(), *(PACKING.split() if options.packing else ()), *keys])
     experiment = kill_and_resume.Experiment(
         tuple(words), options.processes, options.output_dir, signal.Signals[options.signal], options.config
     )
@@ -71,6 +71,18 @@ def main() -> None:
         report = {**written, "machine": f"{os.cpu_count()} CPU cores", "versions": versions, "runs": runs}
         options.report.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(0 if same == len(trials) else 1)
+
+
+def last_of_each(words: list[str]) -> list[str]:
+    """The words with each key once: what is stated last wins."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            key, assigned, value = word.partition("=")
+            found[key] = [value] if assigned else []
+        else:
+            found[key].append(word)
+    return [word for key, values in found.items() for word in (key, *values)]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Which checkpoints a run goes on from, and that it goes on exactly: kill -9, damage, other worlds, a full disk."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import launch, run_process
+from conftest import REPOSITORY, launch, run_process
 
 from qwen_vl_sft.benchmarks.kill_and_resume import Experiment
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
@@ -271,3 +272,16 @@ def test_kills_under_a_strategy_need_its_configuration_and_several_processes(wor
     finished = run_process("scripts/kill_and_resume.py", *command)
     assert finished.returncode == EXIT_USER_ERROR
     assert finished.stderr.startswith(f"error: config: {told}" if config == "zero9" else f"error: config: zero3 {told}")
+
+
+def test_a_word_that_stands_alone_is_refused(tmp_path):
+    finished = run_process("scripts/kill_and_resume.py", "--packing", "true", "--output_dir", tmp_path / "runs")
+    assert finished.returncode == EXIT_USER_ERROR
+    assert finished.stderr.startswith("error: command line: 'true' stands alone")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_stated_last_wins():
+    script = runpy.run_path(str(REPOSITORY / "scripts/kill_and_resume.py"))
+    given = ["--max_steps", "24", "--tf32", "--list", "a", "b", "--max_steps=3", "--list", "c", "d"]
+    assert script["last_of_each"](given) == ["--max_steps", "3", "--tf32", "--list", "c", "d"]
