@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoded, Encoder
@@ -18,6 +18,7 @@ from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
 
 logger = logging.getLogger(__name__)
+Read = TypeVar("Read")
 # Stands in a batch for a row that cannot be read.
 _STAND_IN = Conversation([{"role": "user", "content": [{"type": "text", "text": "?"}]}], [])
 WAY_OUT = "mend it, or leave such rows out with --bad_rows skip"
@@ -90,16 +91,33 @@ def prepare(plan: Plan) -> Task:
 
 def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, tuple[Question, int]]:
     """The question of each row and the estimated length of its prompt, by the row's index."""
+
+    def read(raw: Mapping[str, Any], asked: Conversation) -> tuple[Question, int]:
+        return read_question(raw, asked, rows.format), estimate_length(encoder, asked)
+
+    try:
+        return read_usable(rows, read, skip_bad_rows)
+    except BadRow as error:
+        raise UserError(f"{error}; {WAY_OUT}") from None
+
+
+def read_usable(
+    rows: Rows, read: Callable[[Mapping[str, Any], Conversation], Read], skip_bad_rows: bool
+) -> dict[int, Read]:
+    """What `read` makes of each row and its conversation up to the last answer, by the row's index.
+
+    A row that cannot be used raises `BadRow` with its name; with `skip_bad_rows` it is left out. Raises `UserError` when
+    none is left.
+    """
     found = {}
     for index in range(len(rows)):
         raw = rows.dataset[index]
         try:
             with rows.opened(raw) as (conversation, _):
-                asked = up_to_last_answer(conversation)
-                found[index] = read_question(raw, asked, rows.format), estimate_length(encoder, asked)
+                found[index] = read(raw, up_to_last_answer(conversation))
         except BadRow as error:
             if not skip_bad_rows:
-                raise UserError(f"{error}; {WAY_OUT}") from None
+                raise
             logger.warning("skipped: %s", error)
     if not found:
         raise UserError(f"{rows.name}: none of its {len(rows)} rows can be used; see the warnings above")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoProcessor
 
-from qwen_vl_sft.data.dataset import Rows, in_memory, open_rows, spread
+from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.rows import Conversation, resolve_system_message
-from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.evaluation.task import up_to_last_answer
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.evaluation.task import read_usable
 from qwen_vl_sft.merging.plan import Plan
 from qwen_vl_sft.outputs.run_folder import SYSTEM_MESSAGE
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,24 +48,14 @@ def read_samples(plan: Plan) -> Samples | None:
             max_rows=samples if data.dataset_streaming else None,
         )
         rows = in_memory(rows) if rows.streamed else spread(rows, samples)
-        return Samples(_readable(rows, data.bad_rows == "skip"), rows.format)
+        found = read_usable(rows, _with_images, data.bad_rows == "skip")
+        return Samples([*found.values()], rows.format)
     except UserError as error:
         raise UserError(f"--samples: {error}; give --samples 0 to merge without comparing logits") from None
 
 
-def _readable(rows: Rows, skip_bad_rows: bool) -> list[Conversation]:
-    found = []
-    for place in range(len(rows)):
-        try:
-            with rows.opened({"row": place}) as (conversation, _):
-                answered = up_to_last_answer(conversation)
-                for image in answered.images:
-                    image.decode()
-                found.append(answered)
-        except BadRow as error:
-            if not skip_bad_rows:
-                raise
-            logger.warning("skipped: %s", error)
-    if not found:
-        raise UserError(f"{rows.name}: none of {len(rows)} rows can be read; see the warnings above")
-    return found
+def _with_images(raw: Mapping[str, Any], conversation: Conversation) -> Conversation:
+    """The conversation, whose images can be decoded. Raises `BadRow`."""
+    for image in conversation.images:
+        image.decode()
+    return conversation
