@@ -13,8 +13,10 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from qwen_vl_sft.errors import UserError, exits_with_user_errors
+from qwen_vl_sft.recipe.command_line import parse_command_line
 
 # The quickstart in a few seconds: evaluation, the best model at the end and old checkpoints' deletion take part.
 SHORT = (
@@ -51,9 +53,7 @@ def main() -> None:
         raise UserError(f"config: there is no {config}; name one of {kill_and_resume.CONFIGS}/, such as zero2")
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise UserError(f"output_dir: {options.output_dir} holds files already; name another folder with --output_dir")
-    if keys and not keys[0].startswith("--"):
-        raise UserError(f"command line: {keys[0]!r} stands alone; write --key value, and --packing without a value")
-    words = last_of_each([*SHORT.split(), *(PACKING.split() if options.packing else ()), *keys])
+    words = words_of(options.packing, keys)
     experiment = kill_and_resume.Experiment(
         tuple(words), options.processes, options.output_dir, signal.Signals[options.signal], options.config
     )
@@ -73,16 +73,14 @@ def main() -> None:
     sys.exit(0 if same == len(trials) else 1)
 
 
-def last_of_each(words: list[str]) -> list[str]:
-    """The words with each key once: what is stated last wins."""
-    found: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            key, assigned, value = word.partition("=")
-            found[key] = [value] if assigned else []
-        else:
-            found[key].append(word)
-    return [word for key, values in found.items() for word in (key, *values)]
+def words_of(packing: bool, stated: list[str]) -> list[str]:
+    """The command line of scripts/sft.py, on which what is stated wins over what stands above. Raises `UserError`."""
+    keys: dict[str, Any] = {}
+    for words in (SHORT.split(), PACKING.split() if packing else [], stated):
+        recipe, given, _ = parse_command_line(words)
+        keys |= ({"recipe": recipe} if recipe else {}) | given
+    values = (value if isinstance(value, str) else json.dumps(value) for value in keys.values())
+    return [word for name, value in zip(keys, values, strict=True) for word in (f"--{name}", value)]
 
 
 if __name__ == "__main__":

@@ -283,5 +283,8 @@ def test_a_word_that_stands_alone_is_refused(tmp_path):
 
 def test_what_is_stated_last_wins():
     script = runpy.run_path(str(REPOSITORY / "scripts/kill_and_resume.py"))
-    given = ["--max_steps", "24", "--tf32", "--list", "a", "b", "--max_steps=3", "--list", "c", "d"]
-    assert script["last_of_each"](given) == ["--max_steps", "3", "--tf32", "--list", "c", "d"]
+    found = script["words_of"](False, ["--tf32", "--list", "c", "d", "--max_steps=3"])
+    assert found[:4] == ["--recipe", "recipes/quickstart.yaml", "--max_steps", "3"]
+    assert found[-4:] == ["--tf32", "true", "--list", '["c", "d"]']
+    assert len(set(found[::2])) == len(found[::2])
+    assert script["words_of"](True, ["--recipe", "other.yaml"])[1] == "other.yaml"
