@@ -70,14 +70,14 @@ def take_packed_batches(model: Any) -> None:
 
 
 def _last_layer(
-    layer: Any, hidden_states: torch.Tensor, *args: Any, learned_places: torch.Tensor | None = None, **kwargs: Any
+    layer: Any, hidden_states: torch.Tensor, learned_places: torch.Tensor | None = None, **kwargs: Any
 ) -> Any:
     """A layer [1, T, D] -> [1, N, D] that spares its widest products on all but the N places that are named.
 
     Losses and gradients are the same; answers are a few tokens of hundreds.
     """
     if learned_places is None:
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return type(layer).forward(layer, hidden_states, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
     reached = (hidden_states + attended).index_select(1, learned_places)
     return reached + layer.mlp(layer.post_attention_layernorm(reached))
