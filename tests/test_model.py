@@ -4,7 +4,6 @@ from conftest import SMALL_SHAPE
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.attention import resolve_attention
 from qwen_vl_sft.modeling.base_model import (
     build_on_meta,
     count_parameters,
@@ -186,34 +185,6 @@ def test_full_fine_tuning_can_freeze_the_vision_tower():
     assert counts["vision"].trainable == 0
     assert counts["merger"].trainable == counts["merger"].total > 0
     assert counts["language"].trainable == counts["language"].total
-
-
-@pytest.mark.parametrize("sizes", [[(56, 56), (56, 56)], [(56, 84), (28, 56), (112, 28)]])
-def test_segmented_vision_attention_is_exact(sizes):
-    from transformers import AutoModelForImageTextToText
-
-    ours = load_model(settings(), on_cpu=True)
-    theirs = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa")
-    grids = torch.tensor([[1, height // 14, width // 14] for height, width in sizes])
-    pixels = torch.randn(int(grids.prod(-1).sum()), 1176, generator=torch.Generator().manual_seed(0))
-    assert ours.model.visual.config._attn_implementation == "segmented_flash"
-    assert ours.model.language_model.config._attn_implementation == "sdpa"
-    with torch.no_grad():
-        mine = torch.cat(ours.model.get_image_features(pixels, grids).pooler_output)
-        reference = torch.cat(theirs.model.get_image_features(pixels, grids).pooler_output)
-    torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "told"), [("flash_attention_2", "is not installed|runs on CUDA only"), ("fast", "'fast' is unknown")]
-)
-def test_attention_that_cannot_be(wanted, told):
-    with pytest.raises(UserError, match=told):
-        resolve_attention(wanted, on_cpu=True, dtype="bfloat16")
-
-
-def test_automatic_attention_on_a_cpu():
-    assert resolve_attention("auto", on_cpu=True, dtype="bfloat16") == "sdpa"
 
 
 def test_flops_of_the_7b(shared):

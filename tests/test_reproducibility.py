@@ -86,7 +86,7 @@ def test_one_process_packed_with_workers(train):
     told = json.loads((folder / "environment.json").read_text())
     assert told["versions"]["torch"] == torch.__version__.split("+")[0]
     assert told["world"]["strategy"] == "single"
-    assert told["chosen"] == {"attention": "packed_rows", "fused_kernels": ["patch_embed", "lora"]}
+    assert told["chosen"] == {"attention": "sdpa", "fused_kernels": ["patch_embed", "lora"]}
     assert told["data"]["train"]["rows"] == 16
     assert told["data"]["train"]["fingerprint"]
     assert told["git_commit"] == run_folder._git_commit()

@@ -16,11 +16,10 @@ from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.modeling import kernels
 from qwen_vl_sft.modeling.base_model import quantization_config
 from qwen_vl_sft.modeling.flops import FlopCounter, Work
 from qwen_vl_sft.modeling.lora import lora_config
-from qwen_vl_sft.preparation import batch_rules, prepared_data, rules
+from qwen_vl_sft.preparation import batch_rules, feature_filling, prepared_data, rules
 from qwen_vl_sft.preparation.prepared_data import PreparedData
 from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe, read_recipe
@@ -28,8 +27,9 @@ from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.meter import TimedIterator
 
 PACKED = {"packing": True, "gradient_checkpointing": False, "lora_dropout": 0.0}
-KERNELS = {"fused_kernels": list(kernels.KERNELS)}
+KERNELS = {"fused_kernels": "auto"}
 ALL_PROJECTIONS = {"lora_target_modules": None, "lora_scope": "language", "lora_r": 16, "lora_alpha": 32}
+CACHED = {"cache_image_features": "bfloat16"}
 # What each variant changes in the recipe; None is TRL's trainer.
 VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "trl": None,
@@ -40,7 +40,10 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "packed_16k": {**PACKED, **KERNELS, "tokens_per_batch": 16384},
     "packed_32k": {**PACKED, **KERNELS, "tokens_per_batch": 32768},
     "shared": {**PACKED, **KERNELS, "tokens_per_batch": 16384, "share_prefixes": True},
+    "packed_sdpa": {**PACKED, **KERNELS, "tokens_per_batch": 8192, "attn_implementation": "sdpa"},
     "packed_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192},
+    "cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 32768},
+    "shared_cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 16384, "share_prefixes": True},
     "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
 }
 TRL_BATCH = 4
@@ -85,7 +88,10 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     if name not in VARIANTS:
         raise UserError(f"--variants: unknown variant {name!r}; known are {', '.join(VARIANTS)}")
     changed = VARIANTS[name]
-    recipe = read_recipe(recipe_file, {**keys, **(changed or {"packing": False})})
+    keys = {**keys, **(changed or {"packing": False})}
+    if "cache_image_features" in keys:
+        keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
+    recipe = read_recipe(recipe_file, keys)
     world = launch.read_world(use_cpu=recipe.get("use_cpu"))
     rules.check(recipe, world)
     global_batch = batch_rules.resolve_batch(recipe, world)
@@ -99,6 +105,8 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     else:
         args = sft.sft_config(recipe, world)
         trainer, rows = sft.build_trainer(recipe, world, args, data, global_batch), global_batch
+        if data.features:
+            feature_filling.fill(trainer, data.features, skip_bad_rows=False)
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     scan: Any = data.train
     counter = FlopCounter.of(trainer.model.config, peft=True, vision_frozen=True, packed=recipe.run.packing)

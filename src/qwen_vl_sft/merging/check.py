@@ -111,7 +111,8 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
     """The merged model as transformers loads it; every weight must find its place. Raises `UserError`."""
     from transformers import AutoModelForImageTextToText
 
-    from qwen_vl_sft.modeling.attention import resolve_attention, use_segmented_vision_attention
+    from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
+    from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
 
     # Nothing is computed without samples, and a GPU may be smaller than the model.
     cpu = plan.on_cpu or not plan.options.samples
@@ -127,7 +128,7 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
     problems = [f"{kind}: {sorted(map(str, names))[0]}" for kind, names in loading.items() if names]
     if problems:
         raise _failed(problems)
-    if attention == "sdpa":
+    if attention == SDPA:
         use_segmented_vision_attention(model)
     return model
 

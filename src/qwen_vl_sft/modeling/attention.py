@@ -1,4 +1,4 @@
-"""Which attention is used, and one call over all images or packed rows where PyTorch's own kernels do the work.
+"""Attention in one call over all images of a batch, and over all packed rows.
 
 transformers' Qwen-VL vision towers see all images of a batch as one sequence. With sdpa they loop over images in Python,
 in every layer; an attention whose name holds "flash" gets the boundaries instead and makes one call. The language model
@@ -7,8 +7,7 @@ gets the boundaries of packed rows from the batch.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,52 +16,33 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 
 # "flash" in the name makes the vision tower pass the boundaries between images.
 SEGMENTED = "segmented_flash"
+# Without it, as the language model of padded batches needs its masks.
 PACKED = "packed_rows"
 
 
-def resolve_attention(wanted: str, on_cpu: bool, dtype: str) -> str:
-    """The attention implementation of the language model: the wanted one, or for "auto" the best installed.
-
-    Raises `UserError` when the wanted one is not installed or does not fit the device or the dtype.
-    """
-    installed = {
-        "flash_attention_3": importlib.util.find_spec("flash_attn_interface") is not None,
-        "flash_attention_2": importlib.util.find_spec("flash_attn") is not None,
-    }
-    if wanted == "auto":
-        usable = [] if on_cpu or dtype == "float32" else [name for name, found in installed.items() if found]
-        return usable[0] if usable else "sdpa"
-    if wanted in installed:
-        if not installed[wanted]:
-            raise UserError(
-                f"attn_implementation: {wanted} is not installed; install it, or leave the key out for auto"
-            )
-        if on_cpu or dtype == "float32":
-            why = "runs on CUDA only" if on_cpu else "takes bfloat16 or float16, not float32"
-            raise UserError(f"attn_implementation: {wanted} {why}; leave the key out for auto")
-    elif wanted not in ("sdpa", "eager"):
-        raise UserError(
-            f"attn_implementation: {wanted!r} is unknown; auto, sdpa, eager, flash_attention_2 or flash_attention_3"
-        )
-    return wanted
+def use_segmented_vision_attention(model: Any, kernel: str = SDPA) -> None:
+    """Have the vision tower attend in one call over all images, exactly, with a kernel that `varlen_kernel` knows."""
+    name = _named(SEGMENTED, kernel)
+    AttentionInterface.register(name, partial(_segmented_attention, kernel))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation({"vision_config": name})
 
 
-def use_segmented_vision_attention(model: Any) -> None:
-    """Have the vision tower attend in one call over all images, exactly, with PyTorch's own kernels."""
-    AttentionInterface.register(SEGMENTED, _segmented_attention)
-    AttentionMaskInterface.register(SEGMENTED, sdpa_mask)
-    model.set_attn_implementation({"vision_config": SEGMENTED})
+def use_packed_attention(model: Any, kernel: str = SDPA) -> None:
+    """Have the language model attend inside the pieces of packed rows; padded batches and generation take sdpa."""
+    name = _named(PACKED, kernel)
+    AttentionInterface.register(name, partial(_packed_attention, kernel))
+    AttentionMaskInterface.register(name, _packed_mask)
+    model.set_attn_implementation({"text_config": name})
 
 
-def use_packed_attention(model: Any) -> None:
-    """Have the language model attend inside the pieces of packed rows; padded batches and generation go on as before."""
-    AttentionInterface.register(PACKED, _packed_attention)
-    AttentionMaskInterface.register(PACKED, _packed_mask)
-    model.set_attn_implementation({"text_config": PACKED})
+def _named(name: str, kernel: str) -> str:
+    """A name for each kernel: models in one process may have different ones."""
+    return name if kernel == SDPA else f"{name}_{kernel.removeprefix('flash_attention_')}"
 
 
 def _packed_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -71,6 +51,7 @@ def _packed_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -
 
 
 def _packed_attention(
+    kernel: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -100,7 +81,7 @@ def _packed_attention(
         k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
     if _has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        return _varlen_attention()(q, k, v, *bounds, scale=scaling, window_size=(-1, 0))[None], None
+        return varlen_kernel(kernel)(q, k, v, *bounds, scale=scaling, causal=True)[None], None
     return _attend_by_piece(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling)[None], None
 
 
@@ -124,6 +105,7 @@ def _attend_by_piece(
 
 
 def _segmented_attention(
+    kernel: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -143,7 +125,7 @@ def _segmented_attention(
     q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
     if _has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q))
-        return _varlen_attention()(q, k, v, *bounds, scale=scaling)[None], None
+        return varlen_kernel(kernel)(q, k, v, *bounds, scale=scaling, causal=False)[None], None
     return _attend_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
 
 
@@ -160,13 +142,6 @@ def _in_one_row(
 
 def _has_varlen_kernel(value: torch.Tensor) -> bool:
     return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
-
-
-def _varlen_attention() -> Callable[..., Any]:
-    # Imported here: it needs a CUDA build of PyTorch.
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
 
 
 def _attend_by_length(

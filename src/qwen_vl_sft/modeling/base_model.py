@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.attention import resolve_attention, use_segmented_vision_attention
+from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
+from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
 from qwen_vl_sft.recipe.settings import ModelSettings
 
 SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
@@ -92,7 +93,7 @@ def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, strat
         quantization_config=quantization,
         device_map=None if on_cpu or strategy in ("zero3", "fsdp2") else {"": local_rank},
     )
-    if attention == "sdpa":
+    if attention == SDPA:
         use_segmented_vision_attention(model)
     if on_cpu and settings.load_in_4bit:
         keep_4bit_weights_unpacked(model)

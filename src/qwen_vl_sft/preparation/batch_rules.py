@@ -64,11 +64,6 @@ def _packing(recipe: Recipe, world: World) -> Iterator[str]:
         yield f"tokens_per_batch: {run.tokens_per_batch} must be at least 1"
     if recipe.data.dataset_streaming:
         yield "packing needs the lengths of all rows, and a stream does not tell them; set one of the two to false"
-    if model.attn_implementation not in ("auto", "sdpa"):
-        yield (
-            f"packing brings its own attention, so attn_implementation: {model.attn_implementation} has no effect;"
-            f" leave it out"
-        )
     if run.share_prefixes and model.use_peft and model.lora_dropout > 0:
         yield (
             f"share_prefixes with lora_dropout {model.lora_dropout}: all questions on an image would share one draw of"

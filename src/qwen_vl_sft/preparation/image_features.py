@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import safetensors
 
+from qwen_vl_sft.cache_folder import cache_folder
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache, add_to_digest
 from qwen_vl_sft.errors import UserError
@@ -135,7 +135,4 @@ def _weights(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _home(stated: str | None) -> Path:
-    if stated is not None:
-        return Path(stated).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "qwen_vl_sft" / "image_features"
+    return cache_folder("image_features") if stated is None else Path(stated).expanduser()

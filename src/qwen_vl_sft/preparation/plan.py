@@ -7,10 +7,10 @@ from typing import Any
 
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.modeling.attention import resolve_attention
 from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, format_parameters, freeze_vision_tower
-from qwen_vl_sft.modeling.kernels import FROM_LIGER, chosen_kernels
+from qwen_vl_sft.modeling.kernels import FROM_LIGER
 from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope
+from qwen_vl_sft.preparation.chosen import Chosen, choose
 from qwen_vl_sft.preparation.prepared_data import PreparedData, step_plan
 from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe
@@ -18,12 +18,12 @@ from qwen_vl_sft.recipe.reading import Recipe
 
 def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> str:
     """The plan of a run: world, batch, steps, rows and trainable parameters, at most 80 columns."""
-    attention = resolve_attention(recipe.model.attn_implementation, world.on_cpu, recipe.model.dtype)
+    chosen = choose(recipe, world)
     lines = [
         f"model       {recipe.model.model_name_or_path}",
         f"precision   {recipe.model.precision}{', what trains is kept in float32' * _keeps_float32(recipe)}",
-        f"attention   {'boundaries between packed rows' if recipe.run.packing else attention}",
-        *_kernel_lines(recipe, world),
+        f"attention   {chosen.attention}{', inside the boundaries of packed rows' * recipe.run.packing}",
+        *_kernel_lines(recipe, world, chosen),
         f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
         *_batch_lines(recipe, world, data, global_batch),
         f"steps       {data.steps(recipe, global_batch)}",
@@ -39,9 +39,8 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int
     return "\n".join(lines)
 
 
-def _kernel_lines(recipe: Recipe, world: World) -> list[str]:
-    wanted = recipe.model.fused_kernels
-    names = chosen_kernels(wanted, world.on_cpu)
+def _kernel_lines(recipe: Recipe, world: World, chosen: Chosen) -> list[str]:
+    wanted, names = recipe.model.fused_kernels, chosen.fused_kernels
     lines = textwrap.wrap(f"kernels     {', '.join(names)}", width=80, subsequent_indent=" " * 12) if names else []
     missing = [name for name in FROM_LIGER if name not in names] if wanted == "auto" and not world.on_cpu else []
     if missing:

@@ -12,10 +12,10 @@ from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.hub.names import problem_of_branch, problem_of_repo_id
 from qwen_vl_sft.hub.publication import problem_of_base
 from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.modeling.attention import resolve_attention
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
 from qwen_vl_sft.outputs.run_folder import problems_of_output_dir
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES, Rule
+from qwen_vl_sft.preparation.chosen import choose
 from qwen_vl_sft.preparation.lora_rules import LORA_RULES
 from qwen_vl_sft.preparation.run_rules import RUN_RULES
 from qwen_vl_sft.recipe.reading import Recipe
@@ -103,7 +103,7 @@ def _training_kind(recipe: Recipe, world: World) -> Iterator[str]:
         yield "dtype: float16 with use_peft: false: float16 weights cannot be trained; use bfloat16 or float32"
     yield from problems_of_kernels(chosen_kernels(model.fused_kernels, world.on_cpu), world.on_cpu)
     try:
-        resolve_attention(model.attn_implementation, world.on_cpu, model.dtype)
+        choose(recipe, world)
     except UserError as error:
         yield str(error)
 

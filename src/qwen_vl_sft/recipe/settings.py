@@ -53,7 +53,9 @@ class ModelSettings:
     dtype: Literal["bfloat16", "float16", "float32"] = key(
         "bfloat16", "precision of the weights that are not 4 or 8 bit"
     )
-    attn_implementation: str = key("auto", "auto picks flash_attention_3 or 2 when installed on CUDA, else sdpa")
+    attn_implementation: str = key(
+        "auto", "auto picks flash_attention_3, 4 (packing) or 2 when installed on CUDA, else sdpa"
+    )
     fused_kernels: Literal["auto"] | list[str] | None = key(
         None,
         "auto for all that can run here, or any of rms_norm, swiglu, rope (these need liger-kernel), quick_gelu,"

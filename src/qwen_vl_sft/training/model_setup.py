@@ -10,9 +10,9 @@ from trl import SFTTrainer
 
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model
-from qwen_vl_sft.modeling.kernels import LORA, chosen_kernels, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.patches import (
     call_head_after_backbone,
     count_no_placeholders_in_training,
@@ -20,6 +20,7 @@ from qwen_vl_sft.modeling.patches import (
     run_vision_in_every_batch,
     take_packed_batches,
 )
+from qwen_vl_sft.preparation.chosen import choose
 from qwen_vl_sft.recipe.reading import Recipe
 
 
@@ -31,11 +32,13 @@ def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
     # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.pad_token_id = pad_token_id
+    chosen = choose(recipe, world)
     if recipe.run.packing:
-        use_packed_attention(model)
+        use_segmented_vision_attention(model, chosen.attention)
+        use_packed_attention(model, chosen.attention)
         count_no_placeholders_in_training(model)
         take_packed_batches(model)
-    use_fused_kernels(model, chosen_kernels(recipe.model.fused_kernels, world.on_cpu))
+    use_fused_kernels(model, chosen.fused_kernels)
     return model
 
 
@@ -44,7 +47,7 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
     model: Any = trainer.model
     if recipe.model.use_peft:
         keep_trained_weights_in_float32(model)
-        if LORA in chosen_kernels(recipe.model.fused_kernels, world.on_cpu):
+        if LORA in choose(recipe, world).fused_kernels:
             use_fused_lora(model)
     elif recipe.get("bf16") and world.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.

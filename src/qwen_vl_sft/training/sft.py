@@ -23,13 +23,12 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.modeling.attention import PACKED, resolve_attention
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
-from qwen_vl_sft.modeling.kernels import chosen_kernels
 from qwen_vl_sft.modeling.lora import lora_config, trains_language_only
 from qwen_vl_sft.outputs import run_folder
 from qwen_vl_sft.outputs.plots import plot_loss
+from qwen_vl_sft.preparation.chosen import choose
 from qwen_vl_sft.preparation.prepared_data import PreparedData, step_plan
 from qwen_vl_sft.preparation.rules import EVALUATION_METRICS
 from qwen_vl_sft.preparation.scan import Scan
@@ -151,16 +150,9 @@ def train(
 def begin_run_folder(recipe: Recipe, world: World, data: PreparedData) -> None:
     """Write what is known before training; call it on one process only."""
     devices = [] if world.on_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    model = recipe.model
-    attention = (
-        PACKED if recipe.run.packing else resolve_attention(model.attn_implementation, world.on_cpu, model.dtype)
-    )
     environment = run_folder.environment(asdict(world), data.summary(), devices)
     # What "auto" came to here; the recipe says only that it was asked.
-    environment["chosen"] = {
-        "attention": attention,
-        "fused_kernels": chosen_kernels(model.fused_kernels, world.on_cpu),
-    }
+    environment["chosen"] = asdict(choose(recipe, world))
     message = data.encoder.system_message
     run_folder.begin(recipe.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
 
