@@ -18,6 +18,7 @@ from qwen_vl_sft.modeling import attention, attention_kernels
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import FLASH, resolve_attention, varlen_kernel
 from qwen_vl_sft.modeling.base_model import load_model
+from qwen_vl_sft.modeling.kernel_check import TOLERANCE, CheckedKernel, difference
 from qwen_vl_sft.modeling.patches import take_packed_batches
 from qwen_vl_sft.recipe.settings import ModelSettings
 
@@ -163,9 +164,71 @@ def test_an_installed_kernel_computes_packed_rows_and_their_images(
             monkeypatch.undo()
         found[kernel] = token_losses(model.eval(), join(groups, Positions(model.config)))
     config = with_kernel.config
-    assert calls.count(False) == config.vision_config.depth
-    assert calls.count(True) == config.get_text_config().num_hidden_layers
+    # One more each: the kernel is compared with float32 when it is first called.
+    assert calls.count(False) == config.vision_config.depth + 1
+    assert calls.count(True) == config.get_text_config().num_hidden_layers + 1
     torch.testing.assert_close(found[implementation], found["sdpa"], rtol=0, atol=1e-5)
+
+
+HEADS = {"q": torch.zeros(5, 4, 16, dtype=torch.bfloat16), "k": torch.zeros(5, 2, 16, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_kernel_that_computes_attention_passes_the_check(causal):
+    kernel = attention_kernels._from_flash(flash_attn_varlen_func)
+    before = torch.get_rng_state()
+    assert difference(kernel, **HEADS, causal=causal, learns=True) < TOLERANCE / 2
+    assert difference(kernel, **HEADS, causal=causal, learns=False) < TOLERANCE / 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def sees_other_rows(q, k, v, *bounds, **options):
+    whole = torch.tensor([0, len(q)]), torch.tensor([0, len(k)]), len(q), len(k)
+    return flash_attn_varlen_func(q, k, v, *whole, **options)
+
+
+def sees_what_comes_later(*args, causal, **options):
+    return flash_attn_varlen_func(*args, causal=False, **options)
+
+
+def has_no_gradient_of_keys(q, k, *args, **options):
+    return flash_attn_varlen_func(q, k.detach() + 0 * k, *args, **options)
+
+
+def forgets_the_scale(*args, softmax_scale, **options):
+    return flash_attn_varlen_func(*args, softmax_scale=1.0, **options)
+
+
+def is_not_made_for_this(*args, **options):
+    raise AssertionError("head_dim must be divisible by 32\nand so on")
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (sees_other_rows, "computes something else than attention with 4 heads of 16 values, 2 of them with keys"),
+        (sees_what_comes_later, "computes something else"),
+        (has_no_gradient_of_keys, "% off float32; set attn_implementation: sdpa"),
+        (forgets_the_scale, "computes something else"),
+        (is_not_made_for_this, "does not run here with 4 heads of 16 values, 2 of them with keys: head_dim must be"),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_refused_on_its_first_call(function, told):
+    keywords = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+    def flash(q, k, v, softmax_scale, causal, deterministic, **bounds):
+        options = {"softmax_scale": softmax_scale, "causal": causal, "deterministic": deterministic}
+        return function(q, k, v, *(bounds[name] for name in keywords), **options)
+
+    kernel = CheckedKernel("flash_attention_4", attention_kernels._from_flash(flash))
+    q, k = HEADS.values()
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    if function is has_no_gradient_of_keys:
+        kernel(q, k, k, bounds, bounds, 5, 5, scale=None, causal=True)
+    with pytest.raises(UserError) as error:
+        kernel(q.clone().requires_grad_(), k, k, bounds, bounds, 5, 5, scale=None, causal=True)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_flash_attention_4_compiles_is_kept_in_the_user_s_own_folder(flash, tmp_path, monkeypatch):

@@ -19,7 +19,14 @@ def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
 
 @pytest.mark.long
 def test_ways_of_training_are_measured_on_rows_enough(tmp_path):
-    words = ["--recipe", "recipes/quickstart.yaml", "--config", tiny.MODEL_DIR, "--variants", "trl,packed_plain,shared_cached"]
+    words = [
+        "--recipe",
+        "recipes/quickstart.yaml",
+        "--config",
+        tiny.MODEL_DIR,
+        "--variants",
+        "trl,packed_plain,shared_cached",
+    ]
     words += ["--rounds", "1", "--seconds", "1", "--use_cpu", "true", "--load_in_4bit", "false"]
     finished = run_process("scripts/benchmark.py", *words, "--max_train_samples", "64", "--output_dir", tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]

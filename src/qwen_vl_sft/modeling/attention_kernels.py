@@ -12,6 +12,7 @@ import torch
 
 from qwen_vl_sft.cache_folder import cache_folder
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.modeling.kernel_check import CheckedKernel
 
 SDPA = "sdpa"  # PyTorch's own
 # What can be installed beside it, the best first, by the names of the packages: two of them are imported as flash_attn.
@@ -91,8 +92,13 @@ def _is_installed(package: str) -> bool:
 
 @functools.cache
 def varlen_kernel(implementation: str) -> VarlenKernel:
-    """The kernel of an implementation that `resolve_attention` returned for packed rows, for half precision on CUDA."""
-    return _from_pytorch() if implementation == SDPA else _from_flash(_flash_function(implementation))
+    """The kernel of an implementation that `resolve_attention` returned for packed rows, for half precision on CUDA.
+
+    One that is installed beside PyTorch raises `UserError` when it is first called and does not compute attention.
+    """
+    if implementation == SDPA:
+        return _from_pytorch()
+    return CheckedKernel(implementation, _from_flash(_flash_function(implementation)))
 
 
 def _from_pytorch() -> VarlenKernel:

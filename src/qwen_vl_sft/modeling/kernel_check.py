@@ -1,0 +1,101 @@
+"""An installed attention kernel is compared with attention in float32 once for each shape of heads, before it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from qwen_vl_sft.errors import UserError
+
+# Tokens of three rows, and how many keys stand before each, as in a shared prefix: none is a multiple of a kernel's tile.
+_TOKENS, _BEFORE = (70, 33, 129), (0, 40, 0)
+# |a - b| / |b|. Half precision rounds to 0.4%, and once more in a gradient; a row that sees another is off by far more.
+TOLERANCE = 2e-2
+
+
+class CheckedKernel:
+    """A `VarlenKernel` that computes a small example first when it meets a new shape of heads.
+
+    Raises `UserError` on that first call when it fails there, or when output or gradients are wrong.
+    """
+
+    def __init__(self, name: str, kernel: Any) -> None:
+        self.name = name
+        self.kernel = kernel
+        self.checked: set[Any] = set()
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bounds: Any, **options: Any) -> torch.Tensor:
+        """Attend, see `VarlenKernel`."""
+        # A frozen vision tower takes no gradients, and a kernel may have none for its heads.
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+        shape = (q.shape[1:], k.shape[1:], q.dtype, options["causal"], learns)
+        if shape not in self.checked:
+            self._check(q, k, options["causal"], learns)
+            self.checked.add(shape)
+        return self.kernel(q, k, v, *bounds, **options)
+
+    def _check(self, q: torch.Tensor, k: torch.Tensor, causal: bool, learns: bool) -> None:
+        heads = f"{q.shape[1]} heads of {q.shape[2]} values, {k.shape[1]} of them with keys"
+        try:
+            apart = difference(self.kernel, q, k, causal, learns)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever it is that a compiler or a kernel raises.
+            why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"attn_implementation: {self.name} does not run here with {heads}: {why}; set attn_implementation: sdpa,"
+                " which is PyTorch's own"
+            ) from error
+        if not apart <= TOLERANCE:
+            raise UserError(
+                f"attn_implementation: {self.name} computes something else than attention with {heads}: it is"
+                f" {apart:.1%} off float32; set attn_implementation: sdpa, which is PyTorch's own"
+            )
+
+
+def difference(kernel: Any, q: torch.Tensor, k: torch.Tensor, causal: bool, learns: bool) -> float:
+    """How far a kernel's output, and with `learns` its gradients, are from float32, the largest |a - b| / |b|.
+
+    Of `q` and `k` [T, heads, D] only the heads, the dtype and the device count.
+    """
+    before = _BEFORE if causal else (0, 0, 0)
+    keys = [tokens + more for tokens, more in zip(_TOKENS, before, strict=True)]
+    # One of its own: that of training goes on as if nothing had been drawn.
+    numbers = torch.Generator(q.device).manual_seed(0)
+    shapes = [(sum(_TOKENS), *q.shape[1:]), *[(sum(keys), *k.shape[1:])] * 2, (sum(_TOKENS), *q.shape[1:])]
+    *inputs, grad = (torch.randn(shape, generator=numbers, device=q.device).to(q.dtype) for shape in shapes)
+    bounds = [torch.tensor([0, *sizes], device=q.device).cumsum(0).int() for sizes in (_TOKENS, keys)]
+
+    def from_kernel(*tensors: torch.Tensor) -> torch.Tensor:
+        return kernel(*tensors, *bounds, max(_TOKENS), max(keys), scale=None, causal=causal)
+
+    def in_float32(*tensors: torch.Tensor) -> torch.Tensor:
+        return _attend([tensor.float() for tensor in tensors], keys, causal)
+
+    with torch.set_grad_enabled(learns), torch.autocast(q.device.type, enabled=False):
+        found, wanted = (_outputs(function, inputs, grad if learns else None) for function in (from_kernel, in_float32))
+    pairs = zip(found, wanted, strict=True)
+    return max(float((one.float() - other).norm() / other.norm()) for one, other in pairs)
+
+
+def _outputs(function: Any, inputs: list[torch.Tensor], grad: torch.Tensor | None) -> list[torch.Tensor]:
+    """The output of a function, and for a gradient of that those of its inputs."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = function(*leaves)
+    return [output.detach(), *(() if grad is None else torch.autograd.grad(output, leaves, grad.to(output.dtype)))]
+
+
+def _attend(inputs: list[torch.Tensor], keys: list[int], causal: bool) -> torch.Tensor:
+    attended = []
+    for rows in zip(
+        *(tensor.split(sizes) for tensor, sizes in zip(inputs, (_TOKENS, keys, keys), strict=True)), strict=True
+    ):
+        q_row, k_row, v_row = (row.transpose(0, 1) for row in rows)
+        mask = torch.ones(q_row.shape[1], k_row.shape[1], dtype=torch.bool, device=q_row.device)
+        mask = mask.tril(k_row.shape[1] - q_row.shape[1]) if causal else mask
+        out = scaled_dot_product_attention(q_row, k_row, v_row, attn_mask=mask, enable_gqa=True)
+        attended.append(out.transpose(0, 1))
+    return torch.cat(attended)
