@@ -21,6 +21,9 @@ class SavedActivations:
     def room(self):
         return self._room
 
+    def used(self):
+        return 0
+
     def peak_of(self, work):
         kept = {}
 
@@ -44,8 +47,8 @@ def build_with_probe(recipe, world, args, data, global_batch):
     def largest():
         return largest_batch(trainer.data_collator, data.train, trainer._sampler, args.train_batch_size)
 
-    room = int(os.environ[f"ROOM_{world.rank}"])
-    trainer.add_callback(MemoryProbe(trainer, largest, automatic=True, memory=SavedActivations(room)))
+    memory = SavedActivations(int(os.environ[f"ROOM_{world.rank}"]))
+    trainer.add_callback(MemoryProbe(trainer, largest, automatic=True, plan=trainer._sampler.plan, memory=memory))
     return trainer
 
 

@@ -20,7 +20,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.preparation.scan import scan
 from qwen_vl_sft.random_state import random_state
-from qwen_vl_sft.training.memory import MARGIN, Fit, MemoryProbe, all_layers, choose, largest_batch
+from qwen_vl_sft.training.memory import MARGIN, Fit, MemoryProbe, all_layers, choose, largest_batch, room_for
 
 HUGE = 10**12
 
@@ -89,7 +89,7 @@ def probed(ragged, tiny_processor, tmp_path):  # noqa: F811
             def largest():
                 return largest_batch(trainer.data_collator, data, None, 2)
 
-            trainer.add_callback(MemoryProbe(trainer, largest, automatic, memory or SavedActivations(room)))
+            trainer.add_callback(MemoryProbe(trainer, largest, automatic, memory=memory or SavedActivations(room)))
         trainer.train()
         return trainer
 
@@ -160,6 +160,22 @@ def test_too_little_memory_ends_before_the_first_step_with_the_rows(probed, auto
         probed(None, memory=Small(10), automatic=automatic)
 
 
+@pytest.mark.parametrize(
+    ("used", "peak", "room", "tokens"),
+    [
+        (10, 20, 29, None),  # not twice as many tokens
+        (10, 20, 31, 200),
+        (10, 20, 1000, 400),  # a step has no more
+        (10, 5, 100, 400),
+    ],
+)
+def test_room_for_larger_micro_batches(used, peak, room, tokens):
+    plan = StepPlan(sizes_of([50] * 40), 8, 100, 1, seed=0)
+    assert plan.survey().micro_batches == 4
+    assert room_for(plan, used, peak, room) == tokens
+    assert room_for(StepPlan(sizes_of([50] * 40), 8, 100, 4, seed=0), used, peak, room) is None
+
+
 def test_the_line_that_is_printed():
     text = f"memory      {Fit(28, 12, 61 * 2**30, 140 * 2**30)}"
     assert text == "memory      12 of 28 layers checkpointed: 61.0 of 140.0 GiB at most"
@@ -194,6 +210,7 @@ def test_processes_with_unlike_memory_choose_alike(config, tmp_path, monkeypatch
         script = REPOSITORY / "tests/saved_activations.py" if rooms else "scripts/sft.py"
         done = launch(config, script, *words)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "room for" not in done.stdout
         entries = [json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
         found[name] = [entry["loss"] for entry in entries if "loss" in entry]
     assert found["tried"] == pytest.approx(found["plain"], abs=1e-6)

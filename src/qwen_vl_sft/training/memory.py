@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
-from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.random_state import kept_random_state
@@ -38,6 +38,20 @@ class Fit:
         return f"{self.checkpointed} of {self.layers} layers checkpointed: {peak:.1f} of {room:.1f} GiB at most"
 
 
+def room_for(plan: StepPlan, used: float, peak: float, room: float) -> int | None:
+    """The `tokens_per_batch` that memory has room for, if that would make steps of fewer micro-batches; else None.
+
+    Args:
+        plan: of the run as it is.
+        used: bytes in use when no micro-batch is computed.
+        peak: bytes in use at most, with all activations of the plan's largest micro-batch; they grow with its tokens.
+        room: bytes that may be used.
+    """
+    more = (room - used) / max(peak - used, 1)
+    times = min(int(more), math.ceil(plan.survey().micro_batches))
+    return times * plan.tokens_per_batch if times > 1 else None
+
+
 class DeviceMemory:
     """Memory of a CUDA device."""
 
@@ -48,6 +62,10 @@ class DeviceMemory:
         """Bytes that this process has or can get."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device)
+
+    def used(self) -> int:
+        """Bytes in use now."""
+        return torch.cuda.memory_allocated(self.device)
 
     def peak_of(self, work: Callable[[], None]) -> int:
         """Most bytes in use while `work` runs."""
@@ -72,15 +90,22 @@ class MemoryProbe(TrainerCallback):
         trainer: gets what was found as `memory_fit`.
         largest: makes that micro-batch (`largest_batch`).
         automatic: choose which layers are checkpointed; otherwise all that the Trainer has set.
+        plan: of packed rows; when memory has room for larger micro-batches, a line says so.
         memory: what is measured; None for the memory of the trainer's device.
     """
 
     def __init__(
-        self, trainer: Any, largest: Callable[[], dict[str, Any]], automatic: bool, memory: Any = None
+        self,
+        trainer: Any,
+        largest: Callable[[], dict[str, Any]],
+        automatic: bool,
+        plan: StepPlan | None = None,
+        memory: Any = None,
     ) -> None:
         self.trainer = trainer
         self.largest = largest
         self.automatic = automatic
+        self.plan = plan
         self.memory = memory or DeviceMemory(trainer.args.device)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,6 +117,7 @@ class MemoryProbe(TrainerCallback):
         rows = batch.pop("row_ids")
         del batch["work"]
         to_come = bytes_to_come(model, trainer.optimizer, trainer.is_deepspeed_enabled)
+        used = self.memory.used() + to_come
 
         def peak(kept: int) -> float:
             _checkpoint_all_but(kept, layers)
@@ -111,6 +137,9 @@ class MemoryProbe(TrainerCallback):
         trainer.memory_fit = Fit(len(all_layers(model)), len(layers) - kept, int(most), int(room / (1 - MARGIN)))
         if state.is_world_process_zero:
             print(f"memory      {trainer.memory_fit}", flush=True)
+            larger = room_for(self.plan, used, most, room) if self.plan and kept == len(layers) else None
+            if larger:
+                print(f"            room for tokens_per_batch: {larger}, fewer and larger micro-batches", flush=True)
 
     def _peak(self, model: Any, batch: dict[str, Any], rows: list[int], checkpointing: bool) -> float:
         inputs = self.trainer._prepare_inputs(dict(batch))

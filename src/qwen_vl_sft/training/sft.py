@@ -108,7 +108,8 @@ def build_trainer(
     reentrant = stated.get("use_reentrant") or world.strategy == "zero3"
     if isinstance(data.train, Scan) and not world.on_cpu and not reentrant:
         largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
-        trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto"))
+        plan = sampler.plan if isinstance(sampler, StepSampler) else None
+        trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto", plan))
     return trainer
 
 
