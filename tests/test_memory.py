@@ -14,6 +14,7 @@ from test_packing import sizes_of
 from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 
 from qwen_vl_sft import tiny
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
@@ -54,7 +55,7 @@ def test_a_few_trials_are_enough(room):
 def test_the_largest_micro_batch_is_as_large_as_any(tiny_processor):
     data = scan(open_rows(str(tiny.DATA_DIR), "train[:200]"), Encoder(tiny_processor))
     for share, rows_per_step in itertools.product((False, True), (4, 32)):
-        plan = StepPlan(data.sizes, rows_per_step, 700, 2, seed=1, share_prefixes=share)
+        plan = StepPlan(data.sizes, GlobalBatch(rows_per_step), 700, 2, seed=1, share_prefixes=share)
 
         def cost(batch, plan=plan):
             return sum(plan.sizes.of(group) for group in batch).sum()
@@ -69,7 +70,7 @@ def test_the_largest_micro_batch_is_as_large_as_any(tiny_processor):
 
 
 def test_the_largest_step_is_limited_by_its_rows():
-    plan = StepPlan(sizes_of([10, 40, 20, 40, 30]), 2, 100, 1, seed=0)
+    plan = StepPlan(sizes_of([10, 40, 20, 40, 30]), GlobalBatch(2), 100, 1, seed=0)
     assert plan.largest() == [[1], [3]]
 
 
@@ -170,10 +171,10 @@ def test_too_little_memory_ends_before_the_first_step_with_the_rows(probed, auto
     ],
 )
 def test_room_for_larger_micro_batches(used, peak, room, tokens):
-    plan = StepPlan(sizes_of([50] * 40), 8, 100, 1, seed=0)
+    plan = StepPlan(sizes_of([50] * 40), GlobalBatch(8), 100, 1, seed=0)
     assert plan.survey().micro_batches == 4
     assert room_for(plan, used, peak, room) == tokens
-    assert room_for(StepPlan(sizes_of([50] * 40), 8, 100, 4, seed=0), used, peak, room) is None
+    assert room_for(StepPlan(sizes_of([50] * 40), GlobalBatch(8), 100, 4, seed=0), used, peak, room) is None
 
 
 def test_the_line_that_is_printed():

@@ -101,6 +101,15 @@ BAD_RECIPES = {
         {"global_batch_size": 4, "gradient_accumulation_steps": 3},
         "= 3; remove gradient_accumulation_steps",
     ),
+    "steps of so many tokens, padded": ({"global_batch_tokens": 100}, "global_batch_tokens needs packing: true"),
+    "steps of rows and of tokens": (
+        {"global_batch_tokens": 100, "global_batch_size": 2, "packing": "true"},
+        "global_batch_size and global_batch_tokens both say what an optimizer step takes",
+    ),
+    "steps of too few tokens": (
+        {"global_batch_tokens": 20, "packing": "true"},
+        "and a step must have room for 2 such rows so that no step is empty; write",
+    ),
     "both half precisions": ({"bf16": "true", "fp16": "true"}, "fp16 and bf16 are both true"),
     "pixel limits crossed": ({"min_pixels": 10000, "max_pixels": 1000}, "is above max_pixels"),
     "zero rows": ({"max_train_samples": 0}, "max_train_samples: 0 must be at least 1"),

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from qwen_vl_sft.batching.global_batch import GlobalBatch
+
 # Rows that are computed on one copy of their prefix; without sharing a single row.
 Group = list[int]
 MicroBatch = list[Group]
@@ -54,8 +56,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Survey:
-    """Micro-batches of a process and step, the share of their room that tokens fill, and the share of tokens computed."""
+    """Rows of a step, micro-batches of a process and step, how full of tokens these are, the share that is computed."""
 
+    rows: float
     micro_batches: float
     filled: float
     computed: float
@@ -66,7 +69,7 @@ class StepPlan:
 
     Args:
         sizes: lengths of the rows.
-        rows_per_step: rows of one optimizer step over all processes; the last step of an epoch may have fewer.
+        batch: what one optimizer step takes over all processes; the last step of an epoch may have fewer rows.
         tokens_per_batch: most tokens of a micro-batch.
         processes: number of processes.
         seed: seed of the order.
@@ -76,7 +79,7 @@ class StepPlan:
     def __init__(
         self,
         sizes: Sizes,
-        rows_per_step: int,
+        batch: GlobalBatch,
         tokens_per_batch: int,
         processes: int,
         seed: int,
@@ -84,7 +87,7 @@ class StepPlan:
     ) -> None:
         assert sizes.tokens.max() <= tokens_per_batch, "a row does not fit a micro-batch"
         self.sizes = sizes
-        self.rows_per_step = rows_per_step
+        self.batch = batch
         self.tokens_per_batch = tokens_per_batch
         self.processes = processes
         self.seed = seed
@@ -92,7 +95,7 @@ class StepPlan:
 
     def __len__(self) -> int:
         """Optimizer steps of an epoch."""
-        return math.ceil(len(self.sizes.tokens) / self.rows_per_step)
+        return self.batch.steps(self.sizes.tokens)
 
     def order(self, epoch: int) -> np.ndarray:
         """Every row once, in the order of an epoch; rows with the same prefix stand together when it is shared."""
@@ -112,37 +115,41 @@ class StepPlan:
     def steps(self, epoch: int) -> Iterator[list[list[MicroBatch]]]:
         """The steps of an epoch, each as micro-batches by process; every process gets as many of them."""
         order = self.order(epoch)
-        for start in range(0, len(order), self.rows_per_step):
-            yield self.split(order[start : start + self.rows_per_step].tolist())
+        for rows in self.batch.split(self.sizes.tokens[order]):
+            yield self.split(order[rows].tolist())
 
     def survey(self, steps: int = 50) -> Survey:
         """What the first steps of a run look like."""
-        found, tokens, rows_alone = [], 0.0, 0
+        found, tokens, rows, rows_alone = [], 0.0, 0, 0
         for step in itertools.islice(self.steps(0), steps):
             found.append(len(step[0]))
             groups = [group for batches in step for batch in batches for group in batch]
             tokens += sum(self.sizes.of(group)[0] for group in groups)
+            rows += sum(len(group) for group in groups)
             rows_alone += int(self.sizes.tokens[[row for group in groups for row in group]].sum())
         room = sum(found) * self.processes * self.tokens_per_batch
-        return Survey(sum(found) / len(found), tokens / room, tokens / rows_alone)
+        return Survey(rows / len(found), sum(found) / len(found), tokens / room, tokens / rows_alone)
 
     def largest(self) -> MicroBatch:
         """A micro-batch that needs as much memory as any of any epoch: full, and of the largest images."""
         groups = self._groups(range(len(self.sizes.tokens)))
         costs = np.array([self.sizes.of(group) for group in groups])
-        rows = np.array([len(group) for group in groups])
-        dense = self._filled_up(np.argsort(-costs[:, 1] / costs[:, 0], kind="stable"), costs, rows)
-        large = self._filled_up(np.argsort(-costs.sum(axis=1), kind="stable"), costs, rows)
+        # Rows and their tokens, of which those of a shared prefix count for each.
+        parts = np.array([(len(group), self.sizes.tokens[group].sum()) for group in groups])
+        dense = self._filled_up(np.argsort(-costs[:, 1] / costs[:, 0], kind="stable"), costs, parts)
+        large = self._filled_up(np.argsort(-costs.sum(axis=1), kind="stable"), costs, parts)
         # A patch costs about as much as a token, where the vision tower trains, and nearly nothing where it does not.
         return [groups[place] for place in max((dense, large), key=lambda places: costs[places].sum())]
 
-    def _filled_up(self, order: np.ndarray, costs: np.ndarray, rows: np.ndarray) -> list[int]:
+    def _filled_up(self, order: np.ndarray, costs: np.ndarray, parts: np.ndarray) -> list[int]:
         places: list[int] = []
-        tokens, count = 0.0, 0
+        limits = np.array([self.tokens_per_batch, *self.batch.most(self.sizes.tokens)])
+        filled = np.zeros(3)
         for place in order:
-            if tokens + costs[place, 0] <= self.tokens_per_batch and count + rows[place] <= self.rows_per_step:
+            after = filled + np.array([costs[place, 0], *parts[place]])
+            if (after <= limits).all():
                 places.append(int(place))
-                tokens, count = tokens + costs[place, 0], count + rows[place]
+                filled = after
         return places
 
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:

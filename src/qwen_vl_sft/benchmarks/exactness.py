@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, random_model_of
@@ -99,12 +100,16 @@ def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator
     assert isinstance(collator, PackedCollator)
     padded: Collator = collator.rows
     # All rows, so that those of one image are together.
-    chosen = StepPlan(data.train.sizes, rows, budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
+    chosen = (
+        StepPlan(data.train.sizes, GlobalBatch(rows=rows), budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
+    )
     for name, size in (("one at a time", 1), (f"{PADDED_ROWS} padded", PADDED_ROWS)):
         groups = [chosen[start : start + size] for start in range(0, rows, size)]
         yield name, (padded([{"row": row} for row in group]) for group in groups)
     for name, share in (("packed", False), ("packed, shared", True)):
-        (batches,) = StepPlan(data.train.sizes, rows, budget, 1, 0, share_prefixes=share).split(chosen)
+        (batches,) = StepPlan(data.train.sizes, GlobalBatch(rows=rows), budget, 1, 0, share_prefixes=share).split(
+            chosen
+        )
         yield name, (batch for micro in batches for batch in collator([[micro]][0])[MICRO_BATCHES])
 
 

@@ -71,9 +71,9 @@ def recipe_of(written: Mapping[str, Any], mode: str, keys: Mapping[str, Any]) ->
     if mode == "full":
         recipe = {name: value for name, value in recipe.items() if name not in LORA_KEYS}
     recipe |= keys
-    if recipe.get("global_batch_size") is None:
+    if recipe.get("global_batch_size") is None and recipe.get("global_batch_tokens") is None:
         raise UserError(
-            "the recipe has no global_batch_size, so each number of processes would train on other batches; add"
+            "the recipe states no global batch, so each number of processes would train on other batches; add"
             " --global_batch_size N"
         )
     recipe.pop("output_dir", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,16 +100,17 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     data = prepared_data.prepare_data(recipe, world)
     assert isinstance(data.train, Scan), "rows are looked up"
     data = dataclasses.replace(data, train=repeated(data.train, repeat), evaluation=None)
+    scan: Any = data.train
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     if changed is None:
         trainer, rows = trl_trainer(recipe, world, data), TRL_BATCH
     else:
         args = sft.sft_config(recipe, world)
-        trainer, rows = sft.build_trainer(recipe, world, args, data, global_batch), global_batch
+        trainer = sft.build_trainer(recipe, world, args, data, global_batch)
+        rows = math.ceil(len(scan.rows) / global_batch.steps(scan.tokens))
         if data.features:
             feature_filling.fill(trainer, data.features, skip_bad_rows=False)
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    scan: Any = data.train
     counter = FlopCounter.of(trainer.model.config, peft=True, vision_frozen=True, packed=recipe.run.packing)
     return Variant(name, trainer, rows, mean_work(scan), float(scan.tokens.mean()), counter, after - before)
 

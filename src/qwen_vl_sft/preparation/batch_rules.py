@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.recipe.reading import Recipe
 
 Rule = Callable[[Recipe, World], Iterator[str]]
 
 
-def resolve_batch(recipe: Recipe, world: World) -> int:
-    """Set gradient accumulation from `global_batch_size` and return the rows of one optimizer step."""
-    per_step = recipe.get("per_device_train_batch_size") * world.processes
-    if recipe.run.packing and recipe.run.global_batch_size is not None:
-        return recipe.run.global_batch_size
-    if recipe.run.global_batch_size is not None:
-        recipe.training["gradient_accumulation_steps"] = recipe.run.global_batch_size // per_step
-    return per_step * recipe.get("gradient_accumulation_steps")
+def resolve_batch(recipe: Recipe, world: World) -> GlobalBatch:
+    """Set gradient accumulation from `global_batch_size` and return what one optimizer step takes."""
+    run, per_step = recipe.run, recipe.get("per_device_train_batch_size") * world.processes
+    if run.global_batch_tokens is not None:
+        return GlobalBatch(tokens=run.global_batch_tokens)
+    if run.packing and run.global_batch_size is not None:
+        return GlobalBatch(rows=run.global_batch_size)
+    if run.global_batch_size is not None:
+        recipe.training["gradient_accumulation_steps"] = run.global_batch_size // per_step
+    return GlobalBatch(rows=per_step * recipe.get("gradient_accumulation_steps"))
 
 
 def _batch(recipe: Recipe, world: World) -> Iterator[str]:
     whole, per_device = recipe.run.global_batch_size, recipe.get("per_device_train_batch_size")
+    if recipe.run.global_batch_tokens is not None:
+        if whole is not None:
+            yield "global_batch_size and global_batch_tokens both say what an optimizer step takes; remove one of the two"
+        if not recipe.run.packing:
+            yield "global_batch_tokens needs packing: true; set it, or write global_batch_size"
     if whole is None or per_device < 1:
         return
     if recipe.run.packing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, format_parameters, freeze_vision_tower
@@ -16,7 +17,7 @@ from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe
 
 
-def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> str:
+def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: GlobalBatch) -> str:
     """The plan of a run: world, batch, steps, rows and trainable parameters, at most 80 columns."""
     chosen = choose(recipe, world)
     lines = [
@@ -48,16 +49,18 @@ def _kernel_lines(recipe: Recipe, world: World, chosen: Chosen) -> list[str]:
     return lines
 
 
-def _batch_lines(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> list[str]:
+def _batch_lines(recipe: Recipe, world: World, data: PreparedData, global_batch: GlobalBatch) -> list[str]:
     if not recipe.run.packing:
         per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
         shape = f"{per_device} a device x {world.processes} x {accumulation} accumulated"
-        return [f"batch       {global_batch} rows a step = {shape}"]
+        return [f"batch       {global_batch} a step = {shape}"]
     found, budget = step_plan(recipe, world, data, global_batch).survey(), recipe.run.tokens_per_batch
-    lines = [
-        f"batch       {global_batch} rows a step, packed into {found.micro_batches:.1f} micro-batches a device",
-        f"            of at most {budget:,} tokens, {found.filled:.0%} full",
-    ]
+    rows = "" if global_batch.rows is not None else f" in about {found.rows:.0f} rows"
+    text = (
+        f"batch       {global_batch} a step{rows}, packed into {found.micro_batches:.1f} micro-batches a device of at"
+        f" most {budget:,} tokens, {found.filled:.0%} full"
+    )
+    lines = textwrap.wrap(text, width=80, subsequent_indent=" " * 12)
     if recipe.run.share_prefixes:
         lines.append(f"sharing     {found.computed:.0%} of the tokens are computed, the others are shared")
     return lines

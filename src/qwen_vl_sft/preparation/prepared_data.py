@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
@@ -32,12 +33,12 @@ class PreparedData:
     evaluation: Scan | None
     features: ImageFeatures | None = None
 
-    def steps(self, recipe: Recipe, global_batch: int) -> int:
+    def steps(self, recipe: Recipe, global_batch: GlobalBatch) -> int:
         """Optimizer steps of the whole run."""
         if recipe.get("max_steps") > 0:
             return recipe.get("max_steps")
         assert isinstance(self.train, Scan), "recipe rules require max_steps for a stream"
-        return math.ceil(recipe.get("num_train_epochs") * math.ceil(len(self.train.rows) / global_batch))
+        return math.ceil(recipe.get("num_train_epochs") * global_batch.steps(self.train.tokens))
 
     def summary(self) -> dict[str, Any]:
         """Names, counts and fingerprints for the run's files."""
@@ -68,6 +69,8 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     if recipe.run.packing:
         assert isinstance(train, Scan), "recipe rules refuse packing of a stream"
         _check_rows_fit(train, recipe.run.tokens_per_batch)
+        if recipe.run.global_batch_tokens is not None:
+            _check_steps_hold_rows(train, recipe.run.global_batch_tokens, world.processes)
     features = plan_features(recipe, train, encoder) if isinstance(train, Scan) else None
     return PreparedData(encoder, train, evaluation, features)
 
@@ -83,7 +86,18 @@ def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
         )
 
 
-def step_plan(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> StepPlan:
+def _check_steps_hold_rows(train: Scan, tokens: int, processes: int) -> None:
+    """Every step must have a row for each process, and two at least: else some would have none."""
+    longest, rows = int(train.tokens.max()), max(2, processes)
+    if tokens < rows * longest:
+        why = f"for {processes:,} processes" if processes > 2 else "so that no step is empty"
+        raise UserError(
+            f"global_batch_tokens {tokens:,}: the longest row has {longest:,} tokens, and a step must have room for"
+            f" {rows:,} such rows {why}; write {rows * longest:,} or more, or lower max_pixels"
+        )
+
+
+def step_plan(recipe: Recipe, world: World, data: PreparedData, global_batch: GlobalBatch) -> StepPlan:
     """Which rows a packed run trains on together."""
     assert isinstance(data.train, Scan), "recipe rules refuse packing of a stream"
     run = recipe.run

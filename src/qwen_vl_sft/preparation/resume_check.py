@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.dataset import ROW_ID
 from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.launching.world import World
@@ -38,11 +39,12 @@ _MODEL_KEYS = (
 _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
-def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: int) -> dict[str, Any]:
+def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: GlobalBatch) -> dict[str, Any]:
     """What a checkpoint says of its run: the world, what must be the same to go on, and versions."""
     run = recipe.run
     same: dict[str, Any] = {
-        "global_batch_size": global_batch,
+        "global_batch_size": global_batch.rows,
+        "global_batch_tokens": global_batch.tokens,
         "seed": recipe.get("seed"),
         "data_seed": recipe.data_seed,
         "packing": run.packing,

@@ -68,7 +68,10 @@ def _ranges(recipe: Recipe, world: World) -> Iterator[str]:
         "max_new_tokens",
     )
     values = recipe.values()
-    positive = {name: values[name] for name in (*at_least_one, "lora_r", "lora_alpha", "global_batch_size")}
+    positive = {
+        name: values[name]
+        for name in (*at_least_one, "lora_r", "lora_alpha", "global_batch_size", "global_batch_tokens")
+    }
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         positive[name] = recipe.get(name)
     for name, value in positive.items():

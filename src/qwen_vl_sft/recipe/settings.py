@@ -98,11 +98,14 @@ class RunSettings:
     global_batch_size: int | None = key(
         None, "rows of one optimizer step over all processes; gradient_accumulation_steps follows from it"
     )
+    global_batch_tokens: int | None = key(
+        None, "packing: whole rows of about so many tokens in one optimizer step, in place of global_batch_size"
+    )
     packing: bool = key(
         False, "train on rows packed into sequences of tokens_per_batch tokens instead of padded batches"
     )
     tokens_per_batch: int = key(
-        8192, "packing: most tokens of a micro-batch; the rows of a step stay global_batch_size"
+        8192, "packing: most tokens of a micro-batch; what an optimizer step takes does not change with it"
     )
     share_prefixes: bool = key(False, "packing: questions on the same images are trained on one copy of them; exact")
     gradient_checkpointing: bool | Literal["auto"] = key(

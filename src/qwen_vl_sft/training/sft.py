@@ -14,6 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
 
 from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packed_collator import PackedCollator
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
@@ -73,7 +74,7 @@ def sft_config(recipe: Recipe, world: World) -> SFTConfig:
 
 
 def build_trainer(
-    recipe: Recipe, world: World, args: SFTConfig, data: PreparedData, global_batch: int
+    recipe: Recipe, world: World, args: SFTConfig, data: PreparedData, global_batch: GlobalBatch
 ) -> VisionSFTTrainer:
     """Load the model and set up TRL's trainer around it."""
     model = prepare_model(recipe, world, data.encoder.pad_token_id)
@@ -166,7 +167,7 @@ def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, metrics: dict[s
 
 
 def _train_places(
-    recipe: Recipe, world: World, data: PreparedData, global_batch: int
+    recipe: Recipe, world: World, data: PreparedData, global_batch: GlobalBatch
 ) -> tuple[Any, EpochSampler | StepSampler | None]:
     if recipe.run.packing:
         plan = step_plan(recipe, world, data, global_batch)
@@ -174,7 +175,8 @@ def _train_places(
     if not isinstance(data.train, Scan):
         # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
         return data.train.dataset.repeat(None), None
-    items = places(len(data.train.rows), global_batch)
+    assert global_batch.rows is not None, "recipe rules refuse padded steps of so many tokens"
+    items = places(len(data.train.rows), global_batch.rows)
     return items, EpochSampler(len(data.train.rows), len(items), recipe.data_seed)
 
 
