@@ -38,7 +38,7 @@ def parse_command_line(
             given.add(name)
         elif name in ("recipe", "config"):
             if len(words) != 1:
-                raise UserError("command line: --recipe takes one file")
+                raise UserError(f"command line: --recipe takes one file, not {' '.join(words) or 'none'}")
             recipe = words[0]
         elif name in overrides:
             raise UserError(f"command line: --{name} is given twice; keep one")
