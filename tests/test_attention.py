@@ -231,6 +231,17 @@ def test_a_kernel_that_computes_something_else_is_refused_on_its_first_call(func
     assert "\n" not in str(error.value)
 
 
+def test_a_package_that_cannot_be_imported_is_told(monkeypatch):
+    broken = types.ModuleType("flash_attn_interface")  # without its function
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", broken)
+    varlen_kernel.cache_clear()
+    with pytest.raises(UserError) as error:
+        varlen_kernel("flash_attention_3")
+    told = "flash_attention_3 is installed (flash-attn-3) but cannot be imported: cannot import name"
+    assert told in str(error.value)
+    assert str(error.value).endswith("set attn_implementation: sdpa")
+
+
 def test_what_flash_attention_4_compiles_is_kept_in_the_user_s_own_folder(flash, tmp_path, monkeypatch):
     names = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
     for name in names:

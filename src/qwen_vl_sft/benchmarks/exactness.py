@@ -100,16 +100,13 @@ def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator
     assert isinstance(collator, PackedCollator)
     padded: Collator = collator.rows
     # All rows, so that those of one image are together.
-    chosen = (
-        StepPlan(data.train.sizes, GlobalBatch(rows=rows), budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
-    )
+    sizes, batch = data.train.sizes, GlobalBatch(rows=rows)
+    chosen = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
     for name, size in (("one at a time", 1), (f"{PADDED_ROWS} padded", PADDED_ROWS)):
         groups = [chosen[start : start + size] for start in range(0, rows, size)]
         yield name, (padded([{"row": row} for row in group]) for group in groups)
     for name, share in (("packed", False), ("packed, shared", True)):
-        (batches,) = StepPlan(data.train.sizes, GlobalBatch(rows=rows), budget, 1, 0, share_prefixes=share).split(
-            chosen
-        )
+        (batches,) = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=share).split(chosen)
         yield name, (batch for micro in batches for batch in collator([[micro]][0])[MICRO_BATCHES])
 
 

@@ -94,11 +94,20 @@ def _is_installed(package: str) -> bool:
 def varlen_kernel(implementation: str) -> VarlenKernel:
     """The kernel of an implementation that `resolve_attention` returned for packed rows, for half precision on CUDA.
 
-    One that is installed beside PyTorch raises `UserError` when it is first called and does not compute attention.
+    Raises `UserError` when its package cannot be imported. One that is installed beside PyTorch does so too when it is
+    first called and does not compute attention.
     """
     if implementation == SDPA:
         return _from_pytorch()
-    return CheckedKernel(implementation, _from_flash(_flash_function(implementation)))
+    try:
+        function = _flash_function(implementation)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        # Built for another PyTorch or CUDA, say.
+        raise UserError(
+            f"attn_implementation: {implementation} is installed ({FLASH[implementation]}) but cannot be imported:"
+            f" {str(error).strip().partition(chr(10))[0]}; mend that, or set attn_implementation: sdpa"
+        ) from error
+    return CheckedKernel(implementation, _from_flash(function))
 
 
 def _from_pytorch() -> VarlenKernel:
@@ -151,6 +160,8 @@ def _keep_compiled_kernels() -> None:
 
     Its own folder would be one in /tmp, where on a shared machine others could have put code for it to load.
     """
+    # Told for each kernel, of an argument of its own that is known when it is compiled.
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
     folder = cache_folder("flash_attention_4")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,5 +169,3 @@ def _keep_compiled_kernels() -> None:
         return  # compiled anew by every run
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
-    # Told for each kernel, of an argument of its own that is known when it is compiled.
-    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)

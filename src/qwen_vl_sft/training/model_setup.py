@@ -11,6 +11,7 @@ from trl import SFTTrainer
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
+from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.patches import (
@@ -26,13 +27,15 @@ from qwen_vl_sft.recipe.reading import Recipe
 
 def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
     """Load the base model of a recipe as its trainer takes it."""
+    chosen = choose(recipe, world)
+    if recipe.run.packing and chosen.attention != SDPA:
+        varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
     model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy)
     if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
         freeze_vision_tower(model)
     # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.pad_token_id = pad_token_id
-    chosen = choose(recipe, world)
     if recipe.run.packing:
         use_segmented_vision_attention(model, chosen.attention)
         use_packed_attention(model, chosen.attention)
