@@ -12,11 +12,13 @@ import torch
 from conftest import REPOSITORY, launch
 from faulty_run import faulty_loss, faulty_save
 from safetensors.torch import load_file
+from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 
 from qwen_vl_sft.errors import EXIT_USER_ERROR
 from qwen_vl_sft.outputs.checkpoints import folders, problem_of
 from qwen_vl_sft.outputs.row_log import read_row_log
 from qwen_vl_sft.resilience.preemption import Watch
+from qwen_vl_sft.resilience.reporting import guard_loggers
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 KEYS = {
@@ -128,3 +130,33 @@ def test_a_bug_on_one_process_shows_its_traceback_first(run):
     assert text.index("Traceback") < text.index("AssertionError: a bug of process 0")
     later = text.find("another process has ended")
     assert later == -1 or text.index("AssertionError: a bug of process 0") < later
+
+
+@pytest.mark.parametrize(("method", "step"), [("__init__", 0), ("add_scalar", 1), ("flush", 1), ("close", 2)])
+def test_a_logger_that_is_down_does_not_end_a_run(method, step, ragged, tiny_processor, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from torch.utils.tensorboard import SummaryWriter
+
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, method, fail)
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, report_to="tensorboard")
+    guard_loggers(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert len(calls) == 1
+    told = f"OSError: [Errno 28] No space left on device, at step {step}"
+    assert trainer.failed_loggers == {"tensorboard": told}
+    assert capsys.readouterr().err.count(f"warning: report_to: tensorboard failed ({told})") == 1
+
+
+def test_a_logger_that_is_up_is_told_everything(ragged, tiny_processor, tmp_path):  # noqa: F811
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, report_to="tensorboard")
+    guard_loggers(trainer)
+    trainer.train()
+    assert trainer.failed_loggers == {}
+    (events,) = (tmp_path / "run").rglob("events.out.*")
+    assert b"train/loss" in events.read_bytes()

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.preparation import plan
 from qwen_vl_sft.recipe.coercion import coerce, load_yaml
 from qwen_vl_sft.recipe.command_line import format_help, parse_command_line
 from qwen_vl_sft.recipe.reading import key_hints, read_recipe
@@ -15,6 +16,20 @@ def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"predict_with_generate": True, "eval_steps": 5}, ["eval_steps has no", "predict_with_generate has no"]),
+        ({"predict_with_generate": False}, []),
+        ({"tokens_per_batch": 500}, ["tokens_per_batch has no effect without packing"]),
+    ],
+)
+def test_keys_without_an_effect_are_told(keys, told):
+    others = {"model_name_or_path": "some/model", "dataset_name": "data", "use_peft": False, "dtype": "float32"}
+    found = plan.warnings(read_recipe(None, {**others, **keys}))
+    assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):

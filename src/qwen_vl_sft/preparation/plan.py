@@ -72,10 +72,11 @@ def warnings(recipe: Recipe) -> list[str]:
     if recipe.model.use_peft and recipe.model.lora_target_modules:
         found += outside_scope(find_targets(build_on_meta(recipe.model), recipe.model), recipe.model)
     if recipe.get("eval_strategy") == "no":
+        values = recipe.values()
         skipped = [
             name
             for name in ("eval_steps", "max_eval_samples", "eval_on_start", "predict_with_generate")
-            if name in recipe.stated
+            if name in recipe.stated and values[name]
         ]
         found += [f"{name} has no effect: eval_strategy is no, so nothing is evaluated" for name in skipped]
     if not recipe.run.predict_with_generate:
@@ -164,5 +165,6 @@ def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
     for when in ("training", "evaluating"):
         if metrics[f"skipped_while_{when}"]:
             lines.append(f"skipped     {metrics[f'skipped_while_{when}']} rows that could not be read while {when}")
+    lines += [f"report_to   {name} failed: {why}" for name, why in metrics["failed_loggers"].items()]
     lines.append(f"written     {recipe.output_dir}")
     return "\n".join(lines)

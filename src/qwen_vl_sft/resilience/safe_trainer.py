@@ -47,7 +47,7 @@ class SafeTrainer(SFTTrainer):
 
     `about` goes into the mark of every checkpoint. `evaluation_due` says that the run was stopped where it should have
     evaluated next. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`. `skip_unsound`
-    leaves steps out whose loss or gradient is not finite, and `skipped` tells of each.
+    leaves steps out whose loss or gradient is not finite, and `skipped` tells of each. `failed_loggers` tells why, by name.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,6 +56,7 @@ class SafeTrainer(SFTTrainer):
         self.evaluation_due = False
         self.skip_unsound = False
         self.skipped: list[str] = []
+        self.failed_loggers: dict[str, str] = {}
         self.record = StepRecord()
         self.save_seconds: float | None = None
         self.poll: Callable[[], None] | None = None

@@ -35,6 +35,7 @@ from qwen_vl_sft.preparation.rules import EVALUATION_METRICS
 from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe
 from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS
+from qwen_vl_sft.resilience.reporting import guard_loggers
 from qwen_vl_sft.resilience.safe_trainer import save_final_model
 from qwen_vl_sft.resilience.safety import skipped_steps
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, PauseMeter, Progress
@@ -102,6 +103,7 @@ def build_trainer(
         trainer.remove_callback(plain)
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
+    guard_loggers(trainer)
     vision_frozen = finish_model(trainer, recipe, world)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen, recipe.run.packing)
     # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
@@ -138,6 +140,7 @@ def train(
         "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
         "skipped_while_evaluating": _skipped_while_evaluating(trainer),
         "skipped_steps": skipped_steps(recipe.output_dir),
+        "failed_loggers": trainer.failed_loggers,
         "data": data.summary(),
         "parameters": {part: asdict(count) for part, count in parameters.items()},
     }

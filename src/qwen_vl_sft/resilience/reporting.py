@@ -1,0 +1,47 @@
+"""Loggers such as TensorBoard and Weights & Biases: one that fails is told of and left out, and training goes on."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+_EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+
+
+def guard_loggers(trainer: Any) -> None:
+    """Have no logger of `report_to` end a run: its first error goes to `failed_loggers` of the trainer, and to stderr.
+
+    Everything that is logged stands in training_log.jsonl as well.
+    """
+    names = {callback: name for name, callback in INTEGRATION_TO_CALLBACK.items()}
+    for callback in trainer.callback_handler.callbacks:
+        name = names.get(type(callback))
+        if name is not None:
+            for event in _EVENTS:
+                setattr(callback, event, _guarded(getattr(callback, event), name, trainer.failed_loggers))
+
+
+def _guarded(event: Callable[..., Any], name: str, failed: dict[str, str]) -> Callable[..., Any]:
+    @functools.wraps(event)
+    def report(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if name in failed:
+            return None
+        try:
+            return event(args, state, control, **kwargs)
+        except Exception as error:
+            why = str(error).strip().partition("\n")[0]
+            failed[name] = f"{type(error).__name__}: {why}, at step {state.global_step}"
+            print(
+                f"warning: report_to: {name} failed ({failed[name]}); training goes on without it, and"
+                f" training_log.jsonl will hold what it misses",
+                file=sys.stderr,
+                flush=True,
+            )
+            return None
+
+    return report
