@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.dataset import ROW_ID
-from qwen_vl_sft.errors import raise_all
+from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.outputs import checkpoints
+from qwen_vl_sft.outputs.checkpoint_pickles import problem_of_pickles
 from qwen_vl_sft.outputs.checkpoints import Checkpoint
 from qwen_vl_sft.preparation.prepared_data import PreparedData
 from qwen_vl_sft.preparation.scan import Scan
@@ -84,6 +85,8 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
     if world.rank == 0:
         found = [checkpoints.find(recipe.output_dir, resume, _tell)]
         if found[0] is not None:
+            if recipe.model.use_safetensors:
+                _check_pickles(found[0])
             for note in check(found[0], about, recipe.model.lora_dropout if recipe.model.use_peft else 0.0):
                 _tell(note)
         else:
@@ -93,6 +96,15 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
         assert dist.is_initialized(), "the processes are joined when SFTConfig has been asked for its device"
         dist.broadcast_object_list(found)
     return found[0]
+
+
+def _check_pickles(checkpoint: Checkpoint) -> None:
+    problem = problem_of_pickles(checkpoint.path)
+    if problem:
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint.path}: {problem}. A checkpoint of this package holds tensors and plain"
+            f" data, and anything else could run code here; if you trust whoever wrote it, set use_safetensors: false"
+        )
 
 
 def check(checkpoint: Checkpoint, about: dict[str, Any], dropout: float) -> list[str]:

@@ -62,7 +62,7 @@ class ModelSettings:
         " patch_embed, lora; all but the last two need CUDA",
     )
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
-    use_safetensors: bool = key(True, "false also loads pickled weights, which can run code")
+    use_safetensors: bool = key(True, "false also loads pickled weights and states, which can run code")
     load_in_4bit: bool = key(False, "QLoRA: base weights in 4 bits")
     load_in_8bit: bool = key(False, "base weights in 8 bits")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type")
