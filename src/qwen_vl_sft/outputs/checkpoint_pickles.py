@@ -112,4 +112,4 @@ def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Before it, PyTorch's advice is to trust the file.
     found = [line for line in lines if "unsupported" in line.lower() and not line.startswith("Weights only")]
-    return (found or lines or [type(error).__name__])[0][:200]
+    return (found or lines or [type(error).__name__])[0][:200].rstrip(".")
