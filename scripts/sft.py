@@ -14,7 +14,10 @@ from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.recipe.command_line import format_help, parse_command_line
 from qwen_vl_sft.resilience.preemption import Watch
 
-SWITCHES = {"dry_run": "check everything, print the resolved recipe and the plan, and stop", "help": "this text"}
+SWITCHES = {
+    "dry_run": "check everything, print the resolved recipe, the plan and a row as the model sees it, and stop",
+    "help": "this text",
+}
 
 
 @exits_with_user_errors
@@ -30,7 +33,8 @@ def main() -> None:
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.hub import push_while_training
     from qwen_vl_sft.launching import launch
-    from qwen_vl_sft.preparation import batch_rules, feature_filling, plan, prepared_data, resume_check, rules
+    from qwen_vl_sft.preparation import batch_rules, feature_filling, plan, prepared_data, preview, resume_check, rules
+    from qwen_vl_sft.preparation.scan import Scan
     from qwen_vl_sft.recipe.reading import read_recipe
     from qwen_vl_sft.resilience import safety
     from qwen_vl_sft.training import sft
@@ -50,6 +54,8 @@ def main() -> None:
         print(plan.describe(recipe, world, data, global_batch), flush=True)
         for warning in plan.warnings(recipe):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if "dry_run" in switches and isinstance(data.train, Scan):
+            print(f"\n{preview.preview(data.train, data.encoder)}", flush=True)
     if "dry_run" in switches:
         return
 

@@ -224,6 +224,8 @@ def test_dry_run_tells_the_plan_and_writes_nothing(sft, good, tmp_path):
     assert "train       2 rows" in printed
     assert "trains      LoRA r=8 on 28 layers: down_proj, gate_proj, k_proj" in printed
     assert "language " in printed
+    assert " tokens, 2 of them learned, between {{ and }}" in " ".join(printed.split())
+    assert printed.endswith("    <|im_start|>assistant\n    {{red<|im_end|>}}\n")
     assert snapshot(tmp_path) == before
 
 
