@@ -34,7 +34,6 @@ def main() -> None:
     from qwen_vl_sft.hub import push_while_training
     from qwen_vl_sft.launching import launch
     from qwen_vl_sft.preparation import batch_rules, feature_filling, plan, prepared_data, preview, resume_check, rules
-    from qwen_vl_sft.preparation.scan import Scan
     from qwen_vl_sft.recipe.reading import read_recipe
     from qwen_vl_sft.resilience import safety
     from qwen_vl_sft.training import sft
@@ -54,7 +53,7 @@ def main() -> None:
         print(plan.describe(recipe, world, data, global_batch), flush=True)
         for warning in plan.warnings(recipe):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if "dry_run" in switches and isinstance(data.train, Scan):
+        if "dry_run" in switches:
             print(f"\n{preview.preview(data.train, data.encoder)}", flush=True)
     if "dry_run" in switches:
         return

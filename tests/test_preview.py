@@ -49,3 +49,8 @@ def test_the_preview_is_80_columns_wide_and_counts(prepared):
     assert about.startswith("first row   ")
     assert f", row 0: {train.tokens[0]:,} tokens, {train.learned[0]:,} of them learned, between {{{{ and }}}}" in about
     assert "    {{yes<|im_end|>}}" in lines
+
+
+def test_the_first_row_of_a_stream_is_shown_too(prepared, tmp_path):
+    train, encoder = prepared(SEVERAL)
+    assert preview(open_rows(str(tmp_path), "train", streaming=True), encoder) == preview(train, encoder)

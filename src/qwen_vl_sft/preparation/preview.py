@@ -6,17 +6,22 @@ import itertools
 import textwrap
 from collections.abc import Iterator
 
+from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded, Encoder
 from qwen_vl_sft.preparation.scan import Scan
 
 _INDENT = " " * 4
 
 
-def preview(train: Scan, encoder: Encoder) -> str:
-    """The row's tokens as text, at most 80 columns: images by their size, what is learned between {{ and }}."""
-    row = train.rows.encode({"row": 0}, encoder)
+def preview(train: Scan | Rows, encoder: Encoder) -> str:
+    """The row's tokens as text, at most 80 columns: images by their size, what is learned between {{ and }}.
+
+    Raises `BadRow` when it cannot be read.
+    """
+    rows = train.rows if isinstance(train, Scan) else train
+    row = rows.encode(next(iter(rows.dataset)) if rows.streamed else {"row": 0}, encoder)
     learned = int((row.labels != IGNORE_INDEX).sum())
-    about = f"{train.rows.where(row.row_id)}: {len(row.labels):,} tokens, {learned:,} of them learned, between {{{{ and }}}}"
+    about = f"{rows.where(row.row_id)}: {len(row.labels):,} tokens, {learned:,} of them learned, between {{{{ and }}}}"
     lines = [
         wrapped
         for line in shown(row, encoder).splitlines()
