@@ -376,7 +376,7 @@ def test_packed_training_is_padded_training(one_process):
     ("config", "name"),
     [
         ("cpu", "shared"),
-        ("zero3", "shared"),
+        pytest.param("zero3", "shared", marks=pytest.mark.long),
         pytest.param("cpu", "so many tokens a step", marks=pytest.mark.long),
         pytest.param("fsdp2", "packed", marks=pytest.mark.long),
     ],
