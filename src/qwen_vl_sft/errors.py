@@ -27,6 +27,12 @@ class UserError(ValueError):
         super().__init__("\n".join(problems))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class BadRow(UserError):
     """A row of the data that cannot be trained on; the message names the row, its source and the reason."""
 

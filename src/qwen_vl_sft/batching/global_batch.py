@@ -30,9 +30,9 @@ class GlobalBatch:
         parts, and a row belongs to the part in which its middle lies. A part has as many tokens as asked for at most, a
         step up to half a row more or less at either end.
         """
-        count = self.steps(lengths)
         if self.rows is not None:
             return [slice(start, start + self.rows) for start in range(0, len(lengths), self.rows)]
+        count = self.steps(lengths)
         ends = lengths.cumsum()
         edges = np.searchsorted(ends - lengths / 2, ends[-1] * np.arange(count + 1) / count)
         return [slice(int(start), int(stop)) for start, stop in itertools.pairwise(edges)]

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from qwen_vl_sft.data.encoded_image import ReadImage
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.rows import FORMAT_COLUMNS, FORMATS, Conversation
-from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.errors import BadRow, UserError, first_line
 
 ROW_ID = "row_id"
 _SLICE = re.compile(r"^(?P<split>[\w.-]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
@@ -150,7 +150,7 @@ def _load(name: str, path: Path, split: str, config: str | None, streaming: bool
         dataset = datasets.load_dataset(**arguments, split=base)
     except Exception as error:
         # load_dataset raises a dozen kinds of error for a wrong name, split, configuration or file.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"dataset {name}, split {split}: cannot be loaded: {reason}") from error
     dataset = _undecoded(dataset)
     if isinstance(dataset, IterableDataset):

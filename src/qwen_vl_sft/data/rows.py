@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.errors import BadRow, first_line
 
 IMAGE_PLACEHOLDER = "<image>"
 # Pillow warns of a decompression bomb above this many pixels; no chart or photo needs more.
@@ -61,7 +61,7 @@ class ImageFile:
         except FileNotFoundError:
             raise BadRow(f"image file {self.path} does not exist") from None
         except OSError as error:
-            raise BadRow(f"image{self._named()} cannot be read ({_first_line(error)})") from None
+            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
         return hashlib.sha256(data).hexdigest()
 
     def open(self) -> Image.Image:
@@ -73,7 +73,7 @@ class ImageFile:
         except Image.DecompressionBombError as error:
             raise BadRow(f"image{self._named()} is refused: {error}") from None
         except (OSError, ValueError) as error:
-            raise BadRow(f"image{self._named()} cannot be read ({_first_line(error)})") from None
+            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
         width, height = image.size
         if width * height > MAX_PIXELS_OF_A_FILE:
             raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: above {MAX_PIXELS_OF_A_FILE:,}")
@@ -89,7 +89,7 @@ class ImageFile:
         try:
             return to_rgb(image)
         except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise BadRow(f"image{self._named()} cannot be decoded ({_first_line(error)})") from None
+            raise BadRow(f"image{self._named()} cannot be decoded ({first_line(error)})") from None
 
     def _named(self) -> str:
         return f" {self.path}" if self.path else ""
@@ -198,7 +198,3 @@ def _check_roles(messages: list[dict[str, Any]]) -> None:
         raise BadRow("has no assistant turn, so there is nothing to learn from it")
     if messages[0]["role"] == "assistant":
         raise BadRow("begins with an assistant turn")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.evaluation.options import ADAPTER_FILE, ARMS, Plan, Source, TunedModel, tuned_settings
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.recipe.settings import ModelSettings
@@ -48,7 +48,7 @@ def load_run_processor(plan: Source) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"--run: {folder} holds no usable processor: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--run: {folder} holds no usable processor: {first_line(error)}") from None
     set_pixel_limits(processor, *limits)
     return processor
 

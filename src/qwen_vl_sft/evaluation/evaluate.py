@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from qwen_vl_sft.data.rows import ImageFile
-from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
 from qwen_vl_sft.evaluation.arms import load_arm, make_encoder, precision_summary
 from qwen_vl_sft.evaluation.generation import generate_batches
@@ -156,7 +156,7 @@ def _generate(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--batch_size {plan.options.batch_size}: the GPU's memory does not hold a batch of the longest rows; give"
-            f" less, with --overwrite, or reduce the images with --max_pixels ({str(error).splitlines()[0]})"
+            f" less, with --overwrite, or reduce the images with --max_pixels ({first_line(error)})"
         ) from error
 
 

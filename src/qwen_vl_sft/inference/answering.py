@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.rows import Conversation, ImageFile
-from qwen_vl_sft.errors import BadRow, UserError, raise_all
+from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
 from qwen_vl_sft.evaluation.arms import attach_adapter, check_one_base, load_arm, load_run_processor, make_encoder
 from qwen_vl_sft.evaluation.generation import decode_answer, generate_batch
 from qwen_vl_sft.evaluation.options import Source
@@ -231,7 +231,7 @@ def reported_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory does not suffice; reduce the images with --max_pixels, ask about fewer of them, or load the"
-            f" model with --load_in_4bit ({str(error).splitlines()[0]})"
+            f" model with --load_in_4bit ({first_line(error)})"
         ) from error
 
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.evaluation.options import ADAPTER_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, quantization_config
@@ -82,7 +82,7 @@ def download(settings: ModelSettings) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{where}, revision {settings.model_revision}, cannot be downloaded: {reason}; check the name, or give a local"
             f" folder with --base"

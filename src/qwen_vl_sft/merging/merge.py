@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.merging.base import (
     HEAD,
     INDEX,
@@ -91,7 +91,7 @@ def merge(plan: Plan) -> dict[str, Any]:
             task.report |= check_model(task, folder, samples)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"--samples: the GPU's memory does not hold the model that is compared ({str(error).splitlines()[0]}); hide"
+                f"--samples: the GPU's memory does not hold the model that is compared ({first_line(error)}); hide"
                 f" the GPU with CUDA_VISIBLE_DEVICES='', or give --samples 0 to merge without comparing logits"
             ) from error
         task.report["peak_memory"] = peak_memory()

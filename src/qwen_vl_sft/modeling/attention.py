@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
+from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 # "flash" in the name makes the vision tower pass the boundaries between images.
 SEGMENTED = "segmented_flash"
@@ -82,26 +83,7 @@ def _packed_attention(
     if _has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return varlen_kernel(kernel)(q, k, v, *bounds, scale=scaling, causal=True)[None], None
-    return _attend_by_piece(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling)[None], None
-
-
-def _attend_by_piece(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds_q: torch.Tensor,
-    bounds_k: torch.Tensor,
-    scaling: float | None,
-) -> torch.Tensor:
-    """A call for each piece: [T, heads, D] -> [T, heads, D]."""
-    sizes_q, sizes_k = bounds_q.diff().tolist(), bounds_k.diff().tolist()
-    attended = []
-    for q, k, v in zip(query.split(sizes_q), key.split(sizes_k), value.split(sizes_k), strict=True):
-        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
-        attended.append(out[0].transpose(0, 1))
-    return torch.cat(attended)
+    return attend_by_piece(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling, causal=True)[None], None
 
 
 def _segmented_attention(

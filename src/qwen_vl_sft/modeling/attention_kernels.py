@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from qwen_vl_sft.cache_folder import cache_folder
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.modeling.kernel_check import CheckedKernel
 
 SDPA = "sdpa"  # PyTorch's own
@@ -105,7 +105,7 @@ def varlen_kernel(implementation: str) -> VarlenKernel:
         # Built for another PyTorch or CUDA, say.
         raise UserError(
             f"attn_implementation: {implementation} is installed ({FLASH[implementation]}) but cannot be imported:"
-            f" {str(error).strip().partition(chr(10))[0]}; mend that, or set attn_implementation: sdpa"
+            f" {first_line(error)}; mend that, or set attn_implementation: sdpa"
         ) from error
     return CheckedKernel(implementation, _from_flash(function))
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
 from qwen_vl_sft.recipe.settings import ModelSettings
@@ -199,7 +199,7 @@ def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:
             **arguments,
         )
     except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"model_name_or_path: {settings.model_name_or_path} cannot be loaded: {reason.rstrip('.')}."
             " Check the name, the revision and the network, or give a local folder."

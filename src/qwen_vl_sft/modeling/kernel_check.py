@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 # Tokens of three rows, and how many keys stand before each, as in a shared prefix: none is a multiple of a kernel's tile.
 _TOKENS, _BEFORE = (70, 33, 129), (0, 40, 0)
@@ -44,10 +44,9 @@ class CheckedKernel:
             raise
         except Exception as error:
             # Whatever it is that a compiler or a kernel raises.
-            why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"attn_implementation: {self.name} does not run here with {heads}: {why}; set attn_implementation: sdpa,"
-                " which is PyTorch's own"
+                f"attn_implementation: {self.name} does not run here with {heads}:"
+                f" {first_line(error)[:200]}; set attn_implementation: sdpa, which is PyTorch's own"
             ) from error
         if not apart <= TOLERANCE:
             raise UserError(
@@ -72,8 +71,8 @@ def difference(kernel: Any, q: torch.Tensor, k: torch.Tensor, causal: bool, lear
     def from_kernel(*tensors: torch.Tensor) -> torch.Tensor:
         return kernel(*tensors, *bounds, max(_TOKENS), max(keys), scale=None, causal=causal)
 
-    def in_float32(*tensors: torch.Tensor) -> torch.Tensor:
-        return _attend([tensor.float() for tensor in tensors], keys, causal)
+    def in_float32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend_by_piece(q.float(), k.float(), v.float(), bounds[0], bounds[1], scaling=None, causal=causal)
 
     with torch.set_grad_enabled(learns), torch.autocast(q.device.type, enabled=False):
         found, wanted = (_outputs(function, inputs, grad if learns else None) for function in (from_kernel, in_float32))
@@ -86,16 +85,3 @@ def _outputs(function: Any, inputs: list[torch.Tensor], grad: torch.Tensor | Non
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*leaves)
     return [output.detach(), *(() if grad is None else torch.autograd.grad(output, leaves, grad.to(output.dtype)))]
-
-
-def _attend(inputs: list[torch.Tensor], keys: list[int], causal: bool) -> torch.Tensor:
-    attended = []
-    for rows in zip(
-        *(tensor.split(sizes) for tensor, sizes in zip(inputs, (_TOKENS, keys, keys), strict=True)), strict=True
-    ):
-        q_row, k_row, v_row = (row.transpose(0, 1) for row in rows)
-        mask = torch.ones(q_row.shape[1], k_row.shape[1], dtype=torch.bool, device=q_row.device)
-        mask = mask.tril(k_row.shape[1] - q_row.shape[1]) if causal else mask
-        out = scaled_dot_product_attention(q_row, k_row, v_row, attn_mask=mask, enable_gqa=True)
-        attended.append(out.transpose(0, 1))
-    return torch.cat(attended)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
 
 
 def make_random_model(
@@ -37,7 +37,7 @@ def make_random_model(
         shape = AutoConfig.from_pretrained(config)
         tokens = AutoProcessor.from_pretrained(processor or config)
     except (OSError, ValueError) as error:
-        raise UserError(f"config {config}, processor {processor or config}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"config {config}, processor {processor or config}: {first_line(error)}") from None
     shape = _overridden(shape, overrides or {})
     torch.manual_seed(seed)
     with torch.device(device):

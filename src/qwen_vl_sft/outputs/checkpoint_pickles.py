@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +30,25 @@ _IN_INDEX = {
 
 def problem_of_pickles(folder: Path) -> str | None:
     """What in a checkpoint could run code when it is resumed from, with why; None when it is tensors and plain data."""
-    for path in _deepspeed_states(folder):
-        problem = _problem_of_deepspeed(path)
-        if problem:
-            return f"{path.relative_to(folder)} {problem}"
-    for path in sorted(folder.rglob(_FSDP_INDEX)):
-        problem = _problem_of_index(path)
-        if problem:
-            return f"{path.relative_to(folder)} {problem}"
+    looked_at = {
+        f"{_DEEPSPEED_TAG}*/**/*.pt": _problem_of_state,
+        _DEEPSPEED_LATEST: _problem_of_tag,
+        f"**/{_FSDP_INDEX}": _problem_of_index,
+    }
+    for pattern, problem_of in looked_at.items():
+        for path in sorted(folder.glob(pattern)):
+            problem = problem_of(path)
+            if problem:
+                return f"{path.relative_to(folder)} {problem}"
     return None
 
 
-def _deepspeed_states(folder: Path) -> Iterator[Path]:
-    for tag in sorted(folder.glob(f"{_DEEPSPEED_TAG}*")):
-        yield from sorted(tag.rglob("*.pt"))
-    if (folder / _DEEPSPEED_LATEST).is_file():
-        yield folder / _DEEPSPEED_LATEST
+def _problem_of_tag(path: Path) -> str | None:
+    tag = path.read_text(encoding="utf-8").strip()
+    return None if tag.removeprefix(_DEEPSPEED_TAG).isdigit() else f"names {tag!r}, which is no step"
 
 
-def _problem_of_deepspeed(path: Path) -> str | None:
-    if path.name == _DEEPSPEED_LATEST:
-        tag = path.read_text(encoding="utf-8").strip()
-        return None if tag.removeprefix(_DEEPSPEED_TAG).isdigit() else f"names {tag!r}, which is no step"
+def _problem_of_state(path: Path) -> str | None:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, first_line
 
 _SHOWN = 64
 
@@ -94,7 +94,7 @@ def explained_out_of_memory(batch: str, packing: bool, checkpointing: bool) -> I
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         smaller = "tokens_per_batch" if packing else "per_device_train_batch_size"
         saved = "" if checkpointing else ", gradient_checkpointing: true"
         raise UserError(

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from qwen_vl_sft.errors import first_line
+
 _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
@@ -34,8 +36,7 @@ def _guarded(event: Callable[..., Any], name: str, failed: dict[str, str]) -> Ca
         try:
             return event(args, state, control, **kwargs)
         except Exception as error:
-            why = str(error).strip().partition("\n")[0]
-            failed[name] = f"{type(error).__name__}: {why}, at step {state.global_step}"
+            failed[name] = f"{type(error).__name__}: {first_line(error)}, at step {state.global_step}"
             print(
                 f"warning: report_to: {name} failed ({failed[name]}); training goes on without it, and"
                 f" training_log.jsonl will hold what it misses",
