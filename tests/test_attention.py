@@ -182,6 +182,34 @@ def test_a_kernel_that_computes_attention_passes_the_check(causal):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_check_of_a_kernel_disturbs_no_checkpointed_layer(reentrant):
+    """What it computes with gradients, inside a layer whose activations are not kept, is no part of that layer."""
+    calls = []
+
+    def flash(*args, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        calls.append(len(args[0]))
+        return flash_attn_varlen_func(*args, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+
+    def gradients(kernel):
+        q, k, v = (tensor.requires_grad_() for tensor in torch.randn(3, 5, 2, 16, generator=torch.manual_seed(0)))
+        bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+        def layer(q, k, v):
+            return kernel(2 * q, k, v, bounds, bounds, 3, 3, scale=None, causal=True).square()
+
+        out = torch.utils.checkpoint.checkpoint(layer, q, k, v, use_reentrant=reentrant)
+        out.sum().backward()
+        return [tensor.grad for tensor in (q, k, v)]
+
+    found = gradients(CheckedKernel("flash_attention_4", attention_kernels._from_flash(flash)))
+    # The layer's own 5 tokens forward and once more backward, and the example's, without gradients where it takes none.
+    assert [count for count in calls if count == 5] == [5, 5]
+    assert len(calls) == (4 if reentrant else 3)
+    for one, other in zip(found, gradients(attention_kernels._from_flash(flash)), strict=True):
+        assert torch.equal(one, other)
+
+
 def sees_other_rows(q, k, v, *bounds, **options):
     whole = torch.tensor([0, len(q)]), torch.tensor([0, len(k)]), len(q), len(k)
     return flash_attn_varlen_func(q, k, v, *whole, **options)

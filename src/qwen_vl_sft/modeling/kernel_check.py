@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
@@ -74,7 +75,9 @@ def difference(kernel: Any, q: torch.Tensor, k: torch.Tensor, causal: bool, lear
     def in_float32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend_by_piece(q.float(), k.float(), v.float(), bounds[0], bounds[1], scaling=None, causal=causal)
 
-    with torch.set_grad_enabled(learns), torch.autocast(q.device.type, enabled=False):
+    # A checkpointed layer would take what is saved here for its own, and compute itself anew for the gradients of this.
+    on_its_own = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.set_grad_enabled(learns), torch.autocast(q.device.type, enabled=False), on_its_own:
         found, wanted = (_outputs(function, inputs, grad if learns else None) for function in (from_kernel, in_float32))
     pairs = zip(found, wanted, strict=True)
     return max(float((one.float() - other).norm() / other.norm()) for one, other in pairs)
