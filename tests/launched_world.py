@@ -10,23 +10,36 @@ import tempfile
 from pathlib import Path
 
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.launching.launch import check_running, read_world, start, training_arguments
+from qwen_vl_sft.launching.launch import check_running, join, limit_waits, read_world, start, training_arguments
 
 
 class Checked(Exception):
     pass
 
 
+def waits() -> list[float]:
+    """How many seconds the processes wait for each other, in each of their groups."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    groups = distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
 @exits_with_user_errors
 def main() -> None:
     world = read_world(use_cpu=True)
     start(world)
+    join(world)
+    at_first = waits()
 
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, max_steps=1, report_to="none", **training_arguments(world))
+        arguments = TrainingArguments(
+            folder, max_steps=1, report_to="none", ddp_timeout=77, **training_arguments(world)
+        )
         model = Qwen2VLForConditionalGeneration(
             Qwen2VLConfig(
                 text_config={
@@ -55,7 +68,9 @@ def main() -> None:
         except Checked:
             wrapped = trainer.model_wrapped
             split = sorted({type(module).__name__ for module in wrapped.modules() if hasattr(module, "unshard")})
+            limit_waits(arguments.ddp_timeout)
             report = dataclasses.asdict(world) | {"wrapper": type(wrapped).__name__, "split": split}
+            report |= {"waits": [at_first, waits()]}
             (Path(sys.argv[1]) / f"world-{world.rank}.json").write_text(json.dumps(report))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -323,6 +323,8 @@ def test_a_shipped_configuration_runs_what_it_says_on_the_cpu(name, strategy, wr
     for world in worlds:
         assert (world["strategy"], world["processes"], world["on_cpu"]) == (strategy, 2, True)
         assert world["wrapper"] == wrapper
+        before, training = world["waits"]
+        assert (set(before), set(training)) == ({24 * 3600}, {77})
         if strategy == "fsdp2":
             assert {"FSDPQwen2VLDecoderLayer", "FSDPQwen2VLVisionBlock"} <= set(world["split"])
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,11 +31,8 @@ from qwen_vl_sft.evaluation.scoring import (
     write_results,
 )
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, describe_task, prepare
-from qwen_vl_sft.launching.launch import World, read_world, start
+from qwen_vl_sft.launching.launch import World, join, read_world, start
 from qwen_vl_sft.outputs.run_folder import environment
-
-# Processes finish at different times, and the first wait for the last.
-LONGEST_WAIT = timedelta(days=1)
 
 
 def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
@@ -89,12 +85,10 @@ def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:
 
 def join_processes(world: World) -> Any:
     """Start the process group of a launched run; returns a function in which all processes wait for each other."""
-    from accelerate import PartialState
-
     start(world)
     # Every process holds a whole model here; transformers would load an empty one where FSDP is on.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    state = PartialState(cpu=world.on_cpu, **({"timeout": LONGEST_WAIT} if world.processes > 1 else {}))
+    state = join(world)
     assert state.num_processes == world.processes, f"{state.num_processes} processes take part, not {world.processes}"
     return state.wait_for_everyone
 

@@ -1,8 +1,8 @@
 """How a run was launched: read it before anything starts, make it real, and check that it is what trains.
 
 Accelerate turns several requests into something else without a word, mostly on a CPU. So the order in a script is
-`read_world`, `start`, `SFTConfig(..., **training_arguments(world))`, `check_running` when training begins, and
-`prepare_final_save` after it.
+`read_world`, `start`, `join`, `SFTConfig(..., **training_arguments(world))`, `check_running` and `limit_waits` when
+training begins, and `prepare_final_save` after it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.launching.world import Strategy, World, read_world
@@ -22,6 +24,8 @@ __all__ = [
     "Strategy",
     "World",
     "check_running",
+    "join",
+    "limit_waits",
     "prepare_final_save",
     "read_world",
     "round_as_one_process_does",
@@ -31,6 +35,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# One process may be long at downloading, checking images or answering, while the others wait for it.
+LONGEST_WAIT = timedelta(days=1)
 # accelerate's DistributedType for each strategy; on a CPU a group of plain processes is MULTI_CPU.
 RUNNING_TYPES = {"single": {"NO"}, "ddp": {"MULTI_GPU", "MULTI_CPU"}, "fsdp2": {"FSDP"}}
 WAY_OUT = (
@@ -60,12 +66,33 @@ def start(world: World) -> None:
         # when DeepSpeed compiles it in `inference_all_reduce`.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if world.on_cpu and world.strategy == "fsdp2":
-        from accelerate import PartialState
         from accelerate.utils import DistributedType
 
         # AcceleratorState turns on FSDP only for MULTI_GPU and its like; MULTI_CPU stays plain DDP although the plugin
         # was built. This can go when its list of types includes MULTI_CPU.
-        PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        join(world)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def join(world: World, backend: str | None = None) -> Any:
+    """Join the process group; returns accelerate's `PartialState`. Once joined, the same state comes back.
+
+    Whoever starts the group decides how long its processes wait for each other: by themselves 10 minutes with NCCL,
+    whatever `ddp_timeout` says. Until `limit_waits` it is `LONGEST_WAIT`. `backend`: `ddp_backend`.
+    """
+    from accelerate import PartialState
+
+    options = {"timeout": LONGEST_WAIT, **({"backend": backend} if backend else {})} if world.processes > 1 else {}
+    # Told of a CPU, accelerate would not let DeepSpeed start the group.
+    return PartialState(cpu=world.on_cpu and not world.zero_stage, **options)
+
+
+def limit_waits(seconds: float) -> None:
+    """From now on a collective that waits for a process so long ends the run; call it when training begins.
+
+    All groups are limited, also those that DeepSpeed or FSDP made with limits of the library.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def training_arguments(world: World) -> dict[str, Any]:

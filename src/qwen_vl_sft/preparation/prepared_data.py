@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
-
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.rows import resolve_system_message
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import load_processor
+from qwen_vl_sft.preparation.agreed_scan import agreed_scan
 from qwen_vl_sft.preparation.image_features import ImageFeatures, plan_features
 from qwen_vl_sft.preparation.scan import Scan, scan
 from qwen_vl_sft.recipe.reading import Recipe
@@ -56,16 +56,15 @@ def prepare_data(recipe: Recipe, world: World) -> PreparedData:
     """Open and check the rows. Raises `UserError` for everything that cannot be trained on."""
     data = recipe.data
     processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
-    # One process of a machine downloads, prepares and checks; the others then read its caches.
-    with PartialState().local_main_process_first():
+    # One process of a machine downloads and prepares; the others then read its caches.
+    with launch.join(world, recipe.get("ddp_backend")).local_main_process_first():
         train_rows = _open(recipe, data.dataset_train_split, data.max_train_samples, shuffle=data.shuffle_dataset)
-        message = resolve_system_message(data.system_message, train_rows.format)
-        encoder = Encoder(processor, message, data.train_on, data.max_length)
-        image_keys = recipe.run.cache_image_features is not None
-        train = train_rows if train_rows.streamed else _scan(recipe, train_rows, encoder, image_keys)
-        evaluation = None
-        if recipe.get("eval_strategy") != "no":
-            evaluation = _scan(recipe, _evaluation_rows(recipe), encoder)
+        evaluation_rows = _evaluation_rows(recipe) if recipe.get("eval_strategy") != "no" else None
+    message = resolve_system_message(data.system_message, train_rows.format)
+    encoder = Encoder(processor, message, data.train_on, data.max_length)
+    image_keys = recipe.run.cache_image_features is not None
+    train = train_rows if train_rows.streamed else _scan(recipe, world, train_rows, encoder, image_keys)
+    evaluation = _scan(recipe, world, evaluation_rows, encoder) if evaluation_rows else None
     if recipe.run.packing:
         assert isinstance(train, Scan), "recipe rules refuse packing of a stream"
         _check_rows_fit(train, recipe.run.tokens_per_batch)
@@ -129,14 +128,18 @@ def _evaluation_rows(recipe: Recipe) -> Rows:
     return spread(_open(recipe, split, None, shuffle=False), cap)
 
 
-def _scan(recipe: Recipe, rows: Rows, encoder: Encoder, image_keys: bool = False) -> Scan:
+def _scan(recipe: Recipe, world: World, rows: Rows, encoder: Encoder, image_keys: bool = False) -> Scan:
     data = recipe.data
-    return scan(
+    return agreed_scan(
+        world,
         rows,
-        encoder,
-        data.verify_images,
-        skip_bad_rows=data.bad_rows == "skip",
-        drop_overlong=data.overlong == "drop",
-        num_proc=data.dataset_num_proc,
-        image_keys=image_keys,
+        lambda: scan(
+            rows,
+            encoder,
+            data.verify_images,
+            skip_bad_rows=data.bad_rows == "skip",
+            drop_overlong=data.overlong == "drop",
+            num_proc=data.dataset_num_proc,
+            image_keys=image_keys,
+        ),
     )

@@ -36,12 +36,14 @@ _SHOWN = 5
 class Scan:
     """Rows that can be used, their lengths in the same order, and how many were left out and why.
 
-    `tokens`, `learned`, `images`, `patches`, `prefix_tokens`, `prefix_patches` are int64 arrays with an entry a row;
-    `prefix` numbers the beginnings that rows share (`Lengths.prefix`), -1 for none. `image_keys` and `image_patches` are
-    lists with a list a row, which is empty unless the scan was asked for them.
+    `kept` holds their places among the rows that were looked at. `tokens`, `learned`, `images`, `patches`,
+    `prefix_tokens`, `prefix_patches` are int64 arrays with an entry a row; `prefix` numbers the beginnings that rows share
+    (`Lengths.prefix`), -1 for none. `image_keys` and `image_patches` are lists with a list a row, which is empty unless
+    the scan was asked for them.
     """
 
     rows: Rows
+    kept: np.ndarray
     tokens: np.ndarray
     learned: np.ndarray
     images: np.ndarray
@@ -111,7 +113,7 @@ def scan(
     images: dict[str, Any] = {}
     if image_keys:
         images = {name: found.select(kept)[name][:] for name in ("image_keys", "image_patches")}
-    return Scan(rows=rows.select(kept), **lengths, prefix=prefix, bad=bad_rows, overlong=long_rows, **images)
+    return Scan(rows.select(kept), np.array(kept), **lengths, prefix=prefix, bad=bad_rows, overlong=long_rows, **images)
 
 
 def _numbered(names: list[str]) -> np.ndarray:

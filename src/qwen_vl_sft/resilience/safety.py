@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from qwen_vl_sft.errors import Preempted
+from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.outputs import row_log
 from qwen_vl_sft.outputs.checkpoints import Checkpoint
@@ -52,6 +53,7 @@ class Safety(TrainerCallback):
         """From now on processes may wait for each other."""
         if self.trainer.stall_watch:
             self.trainer.stall_watch.start()
+            launch.limit_waits(self.trainer.args.ddp_timeout)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One may be long at something alone."""
