@@ -180,6 +180,13 @@ class SafeTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         self.save_seconds = max(time.perf_counter() - began, self.save_seconds or 0.0)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            # Between two checkpoints the best model would be gone, and the Trainer would load an older one at the end.
+            self.control.should_save = True
+        return best
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.tell(f"step {self.state.global_step}, evaluating after it", self.state.global_step, Stage.EVALUATION)
         numbers = random_state()
