@@ -1,5 +1,6 @@
 """Checkpoints that could run code when they are resumed from: DeepSpeed's states, and the parts of FSDP's."""
 
+import json
 import os
 import pickle
 from types import SimpleNamespace
@@ -128,15 +129,26 @@ def test_parts_of_a_distributed_checkpoint_lie_beside_its_index(sharded, tmp_pat
     assert problem_of_pickles(folder).endswith("names ../../__0_0.distcp, which lies elsewhere")
 
 
-def test_a_resume_from_such_a_checkpoint_is_refused_unless_it_is_asked_for(deepspeed, tmp_path, monkeypatch):
-    folder = deepspeed(RunsCode(tmp_path / "harm"))
-    monkeypatch.setattr(checkpoints, "find", lambda *args: Checkpoint(folder, 3, {}))
+@pytest.mark.parametrize("where", ["in the checkpoint", "in the best"])
+def test_a_resume_from_such_a_checkpoint_is_refused_unless_it_is_asked_for(where, deepspeed, tmp_path, monkeypatch):
+    """Also where it is the best one, which is loaded at the end."""
+    harmful = deepspeed(RunsCode(tmp_path / "harm"))
+    good = tmp_path / "checkpoint-9"
+    good.mkdir()
+    for folder in (harmful, good):
+        best = {"best_model_checkpoint": f"elsewhere/{harmful.name}"}
+        (folder / "trainer_state.json").write_text(json.dumps(best))
+    resumed = good if where == "in the best" else harmful
+    monkeypatch.setattr(checkpoints, "find", lambda *args: Checkpoint(resumed, 9, {}))
+    monkeypatch.setattr(checkpoints, "problem_of", lambda folder: None)
     world = World(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
     model = SimpleNamespace(use_safetensors=True, use_peft=False)
-    recipe = SimpleNamespace(output_dir=tmp_path, model=model, get=lambda key: str(folder))
-    with pytest.raises(
-        UserError, match="anything else could run code here; if you trust whoever wrote it, set use_safe"
-    ):
+    keys = {"resume_from_checkpoint": str(resumed), "load_best_model_at_end": where == "in the best"}
+    recipe = SimpleNamespace(output_dir=tmp_path, model=model, get=keys.get)
+    told = "checkpoint-3: .* anything else could run code here; if you trust whoever wrote it, set use_safetensors"
+    with pytest.raises(UserError, match=told):
         checkpoint_to_resume(recipe, world, {})
     model.use_safetensors = False
-    assert checkpoint_to_resume(recipe, world, {}).path == folder
+    found = checkpoint_to_resume(recipe, world, {})
+    assert (found.path, found.best) == (resumed, harmful if where == "in the best" else None)
+    assert not (tmp_path / "harm").exists()

@@ -6,14 +6,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import REPOSITORY, launch, run_process
+from transformers import TrainerState, TrainingArguments
 
+from qwen_vl_sft import tiny
 from qwen_vl_sft.benchmarks.kill_and_resume import Experiment
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
+from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.outputs import checkpoints
 from qwen_vl_sft.outputs.checkpoints import MARK, Checkpoint
 from qwen_vl_sft.outputs.row_log import RowLog, forget_after, read_row_log
 from qwen_vl_sft.preparation import resume_check
+from qwen_vl_sft.recipe.settings import ModelSettings
+from qwen_vl_sft.resilience.resumed_state import correct_state, take_learning_rate
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {
@@ -176,6 +183,73 @@ def test_every_difference_is_told_at_once():
     assert "was trained on 8 rows, now 9" in str(error.value)
 
 
+def test_another_learning_rate_is_noted():
+    was, now = ({**written_by("ddp", 2), "learning_rate": rate} for rate in (2e-4, 1e-4))
+    assert check(was, now) == ["run/checkpoint-8 had learning_rate 0.0002; the run goes on with 0.0001"]
+
+
+def test_a_schedule_goes_on_where_it_was_with_another_peak():
+    from transformers import get_cosine_schedule_with_warmup
+
+    def steps(rate, count):
+        weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
+        optimizer = torch.optim.AdamW([{"params": [one]} for one in weights], lr=rate)
+        scheduler = get_cosine_schedule_with_warmup(optimizer, 3, 20)
+        for _ in range(count):
+            optimizer.step()
+            scheduler.step()
+        return optimizer, scheduler
+
+    saved, (optimizer, scheduler), (_, wanted) = steps(2e-3, 7), steps(1e-3, 0), steps(1e-3, 7)
+    optimizer.load_state_dict(saved[0].state_dict())
+    scheduler.load_state_dict(saved[1].state_dict())
+    assert scheduler.get_last_lr() == saved[1].get_last_lr()
+    take_learning_rate(optimizer, scheduler, 1e-3)
+    for _ in range(5):
+        assert scheduler.get_last_lr() == pytest.approx(wanted.get_last_lr(), rel=1e-12)
+        assert [group["lr"] for group in optimizer.param_groups] == scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+        wanted.optimizer.step()
+        wanted.step()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_best_checkpoint_until_then_is_the_one_beside_it(there, tmp_path, capsys):
+    """The path in the file is where the run folder was when it was written."""
+    run = tmp_path / "moved"
+    best, newest = write_checkpoint(run, 2, mark=there), write_checkpoint(run, 4)
+    state = TrainerState(best_model_checkpoint="runs/former/checkpoint-2", best_metric=0.5, best_global_step=2)
+    state.save_to_json(str(newest / "trainer_state.json"))
+    checkpoint = Checkpoint(newest, 4, {}, resume_check._best(Checkpoint(newest, 4, {})))
+    arguments = TrainingArguments(str(run), save_steps=7, use_cpu=True)
+    arguments.load_best_model_at_end = True
+    correct_state(state, arguments, checkpoint)
+    assert state.save_steps == 7
+    if there:
+        assert (state.best_model_checkpoint, state.best_metric, state.best_global_step) == (str(best), 0.5, 2)
+    else:
+        assert (state.best_model_checkpoint, state.best_metric, state.best_global_step) == (None, None, None)
+    assert ("the best so far, is passed over: it was not written to its end" in capsys.readouterr().err) != there
+
+
+def test_a_base_model_is_known_by_its_weights_wherever_it_lies(tmp_path):
+    def identity(folder):
+        return identity_of_base(ModelSettings(model_name_or_path=str(folder)))
+
+    one, moved, other = (tmp_path / name for name in ("one", "moved", "other"))
+    for folder in (one, moved, other):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(10_000_000))
+    with (other / "model.safetensors").open("r+b") as file:
+        file.seek(5_000_000)
+        file.write(b"x" * 200_000)
+    assert identity(one) == identity(moved) != identity(other)
+    (moved / "config.json").write_text('{"layers": 2}')
+    assert identity(one) != identity(moved)
+
+
 # The log of rows
 
 
@@ -216,9 +290,9 @@ SHORT = {
 }
 
 
-def losses(run):
+def logged(run, name="loss"):
     entries = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if "loss" in entry]
+    return [entry[name] for entry in entries if name in entry]
 
 
 @pytest.fixture(scope="module")
@@ -242,16 +316,45 @@ def test_two_processes_go_on_from_one_with_the_same_rows_and_losses(single_run, 
     assert "checkpoint-2 was written by 1 process(es) (single) and goes on with 2 process(es) (ddp)" in finished.stderr
     assert read_row_log(run) == read_row_log(single_run)
     assert len((run / "row_ids-1.jsonl").read_text().splitlines()) == 4
-    assert losses(run) == pytest.approx(losses(single_run), abs=1e-4)
+    assert logged(run) == pytest.approx(logged(single_run), abs=1e-4)
 
 
 def test_other_settings_are_refused_and_nothing_is_changed(single_run, tmp_path):
-    keys = {**SHORT, "output_dir": tmp_path / "run", "global_batch_size": 2, "seed": 1}
+    other = tmp_path / "model"
+    shutil.copytree(tiny.MODEL_DIR, other)
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    safetensors.torch.save_file({name: 2 * one for name, one in weights.items()}, other / "model.safetensors")
+    keys = {**SHORT, "output_dir": tmp_path / "run", "global_batch_size": 2, "seed": 1, "model_name_or_path": other}
+    keys["weight_decay"] = 0.1
     finished = run_process(SCRIPT, *words({**keys, "resume_from_checkpoint": single_run / "checkpoint-2"}))
     assert finished.returncode == EXIT_USER_ERROR
     assert "has global_batch_size 4, this run 2" in finished.stderr
     assert "has seed 42, this run 1" in finished.stderr
+    assert "has base a folder of weights " in finished.stderr
+    assert "has weight_decay 0.0, this run 0.1; set it back" in finished.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "zero3", "fsdp2"))]
+)
+def test_a_run_goes_on_with_another_learning_rate_and_other_intervals(config, single_run, tmp_path):
+    """The optimizer, the scheduler and the Trainer's state bring those of the run that wrote them."""
+    run = tmp_path / "run"
+    keys = {**SHORT, "output_dir": run}
+    if config == "cpu":
+        shutil.copytree(single_run, run)
+    else:
+        finished = launch(config, SCRIPT, *words(keys))
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    before = logged(run, "learning_rate")
+    shutil.rmtree(run / "checkpoint-6")
+    keys |= {"resume_from_checkpoint": "latest", "learning_rate": 8e-4, "save_steps": 1}
+    finished = launch(config, SCRIPT, *words(keys))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "checkpoint-4 had learning_rate 0.002; the run goes on with 0.0008" in finished.stderr
+    assert logged(run, "learning_rate") == pytest.approx(before[:4] + [0.4 * rate for rate in before[4:]])
+    assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 5, 6)}
 
 
 @pytest.mark.parametrize(("processes", "packing"), [(1, True), (2, False)])

@@ -205,7 +205,13 @@ def test_full_weights_resume_from_the_checkpoint_and_not_from_the_base(ragged, t
 @pytest.mark.parametrize("save_steps", [1, 2])
 def test_the_best_full_weights_are_loaded_at_the_end(save_steps, ragged, tiny_processor, tmp_path):
     """A learning rate that ruins the model: the first evaluation is the best, also where no checkpoint was due."""
-    arguments = {"save_strategy": "steps", "save_steps": save_steps, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": save_steps,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 2,
+    }
     arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 5.0}
     trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **arguments)
     trainer.train()

@@ -31,11 +31,15 @@ _DIGEST_END = 16 * 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to go on from. `about` is what its mark says of the run; empty for one without a mark."""
+    """A checkpoint to go on from. `about` is what its mark says of the run; empty for one without a mark.
+
+    `best` is the checkpoint of the best evaluation until then, None when there is none to load.
+    """
 
     path: Path
     step: int
     about: dict[str, Any]
+    best: Path | None = None
 
     @property
     def evaluation_due(self) -> bool:

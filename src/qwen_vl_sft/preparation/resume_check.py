@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.dataset import ROW_ID
-from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.errors import UserError, first_line, raise_all
 from qwen_vl_sft.launching.world import World
+from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.outputs import checkpoints
 from qwen_vl_sft.outputs.checkpoint_pickles import problem_of_pickles
 from qwen_vl_sft.outputs.checkpoints import Checkpoint
@@ -37,6 +41,19 @@ _MODEL_KEYS = (
     "load_in_8bit",
     "dtype",
 )
+# The optimizer takes these from a checkpoint, whatever the recipe says.
+_TRAINING_KEYS = (
+    "seed",
+    "bf16",
+    "fp16",
+    "loss_type",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
 _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -46,7 +63,8 @@ def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: Gl
     same: dict[str, Any] = {
         "global_batch_size": global_batch.rows,
         "global_batch_tokens": global_batch.tokens,
-        "seed": recipe.get("seed"),
+        "base": identity_of_base(recipe.model),
+        **{name: recipe.get(name) for name in _TRAINING_KEYS},
         "data_seed": recipe.data_seed,
         "packing": run.packing,
         **({"tokens_per_batch": run.tokens_per_batch, "share_prefixes": run.share_prefixes} if run.packing else {}),
@@ -59,6 +77,7 @@ def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: Gl
     return {
         "world": {"strategy": world.strategy, "processes": world.processes},
         "same": same,
+        "learning_rate": recipe.get("learning_rate"),
         "versions": {name: metadata.version(name) for name in _VERSIONS},
     }
 
@@ -83,14 +102,16 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
         return None
     found: list[Checkpoint | None] = [None]
     if world.rank == 0:
-        found = [checkpoints.find(recipe.output_dir, resume, _tell)]
-        if found[0] is not None:
-            if recipe.model.use_safetensors:
-                _check_pickles(found[0])
-            for note in check(found[0], about, recipe.model.lora_dropout if recipe.model.use_peft else 0.0):
-                _tell(note)
-        else:
+        checkpoint = checkpoints.find(recipe.output_dir, resume, _tell)
+        if checkpoint is None:
             _tell(f"{recipe.output_dir} holds no checkpoint to go on from; the run starts anew")
+        else:
+            for note in check(checkpoint, about, recipe.model.lora_dropout if recipe.model.use_peft else 0.0):
+                _tell(note)
+            best = _best(checkpoint) if recipe.get("load_best_model_at_end") else None
+            for folder in [checkpoint.path, *([best] if best else [])] if recipe.model.use_safetensors else []:
+                _check_pickles(folder)
+            found = [replace(checkpoint, best=best)]
     if world.processes > 1:
         # accelerate's own broadcast does nothing, and says nothing, as long as it takes the run for a single process.
         assert dist.is_initialized(), "the processes are joined when SFTConfig has been asked for its device"
@@ -98,12 +119,29 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
     return found[0]
 
 
-def _check_pickles(checkpoint: Checkpoint) -> None:
-    problem = problem_of_pickles(checkpoint.path)
+def _best(checkpoint: Checkpoint) -> Path | None:
+    """The best checkpoint until then, beside this one: the path that its file names is where the run folder was then."""
+    try:
+        state = json.loads((checkpoint.path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        name = Path(state.get("best_model_checkpoint") or "").name
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        where = f"resume_from_checkpoint: {checkpoint.path / TRAINER_STATE_NAME}"
+        raise UserError(f"{where} cannot be read: {first_line(error)}; name another checkpoint") from None
+    if not checkpoints.is_checkpoint_name(name):
+        return None
+    best = checkpoint.path.parent / name
+    problem = checkpoints.problem_of(best)
+    if problem:
+        _tell(f"{best}, the best so far, is passed over: {problem}; the best from here on will be loaded at the end")
+    return None if problem else best
+
+
+def _check_pickles(folder: Path) -> None:
+    problem = problem_of_pickles(folder)
     if problem:
         raise UserError(
-            f"resume_from_checkpoint: {checkpoint.path}: {problem}. A checkpoint of this package holds tensors and plain"
-            f" data, and anything else could run code here; if you trust whoever wrote it, set use_safetensors: false"
+            f"resume_from_checkpoint: {folder}: {problem}. A checkpoint of this package holds tensors and plain data, and"
+            f" anything else could run code here; if you trust whoever wrote it, set use_safetensors: false"
         )
 
 
@@ -125,6 +163,9 @@ def check(checkpoint: Checkpoint, about: dict[str, Any], dropout: float) -> list
             f"{checkpoint.path} was written by {_words(checkpoint.about['world'])} and goes on with"
             f" {_words(about['world'])}: the same rows in the same steps, {exact}"
         )
+    before = checkpoint.about.get("learning_rate")
+    if before is not None and before != about["learning_rate"]:
+        notes.append(f"{checkpoint.path} had learning_rate {before}; the run goes on with {about['learning_rate']}")
     now = about["versions"]
     changed = [
         f"{name} {old}, now {now[name]}" for name, old in checkpoint.about["versions"].items() if now[name] != old

@@ -27,6 +27,7 @@ from qwen_vl_sft.resilience.faults import (
     explained_save,
     unsound_error,
 )
+from qwen_vl_sft.resilience.resumed_state import take_learning_rate
 from qwen_vl_sft.resilience.stall import StallWatch
 
 ROW_IDS = "row_ids"
@@ -211,6 +212,11 @@ class SafeTrainer(SFTTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            take_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

@@ -23,6 +23,7 @@ from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.faults import StepRecord
 from qwen_vl_sft.resilience.forking import settle_before_forks
 from qwen_vl_sft.resilience.preemption import Watch
+from qwen_vl_sft.resilience.resumed_state import correct_state
 from qwen_vl_sft.resilience.safe_trainer import EvaluationStopped, SafeTrainer, Stage
 from qwen_vl_sft.resilience.stall import STACKS, StallWatch
 
@@ -33,7 +34,10 @@ TIME_IS_UP = "max_run_time"
 class Safety(TrainerCallback):
     """Stops a run that was told to stop, with a checkpoint; and one whose loss or gradient is not finite, without."""
 
-    def __init__(self, trainer: SafeTrainer, recipe: Recipe, world: World, watch: Watch) -> None:
+    def __init__(
+        self, trainer: SafeTrainer, recipe: Recipe, world: World, watch: Watch, resume: Checkpoint | None
+    ) -> None:
+        self.resume = resume
         self.trainer, self.folder, self.watch = trainer, recipe.output_dir, watch
         self.first = world.rank == 0
         limit = recipe.run.max_run_time
@@ -51,6 +55,8 @@ class Safety(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on processes may wait for each other."""
+        if self.resume:
+            correct_state(state, args, self.resume)
         if self.trainer.stall_watch:
             self.trainer.stall_watch.start()
             launch.limit_waits(self.trainer.args.ddp_timeout)
@@ -157,7 +163,7 @@ def attach(
     trainer.about = about
     trainer.skip_unsound = recipe.run.nonfinite == "skip"
     trainer.evaluation_due = resume is not None and resume.evaluation_due
-    trainer.add_callback(Safety(trainer, recipe, world, watch))
+    trainer.add_callback(Safety(trainer, recipe, world, watch, resume))
     if world.rank == 0:
         for told in (preemption.MARK, STACKS.format(rank="*")):
             for path in recipe.output_dir.glob(told):

@@ -1,0 +1,31 @@
+"""Which base model this is, told by its commit or its files: two of one shape fit the same adapter and optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from qwen_vl_sft.modeling.base_model import load_config
+from qwen_vl_sft.recipe.settings import ModelSettings
+
+# Of each file so many pieces, evenly spread: tens of megabytes are read of a model of many gigabytes.
+_PIECES, _PIECE_BYTES = 64, 64 * 1024
+
+
+def identity_of_base(settings: ModelSettings) -> str:
+    """Name and commit of a Hub model; for a local folder, wherever it lies, a digest of its configuration and weights."""
+    folder = Path(str(settings.model_name_or_path)).expanduser()
+    if not folder.is_dir():
+        commit = getattr(load_config(settings), "_commit_hash", None)
+        return f"{settings.model_name_or_path} at {commit or settings.model_revision}"
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for number in range(_PIECES):
+                file.seek(number * max(size - _PIECE_BYTES, 0) // (_PIECES - 1))
+                digest.update(file.read(_PIECE_BYTES))
+                if size <= _PIECE_BYTES:
+                    break
+    return f"a folder of weights {digest.hexdigest()[:16]}"
