@@ -24,7 +24,8 @@ from qwen_vl_sft.resilience.faults import StepRecord
 from qwen_vl_sft.resilience.forking import settle_before_forks
 from qwen_vl_sft.resilience.preemption import Watch
 from qwen_vl_sft.resilience.resumed_state import correct_state
-from qwen_vl_sft.resilience.safe_trainer import EvaluationStopped, SafeTrainer, Stage
+from qwen_vl_sft.resilience.safe_trainer import SafeTrainer
+from qwen_vl_sft.resilience.saving_trainer import EvaluationStopped, Stage
 from qwen_vl_sft.resilience.stall import STACKS, StallWatch
 
 SKIPPED = "skipped_steps.jsonl"

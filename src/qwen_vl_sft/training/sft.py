@@ -36,8 +36,8 @@ from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe
 from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.resilience.reporting import guard_loggers
-from qwen_vl_sft.resilience.safe_trainer import save_final_model
 from qwen_vl_sft.resilience.safety import skipped_steps
+from qwen_vl_sft.resilience.saving_trainer import save_final_model
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, PauseMeter, Progress
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
