@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import REPOSITORY, launch, run_process
+from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 from transformers import TrainerState, TrainingArguments
 
 from qwen_vl_sft import tiny
@@ -16,6 +17,7 @@ from qwen_vl_sft.benchmarks.kill_and_resume import Experiment
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.outputs import checkpoints
+from qwen_vl_sft.outputs.checkpoint_rotation import rotate, set_aside
 from qwen_vl_sft.outputs.checkpoints import MARK, Checkpoint
 from qwen_vl_sft.outputs.row_log import RowLog, forget_after, read_row_log
 from qwen_vl_sft.preparation import resume_check
@@ -121,16 +123,87 @@ def test_a_run_without_a_whole_checkpoint_starts_anew(tmp_path):
     assert "checkpoint-4 is passed over" in told[0]
 
 
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
 def test_rotation_keeps_the_newest_and_the_best_and_drops_halves(tmp_path):
     for step in (2, 4, 6, 8):
         write_checkpoint(tmp_path, step)
     write_checkpoint(tmp_path, 5, mark=False)
-    checkpoints.rotate(tmp_path, None, None)
+    newest = tmp_path / "checkpoint-8"
+    rotate(tmp_path, None, newest, None)
     assert len(checkpoints.folders(tmp_path)) == 5
-    checkpoints.rotate(tmp_path, 2, str(tmp_path / "checkpoint-4"))
-    assert [path.name for path in checkpoints.folders(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
-    checkpoints.rotate(tmp_path, 1, None)
-    assert [path.name for path in checkpoints.folders(tmp_path)] == ["checkpoint-8"]
+    rotate(tmp_path, 2, newest, str(tmp_path / "checkpoint-4"))
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
+    rotate(tmp_path, 1, newest, None)
+    assert names(tmp_path) == ["checkpoint-8"]
+
+
+def test_rotation_never_takes_what_was_just_written(tmp_path):
+    flip(write_checkpoint(tmp_path, 100))
+    rotate(tmp_path, 1, write_checkpoint(tmp_path, 60), None)
+    assert names(tmp_path) == ["checkpoint-60"]
+
+
+def test_what_a_run_has_left_is_kept_where_latest_does_not_look(tmp_path):
+    for step in (50, 80, 100):
+        write_checkpoint(tmp_path, step)
+    write_checkpoint(tmp_path, 90, mark=False)
+    new, told = write_checkpoint(tmp_path, 60), []
+    set_aside(tmp_path, 50, new, told.append)
+    set_aside(tmp_path, 50, new, told.append)
+    assert names(tmp_path) == [
+        "abandoned-checkpoint-100",
+        "abandoned-checkpoint-80",
+        "checkpoint-50",
+        "checkpoint-60",
+        "checkpoint-90",
+    ]
+    assert latest(tmp_path)[0] == 60
+    assert len(told) == 1
+    assert "went on from step 50" in told[0]
+    assert "abandoned-checkpoint-80, abandoned-checkpoint-100" in told[0]
+    write_checkpoint(tmp_path, 80)
+    set_aside(tmp_path, 60, new, told.append)
+    assert "abandoned-checkpoint-80-2" in names(tmp_path)
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+def test_a_run_that_went_back_is_never_without_a_checkpoint_of_its_own(ragged, tiny_processor, tmp_path, monkeypatch):  # noqa: F811
+    """It is killed between the files and the mark of its first checkpoint, then starts again."""
+    run = tmp_path / "run"
+    for step in (2, 100):
+        write_checkpoint(run, step)
+
+    def train():
+        keys = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys).train()
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "write_mark", killed)
+        with pytest.raises(Killed):
+            train()
+    assert latest(run) == (
+        None,
+        [f"{run}/checkpoint-1 is passed over: it was not written to its end ({MARK} is missing)"],
+    )
+    train()
+    assert latest(run) == (2, [])
+    assert names(run)[:3] == ["abandoned-checkpoint-100", "abandoned-checkpoint-2", "checkpoint-2"]
+
+
+def test_an_earlier_attempt_at_the_same_step_makes_room(ragged, tiny_processor, tmp_path):  # noqa: F811
+    write_checkpoint(tmp_path / "run", 2)
+    make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, save_strategy="steps", save_steps=2).train()
+    assert latest(tmp_path / "run") == (2, [])
+    assert (tmp_path / "run/abandoned-checkpoint-2/optimizer.pt").stat().st_size == 100
 
 
 # Which run
@@ -317,6 +390,18 @@ def test_two_processes_go_on_from_one_with_the_same_rows_and_losses(single_run, 
     assert read_row_log(run) == read_row_log(single_run)
     assert len((run / "row_ids-1.jsonl").read_text().splitlines()) == 4
     assert logged(run) == pytest.approx(logged(single_run), abs=1e-4)
+
+
+def test_a_run_that_is_taken_back_leaves_its_later_checkpoints(single_run, tmp_path):
+    run = tmp_path / "back"
+    shutil.copytree(single_run, run)
+    keys = {**SHORT, "output_dir": run, "max_steps": 3, "save_total_limit": 1}
+    finished = run_process(SCRIPT, *words({**keys, "resume_from_checkpoint": run / "checkpoint-2"}))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert latest(run) == (3, [])
+    left = ["abandoned-checkpoint-4", "abandoned-checkpoint-6", "checkpoint-3"]
+    assert [name for name in names(run) if "checkpoint-" in name] == left
+    assert finished.stderr.count("is kept as abandoned-checkpoint-4, abandoned-checkpoint-6") == 1
 
 
 def test_other_settings_are_refused_and_nothing_is_changed(single_run, tmp_path):

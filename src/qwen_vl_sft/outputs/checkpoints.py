@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +51,32 @@ def is_checkpoint_name(name: str) -> bool:
     return _NAME.match(name) is not None
 
 
+def folder_of(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / f"checkpoint-{step}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder, by its name."""
+    match = _NAME.match(folder.name)
+    assert match, f"{folder} is no checkpoint"
+    return int(match[1])
+
+
 def folders(run: Path) -> list[Path]:
     """The checkpoint folders of a run, whole or not, by their steps."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in run.glob("checkpoint-*") if is_checkpoint_name(path.name)), key=step_of)
+
+
+def marked(run: Path) -> list[Path]:
+    """Those that were written to their end, by their steps; whether one is damaged since is not looked at."""
+    return [folder for folder in folders(run) if (folder / MARK).is_file()]
+
+
+def newest_marked(run: Path, last_step: int) -> Path | None:
+    """The newest of `marked` up to a step."""
+    found = [folder for folder in marked(run) if step_of(folder) <= last_step]
+    return found[-1] if found else None
 
 
 def write_mark(folder: Path, about: dict[str, Any]) -> None:
@@ -103,26 +124,6 @@ def find(run: Path, resume: str | None, tell: Callable[[str], None]) -> Checkpoi
             return _read(folder)
         tell(f"{folder} is passed over: {problem}")
     return None
-
-
-def rotate(run: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints but `keep`, and what was never completed. The newest and the best always stay.
-
-    Call it when the newest is marked: at every moment the run has a whole checkpoint then.
-    """
-    if keep is None or keep < 1:
-        return
-    whole = [folder for folder in folders(run) if (folder / MARK).is_file()]
-    protected = {folder.name for folder in whole[-1:]} | ({Path(best).name} if best else set())
-    spare = [folder for folder in whole if folder.name not in protected]
-    surplus = len(whole) - max(keep, len(protected))
-    for folder in spare[: max(surplus, 0)]:
-        # Without its mark first: a deletion that is cut off leaves nothing that looks whole.
-        (folder / MARK).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in folders(run):
-        if folder not in whole and folder.name not in protected:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _named(folder: Path, tell: Callable[[str], None]) -> Checkpoint:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from qwen_vl_sft.errors import Preempted
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.world import World
-from qwen_vl_sft.outputs import row_log
+from qwen_vl_sft.outputs import checkpoints, row_log
 from qwen_vl_sft.outputs.checkpoints import Checkpoint
 from qwen_vl_sft.outputs.row_log import RowLog
 from qwen_vl_sft.recipe.reading import Recipe
@@ -121,7 +121,7 @@ class Safety(TrainerCallback):
         """End the run here when that is what the checkpoint was for; nothing after training may happen."""
         if self.stopping is None:
             return
-        checkpoint = self.folder / f"checkpoint-{state.global_step}" if state.global_step else None
+        checkpoint = checkpoints.folder_of(self.folder, state.global_step) if state.global_step else None
         if self.first:
             preemption.write_mark(self.folder, self.stopping, state.global_step, checkpoint)
         written = f"{checkpoint} is written" if checkpoint else "there is nothing to save"
@@ -164,6 +164,7 @@ def attach(
     trainer.about = about
     trainer.skip_unsound = recipe.run.nonfinite == "skip"
     trainer.evaluation_due = resume is not None and resume.evaluation_due
+    trainer.kept_step = resume.step if resume and _is_of(recipe.output_dir, resume) else 0
     trainer.add_callback(Safety(trainer, recipe, world, watch, resume))
     if world.rank == 0:
         for told in (preemption.MARK, STACKS.format(rank="*")):
@@ -174,6 +175,11 @@ def attach(
     watch.keep_workers()
     if world.processes > 1:
         settle_before_forks()
+
+
+def _is_of(run: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint lies where this run would have written it, and not in another folder or under another name."""
+    return checkpoint.path.resolve() == checkpoints.folder_of(run, checkpoint.step).resolve()
 
 
 def skipped_steps(folder: Path) -> int:

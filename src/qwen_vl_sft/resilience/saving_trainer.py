@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from enum import IntEnum
@@ -14,7 +15,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from trl import SFTTrainer
 
-from qwen_vl_sft.outputs import checkpoints
+from qwen_vl_sft.outputs import checkpoint_rotation, checkpoints
 from qwen_vl_sft.random_state import random_state, set_random_state
 from qwen_vl_sft.resilience.faults import explained_save
 from qwen_vl_sft.resilience.resumed_state import take_learning_rate
@@ -35,13 +36,15 @@ class SavingTrainer(SFTTrainer):
     """What `SafeTrainer` builds on.
 
     `about` goes into the mark of every checkpoint. `evaluation_due` says that the run was stopped where it should have
-    evaluated next. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`.
+    evaluated next. `kept_step` is that of the newest checkpoint of this run in its folder: the last one that was saved, or
+    the one it went on from. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.about: dict[str, Any] = {"world": {"processes": self.args.world_size}}
         self.evaluation_due = False
+        self.kept_step = 0
         self.save_seconds: float | None = None
         self.poll: Callable[[], None] | None = None
         self.stall_watch: StallWatch | None = None
@@ -76,14 +79,10 @@ class SavingTrainer(SFTTrainer):
         step = self.state.global_step
         self.tell(f"step {step}, saving a checkpoint", step, Stage.SAVE)
         run = Path(self.args.output_dir or "")
-        folder = run / f"checkpoint-{self.state.global_step}"
-        kept = [path for path in checkpoints.folders(run) if (path / checkpoints.MARK).is_file() and path != folder]
-        last = kept[-1] if kept else None
-        with explained_save("a checkpoint", folder, last, remove=True):
+        folder = checkpoints.folder_of(run, step)
+        with explained_save("a checkpoint", folder, checkpoints.newest_marked(run, self.kept_step), remove=True):
             if self.args.should_save and folder.exists():
-                # Half of it, from a run that was killed: perhaps with files of more processes.
-                (folder / checkpoints.MARK).unlink(missing_ok=True)
-                shutil.rmtree(folder)
+                _clear(folder)
             self.accelerator.wait_for_everyone()
             # The Trainer looks whether the best checkpoint's folder exists in order to load it at the end. Under FSDP
             # with split checkpoints nothing has made the newest one's folder by then, or only some processes see it,
@@ -94,9 +93,11 @@ class SavingTrainer(SFTTrainer):
             self.tell(f"step {step}, its checkpoint is written", step, Stage.SAVED)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                checkpoint_rotation.set_aside(run, self.kept_step, folder, _tell)
                 checkpoints.write_mark(folder, {**self.about, "evaluation_due": self.evaluation_due})
+        self.kept_step = step
         if self.args.should_save:
-            checkpoints.rotate(run, self._keep, self.state.best_model_checkpoint)
+            checkpoint_rotation.rotate(run, self._keep, folder, self.state.best_model_checkpoint)
         self.tell(f"step {step}, its checkpoint is marked", step, Stage.SAVED, 1)
         # Nobody leaves before the mark is written.
         self.accelerator.wait_for_everyone()
@@ -118,9 +119,8 @@ class SavingTrainer(SFTTrainer):
             # The checkpoint is that of the moment before, and a resume begins with this evaluation.
             set_random_state(numbers)
             self.evaluation_due = True
-            step = self.state.global_step
             # A resume that is stopped in its first evaluation has this checkpoint already.
-            if step and not Path(self.args.output_dir or "", f"checkpoint-{step}", checkpoints.MARK).is_file():
+            if self.state.global_step != self.kept_step:
                 self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise
@@ -152,9 +152,21 @@ class SavingTrainer(SFTTrainer):
         if self.evaluation_due:
             self.evaluation_due = False
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
-            best = Path(self.args.output_dir or "", f"checkpoint-{self.state.best_global_step}")
+            best = checkpoints.folder_of(Path(self.args.output_dir or ""), self.state.global_step)
             if self.state.best_global_step == self.state.global_step and best.is_dir():
                 self.state.best_model_checkpoint = str(best)
+
+
+def _clear(folder: Path) -> None:
+    """Make room for a checkpoint: half of it, from a run that was killed, may have files of more processes."""
+    if (folder / checkpoints.MARK).is_file():
+        _tell(f"{folder}, which an earlier attempt had saved, is kept as {checkpoint_rotation.make_room(folder).name}")
+    else:
+        shutil.rmtree(folder)
+
+
+def _tell(message: str) -> None:
+    print(f"checkpoints: {message}", file=sys.stderr, flush=True)
 
 
 def held_by_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -175,7 +187,7 @@ def held_by_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_final_model(trainer: SavingTrainer, folder: Path) -> None:
     """Save the finished model. Raises `UserError` when it cannot be written."""
-    whole = [path for path in checkpoints.folders(folder) if (path / checkpoints.MARK).is_file()]
-    with explained_save("the finished model", folder, whole[-1] if whole else None, remove=False):
+    last = checkpoints.newest_marked(folder, trainer.kept_step)
+    with explained_save("the finished model", folder, last, remove=False):
         trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()
