@@ -1,7 +1,8 @@
 """Started by tests, once a process: scripts/sft.py with a fault built in, named by the variable FAULT.
 
 nan: the loss of row 3 is NaN; nan_gradient: every loss is finite, the gradient is not; memory: no memory for row 3;
-disk: the optimizer of step 4 does not fit on the disk; bug: process 0 fails in step 3.
+disk: the optimizer of step 4 does not fit on the disk; bug: process 0 fails in step 3; told: the run is told to stop in
+step 2; told_then_nan: that, and the loss of step 3 is NaN.
 
 Process 1 does not come back: hang_data, from a worker of its data loader; hang_forward, from the forward pass of step 5, and
 takes 5 s for it before; hang_evaluation, from an evaluation. hang_save: process 0 does not come back from writing a
@@ -17,6 +18,7 @@ import time
 import torch
 
 from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.resilience.safety import Safety
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 compute_loss, prediction_step, save = VisionSFTTrainer.compute_loss, VisionSFTTrainer.prediction_step, torch.save
@@ -33,6 +35,11 @@ def faulty_loss(self, model, inputs, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     if fault == "bug" and self.state.global_step == 2 and self.args.process_index == 0:
         raise AssertionError("a bug of process 0")
+    if fault in ("told", "told_then_nan") and self.state.global_step == 1:
+        safety = next(entry for entry in self.callback_handler.callbacks if isinstance(entry, Safety))
+        safety.watch.reason = "SIGTERM"
+    if fault == "told_then_nan" and self.state.global_step == 2:
+        return loss * float("nan")
     if fault == "nan_gradient" and 3 in rows:
         return loss + (loss - loss.detach()).abs().sqrt()
     return loss * float("nan") if fault == "nan" and 3 in rows else loss

@@ -14,9 +14,10 @@ from faulty_run import faulty_loss, faulty_save
 from safetensors.torch import load_file
 from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 
-from qwen_vl_sft.errors import EXIT_USER_ERROR
+from qwen_vl_sft.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 from qwen_vl_sft.outputs.checkpoints import folders, problem_of
 from qwen_vl_sft.outputs.row_log import read_row_log
+from qwen_vl_sft.resilience.agreement import Agreement
 from qwen_vl_sft.resilience.preemption import Watch
 from qwen_vl_sft.resilience.reporting import guard_loggers
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
@@ -89,6 +90,38 @@ def test_a_step_that_is_not_finite_stops_the_run_with_its_rows(fault, processes,
     assert f"of the step: {', '.join(map(str, rows))}" in finished.stderr
     assert "nonfinite: skip" in finished.stderr
     assert all(int(name.split("-")[1]) < step for name in whole(tmp_path / "run"))
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Flags that are read a step later, as on a GPU."""
+
+    def begin(agreement, device):
+        agreement.on_gpu, agreement._result, agreement._copied = True, None, None
+
+    monkeypatch.setattr(Agreement, "__init__", begin)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+
+EPOCHS = {"save_strategy": "epoch", "global_batch_size": 8, "max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("fault", "step", "keys"), [("nan", 1, EPOCHS), ("told_then_nan", 3, {"save_steps": 5}), ("nan", None, {})]
+)
+def test_such_a_step_is_never_saved_though_it_is_read_late(fault, step, keys, run, late, tmp_path):
+    finished = run(fault, **keys)
+    assert finished.returncode == EXIT_USER_ERROR
+    step = step or next(step for step, rows in read_row_log(tmp_path / "run").items() if 3 in rows)
+    assert f"error: step {step}: the loss of row(s)" in finished.stderr
+    assert all(int(path.name.split("-")[1]) < step for path in folders(tmp_path / "run"))
+
+
+def test_a_run_that_is_told_to_stop_where_it_saves_anyway_stops_there(run, late, tmp_path):
+    finished = run("told", **{**EPOCHS, "max_steps": 4})
+    assert finished.returncode == EXIT_PREEMPTED
+    assert "stopped by SIGTERM after step 2 of 4" in finished.stderr
+    assert whole(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_such_steps_are_left_out_and_counted_on_all_processes(run, tmp_path):

@@ -50,7 +50,7 @@ class Safety(TrainerCallback):
         self._began = 0.0
         self._told = 0
         self._polled = 0
-        trainer.poll = self.poll
+        trainer.poll, trainer.settle = self.poll, self.settle
         if world.processes > 1:
             trainer.stall_watch = StallWatch(self.folder, world.rank, world.processes, trainer.args.ddp_timeout)
 
@@ -80,17 +80,22 @@ class Safety(TrainerCallback):
             self.row_log.write(state.global_step, self.trainer.record.rows)
         self._tell_skipped(state.global_step)
         evaluates = _evaluates_next(args, state, control)
-        # What is saved or evaluated must be sound, and the last step has no next one.
-        settle = not self.agreement.on_gpu or evaluates or control.should_save or state.global_step >= state.max_steps
         told = self._act(self.agreement.read())
         self._post(state.global_step, self.deadline.is_due(evaluates))
-        if settle:
+        # What is evaluated must be sound, and the last step has no next one. A save settles by itself.
+        if not self.agreement.on_gpu or evaluates or state.global_step >= state.max_steps:
             told = self._act(self.agreement.read()) or told
         # A run that is finished anyway is finished.
         if told and state.global_step < state.max_steps:
             self.stopping = told
             self.trainer.evaluation_due = evaluates
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+
+    def settle(self) -> None:
+        """Act on the last step before it is saved: on GPUs it is not read yet. All processes must call at once."""
+        told = self._act(self.agreement.read())
+        if told and self.trainer.state.global_step < self.trainer.state.max_steps:
+            self.stopping = self.stopping or told  # `on_save` ends the run
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation may take long, so it is left too."""

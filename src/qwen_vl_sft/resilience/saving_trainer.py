@@ -37,7 +37,8 @@ class SavingTrainer(SFTTrainer):
 
     `about` goes into the mark of every checkpoint. `evaluation_due` says that the run was stopped where it should have
     evaluated next. `kept_step` is that of the newest checkpoint of this run in its folder: the last one that was saved, or
-    the one it went on from. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`.
+    the one it went on from. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`. `settle`,
+    called before a checkpoint is written, raises when that would hold the outcome of a step that was not finite.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,6 +48,7 @@ class SavingTrainer(SFTTrainer):
         self.kept_step = 0
         self.save_seconds: float | None = None
         self.poll: Callable[[], None] | None = None
+        self.settle: Callable[[], None] | None = None
         self.stall_watch: StallWatch | None = None
         self._held: dict[str, torch.Tensor] = {}
         # The Trainer would delete old checkpoints before the new one is marked, and at the end before the model is saved.
@@ -75,6 +77,8 @@ class SavingTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.settle:
+            self.settle()
         began = time.perf_counter()
         step = self.state.global_step
         self.tell(f"step {step}, saving a checkpoint", step, Stage.SAVE)
