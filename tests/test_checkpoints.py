@@ -206,6 +206,56 @@ def test_an_earlier_attempt_at_the_same_step_makes_room(ragged, tiny_processor, 
     assert (tmp_path / "run/abandoned-checkpoint-2/optimizer.pt").stat().st_size == 100
 
 
+# What follows a checkpoint
+
+EPOCHS = {"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(last, ragged, tiny_processor, tmp_path):  # noqa: F811
+    """It follows the checkpoint of an epoch's last step; an epoch is one step here."""
+
+    def make():
+        return make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **EPOCHS, max_steps=3)
+
+    def evaluations(trainer, resume=None):
+        trainer.train(resume_from_checkpoint=resume)
+        return [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+
+    wanted = evaluations(make())
+    shutil.rmtree(tmp_path / "run")
+    trainer = make()
+    evaluate = trainer.evaluate
+
+    def dies(*args, **kwargs):
+        if trainer.state.global_step == last:
+            raise Killed
+        return evaluate(*args, **kwargs)
+
+    trainer.evaluate = dies
+    with pytest.raises(Killed):
+        evaluations(trainer)
+    checkpoint, resumed = checkpoints.find(tmp_path / "run", "latest", print), make()
+    assert checkpoint.step == last
+    resumed.evaluation_due, resumed.kept_step = checkpoint.evaluation_due, checkpoint.step
+    assert evaluations(resumed, str(checkpoint.path)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("keys", "due"),
+    [
+        ({"max_steps": 3}, [False, True, True]),  # an epoch is two steps; the last step ends the run
+        ({"max_steps": 2, "eval_delay": 1.5}, [False, False]),
+        ({"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}, [False, False]),
+    ],
+)
+def test_a_mark_tells_an_evaluation_that_is_still_to_come(keys, due, ragged, tiny_processor, tmp_path):  # noqa: F811
+    arguments = {**EPOCHS, "per_device_train_batch_size": 3, **keys}
+    make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **arguments).train()
+    marks = [json.loads((folder / MARK).read_text()) for folder in checkpoints.folders(tmp_path / "run")]
+    assert [mark["evaluation_due"] for mark in marks] == due
+
+
 # Which run
 
 

@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the run was stopped when it should have evaluated next."""
+        """Whether the run was to evaluate next: what follows the step was stopped, or cut off, or not saved."""
         return bool(self.about.get("evaluation_due"))
 
 

@@ -79,7 +79,7 @@ class Safety(TrainerCallback):
         if self.row_log:
             self.row_log.write(state.global_step, self.trainer.record.rows)
         self._tell_skipped(state.global_step)
-        evaluates = _evaluates_next(args, state, control)
+        evaluates = bool(control.should_evaluate or self.trainer.evaluates_at_epoch_end())
         told = self._act(self.agreement.read())
         self._post(state.global_step, self.deadline.is_due(evaluates))
         # What is evaluated must be sound, and the last step has no next one. A save settles by itself.
@@ -192,9 +192,3 @@ def skipped_steps(folder: Path) -> int:
     path = folder / SKIPPED
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return len({json.loads(line)["step"] for line in lines})
-
-
-def _evaluates_next(args: Any, state: Any, control: Any) -> bool:
-    """Whether an evaluation follows this step; that of an epoch is not announced before its last step has ended."""
-    ends_epoch = args.eval_strategy == "epoch" and abs(state.epoch - round(state.epoch)) < 1e-9
-    return bool(control.should_evaluate or ends_epoch)

@@ -35,10 +35,10 @@ class EvaluationStopped(Exception):
 class SavingTrainer(SFTTrainer):
     """What `SafeTrainer` builds on.
 
-    `about` goes into the mark of every checkpoint. `evaluation_due` says that the run was stopped where it should have
-    evaluated next. `kept_step` is that of the newest checkpoint of this run in its folder: the last one that was saved, or
-    the one it went on from. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`. `settle`,
-    called before a checkpoint is written, raises when that would hold the outcome of a step that was not finite.
+    `about` goes into the mark of every checkpoint, and so does `evaluation_due`: the run was stopped where it should have
+    evaluated next. `kept_step` is that of the newest checkpoint of this run in its folder: the last one that was saved,
+    or the one it went on from. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`.
+    `settle`, called before a checkpoint is written, raises when that would hold the outcome of a step that was not finite.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,6 +46,7 @@ class SavingTrainer(SFTTrainer):
         self.about: dict[str, Any] = {"world": {"processes": self.args.world_size}}
         self.evaluation_due = False
         self.kept_step = 0
+        self._evaluated_step: int | None = None
         self.save_seconds: float | None = None
         self.poll: Callable[[], None] | None = None
         self.settle: Callable[[], None] | None = None
@@ -98,7 +99,8 @@ class SavingTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint_rotation.set_aside(run, self.kept_step, folder, _tell)
-                checkpoints.write_mark(folder, {**self.about, "evaluation_due": self.evaluation_due})
+                due = self.evaluation_due or self.evaluates_at_epoch_end()
+                checkpoints.write_mark(folder, {**self.about, "evaluation_due": due})
         self.kept_step = step
         if self.args.should_save:
             checkpoint_rotation.rotate(run, self._keep, folder, self.state.best_model_checkpoint)
@@ -114,11 +116,23 @@ class SavingTrainer(SFTTrainer):
             self.control.should_save = True
         return best
 
+    def evaluates_at_epoch_end(self) -> bool:
+        """Whether the step that has ended is the last of an epoch, or of the run, whose evaluation is still to come.
+
+        The Trainer announces it only when the step is logged and saved.
+        """
+        epoch = self.state.epoch or 0.0
+        ends = self.state.global_step >= self.state.max_steps or abs(epoch - round(epoch)) < 1e-9
+        wanted = self.args.eval_strategy == "epoch" and self.args.eval_delay <= epoch
+        return ends and wanted and self._evaluated_step != self.state.global_step
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.tell(f"step {self.state.global_step}, evaluating after it", self.state.global_step, Stage.EVALUATION)
         numbers = random_state()
         try:
-            return super()._evaluate(*args, **kwargs)
+            metrics = super()._evaluate(*args, **kwargs)
+            self._evaluated_step = self.state.global_step
+            return metrics
         except EvaluationStopped:
             # The checkpoint is that of the moment before, and a resume begins with this evaluation.
             set_random_state(numbers)
