@@ -35,7 +35,7 @@ def main() -> None:
     from qwen_vl_sft.launching import launch
     from qwen_vl_sft.preparation import batch_rules, feature_filling, plan, prepared_data, preview, resume_check, rules
     from qwen_vl_sft.recipe.reading import read_recipe
-    from qwen_vl_sft.resilience import safety
+    from qwen_vl_sft.resilience import safety, shared_folder
     from qwen_vl_sft.training import sft
 
     recipe = read_recipe(recipe_file, overrides)
@@ -60,6 +60,7 @@ def main() -> None:
 
     about = resume_check.about_run(recipe, world, data, global_batch)
     args = sft.sft_config(recipe, world)
+    shared_folder.check_shared(recipe.output_dir, world)
     resume = resume_check.checkpoint_to_resume(recipe, world, about)
     trainer = sft.build_trainer(recipe, world, args, data, global_batch)
     if data.features:

@@ -107,12 +107,29 @@ def test_without_a_mark_a_named_checkpoint_must_have_all_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state_1.pth"])
-def test_what_was_never_saved_is_not_reset_in_silence(name, tmp_path):
-    """`save_only_model`, or a process whose part is on another machine's disk: the mark itself is right."""
+def test_what_was_never_saved_is_not_reset_in_silence(name, tmp_path, monkeypatch):
+    """A process whose part is on another machine's disk, or a mark that speaks of what is there alone."""
     folder = write_checkpoint(tmp_path, 8, processes=2)
+    mark = json.loads((folder / MARK).read_text())
     (folder / name).unlink()
-    checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
+    mark["files"].pop(name)
+    (folder / MARK).write_text(json.dumps(mark))
     assert f"it holds no {name}" in checkpoints.problem_of(folder)
+    (folder / MARK).unlink()
+    monkeypatch.setattr(checkpoints, "_SECONDS_TO_SEE", 0.0)
+    with pytest.raises(UserError, match=rf"it holds no {name}.*, so no run .* storage that all machines share"):
+        checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
+    assert not (folder / MARK).exists()
+    assert (folder / "scheduler.pt").exists()
+
+
+def test_a_part_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path, 8, processes=2, mark=False)
+    late = folder / "rng_state_1.pth"
+    late.unlink()
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: late.write_bytes(b"x"))
+    checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
+    assert checkpoints.problem_of(folder) is None
 
 
 def test_a_run_without_a_whole_checkpoint_starts_anew(tmp_path):

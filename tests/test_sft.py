@@ -111,6 +111,14 @@ BAD_RECIPES = {
         "and a step must have room for 2 such rows so that no step is empty; write",
     ),
     "both half precisions": ({"bf16": "true", "fp16": "true"}, "fp16 and bf16 are both true"),
+    "checkpoints of weights alone": (
+        {"save_only_model": "true"},
+        "save_only_model: true leaves out what a run needs to go on",
+    ),
+    "checkpoints of each machine": (
+        {"save_on_each_node": "true"},
+        "with output_dir on storage that all machines share",
+    ),
     "pixel limits crossed": ({"min_pixels": 10000, "max_pixels": 1000}, "is above max_pixels"),
     "zero rows": ({"max_train_samples": 0}, "max_train_samples: 0 must be at least 1"),
     "logger not installed": ({"report_to": "wandb"}, "wandb is not installed; pip install wandb"),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _STATE = "trainer_state.json"
 # Of a larger file only the two ends are read: a 7B model's optimizer has tens of GiB.
 _DIGEST_WHOLE = 256 * 2**20
 _DIGEST_END = 16 * 2**20
+# What another machine has written may be seen late.
+_SECONDS_TO_SEE = 30.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,19 @@ def newest_marked(run: Path, last_step: int) -> Path | None:
 
 
 def write_mark(folder: Path, about: dict[str, Any]) -> None:
-    """Mark a checkpoint as whole. Every process must have finished its part of it. Raises `OSError`."""
+    """Mark a checkpoint as whole. Every process must have finished its part of it.
+
+    Raises `OSError`, and `UserError` where a part is not to be seen, without which no run could go on from it.
+    """
+    missing, until = _lacks(folder, about["world"]["processes"]), time.monotonic() + _SECONDS_TO_SEE
+    while missing and time.monotonic() < until:
+        time.sleep(1)
+        missing = _lacks(folder, about["world"]["processes"])
+    if missing:
+        raise UserError(
+            f"{folder}: every process has written its part of this checkpoint, but {missing}, so no run could go on from"
+            f" it. output_dir must be on storage that all machines share. What is there is left, without its {MARK}"
+        )
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
     write_whole(folder / MARK, json.dumps({**about, "files": files}, indent=2))
 

@@ -1,0 +1,80 @@
+"""All processes of a run must see one output_dir; those of another machine are played here."""
+
+import platform
+
+import pytest
+
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.launching.world import World
+from qwen_vl_sft.resilience import shared_folder
+from qwen_vl_sft.resilience.shared_folder import check_shared
+
+
+class Others:
+    """In place of torch.distributed: what the first process tells, and what the others answer."""
+
+    def __init__(self, told=None, answers=()):
+        self.told, self.answers = told, answers
+        self.heard = None
+
+    def broadcast_object_list(self, values):
+        values[:] = self.told or values
+        self.heard = list(values)
+
+    def all_gather_object(self, answers, own):
+        answers[:] = [own, *self.answers] if self.told is None else [*self.answers, own]
+
+
+@pytest.fixture
+def others(monkeypatch):
+    def play(**keys):
+        monkeypatch.setattr(shared_folder, "_SECONDS_TO_SEE", 0.0)
+        monkeypatch.setattr(shared_folder, "dist", Others(**keys))
+        return shared_folder.dist
+
+    return play
+
+
+def world(rank, processes=2):
+    return World("ddp", processes, rank, rank, on_cpu=True)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_that_all_see_is_left_as_it_was(exists, others, tmp_path):
+    played = others(answers=[("node2", True)])
+    if exists:
+        (tmp_path / "runs/one").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    check_shared(tmp_path / "runs/one", world(0))
+    assert played.heard[0].startswith(".seen-by-all-")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_machines_that_do_not_see_it_are_named(others, tmp_path):
+    others(answers=[(platform.node(), True), ("node2", False), ("node2", False)])
+    with pytest.raises(UserError) as error:
+        check_shared(tmp_path / "runs/one", world(0, processes=4))
+    assert f"what process 0 on {platform.node()} writes to {tmp_path / 'runs/one'}" in str(error.value)
+    assert "is not seen by process(es) 2, 3 on node2" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_does_not_see_it_ends_too(others, tmp_path):
+    others(told=[".seen-by-all-x", None], answers=[("node1", True)])
+    with pytest.raises(UserError, match=f"process 0 on node1 .* not seen by process.es. 1 on {platform.node()}"):
+        check_shared(tmp_path, world(1))
+
+
+def test_all_end_where_the_first_cannot_write(others, tmp_path):
+    (tmp_path / "file").touch()
+    played = others()
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        check_shared(tmp_path / "file/run", world(0))
+    others(told=played.heard)
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        check_shared(tmp_path / "file/run", world(1))
+
+
+def test_one_process_alone_asks_nobody(tmp_path):
+    check_shared(tmp_path / "run", World("single", 1, 0, 0, on_cpu=True))
+    assert list(tmp_path.iterdir()) == []
