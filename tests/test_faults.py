@@ -5,6 +5,8 @@ import math
 import os
 import runpy
 import sys
+import time
+import traceback
 from dataclasses import dataclass
 
 import pytest
@@ -13,8 +15,9 @@ from conftest import REPOSITORY, launch
 from faulty_run import faulty_loss, faulty_save
 from safetensors.torch import load_file
 from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
+from torch.distributed.checkpoint.api import CheckpointException
 
-from qwen_vl_sft.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from qwen_vl_sft.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, exits_with_user_errors
 from qwen_vl_sft.outputs.checkpoints import folders, problem_of
 from qwen_vl_sft.outputs.row_log import read_row_log
 from qwen_vl_sft.resilience.agreement import Agreement
@@ -163,6 +166,46 @@ def test_a_bug_on_one_process_shows_its_traceback_first(run):
     assert text.index("Traceback") < text.index("AssertionError: a bug of process 0")
     later = text.find("another process has ended")
     assert later == -1 or text.index("AssertionError: a bug of process 0") < later
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (
+            torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3353, unhandled\nno shared memory"),
+            True,
+        ),
+        (torch.distributed.DistNetworkError("The client socket has timed out"), True),
+        (KeyError("a bug"), False),
+        (CheckpointException("write", {0: (KeyError("a bug"), traceback.StackSummary())}), False),
+    ],
+)
+def test_whatever_ends_one_process_of_several_is_shown(error, waits, monkeypatch, capsys, tmp_path):
+    def leave(code):
+        raise Exit(code)
+
+    @exits_with_user_errors
+    def main():
+        raise error
+
+    slept = []
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for name, value in {
+        "WORLD_SIZE": "4",
+        "RANK": "2",
+        "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Exit, match="1"):
+        main()
+    told = capsys.readouterr().err
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == told.removesuffix("\n")
+    assert told.startswith("Traceback")
+    assert str(error) in told
+    last = f"process 2: a collective failed, mostly because another process has ended, whose message then says why: {error}"
+    assert slept == ([5] if waits else [])
+    assert (told.splitlines()[-1] == last.splitlines()[0]) == waits
 
 
 @pytest.mark.parametrize(("method", "step"), [("__init__", 0), ("add_scalar", 1), ("flush", 1), ("close", 2)])

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, run_process
+from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen_vl_sft.errors import EXIT_PREEMPTED, UserError
 from qwen_vl_sft.outputs.checkpoints import problem_of
@@ -235,7 +237,7 @@ def test_a_process_that_dies_takes_the_group_down_and_its_end_is_told(start):
     assert time.monotonic() - began < 60
     text = running.output.read_text()
     assert "Signal 9 (SIGKILL) received" in text
-    assert "another process has ended; its message says why" in text
+    assert "a collective failed, mostly because another process has ended, whose message then says why: " in text
 
 
 @pytest.mark.parametrize(
@@ -295,6 +297,8 @@ def test_out_of_memory_names_rows_and_size():
         PermissionError(13, "Permission denied"),
         RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        # As FSDP2's checkpoints end on all processes when one could not write.
+        CheckpointException("write", {1: (OSError(28, "No space left on device"), traceback.StackSummary())}),
     ],
 )
 def test_a_failed_save_leaves_no_half_and_names_the_last_good(error, tmp_path):
@@ -304,3 +308,10 @@ def test_a_failed_save_leaves_no_half_and_names_the_last_good(error, tmp_path):
     with told, faults.explained_save("a checkpoint", half, Path("checkpoint-4"), remove=True):
         raise error
     assert not half.exists()
+
+
+def test_what_is_no_failed_write_is_no_full_disk(tmp_path):
+    bug = CheckpointException("write", {0: (KeyError("a bug"), traceback.StackSummary())})
+    with pytest.raises(CheckpointException), faults.explained_save("a checkpoint", tmp_path, None, remove=True):
+        raise bug
+    assert tmp_path.exists()

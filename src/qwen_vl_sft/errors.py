@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h: stopped from outside with its state saved; the same command with `latest` goes on.
 EXIT_PREEMPTED = 75
-# A process that fails because another one has gone waits so long, so that the other's message comes first.
+# A process that may have failed because another one has gone waits so long.
 _PEER_SECONDS = 5
 
 
@@ -70,7 +70,8 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a script's `main`: a `UserError` becomes its message on stderr and exit code 2, `Preempted` code 75.
 
     Under a launcher every rank usually meets the same error. Rank 0 speaks at once; the others wait for the launcher to
-    stop them and speak only if rank 0 did not fail. There a bug ends its process with its traceback, at once.
+    stop them and speak only if rank 0 did not fail. There a bug ends its process with its traceback, at once; what may
+    be the loss of another process a little later, so that the other's message comes first.
     """
 
     @functools.wraps(main)
@@ -84,13 +85,19 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
             leave(EXIT_USER_ERROR, message)
         except Preempted as stop:
             leave(EXIT_PREEMPTED, str(stop), show=int(os.environ.get("RANK", "0")) == 0)
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # torch.distributed.checkpoint's own is no `Exception`
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 raise
-            if _is_loss_of_peer(error):
+            message = traceback.format_exc()
+            if _may_be_loss_of_peer(error):
                 time.sleep(_PEER_SECONDS)
-                leave(1, f"process {os.environ.get('RANK')}: another process has ended; its message says why")
-            leave(1, traceback.format_exc())
+                message += (
+                    f"process {os.environ.get('RANK')}: a collective failed, mostly because another process has ended,"
+                    f" whose message then says why: {first_line(error)}"
+                )
+            leave(1, message)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             _leave_finished()
 
@@ -122,8 +129,8 @@ def leave(code: int, message: str, show: bool = True) -> None:
     os._exit(code)
 
 
-def _is_loss_of_peer(error: Exception) -> bool:
-    """Whether a collective failed since another process of the group has gone."""
+def _may_be_loss_of_peer(error: BaseException) -> bool:
+    """Whether a collective failed, as it does when another process of the group has gone, or when none can be set up."""
     text = f"{type(error).__name__} {error}"
     return any(word in text for word in ("gloo", "DistBackendError", "DistNetworkError", "NCCL", "TCPStore"))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen_vl_sft.errors import UserError, first_line
 
@@ -109,7 +110,7 @@ def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> 
     """Turn a failure to write inside into a `UserError`; with `remove`, half of what was to be saved does not stay."""
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         reason = _write_failure(error, folder)
         if reason is None:
             raise
@@ -126,8 +127,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _write_failure(error: Exception, folder: Path) -> str | None:
-    """Why a file could not be written; None for an error of another kind."""
+def _write_failure(error: BaseException, folder: Path) -> str | None:
+    """Why a file could not be written, by any process where the error tells of all; None for an error of another kind."""
+    if isinstance(error, CheckpointException):
+        reasons = [_write_failure(failure, folder) for failure, _ in error.failures.values()]
+        return next(filter(None, reasons), None)
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error)
