@@ -1,6 +1,12 @@
-"""A world compared with what Slurm allotted, from the environment; test_slurm.py refuses one on a real cluster."""
+"""A world compared with what Slurm allotted, and what a job is started with; test_slurm.py has a real cluster."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching.slurm import unlike_allotted
@@ -42,3 +48,40 @@ def test_a_smaller_world_is_refused(processes, on_cpu, env, words):
 def test_reading_the_world_refuses_it():
     with pytest.raises(UserError, match="Slurm allotted 2 nodes"):
         read_world(True, {"SLURM_JOB_NUM_NODES": "2"}, lambda: None, lambda: 0)
+
+
+@pytest.fixture
+def words_of_job(tmp_path, monkeypatch):
+    """What slurm/sft.sbatch gives to each process, in a job that was queued again so often."""
+    for name, line in {"srun": 'shift 5; printf "%s\\n" "$@"', "scontrol": "echo node1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    world = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "JOB_NODELIST": "node1", "CPUS_PER_TASK": "1", "GPUS_ON_NODE": "1"}
+    env = {**os.environ, "PATH": path, **{f"SLURM_{name}": value for name, value in world.items()}}
+
+    def start(restarts, *words):
+        job = ["bash", REPOSITORY / "slurm/sft.sbatch", *words]
+        finished = subprocess.run(
+            job, cwd=tmp_path, env={**env, "SLURM_RESTART_COUNT": str(restarts)}, capture_output=True, text=True
+        )
+        assert finished.returncode == 0, finished.stderr
+        return [line for line in finished.stdout.splitlines() if not line.startswith("slurm/sft.sbatch, ")]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ("--resume_from_checkpoint", "runs/x y/checkpoint-50"),
+        ("--resume_from_checkpoint=runs/x y/checkpoint-50",),
+        ("--resume-from-checkpoint", "runs/x y/checkpoint-50"),
+    ],
+)
+@pytest.mark.parametrize("last", [(), ("--log_row_ids",)])
+def test_a_named_checkpoint_is_for_the_first_start_alone(named, last, words_of_job):
+    recipe, latest = ["--recipe", "a b.yaml"], ["--resume_from_checkpoint", "latest"]
+    assert words_of_job(0, *recipe, *named, *last) == [*recipe, *named, *last]
+    assert words_of_job(1, *recipe, *named, *last) == [*recipe, *last, *latest]
+    assert words_of_job(0, *recipe, *last) == words_of_job(1, *recipe, *last) == [*recipe, *last, *latest]
