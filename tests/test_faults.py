@@ -1,5 +1,6 @@
 """Faults in whole runs, built in by faulty_run.py: NaN, no memory, a full disk, a bug on one process."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,8 +17,9 @@ from faulty_run import faulty_loss, faulty_save
 from safetensors.torch import load_file
 from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import TrainerCallback
 
-from qwen_vl_sft.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, exits_with_user_errors
+from qwen_vl_sft.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, exits_with_user_errors
 from qwen_vl_sft.outputs.checkpoints import folders, problem_of
 from qwen_vl_sft.outputs.row_log import read_row_log
 from qwen_vl_sft.resilience.agreement import Agreement
@@ -206,6 +208,52 @@ def test_whatever_ends_one_process_of_several_is_shown(error, waits, monkeypatch
     last = f"process 2: a collective failed, mostly because another process has ended, whose message then says why: {error}"
     assert slept == ([5] if waits else [])
     assert (told.splitlines()[-1] == last.splitlines()[0]) == waits
+
+
+@pytest.fixture
+def fp16(ragged, tiny_processor, tmp_path, monkeypatch):  # noqa: F811
+    """Makes trainers with a real gradient scaler, which accelerate has on GPUs alone; they check each step."""
+
+    def make(scale, **keys):
+        trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys)
+        accelerator = trainer.accelerator
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+        monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+        # What it computes with is beside the point, and the CPU may not have it.
+        trainer.autocast_smart_context_manager = contextlib.nullcontext
+        accelerator.prepare_model = lambda model, **options: model
+        checks = TrainerCallback()
+        checks.on_step_end = lambda args, state, control, **others: stop_if_unsound(trainer)
+        trainer.add_callback(checks)
+        return trainer
+
+    return make
+
+
+def stop_if_unsound(trainer):
+    if trainer.record.unsound(trainer.args.device):
+        trainer.stop_if_unsound(trainer.state.global_step, trainer.record)
+
+
+def test_a_gradient_scaler_that_looks_for_its_scale_is_no_fault(fp16):
+    trainer = fp16(2.0**127, max_steps=14)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert not math.isfinite(norms[0])
+    assert math.isfinite(norms[-1])
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    assert any(not weight.equal(before[name]) for name, weight in trainer.model.named_parameters())
+
+
+def test_a_gradient_that_no_scale_helps_ends_the_run(fp16, monkeypatch):
+    trainer = fp16(2.0**16, max_steps=40)
+    monkeypatch.setenv("FAULT", "nan_gradient")
+    monkeypatch.setattr(VisionSFTTrainer, "compute_loss", faulty_loss)
+    with pytest.raises(
+        UserError, match=r"step 16: the gradient is NaN .* in 16 steps in a row, with a smaller loss scale"
+    ):
+        trainer.train()
 
 
 @pytest.mark.parametrize(("method", "step"), [("__init__", 0), ("add_scalar", 1), ("flush", 1), ("close", 2)])

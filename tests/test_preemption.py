@@ -278,6 +278,15 @@ def test_a_step_is_unsound_when_anything_of_it_is_not_finite(losses, norm, unsou
     assert float(record.unsound(torch.device("cpu"))) == unsound
 
 
+@pytest.mark.parametrize(
+    ("loss", "norm", "overflows", "unsound"),
+    [(1.0, float("inf"), 1, 0), (1.0, float("nan"), 15, 0), (1.0, float("inf"), 16, 1), (float("inf"), 1.0, 0, 1)],
+)
+def test_a_gradient_scaler_may_leave_out_some_steps(loss, norm, overflows, unsound):
+    record = StepRecord([[1]], [torch.tensor(loss)], norm, torch.tensor(float(overflows)))
+    assert float(record.unsound(torch.device("cpu"))) == unsound
+
+
 def test_out_of_memory_names_rows_and_size():
     inputs = {"input_ids": torch.zeros(2, 700), "pixel_values": torch.zeros(1200, 4)}
     batch = faults.describe_micro_batch([7, 9], inputs)

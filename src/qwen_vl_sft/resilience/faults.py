@@ -17,25 +17,38 @@ from torch.distributed.checkpoint.api import CheckpointException
 from qwen_vl_sft.errors import UserError, first_line
 
 _SHOWN = 64
+# Steps in a row that a gradient scaler may leave out. It halves its scale at each: from 65,536, where PyTorch's and
+# DeepSpeed's begin, to 1, below which the loss scale is not what makes a gradient infinite.
+_MOST_OVERFLOWS = 16
 
 
 @dataclass
 class StepRecord:
-    """One optimizer step of this process: the rows of its micro-batches, their losses, and whether all were finite."""
+    """One optimizer step of this process: the rows of its micro-batches, their losses, and whether all were finite.
+
+    `overflows` is how many steps in a row, this one included, a gradient scaler has left out; None without one.
+    """
 
     rows: list[list[int]] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
     grad_norm: torch.Tensor | float | None = None
+    overflows: torch.Tensor | None = None
 
     def unsound(self, device: torch.device) -> torch.Tensor:
-        """1 when a loss or the gradient is NaN or infinite, else 0; nothing waits for the device."""
-        values = [loss.float() for loss in self.losses]
-        if self.grad_norm is not None:
-            norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
-            values.append(torch.as_tensor(norm, dtype=torch.float32, device=device).reshape(()))
-        if not values:
+        """1 when a loss or the gradient is NaN or infinite, else 0; nothing waits for the device.
+
+        A gradient scaler looks for the largest scale that the gradient allows, so with one that is no fault for some steps.
+        """
+        faults = [1 - torch.isfinite(loss).float() for loss in self.losses]
+        faults.append(self.overflow(device) if self.overflows is None else (self.overflows >= _MOST_OVERFLOWS).float())
+        return torch.stack(faults).max()
+
+    def overflow(self, device: torch.device) -> torch.Tensor:
+        """1 when the gradient is NaN or infinite, else 0; nothing waits for the device."""
+        if self.grad_norm is None:
             return torch.zeros((), device=device)
-        return 1 - torch.isfinite(torch.stack(values)).all().float()
+        norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
+        return 1 - torch.isfinite(torch.as_tensor(norm, device=device).reshape(())).float()
 
     def culprits(self) -> dict[str, Any]:
         """The rows of this process, those of micro-batches without a finite loss, and the gradient's norm."""
@@ -46,6 +59,7 @@ class StepRecord:
             "bad": [row for rows in bad for row in rows],
             "has_bad": bool(bad),
             "grad_norm": float(norm) if norm is not None else None,
+            "overflows": None if self.overflows is None else int(self.overflows),
         }
 
 
@@ -58,6 +72,8 @@ def describe_unsound(step: int, record: StepRecord) -> str:
         what = f"the loss of row(s) {_listed(bad)} is NaN or infinite"
     else:
         what = f"the gradient is NaN or infinite (norm {parts[0]['grad_norm']}) though every loss is finite"
+        if parts[0]["overflows"] is not None:
+            what += f", and so it was in {parts[0]['overflows']} steps in a row, with a smaller loss scale each time"
     return f"step {step}: {what}. The rows (row_id) of the step: {_listed(rows)}"
 
 

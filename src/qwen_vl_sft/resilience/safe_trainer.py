@@ -36,6 +36,7 @@ class SafeTrainer(SavingTrainer):
         self.skipped: list[str] = []
         self.failed_loggers: dict[str, str] = {}
         self.record = StepRecord()
+        self._overflows = torch.zeros((), device=self.args.device)
         self._after_loss: tuple[Any, ...] | None = None
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -84,6 +85,10 @@ class SafeTrainer(SavingTrainer):
         self.tell(f"step {step}, norm of its gradient", step, Stage.GRADIENT)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.record.grad_norm = norm
+        if self.accelerator.mixed_precision == "fp16":
+            # A gradient scaler, DeepSpeed's or PyTorch's, leaves out steps whose gradient overflows in float16.
+            self._overflows = (self._overflows + 1) * self.record.overflow(self.args.device)
+            self.record.overflows = self._overflows
         if self.skip_unsound:
             unsound = self.accelerator.reduce(self.record.unsound(self.args.device), reduction="sum")
             if unsound.item():
