@@ -456,6 +456,7 @@ def test_two_processes_go_on_from_one_with_the_same_rows_and_losses(single_run, 
     assert "checkpoint-2 was written by 1 process(es) (single) and goes on with 2 process(es) (ddp)" in finished.stderr
     assert read_row_log(run) == read_row_log(single_run)
     assert len((run / "row_ids-1.jsonl").read_text().splitlines()) == 4
+    assert not list(run.glob(".seen-by-all-*"))
     assert logged(run) == pytest.approx(logged(single_run), abs=1e-4)
 
 

@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the run was to evaluate next: what follows the step was stopped, or cut off, or not saved."""
+        """Whether an evaluation was to come next, for which the run that goes on makes up."""
         return bool(self.about.get("evaluation_due"))
 
 

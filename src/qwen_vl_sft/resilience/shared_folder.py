@@ -61,8 +61,9 @@ def _written(folder: Path) -> Iterator[str]:
         yield probe.name
     finally:
         with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-            for path in made:
+            probe.unlink()
+        for path in made:
+            with contextlib.suppress(OSError):
                 path.rmdir()
 
 
