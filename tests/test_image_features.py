@@ -290,6 +290,7 @@ def test_another_tower_precision_or_pixel_limit_has_a_folder_of_its_own(tmp_path
     ]
     assert len(set(folders)) == len(folders)
     assert folder() == folders[0]
+    assert folder(bf16=None) == folder(bf16=True), "which is what runs when the recipe is silent"
     assert folder(model_name_or_path=changed_model(tmp_path, "moved", None)) == folders[0]
     assert folder(model_name_or_path=changed_model(tmp_path, "tuned", "model.layers")) == folders[0]
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from trl import SFTConfig
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.preparation import plan
@@ -30,6 +31,20 @@ def test_keys_without_an_effect_are_told(keys, told):
     others = {"model_name_or_path": "some/model", "dataset_name": "data", "use_peft": False, "dtype": "float32"}
     found = plan.warnings(read_recipe(None, {**others, **keys}))
     assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "float32, computed in bfloat16"),
+        ({"bf16": False}, "float32"),
+        ({"fp16": True}, "float32, computed in float16"),
+        ({"dtype": "bfloat16", "use_peft": False}, "bfloat16, what trains is kept in float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_the_plan_tells_what_is_computed_in(keys, told):
+    assert plan._precision(read_recipe(None, {"dtype": "float32", **keys})) == told
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
@@ -142,6 +157,13 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path):
     assert again.values() == recipe.values()
 
 
+@pytest.mark.parametrize("keys", [{}, {"bf16": None}, {"fp16": True}, {"bf16": False}, {"bf16": True}], ids=str)
+def test_a_recipe_tells_the_bf16_that_runs(keys, tmp_path):
+    recipe = read_recipe(None, keys)
+    runs = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **keys).bf16
+    assert recipe.get("bf16") is recipe.values()["bf16"] is runs
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_have_only_known_keys_of_the_right_type(path):
     assert read_recipe(path, {}).training["output_dir"] == f"runs/{path.stem}"
@@ -164,8 +186,6 @@ def test_the_tutorials_numbers():
 
 def test_tables_of_keys_name_real_fields():
     from dataclasses import fields
-
-    from trl import SFTConfig
 
     training = {entry.name for entry in fields(SFTConfig)}
     assert set(REFUSED_KEYS) <= training

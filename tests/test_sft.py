@@ -92,6 +92,12 @@ BAD_RECIPES = {
         {"metric_for_best_model": "loss", "greater_is_better": "true"},
         "would keep the worst model by loss",
     ),
+    "keeping the worst by the measure that is taken without one": (
+        {"load_best_model_at_end": "true", "greater_is_better": "true"},
+        "would keep the worst model by eval_loss",
+    ),
+    "best by nothing": ({"save_strategy": "best"}, "save_strategy: best needs metric_for_best_model"),
+    "best of no evaluations": ({"save_strategy": "best"}, "save_strategy: best saves after evaluations alone"),
     "stream without steps": ({"dataset_streaming": "true", "max_steps": -1}, "dataset_streaming needs max_steps"),
     "batch that does not divide": (
         {"global_batch_size": 9, "per_device_train_batch_size": 4},

@@ -22,8 +22,8 @@ from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe
 from qwen_vl_sft.recipe.settings import ModelSettings
 
-# Raise it when images are decoded, resized or stored otherwise than before: old folders are then not used.
-_FORMAT = 1
+# Raise it when images are decoded, resized, stored or filed otherwise than before: old folders are then not used.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: Glo
     chosen = choose(recipe, world)
     lines = [
         f"model       {recipe.model.model_name_or_path}",
-        f"precision   {recipe.model.precision}{', what trains is kept in float32' * _keeps_float32(recipe)}",
+        f"precision   {_precision(recipe)}",
         f"attention   {chosen.attention}{', inside the boundaries of packed rows' * recipe.run.packing}",
         *_kernel_lines(recipe, world, chosen),
         f"strategy    {world.strategy}, {world.processes} process(es) on {'CPU' if world.on_cpu else 'GPU'}",
@@ -38,6 +38,13 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: Glo
         *_trained_lines(recipe),
     ]
     return "\n".join(lines)
+
+
+def _precision(recipe: Recipe) -> str:
+    words = recipe.model.precision
+    if words == "float32" and (recipe.get("bf16") or recipe.get("fp16")):
+        return f"{words}, computed in {'bfloat16' if recipe.get('bf16') else 'float16'}"
+    return f"{words}{', what trains is kept in float32' * _keeps_float32(recipe)}"
 
 
 def _kernel_lines(recipe: Recipe, world: World, chosen: Chosen) -> list[str]:

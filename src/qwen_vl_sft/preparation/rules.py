@@ -120,6 +120,8 @@ def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
     evaluates = recipe.get("eval_strategy") != "no"
     if evaluates and not recipe.data.dataset_test_split:
         yield "eval_strategy is set but dataset_test_split is not: name the split to evaluate on, or set eval_strategy: no"
+    if recipe.get("save_strategy") == "best" and not evaluates:
+        yield "save_strategy: best saves after evaluations alone: set eval_strategy and dataset_test_split"
     yield from _best_metric(recipe)
     if not recipe.get("load_best_model_at_end"):
         return
@@ -138,6 +140,10 @@ def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
 
 def _best_metric(recipe: Recipe) -> Iterator[str]:
     stated = recipe.get("metric_for_best_model")
+    if recipe.get("save_strategy") == "best" and stated is None and not recipe.get("load_best_model_at_end"):
+        yield "save_strategy: best needs metric_for_best_model, such as eval_loss: the best by what?"
+    if stated is None and recipe.get("load_best_model_at_end"):
+        stated = "eval_loss"  # what transformers takes
     if stated is None:
         return
     metric, greater = stated.removeprefix("eval_"), recipe.get("greater_is_better")

@@ -118,9 +118,16 @@ def build(values: Mapping[str, Any]) -> Recipe:
         section(DataSettings),
         section(ModelSettings),
         section(RunSettings),
-        training={**TRAINING_DEFAULTS, **training},
+        training=_resolved({**TRAINING_DEFAULTS, **training}),
         stated=frozenset(values),
     )
+
+
+def _resolved(training: dict[str, Any]) -> dict[str, Any]:
+    """Training keys with the value of `bf16` that will run, as TRL's configuration makes it of a recipe without one."""
+    if training.get("bf16") is None:
+        return {**training, "bf16": not training.get("fp16", False)}
+    return training
 
 
 def _names(group: type) -> set[str]:
