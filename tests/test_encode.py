@@ -3,7 +3,8 @@ import torch
 from conftest import png
 
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, Conversation, ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, Conversation
 from qwen_vl_sft.errors import BadRow, OverLongRow
 
 IMAGE = ImageFile(png("red", (56, 56)), None)  # 2x2 merged patches: four image tokens

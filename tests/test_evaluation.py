@@ -19,7 +19,8 @@ from evaluation_fixtures import SYSTEM_MESSAGE, read_rows, write_charts, write_r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vl_sft.data.rows import Conversation, ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
 from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm

@@ -14,7 +14,7 @@ from answering_fixtures import chart, write_builtin_run
 from conftest import REPOSITORY, png, run_process
 
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.options import read_source
 from qwen_vl_sft.inference.answer_lines import format_table

@@ -8,7 +8,8 @@ from evaluation_fixtures import tiny_model
 from PIL import Image
 
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.rows import Conversation, ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.evaluation.generation import estimate_length, generate_answers, greedy_config, plan_batches
 
 NEW_TOKENS = 12

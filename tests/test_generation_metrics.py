@@ -9,7 +9,7 @@ from conftest import conversation_row, launch, run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.evaluation.generation import generate_answers
 from qwen_vl_sft.evaluation.metrics import METRICS, score

@@ -211,7 +211,7 @@ def losses(model, batch):
 
 def test_training_decodes_no_image(filling, monkeypatch):
     filling.fill()
-    monkeypatch.setattr("qwen_vl_sft.data.rows.ImageFile.decode", lambda file: pytest.fail("decoded"))
+    monkeypatch.setattr("qwen_vl_sft.data.image_file.ImageFile.decode", lambda file: pytest.fail("decoded"))
     assert filling.batch()["image_features"].shape[1] == filling.features.cache.width
 
 

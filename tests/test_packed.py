@@ -22,7 +22,7 @@ from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoder
-from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.modeling.patches import take_packed_batches

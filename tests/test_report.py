@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY, png
 from PIL import Image
 
-from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import CATEGORY, EMPTY, KINDS, OTHER_NUMBER, VERBOSE, WITHIN, error_kind
 from qwen_vl_sft.evaluation.report import MAX_WIDTH, embed, page_data, render, to_script_json, write_report
 from qwen_vl_sft.evaluation.scoring import Question, score_row, summarise

@@ -1,10 +1,12 @@
+import contextlib
 import json
 
 import pytest
 from conftest import conversation_row, png
 
 from qwen_vl_sft.data.dataset import open_rows, spread
-from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, ImageFile, chartqa_conversation, messages_conversation
+from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, chartqa_conversation, messages_conversation
 from qwen_vl_sft.errors import BadRow, UserError
 
 RED = {"bytes": png("red"), "path": None}
@@ -31,9 +33,41 @@ def test_messages_split_at_placeholders(tmp_path):
     assert conversation.images[1].path == str(tmp_path / "b.png")
 
 
+PLAIN = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+
+
+@pytest.mark.parametrize("images", [{"image": "a.png"}, {"image": "a.png", "images": []}, {"image": {"path": "a.png"}}])
+def test_a_single_image_is_put_before_the_first_question_as_trl_does_it(images, tmp_path):
+    conversation = messages_conversation({"messages": PLAIN, **images}, tmp_path)
+    assert conversation.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert [image.path for image in conversation.images] == [str(tmp_path / "a.png")]
+
+
+def test_a_single_image_is_shown_where_it_says(tmp_path):
+    row = {**conversation_row("What is <image>?"), "images": None, "image": "a.png"}
+    conversation = messages_conversation(row, tmp_path)
+    assert [part["type"] for part in conversation.messages[0]["content"]] == ["text", "image", "text"]
+
+
+@pytest.mark.parametrize("empty", [None, [], "", [None], {"bytes": None, "path": None}])
+def test_empty_columns_of_what_is_not_read_do_not_matter(empty, tmp_path):
+    conversation = messages_conversation({"messages": PLAIN, "videos": empty, "audio": empty, "image": empty}, tmp_path)
+    assert conversation.images == []
+    assert chartqa_conversation(chartqa_row(videos=empty, images=empty), None).images
+
+
+def test_an_answer_may_name_a_tag(tmp_path):
+    row = conversation_row("<image>Which tag shows films?", "<video>")
+    assert messages_conversation(row, tmp_path).messages[1]["content"][0]["text"] == "<video>"
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"videos": ["clip.mp4"]}, "has something in column videos, and only images are read"),
+        ({"images": [RED]}, "has images in column images too"),
+        ({"query": "<image>What?"}, "has <image> in its query"),
+        ({"query": "<video>What?"}, "has <video> in a question"),
         ({"image": None}, "has no image"),
         ({"query": " "}, "has an empty query"),
         ({"label": []}, "has an empty answer"),
@@ -59,6 +93,22 @@ def test_bad_chartqa_rows(changes, told):
         (conversation_row(images=("../secret.png",)), "lies outside the data folder"),
         (conversation_row(images=("/etc/passwd",)), "lies outside the data folder"),
         (conversation_row(images=(None,)), "missing image"),
+        ({"messages": "hi"}, "no list of turns"),
+        ({"messages": [None, *PLAIN]}, "no list of turns"),
+        ({"messages": ["hi", *PLAIN]}, "no list of turns"),
+        ({"messages": {"role": ["user"], "content": ["hi"]}}, "no list of turns"),
+        (conversation_row(images=("a\0.png",)), "'a.x00.png', which is no path"),
+        (conversation_row(images=({"bytes": "text"},)), "missing image"),
+        ({"messages": PLAIN, "video": {"path": "clip.mp4"}}, "has something in column video,"),
+        ({"messages": PLAIN, "audios": ["a.wav"]}, "has something in column audios,"),
+        (conversation_row("<video>What?", images=()), "has <video> in a question"),
+        (conversation_row([{"type": "text", "text": "<audio>What?"}], images=()), "has <audio> in a question"),
+        (conversation_row([{"type": "text", "text": "<image>What?"}], images=()), "has <image> inside a text part"),
+        (conversation_row([{"type": "image", "image": "a.png"}]), "a content part that brings its own image"),
+        (conversation_row([{"type": "image", "url": "http://a.png"}]), "a content part that brings its own url"),
+        ({**conversation_row(), "image": "b.png"}, "both a column image and a column images"),
+        ({"messages": PLAIN, "images": ["a.png"]}, r"0 image placeholder.* write <image> where each is shown"),
+        ({"messages": [{"role": "system", "content": "x"}, PLAIN[1]], "image": "a.png"}, "0 image placeholder"),
     ],
 )
 def test_bad_messages_rows(row, told, tmp_path):
@@ -76,6 +126,51 @@ def test_bad_images(tmp_path):
         ImageFile(whole[: len(whole) // 2], "a.png").decode()
     with pytest.raises(BadRow, match="more elongated than 200 to 1"):
         ImageFile(png("red", (401, 2)), None).open()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bad box"), IndexError, AttributeError])
+def test_whatever_the_reader_of_a_damaged_image_raises_is_told_of_the_row(error, monkeypatch):
+    def damaged(*_):
+        raise error
+
+    file = ImageFile(png(), "a.avif")
+    monkeypatch.setattr("PIL.Image.Image.load", damaged)
+    with pytest.raises(BadRow, match=r"image a\.avif cannot be decoded \((bad box|IndexError|Attribute)"):
+        file.decode()
+    monkeypatch.setattr("PIL.Image.open", damaged)
+    with pytest.raises(BadRow, match=r"image a\.avif cannot be read"):
+        file.open()
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_the_image_is_not_taken_for_one(error, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("PIL.Image.Image.load", fails)
+    with pytest.raises(error):
+        ImageFile(png(), None).decode()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["AVIF", "ICNS", "WEBP", "TIFF"])
+def test_a_damaged_image_of_any_kind_can_be_read_or_is_a_bad_row(kind):
+    import io
+    import random
+
+    from PIL import Image, features
+
+    if kind in ("AVIF", "WEBP") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow reads no {kind}")
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, kind)
+    draw = random.Random(0)
+    for _ in range(100):
+        data = bytearray(buffer.getvalue())
+        for _ in range(5):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        with contextlib.suppress(BadRow):
+            ImageFile(bytes(data[: draw.randrange(1, len(data))]), None).decode()
 
 
 def test_a_decompression_bomb_is_refused_by_its_header():
@@ -174,6 +269,26 @@ def test_columns_of_no_format(tmp_path):
         open_rows(str(tmp_path), "train")
     with pytest.raises(UserError, match="dataset_format chartqa needs the column"):
         open_rows(str(tmp_path), "train", row_format="chartqa")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_named_row_id_is_not_the_place_of_a_row(streaming, messages_folder):
+    folder = messages_folder([{**conversation_row(), "row_id": f"chart {number}"} for number in range(3)])
+    rows = open_rows(str(folder), "train", streaming=streaming)
+    assert [row["row_id"] for row in rows.dataset] == [0, 1, 2]
+
+
+def test_videos_and_sounds_are_not_decoded_to_be_refused(tmp_path):
+    from datasets import Audio, Dataset, Features, List, Value, Video
+
+    turns = List({"role": Value("string"), "content": Value("string")})
+    features = Features({"messages": turns, "videos": List(Video()), "audio": Audio()})
+    values = [{"messages": PLAIN, "videos": [{"bytes": b"film", "path": None}], "audio": None}]
+    Dataset.from_list(values, features=features).to_parquet(tmp_path / "train.parquet")
+    for streaming in (False, True):
+        rows = open_rows(str(tmp_path / "train.parquet"), "train", streaming=streaming)
+        with pytest.raises(BadRow, match=r"row 0 has something in column videos"):
+            rows.conversation(next(iter(rows.dataset)))
 
 
 def test_a_bad_row_is_named(messages_folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Audio, Dataset, Features, Image, IterableDataset, List, Value, Video
 
 from qwen_vl_sft.data.encoded_image import ReadImage
 from qwen_vl_sft.data.encoding import Encoded, Encoder
@@ -161,7 +161,9 @@ def _load(name: str, path: Path, split: str, config: str | None, streaming: bool
         return numbered.take(stop - (start or 0)) if stop is not None else numbered
     if len(dataset) == 0:
         raise UserError(f"dataset {name}, split {split}: holds no rows")
-    return dataset.add_column(ROW_ID, range(len(dataset)))
+    # A column of this name that the data brings is read by no format.
+    others = dataset.remove_columns(ROW_ID) if ROW_ID in dataset.column_names else dataset
+    return others.add_column(ROW_ID, range(len(others)))
 
 
 def _local_arguments(path: Path, split: str) -> dict[str, Any]:
@@ -183,12 +185,12 @@ def _local_arguments(path: Path, split: str) -> dict[str, Any]:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """Keep image columns as bytes and paths; workers decode them."""
+    """Keep image columns as bytes and paths, which workers decode; and others' videos and sounds, which nobody reads."""
     for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
+        inner = feature.feature if isinstance(feature, List) else feature
+        if isinstance(inner, Image | Video | Audio):
+            kept = type(inner)(decode=False)
+            dataset = dataset.cast_column(column, List(kept) if isinstance(feature, List) else kept)
     return dataset
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.data.encoded_image import EncodedImage, ReadImage
-from qwen_vl_sft.data.rows import Conversation, ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
 
 IGNORE_INDEX = -100

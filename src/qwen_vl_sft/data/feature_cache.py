@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from qwen_vl_sft.data.encoded_image import EncodedImage
-from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.whole_file import PARTIAL
 

@@ -1,24 +1,21 @@
-"""Rows of a dataset as conversations: the formats that are read, and the images they point to."""
+"""Rows of a dataset as conversations: the formats that are read, and what of a row is refused."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from qwen_vl_sft.errors import BadRow, first_line
+from qwen_vl_sft.data.image_file import ImageFile, image_file
+from qwen_vl_sft.errors import BadRow
 
 IMAGE_PLACEHOLDER = "<image>"
-# Pillow warns of a decompression bomb above this many pixels; no chart or photo needs more.
-MAX_PIXELS_OF_A_FILE = 89_478_485
-# smart_resize of the Qwen-VL image processors refuses anything more elongated.
-MAX_ASPECT_RATIO = 200
+# What other trainers read, and this package does not: a model that never saw it would learn to guess.
+UNREAD_COLUMNS = ("video", "videos", "audio", "audios")
+UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
+# Under these names a content part may bring what it shows.
+_PAYLOADS = ("image", "image_url", "video", "audio", "url", "path", "base64")
 
 CHARTQA_SYSTEM_MESSAGE = (
     "You are a Vision Language Model specialized in interpreting visual data from chart images.\n"
@@ -41,66 +38,17 @@ class Conversation:
     images: list[ImageFile]
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image that is not decoded yet: encoded bytes, or a file."""
-
-    data: bytes | None
-    path: str | None
-
-    @property
-    def identity(self) -> bytes:
-        """The same for the same image: its encoded bytes, or its file."""
-        return self.data if self.data is not None else str(self.path).encode()
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
-        try:
-            data = self.data if self.data is not None else Path(str(self.path)).read_bytes()
-        except FileNotFoundError:
-            raise BadRow(f"image file {self.path} does not exist") from None
-        except OSError as error:
-            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
-        return hashlib.sha256(data).hexdigest()
-
-    def open(self) -> Image.Image:
-        """Open without decoding pixels: size and mode come from the header. Raises `BadRow`."""
-        try:
-            image = Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
-        except FileNotFoundError:
-            raise BadRow(f"image file {self.path} does not exist") from None
-        except Image.DecompressionBombError as error:
-            raise BadRow(f"image{self._named()} is refused: {error}") from None
-        except (OSError, ValueError) as error:
-            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
-        width, height = image.size
-        if width * height > MAX_PIXELS_OF_A_FILE:
-            raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: above {MAX_PIXELS_OF_A_FILE:,}")
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: more elongated than 200 to 1")
-        return image
-
-    def decode(self) -> Image.Image:
-        """Decode to RGB, transparency over white as Qwen's own code does. Raises `BadRow`."""
-        from qwen_vl_utils.vision_process import to_rgb
-
-        image = self.open()
-        try:
-            return to_rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise BadRow(f"image{self._named()} cannot be decoded ({first_line(error)})") from None
-
-    def _named(self) -> str:
-        return f" {self.path}" if self.path else ""
-
-
 def chartqa_conversation(row: Mapping[str, Any], folder: Path | None) -> Conversation:
     """Read `image`, `query`, `label` (a string, or a list whose first entry counts) as one question and answer."""
     if row.get("image") is None:
         raise BadRow("has no image")
     if not isinstance(row.get("query"), str) or not row["query"].strip():
         raise BadRow("has an empty query")
+    if _holds(row.get("images")):
+        raise BadRow("has images in column images too, of which this format shows none; see dataset_format: messages")
+    _check_nothing_unread(row, [row["query"]])
+    if IMAGE_PLACEHOLDER in row["query"]:
+        raise BadRow(f"has {IMAGE_PLACEHOLDER} in its query; the image is put before the query, so leave it out")
     content = [{"type": "image"}, {"type": "text", "text": row["query"]}]
     messages = [{"role": "user", "content": content}]
     label = row.get("label")
@@ -112,19 +60,58 @@ def chartqa_conversation(row: Mapping[str, Any], folder: Path | None) -> Convers
 
 
 def messages_conversation(row: Mapping[str, Any], folder: Path | None) -> Conversation:
-    """Read `messages` (role, content) and `images`; `<image>` in a string stands for the next image."""
+    """Read `messages` (role, content) and `images`, or a single `image`; `<image>` in a string stands for the next one.
+
+    A single `image` that nothing stands for is put before the first question, as TRL does it.
+    """
     turns = row.get("messages")
     if not turns:
         raise BadRow("has no messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise BadRow("has messages that are no list of turns, each with a role and a content")
     messages = [{"role": turn.get("role"), "content": _content_parts(turn.get("content"))} for turn in turns]
     _check_roles(messages)
-    images = row.get("images") or []
-    if not isinstance(images, list):
-        images = [images]
-    wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
+    asked = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
+    _check_nothing_unread(row, [part["text"] for part in asked if part["type"] == "text"])
+    images = _images_of(row)
+    wanted = sum(part["type"] == "image" for part in asked)
+    question = next((message for message in messages if message["role"] == "user"), None)
+    if not wanted and question and _holds(row.get("image")):
+        question["content"].insert(0, {"type": "image"})
+        wanted = 1
     if wanted != len(images):
-        raise BadRow(f"has {wanted} image placeholder(s) in its messages but {len(images)} image(s)")
+        raise BadRow(
+            f"has {wanted} image placeholder(s) in its messages but {len(images)} image(s); write {IMAGE_PLACEHOLDER}"
+            f" where each is shown"
+        )
     return Conversation(messages, [image_file(image, folder) for image in images])
+
+
+def _images_of(row: Mapping[str, Any]) -> list[Any]:
+    images = row.get("images") or []
+    images = images if isinstance(images, list) else [images]
+    if not _holds(row.get("image")):
+        return images
+    if images:
+        raise BadRow("has both a column image and a column images; keep one")
+    return [row["image"]]
+
+
+def _check_nothing_unread(row: Mapping[str, Any], questions: list[str]) -> None:
+    """Raise `BadRow` for a row that shows what is not read."""
+    for name in UNREAD_COLUMNS:
+        if _holds(row.get(name)):
+            raise BadRow(f"has something in column {name}, and only images are read; leave such rows out")
+    for placeholder in UNREAD_PLACEHOLDERS:
+        if any(placeholder in question for question in questions):
+            raise BadRow(f"has {placeholder} in a question, and only images are read; leave such rows out")
+
+
+def _holds(value: Any) -> bool:
+    """Whether a column's value is more than empty: Arrow fills what is missing with nulls."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return any(_holds(entry) for entry in value) if isinstance(value, list) else value is not None and value != ""
 
 
 FORMATS = {"chartqa": chartqa_conversation, "messages": messages_conversation}
@@ -135,27 +122,6 @@ DEFAULT_SYSTEM_MESSAGES: dict[str, str | None] = {"chartqa": CHARTQA_SYSTEM_MESS
 def resolve_system_message(stated: str | None, row_format: str) -> str | None:
     """The system message of a recipe: the one stated, else the format's own; an empty one is none."""
     return (DEFAULT_SYSTEM_MESSAGES[row_format] if stated is None else stated) or None
-
-
-def image_file(value: Any, folder: Path | None) -> ImageFile:
-    """An image column's value (`{"bytes", "path"}`, a path, or bytes) as a file that is not decoded yet.
-
-    A path written in the data is relative to `folder` and may not leave it.
-    """
-    if isinstance(value, Mapping):
-        if value.get("bytes") is not None:
-            return ImageFile(value["bytes"], value.get("path"))
-        value = value.get("path")
-    if isinstance(value, bytes):
-        return ImageFile(value, None)
-    if not isinstance(value, str) or not value:
-        raise BadRow("has a missing image")
-    if folder is None:
-        raise BadRow(f"names the image file {value}, but the dataset is not a local folder")
-    path = (folder / value).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise BadRow(f"names the image file {value}, which lies outside the data folder {folder}")
-    return ImageFile(None, str(path))
 
 
 def _content_parts(content: Any) -> list[dict[str, Any]]:
@@ -173,12 +139,17 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        brought = next((name for name in _PAYLOADS if kind in ("image", "text") and _holds(part.get(name))), None)
+        if brought:
+            raise BadRow(f"has a content part that brings its own {brought}; put its images into the column images")
         if kind == "image":
             parts.append({"type": "image"})
         elif kind == "text" and isinstance(part.get("text"), str):
+            if IMAGE_PLACEHOLDER in part["text"]:
+                raise BadRow(f"has {IMAGE_PLACEHOLDER} inside a text part; write a part of type 'image' in its place")
             parts.append({"type": "text", "text": part["text"]})
         else:
-            raise BadRow(f"has a content part of type {kind!r}; known are 'text' and 'image'")
+            raise BadRow(f"has a content part of type {kind!r}; only 'text' and 'image' are read")
     return parts
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from qwen_vl_sft.data.rows import ImageFile
+from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
 from qwen_vl_sft.evaluation.arms import load_arm, make_encoder, precision_summary

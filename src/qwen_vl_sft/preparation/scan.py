@@ -30,6 +30,8 @@ _FEATURES = Features(
     }
 )
 _SHOWN = 5
+# Raise it when rows are read, refused or measured otherwise than before: cached scans are then not used.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def _fingerprint(rows: Rows, encoder: Encoder, verify_images: bool, image_keys: 
         "image_processor": str(processor.image_processor.to_dict()),
         "tokenizer": hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "version": __version__,
+        "scan": _FORMAT,
         "columns": sorted(_FEATURES),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

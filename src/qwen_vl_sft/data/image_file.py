@@ -1,0 +1,102 @@
+"""An image as a row of the data brings it: not decoded yet, checked when it is."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qwen_vl_sft.errors import BadRow, first_line
+
+# Pillow warns of a decompression bomb above this many pixels; no chart or photo needs more.
+MAX_PIXELS_OF_A_FILE = 89_478_485
+# smart_resize of the Qwen-VL image processors refuses anything more elongated.
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that is not decoded yet: encoded bytes, or a file."""
+
+    data: bytes | None
+    path: str | None
+
+    @property
+    def identity(self) -> bytes:
+        """The same for the same image: its encoded bytes, or its file."""
+        return self.data if self.data is not None else str(self.path).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
+        try:
+            data = self.data if self.data is not None else Path(str(self.path)).read_bytes()
+        except FileNotFoundError:
+            raise BadRow(f"image file {self.path} does not exist") from None
+        except OSError as error:
+            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
+        return hashlib.sha256(data).hexdigest()
+
+    def open(self) -> Image.Image:
+        """Open without decoding pixels: size and mode come from the header. Raises `BadRow`."""
+        try:
+            image = Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
+        except FileNotFoundError:
+            raise BadRow(f"image file {self.path} does not exist") from None
+        except Image.DecompressionBombError as error:
+            raise BadRow(f"image{self._named()} is refused: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # the readers of damaged files raise what they like, RuntimeError and IndexError too
+            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
+        width, height = image.size
+        if width * height > MAX_PIXELS_OF_A_FILE:
+            raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: above {MAX_PIXELS_OF_A_FILE:,}")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: more elongated than 200 to 1")
+        return image
+
+    def decode(self) -> Image.Image:
+        """Decode to RGB, transparency over white as Qwen's own code does. Raises `BadRow`."""
+        from qwen_vl_utils.vision_process import to_rgb
+
+        image = self.open()
+        try:
+            return to_rgb(image)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise BadRow(f"image{self._named()} cannot be decoded ({first_line(error)})") from None
+
+    def _named(self) -> str:
+        return f" {self.path}" if self.path else ""
+
+
+def image_file(value: Any, folder: Path | None) -> ImageFile:
+    """An image column's value (`{"bytes", "path"}`, a path, or bytes) as a file that is not decoded yet.
+
+    A path written in the data is relative to `folder` and may not leave it.
+    """
+    if isinstance(value, Mapping):
+        if isinstance(value.get("bytes"), bytes):
+            return ImageFile(value["bytes"], value.get("path"))
+        value = value.get("path")
+    if isinstance(value, bytes):
+        return ImageFile(value, None)
+    if not isinstance(value, str) or not value:
+        raise BadRow("has a missing image")
+    if folder is None:
+        raise BadRow(f"names the image file {value}, but the dataset is not a local folder")
+    try:
+        path = (folder / value).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, links in a circle
+        raise BadRow(f"names the image file {value!r}, which is no path ({first_line(error)})") from None
+    if not path.is_relative_to(folder.resolve()):
+        raise BadRow(f"names the image file {value}, which lies outside the data folder {folder}")
+    return ImageFile(None, str(path))
