@@ -57,6 +57,18 @@ def test_a_bare_no_is_the_choice_no(tmp_path):
     assert read_recipe(write(tmp_path, "eval_strategy: no\n"), {}).get("eval_strategy") == "no"
 
 
+def test_a_date_is_text(tmp_path):
+    assert read_recipe(write(tmp_path, "hub_revision: 2024-05-01\n"), {}).run.hub_revision == "2024-05-01"
+    _, overrides, _ = parse_command_line(["--run_name", "2024-05-01"])
+    assert overrides == {"run_name": "2024-05-01"}
+
+
+def test_workers_are_kept_only_where_there_are_any():
+    keep = {"dataloader_persistent_workers": True}
+    assert read_recipe(None, {**keep, "dataloader_num_workers": 2}).get("dataloader_persistent_workers") is True
+    assert read_recipe(None, keep).get("dataloader_persistent_workers") is False
+
+
 def test_the_command_line_wins(tmp_path):
     recipe = read_recipe(write(tmp_path, "lora_r: 4\nseed: 1\n"), {"lora_r": 8})
     assert recipe.model.lora_r == 8
@@ -141,6 +153,12 @@ def test_a_mistyped_command_line(words):
 )
 def test_coerce(value, hint, wanted):
     assert coerce(value, hint) == wanted
+
+
+def test_text_for_a_mapping_is_refused_as_no_mapping():
+    with pytest.raises(UserError, match=r"lr_scheduler_kwargs: 'num_cycles=2' is not a mapping$"):
+        read_recipe(None, {"lr_scheduler_kwargs": "num_cycles=2"})
+    assert read_recipe(None, {"lr_scheduler_kwargs": '{"a": 1}'}).get("lr_scheduler_kwargs") == {"a": 1}
 
 
 @pytest.mark.parametrize(

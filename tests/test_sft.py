@@ -142,6 +142,12 @@ BAD_RECIPES = {
     ),
     "checkpointing of some kind": ({"gradient_checkpointing": "some"}, "'some' is not true or false or one of auto"),
     "flash attention": ({"attn_implementation": "flash_attention_2"}, "flash_attention_2"),
+    "mistyped key inside a key": (
+        {"gradient_checkpointing_kwargs": "{use_reentrnat: false}"},
+        "unknown key use_reentrnat; did you mean use_reentrant?",
+    ),
+    "workers below none": ({"dataloader_num_workers": -1}, "dataloader_num_workers: -1 must be at least 0"),
+    "no logger by nothing": ({"report_to": "null"}, "report_to: None is unknown"),
     "missing model": ({"model_name_or_path": "./nowhere"}, "model_name_or_path: ./nowhere is not a folder"),
     "missing data": ({"dataset_name": "./nowhere"}, "dataset_name: ./nowhere does not exist"),
     "missing checkpoint": ({"resume_from_checkpoint": "./nowhere"}, "./nowhere is not a folder"),

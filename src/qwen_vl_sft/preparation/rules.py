@@ -17,6 +17,8 @@ from qwen_vl_sft.outputs.run_folder import problems_of_output_dir
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES, Rule
 from qwen_vl_sft.preparation.chosen import choose
 from qwen_vl_sft.preparation.lora_rules import LORA_RULES
+from qwen_vl_sft.preparation.nested_rules import NESTED_RULES
+from qwen_vl_sft.preparation.range_rules import RANGE_RULES
 from qwen_vl_sft.preparation.run_rules import RUN_RULES
 from qwen_vl_sft.recipe.reading import Recipe
 
@@ -54,37 +56,6 @@ def _required(recipe: Recipe, world: World) -> Iterator[str]:
     data = recipe.data.dataset_name or ""
     if data.startswith((".", "/", "~")) and not Path(data).expanduser().exists():
         yield f"dataset_name: {data} does not exist here"
-
-
-def _ranges(recipe: Recipe, world: World) -> Iterator[str]:
-    at_least_one = (
-        "max_train_samples",
-        "max_eval_samples",
-        "max_length",
-        "min_pixels",
-        "max_pixels",
-        "dataset_num_proc",
-        "max_predict_samples",
-        "max_new_tokens",
-    )
-    values = recipe.values()
-    positive = {
-        name: values[name]
-        for name in (*at_least_one, "lora_r", "lora_alpha", "global_batch_size", "global_batch_tokens")
-    }
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        positive[name] = recipe.get(name)
-    for name, value in positive.items():
-        if value is not None and value < 1:
-            yield f"{name}: {value} must be at least 1"
-    if not 0 <= recipe.model.lora_dropout < 1:
-        yield f"lora_dropout: {recipe.model.lora_dropout} must be at least 0 and below 1"
-    if recipe.get("learning_rate") <= 0:
-        yield f"learning_rate: {recipe.get('learning_rate')} must be above 0"
-    if recipe.get("max_steps") <= 0 and recipe.get("num_train_epochs") <= 0:
-        yield "num_train_epochs must be above 0, or max_steps set"
-    if recipe.data.min_pixels and recipe.data.max_pixels and recipe.data.min_pixels > recipe.data.max_pixels:
-        yield f"min_pixels {recipe.data.min_pixels:,} is above max_pixels {recipe.data.max_pixels:,}"
 
 
 def _training_kind(recipe: Recipe, world: World) -> Iterator[str]:
@@ -171,10 +142,13 @@ def _streaming(recipe: Recipe, world: World) -> Iterator[str]:
 
 def _reporting(recipe: Recipe, world: World) -> Iterator[str]:
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-    report_to = recipe.get("report_to") or []
-    for name in [report_to] if isinstance(report_to, str) else report_to:
+    report_to = recipe.get("report_to")
+    names = report_to if isinstance(report_to, list) else [report_to]
+    for name in names:
         if name in packages and importlib.util.find_spec(packages[name]) is None:
             yield f"report_to: {name} is not installed; pip install {packages[name]}, or remove it"
+        elif name == "none" and len(names) > 1:
+            yield "report_to: none stands beside others; keep it alone, or remove it"
         elif name not in packages and name != "none":
             yield f"report_to: {name!r} is unknown; tensorboard, wandb, trackio or none"
 
@@ -209,7 +183,8 @@ def _output(recipe: Recipe, world: World) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _required,
-    _ranges,
+    *RANGE_RULES,
+    *NESTED_RULES,
     _training_kind,
     *LORA_RULES,
     _strategy,

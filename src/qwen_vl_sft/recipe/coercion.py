@@ -23,7 +23,7 @@ def coerce(value: Any, hint: Any) -> Any:
     if origin is list or hint is list:
         item = (typing.get_args(hint) or (Any,))[0]
         return [coerce(entry, item) for entry in _as_list(value)]
-    if origin is dict or hint is dict:
+    if _is_mapping(hint):
         return _mapping(value)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return _choice(value, [member.value for member in hint])
@@ -37,9 +37,7 @@ def expected(hint: Any) -> str:
     """How a message names the values that `hint` takes."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        members = [member for member in typing.get_args(hint) if member is not type(None)]
-        if any(isinstance(member, type) and issubclass(member, enum.Enum) for member in members):
-            members = [member for member in members if member is not str]
+        members = _told_apart(typing.get_args(hint))
         return " or ".join(dict.fromkeys(expected(member) for member in members))
     if origin is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
@@ -47,7 +45,7 @@ def expected(hint: Any) -> str:
         return "one of " + ", ".join(str(member.value) for member in hint)
     if origin is list or hint is list:
         return "a list"
-    if origin is dict or hint is dict:
+    if _is_mapping(hint):
         return "a mapping"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
 
@@ -69,19 +67,36 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+# A date stays the text that it is, the name of a branch or of a run; no key takes another kind of date.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _one_of(value: Any, members: tuple[Any, ...]) -> Any:
     if value is None and type(None) in members:
         return None
-    enums = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
-    # Fields typed `Enum | str` take the enum's values; the str only says that they may be written as text.
-    members = tuple(member for member in members if member is not type(None) and not (enums and member is str))
     # Text last, since everything can be written as text.
-    for member in sorted(members, key=lambda member: member is str):
+    for member in sorted(_told_apart(members), key=lambda member: member is str):
         try:
             return coerce(value, member)
         except ValueError:
             continue
     raise ValueError("fits no type")
+
+
+def _told_apart(members: tuple[Any, ...]) -> list[Any]:
+    """The types of a union that say something: `Enum | str` and `dict | str` only say that text may stand for the first."""
+    members = tuple(member for member in members if member is not type(None))
+    written = any(
+        _is_mapping(member) or (isinstance(member, type) and issubclass(member, enum.Enum)) for member in members
+    )
+    return [member for member in members if not (written and member is str)]
+
+
+def _is_mapping(hint: Any) -> bool:
+    return dict in (hint, typing.get_origin(hint))
 
 
 def _choice(value: Any, choices: list[Any]) -> Any:

@@ -124,9 +124,12 @@ def build(values: Mapping[str, Any]) -> Recipe:
 
 
 def _resolved(training: dict[str, Any]) -> dict[str, Any]:
-    """Training keys with the value of `bf16` that will run, as TRL's configuration makes it of a recipe without one."""
+    """Training keys with the values that will run where those that were written, or left out, come to something else."""
     if training.get("bf16") is None:
-        return {**training, "bf16": not training.get("fp16", False)}
+        # As TRL's configuration makes it of a recipe without one.
+        training["bf16"] = not training.get("fp16", False)
+    if training.get("dataloader_persistent_workers") and not training.get("dataloader_num_workers"):
+        training["dataloader_persistent_workers"] = False  # PyTorch refuses to keep workers where there are none
     return training
 
 
