@@ -25,6 +25,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"predict_with_generate": True, "eval_steps": 5}, ["eval_steps has no", "predict_with_generate has no"]),
         ({"predict_with_generate": False}, []),
         ({"tokens_per_batch": 500}, ["tokens_per_batch has no effect without packing"]),
+        ({"dataset_streaming": True, "dataloader_num_workers": 2}, ["dataloader_num_workers above 1 has no effect"]),
+        ({"dataset_streaming": True, "dataloader_num_workers": 1}, []),
     ],
 )
 def test_keys_without_an_effect_are_told(keys, told):

@@ -247,6 +247,46 @@ def test_streaming(messages_folder):
         open_rows(str(folder), "train[:10%]", streaming=True)
 
 
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory):
+    """Ten rows of chartqa in two files."""
+    from datasets import Dataset, Features, Image, Value
+
+    folder = tmp_path_factory.mktemp("two")
+    features = Features({"image": Image(), "query": Value("string"), "label": Value("string")})
+    for file in range(2):
+        rows = [{"image": RED, "query": f"{5 * file + number}", "label": "x"} for number in range(5)]
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"train-0000{file}-of-00002.parquet")
+    return str(folder)
+
+
+def read_by(workers, rows):
+    from torch.utils.data import DataLoader
+
+    batches = DataLoader(rows.dataset, batch_size=2, num_workers=workers, collate_fn=list)
+    return [row for batch in batches for row in batch]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stream_of_several_files_is_the_same_for_any_number_of_workers(workers, two_files):
+    rows = open_rows(two_files, "train[3:9]", streaming=True, max_rows=5)
+    found = read_by(workers, rows)
+    assert [(row["query"], row["row_id"]) for row in found] == [(str(place), place) for place in range(3, 8)]
+    assert rows.conversation(found[0]).images[0].decode().size == (56, 56)
+    whole = read_by(workers, open_rows(two_files, "train", streaming=True))
+    assert [row["row_id"] for row in whole] == list(range(10))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_shuffled_stream_of_several_files_gives_each_row_an_id_of_its_own(workers, two_files):
+    mixed = read_by(workers, open_rows(two_files, "train", streaming=True, shuffle_seed=1))
+    assert [row["row_id"] for row in mixed] == list(range(10))
+    assert sorted(row["query"] for row in mixed) == [str(place) for place in range(10)]
+    assert [row["query"] for row in mixed] != [str(place) for place in range(10)]
+    part = read_by(workers, open_rows(two_files, "train[3:9]", streaming=True, shuffle_seed=1))
+    assert sorted((row["query"], row["row_id"]) for row in part) == [(str(place), place) for place in range(3, 9)]
+
+
 @pytest.mark.parametrize(
     ("name", "split", "told"),
     [

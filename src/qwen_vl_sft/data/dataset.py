@@ -26,7 +26,7 @@ class Rows:
     """The rows of one split: undecoded, in a known format, with a name for messages.
 
     `dataset` is a map-style `Dataset`, or an `IterableDataset` when streamed. Every row carries `row_id`, its place in
-    the split (or slice) before any shuffling.
+    the split before any shuffling; in a shuffled stream of several files its place in the order they are mixed in.
     """
 
     dataset: Dataset | IterableDataset
@@ -102,9 +102,9 @@ def open_rows(
     """
     path = Path(name).expanduser()
     folder = (path if path.is_dir() else path.parent) if path.exists() else None
-    dataset = _load(name, path, split, config, streaming)
+    dataset = _stream(name, path, split, config, shuffle_seed) if streaming else _load(name, path, split, config)
     where = f"{name} [{split}]"
-    if shuffle_seed is not None:
+    if not streaming and shuffle_seed is not None:
         dataset = dataset.shuffle(seed=shuffle_seed)
     if max_rows is not None:
         dataset = dataset.take(max_rows)
@@ -134,36 +134,67 @@ def in_memory(rows: Rows) -> Rows:
     return Rows(Dataset.from_generator(read, features=rows.dataset.features), rows.format, rows.name, rows.folder)
 
 
-def _load(name: str, path: Path, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
-    arguments: dict[str, Any] = {"path": name, "name": config, "streaming": streaming}
-    if path.exists():
-        arguments |= _local_arguments(path, split)
-    elif name.startswith((".", "/", "~")) or name.endswith((".json", ".jsonl", ".parquet")):
-        raise UserError(f"dataset_name: {name} does not exist here; give a local folder or file, or a Hub id")
-    base, start, stop = split, None, None
-    if streaming and "[" in split:
-        match = _SLICE.match(split)
-        if not match:
-            raise UserError(f"dataset split {split!r}: a streamed dataset takes row slices only, such as train[:1000]")
-        base, start, stop = match["split"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-    try:
-        dataset = datasets.load_dataset(**arguments, split=base)
-    except Exception as error:
-        # load_dataset raises a dozen kinds of error for a wrong name, split, configuration or file.
-        reason = first_line(error)
-        raise UserError(f"dataset {name}, split {split}: cannot be loaded: {reason}") from error
-    dataset = _undecoded(dataset)
-    if isinstance(dataset, IterableDataset):
-        # Without its features, a mapped stream would decode images again.
-        features = Features({**dataset.features, ROW_ID: Value("int64")}) if dataset.features else None
-        numbered = dataset.map(lambda row, index: {**row, ROW_ID: index}, with_indices=True, features=features)
-        numbered = numbered.skip(start) if start else numbered
-        return numbered.take(stop - (start or 0)) if stop is not None else numbered
+def _load(name: str, path: Path, split: str, config: str | None) -> Dataset:
+    dataset = _opened(name, path, split, config, streaming=False)
     if len(dataset) == 0:
         raise UserError(f"dataset {name}, split {split}: holds no rows")
     # A column of this name that the data brings is read by no format.
     others = dataset.remove_columns(ROW_ID) if ROW_ID in dataset.column_names else dataset
     return others.add_column(ROW_ID, range(len(others)))
+
+
+def _stream(name: str, path: Path, split: str, config: str | None, shuffle_seed: int | None) -> IterableDataset:
+    base, start, stop = split, 0, None
+    if "[" in split:
+        match = _SLICE.match(split)
+        if not match:
+            raise UserError(f"dataset split {split!r}: a streamed dataset takes row slices only, such as train[:1000]")
+        base, start, stop = match["split"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+    dataset = _opened(name, path, base, config, streaming=True)
+
+    if shuffle_seed is not None and dataset.num_shards > 1 and "[" not in split:
+        # Files are also mixed with each other, which leaves no row its place.
+        return _numbered(_by_one_worker(dataset.shuffle(seed=shuffle_seed)))
+    stream = _numbered(_by_one_worker(dataset))
+    stream = stream.skip(start) if start else stream
+    stream = stream.take(stop - start) if stop is not None else stream
+    return stream if shuffle_seed is None else stream.shuffle(seed=shuffle_seed)
+
+
+def _numbered(stream: IterableDataset) -> IterableDataset:
+    # Without its features, a mapped stream would decode images again.
+    features = Features({**stream.features, ROW_ID: Value("int64")}) if stream.features else None
+    return stream.map(_with_place, with_indices=True, features=features)
+
+
+def _with_place(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {**row, ROW_ID: index}
+
+
+def _by_one_worker(stream: IterableDataset) -> IterableDataset:
+    """A stream that a data loader cannot deal out to its workers, file by file; each would count and cut a part of it."""
+    if stream.num_shards == 1:
+        return stream
+    return IterableDataset.from_generator(_rows_of, features=stream.features, gen_kwargs={"stream": stream})
+
+
+def _rows_of(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    # Read in batches, a stream does not ask which worker it is in.
+    for batch in stream.iter(batch_size=1):
+        yield {name: values[0] for name, values in batch.items()}
+
+
+def _opened(name: str, path: Path, split: str, config: str | None, streaming: bool) -> Any:
+    arguments: dict[str, Any] = {"path": name, "name": config, "streaming": streaming}
+    if path.exists():
+        arguments |= _local_arguments(path, split)
+    elif name.startswith((".", "/", "~")) or name.endswith((".json", ".jsonl", ".parquet")):
+        raise UserError(f"dataset_name: {name} does not exist here; give a local folder or file, or a Hub id")
+    try:
+        return _undecoded(datasets.load_dataset(**arguments, split=split))
+    except Exception as error:
+        # load_dataset raises a dozen kinds of error for a wrong name, split, configuration or file.
+        raise UserError(f"dataset {name}, split {split}: cannot be loaded: {first_line(error)}") from error
 
 
 def _local_arguments(path: Path, split: str) -> dict[str, Any]:

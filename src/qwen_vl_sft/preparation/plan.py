@@ -91,6 +91,8 @@ def warnings(recipe: Recipe) -> list[str]:
         found += [f"{name} has no effect without predict_with_generate: true" for name in unused]
     if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
         found.append("tokens_per_batch has no effect without packing: true; per_device_train_batch_size is the batch")
+    if recipe.data.dataset_streaming and recipe.get("dataloader_num_workers") > 1:
+        found.append("dataloader_num_workers above 1 has no effect: a stream is read by one worker, in its order")
     if not recipe.run.push_to_hub:
         idle = [name for name in sorted(recipe.stated) if name.startswith("hub_")]
         found += [f"{name} has no effect without push_to_hub: true" for name in idle]
