@@ -6,15 +6,18 @@ import re
 import pytest
 from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
+from trl import SFTConfig
 
+from qwen_vl_sft.batching.sampler import step_loader
 from qwen_vl_sft.launching.world import World
+from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
 from qwen_vl_sft.preparation.nested_rules import NESTED_RULES, OPTIM_ARGS
 from qwen_vl_sft.preparation.range_rules import RANGE_RULES
 from qwen_vl_sft.recipe.reading import read_recipe
 
 
-def problems(rules, **keys):
-    world = World("single", 1, 0, 0, True)
+def problems(rules, processes=1, **keys):
+    world = World("single" if processes == 1 else "ddp", processes, 0, 0, True)
     return [problem for rule in rules for problem in rule(read_recipe(None, keys), world)]
 
 
@@ -135,3 +138,63 @@ def test_the_arguments_of_optimizers_are_those_that_transformers_reads():
             read |= set(re.findall(r"\"(\w+)\"", names))
         beginning = max((known for known in OPTIM_ARGS if optimizer.value.startswith(known)), key=len, default="")
         assert set(OPTIM_ARGS.get(beginning, ())) == read, optimizer
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha with packing: transformers would scale the noise"),
+        ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen counts padded batches alone"),
+        ({"include_num_input_tokens_seen": "non_padding"}, "include_num_input_tokens_seen counts padded batches alone"),
+        (
+            {"global_batch_size": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+            "global_batch_size 8 contradicts per_device_train_batch_size 2 x 2 process(es) x gradient_accumulation_steps 8",
+        ),
+        (
+            {"global_batch_tokens": 800, "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps has no effect beside global_batch_tokens; remove one of the two",
+        ),
+        (
+            {"dataloader_multiprocessing_context": "threads"},
+            "dataloader_multiprocessing_context: 'threads' is unknown; ",
+        ),
+        (
+            {"dataloader_multiprocessing_context": "fork"},
+            "dataloader_multiprocessing_context is set but dataloader_num",
+        ),
+    ],
+)
+def test_keys_that_packing_would_ignore_or_change(keys, told):
+    found = problems(BATCH_RULES, packing=True, processes=2, **keys)
+    assert len(found) == 1
+    assert found[0].startswith(told)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"neftune_noise_alpha": 0, "include_num_input_tokens_seen": "no"},
+        {"global_batch_size": 6, "per_device_train_batch_size": 4},
+        {"global_batch_size": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+        {"dataloader_multiprocessing_context": "spawn", "dataloader_num_workers": 1},
+    ],
+)
+def test_keys_that_packing_takes(keys):
+    assert problems(BATCH_RULES, packing=True, processes=2, **keys) == []
+
+
+def test_padded_batches_take_what_packing_does_not():
+    keys = {"neftune_noise_alpha": 5, "include_num_input_tokens_seen": "all"}
+    assert problems(BATCH_RULES, **keys) == []
+    found = problems(BATCH_RULES, include_num_input_tokens_seen="some")
+    assert found == ["include_num_input_tokens_seen: 'some' is unknown; one of all, non_padding, no"]
+
+
+def test_the_loader_of_packed_steps_starts_its_workers_as_asked():
+    def context(**keys):
+        args = SFTConfig(use_cpu=True, bf16=False, report_to="none", dataloader_multiprocessing_context="spawn", **keys)
+        return step_loader([], list, args).multiprocessing_context
+
+    assert context(dataloader_num_workers=1).get_start_method() == "spawn"
+    assert context() is None

@@ -63,6 +63,7 @@ def step_loader(sampler: StepSampler, collate: Callable[..., Any], args: Trainin
         prefetch_factor=(args.dataloader_prefetch_factor or 1) if workers else None,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
     )
 
 

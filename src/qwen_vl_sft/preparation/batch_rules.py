@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 
 from qwen_vl_sft.batching.global_batch import GlobalBatch
@@ -9,6 +10,7 @@ from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.recipe.reading import Recipe
 
 Rule = Callable[[Recipe, World], Iterator[str]]
+_TOKENS_SEEN = ("all", "non_padding", "no")
 
 
 def resolve_batch(recipe: Recipe, world: World) -> GlobalBatch:
@@ -30,14 +32,14 @@ def _batch(recipe: Recipe, world: World) -> Iterator[str]:
             yield "global_batch_size and global_batch_tokens both say what an optimizer step takes; remove one of the two"
         if not recipe.run.packing:
             yield "global_batch_tokens needs packing: true; set it, or write global_batch_size"
+        if "gradient_accumulation_steps" in recipe.stated:
+            yield "gradient_accumulation_steps has no effect beside global_batch_tokens; remove one of the two"
     if whole is None or per_device < 1:
         return
-    if recipe.run.packing:
-        if whole < world.processes:
-            yield f"global_batch_size {whole} is below the {world.processes} processes; raise it, or start fewer"
-        return
     per_step = per_device * world.processes
-    if whole % per_step:
+    if recipe.run.packing and whole < world.processes:
+        yield f"global_batch_size {whole} is below the {world.processes} processes; raise it, or start fewer"
+    elif not recipe.run.packing and whole % per_step:
         yield (
             f"global_batch_size {whole} is no multiple of per_device_train_batch_size {per_device} x {world.processes}"
             f" process(es) = {per_step}; {_that_divides(whole, per_device, world.processes)}"
@@ -72,6 +74,16 @@ def _packing(recipe: Recipe, world: World) -> Iterator[str]:
         yield f"tokens_per_batch: {run.tokens_per_batch} must be at least 1"
     if recipe.data.dataset_streaming:
         yield "packing needs the lengths of all rows, and a stream does not tell them; set one of the two to false"
+    if recipe.get("neftune_noise_alpha"):
+        yield (
+            "neftune_noise_alpha with packing: transformers would scale the noise by the tokens of the whole micro-batch"
+            " instead of a row's; set packing: false, or leave neftune_noise_alpha out"
+        )
+    if recipe.get("include_num_input_tokens_seen") not in (False, "no"):
+        yield (
+            "include_num_input_tokens_seen counts padded batches alone; leave it out with packing: metrics.json has the"
+            " tokens of the run, and the log their number a second"
+        )
     if run.share_prefixes and model.use_peft and model.lora_dropout > 0:
         yield (
             f"share_prefixes with lora_dropout {model.lora_dropout}: all questions on an image would share one draw of"
@@ -82,6 +94,22 @@ def _packing(recipe: Recipe, world: World) -> Iterator[str]:
             "share_prefixes with train_on: all: the text of a shared prefix would be learned once, not once a question;"
             " set train_on: assistant, or share_prefixes: false"
         )
+
+
+def _loader(recipe: Recipe, world: World) -> Iterator[str]:
+    context, known = recipe.get("dataloader_multiprocessing_context"), multiprocessing.get_all_start_methods()
+    if context is None:
+        return
+    if context not in known:
+        yield f"dataloader_multiprocessing_context: {context!r} is unknown; one of {', '.join(known)}"
+    elif recipe.get("dataloader_num_workers") == 0:
+        yield "dataloader_multiprocessing_context is set but dataloader_num_workers is 0; remove one of the two"
+
+
+def _tokens_seen(recipe: Recipe, world: World) -> Iterator[str]:
+    value = recipe.get("include_num_input_tokens_seen")
+    if value not in (True, False, *_TOKENS_SEEN):
+        yield f"include_num_input_tokens_seen: {value!r} is unknown; one of {', '.join(_TOKENS_SEEN)}"
 
 
 def _checkpointing(recipe: Recipe, world: World) -> Iterator[str]:
@@ -120,4 +148,4 @@ def _image_features(recipe: Recipe, world: World) -> Iterator[str]:
         )
 
 
-BATCH_RULES: tuple[Rule, ...] = (_batch, _packing, _checkpointing, _image_features)
+BATCH_RULES: tuple[Rule, ...] = (_batch, _packing, _loader, _tokens_seen, _checkpointing, _image_features)

@@ -192,6 +192,7 @@ REFUSED_KEYS: dict[str, str] = {
     "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
     "train_sampling_strategy": "every epoch visits each row once, in an order that follows from the seed",
     "length_column_name": "every epoch visits each row once, in an order that follows from the seed",
+    "dataloader_in_order": "every epoch visits each row once, in an order that follows from the seed",
     "dataloader_drop_last": "every epoch visits each row once",
     "do_train": "scripts/sft.py always trains",
     "do_eval": "use eval_strategy",
