@@ -13,7 +13,7 @@ from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
 from qwen_vl_sft.preparation.nested_rules import NESTED_RULES, OPTIM_ARGS
 from qwen_vl_sft.preparation.range_rules import RANGE_RULES
-from qwen_vl_sft.recipe.reading import read_recipe
+from qwen_vl_sft.recipe.reading import key_hints, read_recipe
 
 
 def problems(rules, processes=1, **keys):
@@ -97,6 +97,11 @@ def test_mistakes_inside_keys(keys, told):
     found = problems(NESTED_RULES, **keys)
     assert len(found) == 1
     assert found[0].startswith(told)
+
+
+def test_every_key_that_holds_keys_has_a_rule_or_is_refused():
+    holds_keys = {name for name, hint in key_hints().items() if "dict" in str(hint)}
+    assert holds_keys == {"gradient_checkpointing_kwargs", "lr_scheduler_kwargs"}
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ BAD_RECIPES = {
         "unknown key use_reentrnat; did you mean use_reentrant?",
     ),
     "workers below none": ({"dataloader_num_workers": -1}, "dataloader_num_workers: -1 must be at least 0"),
+    "unknown level of logging": ({"log_level": "loud"}, "log_level: 'loud' is unknown; one of detail, debug, info,"),
     "no logger by nothing": ({"report_to": "null"}, "report_to: None is unknown"),
     "missing model": ({"model_name_or_path": "./nowhere"}, "model_name_or_path: ./nowhere is not a folder"),
     "missing data": ({"dataset_name": "./nowhere"}, "dataset_name: ./nowhere does not exist"),

@@ -7,6 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.training_args import trainer_log_levels
+
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.hub.names import problem_of_branch, problem_of_repo_id
@@ -105,7 +107,7 @@ def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
         )
     elif recipe.get("eval_strategy") == "steps" and recipe.get("save_strategy") == "steps":
         every = recipe.get("eval_steps") or recipe.get("logging_steps")
-        if recipe.get("save_steps") % every:
+        if every and recipe.get("save_steps") % every:
             yield f"load_best_model_at_end needs save_steps {recipe.get('save_steps')} to be a multiple of eval_steps {every}"
 
 
@@ -151,6 +153,9 @@ def _reporting(recipe: Recipe, world: World) -> Iterator[str]:
             yield "report_to: none stands beside others; keep it alone, or remove it"
         elif name not in packages and name != "none":
             yield f"report_to: {name!r} is unknown; tensorboard, wandb, trackio or none"
+    for key in ("log_level", "log_level_replica"):
+        if recipe.get(key) not in trainer_log_levels:
+            yield f"{key}: {recipe.get(key)!r} is unknown; one of {', '.join(trainer_log_levels)}"
 
 
 def _loss(recipe: Recipe, world: World) -> Iterator[str]:
