@@ -510,7 +510,7 @@ def test_a_run_goes_on_with_another_learning_rate_and_other_intervals(config, si
     assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 5, 6)}
 
 
-@pytest.mark.parametrize(("processes", "packing"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("processes", "packing"), [pytest.param(1, True, marks=pytest.mark.long), (2, False)])
 def test_a_killed_run_ends_as_one_that_was_not(processes, packing, tmp_path):
     """The short form of scripts/kill_and_resume.py."""
     keys = {**SHORT, "dataloader_num_workers": 1, "save_total_limit": 1}

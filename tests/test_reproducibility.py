@@ -126,6 +126,7 @@ def test_float32_is_float32_in_convolutions_too(tf32, tmp_path, monkeypatch):
     assert torch.backends.cudnn.allow_tf32 == (tf32 is None)
 
 
+@pytest.mark.long
 def test_two_processes_with_dropout(tmp_path):
     keys = {**KEYS, "lora_dropout": 0.1}
     found = []
