@@ -15,6 +15,7 @@ from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.batching.largest import largest_micro_batch
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
@@ -63,7 +64,7 @@ def test_the_largest_micro_batch_is_as_large_as_any(tiny_processor):
         met = max(
             cost(batch) for epoch in (0, 1) for step in plan.steps(epoch) for batches in step for batch in batches
         )
-        largest = plan.largest()
+        largest = largest_micro_batch(plan)
         assert cost(largest) >= met
         assert sum(plan.sizes.of(group)[0] for group in largest) <= 700
         assert sum(len(group) for group in largest) <= rows_per_step
@@ -71,7 +72,60 @@ def test_the_largest_micro_batch_is_as_large_as_any(tiny_processor):
 
 def test_the_largest_step_is_limited_by_its_rows():
     plan = StepPlan(sizes_of([10, 40, 20, 40, 30]), GlobalBatch(2), 100, 1, seed=0)
-    assert plan.largest() == [[1], [3]]
+    assert largest_micro_batch(plan) == [[1], [3]]
+
+
+def most_met(plan, epochs=4):
+    """Tokens, and tokens with patches, of the micro-batches of some epochs that have most of them."""
+    batches = [batch for epoch in range(epochs) for step in plan.steps(epoch) for part in step for batch in part]
+    costs = [sum(plan.sizes.of(group) for group in batch) for batch in batches if batch]
+    return max(tokens for tokens, _ in costs), max(sum(cost) for cost in costs)
+
+
+@pytest.mark.parametrize(("rows_per_step", "images"), [(1, 1), (16, 2), (20, 2), (32, 3)])
+def test_a_step_shows_more_images_than_whole_groups_would(rows_per_step, images):
+    """20 questions on each of ten images: a step that begins with an image's last question comes to one image more."""
+    count, picture, question = 200, 600, 30
+    prefix = [row // 20 for row in range(count)]
+    sizes = sizes_of(
+        [picture + question] * count, [4 * picture] * count, prefix, [picture] * count, [4 * picture] * count
+    )
+    plan = StepPlan(sizes, GlobalBatch(rows_per_step), 100_000, 1, seed=0, share_prefixes=True)
+    largest = largest_micro_batch(plan)
+    assert sum(sizes.of(group)[0] for group in largest) == images * picture + rows_per_step * question
+    assert most_met(plan)[0] <= images * picture + rows_per_step * question
+
+
+@st.composite
+def questions_on_images(draw):
+    """Images of 4 patches a token with up to 30 questions on each, and rows of text."""
+    rows = []
+    images = draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(1, 20)), max_size=8))
+    for number, (picture, questions, longest) in enumerate(images):
+        lengths = draw(st.lists(st.integers(1, longest), min_size=questions, max_size=questions))
+        rows += [(picture + length, 4 * picture, number, picture, 4 * picture) for length in lengths]
+    rows += [(length, 0, -1, 0, 0) for length in draw(st.lists(st.integers(1, 80), min_size=not rows, max_size=20))]
+    return sizes_of(*(list(column) for column in zip(*draw(st.permutations(rows)), strict=True)))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    questions_on_images(),
+    st.one_of(
+        st.integers(1, 40).map(GlobalBatch), st.integers(80, 1500).map(lambda tokens: GlobalBatch(tokens=tokens))
+    ),
+    st.integers(80, 500),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_no_micro_batch_needs_more_than_the_one_that_is_tried_but_for_a_row(sizes, batch, budget, processes, share):
+    plan = StepPlan(sizes, batch, budget, processes, seed=3, share_prefixes=share)
+    largest = largest_micro_batch(plan)
+    tokens, patches = sum(sizes.of(group) for group in largest)
+    assert tokens <= budget
+    assert sum(map(len, largest)) <= batch.most(sizes.tokens)[0]
+    assert len({row for group in largest for row in group}) == sum(map(len, largest))
+    assert most_met(plan)[1] <= tokens + patches + (sizes.tokens + sizes.patches).max()
 
 
 @pytest.fixture

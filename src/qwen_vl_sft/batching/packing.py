@@ -130,31 +130,9 @@ class StepPlan:
         room = sum(found) * self.processes * self.tokens_per_batch
         return Survey(rows / len(found), sum(found) / len(found), tokens / room, tokens / rows_alone)
 
-    def largest(self) -> MicroBatch:
-        """A micro-batch that needs as much memory as any of any epoch: full, and of the largest images."""
-        groups = self._groups(range(len(self.sizes.tokens)))
-        costs = np.array([self.sizes.of(group) for group in groups])
-        # Rows and their tokens, of which those of a shared prefix count for each.
-        parts = np.array([(len(group), self.sizes.tokens[group].sum()) for group in groups])
-        dense = self._filled_up(np.argsort(-costs[:, 1] / costs[:, 0], kind="stable"), costs, parts)
-        large = self._filled_up(np.argsort(-costs.sum(axis=1), kind="stable"), costs, parts)
-        # A patch costs about as much as a token, where the vision tower trains, and nearly nothing where it does not.
-        return [groups[place] for place in max((dense, large), key=lambda places: costs[places].sum())]
-
-    def _filled_up(self, order: np.ndarray, costs: np.ndarray, parts: np.ndarray) -> list[int]:
-        places: list[int] = []
-        limits = np.array([self.tokens_per_batch, *self.batch.most(self.sizes.tokens)])
-        filled = np.zeros(3)
-        for place in order:
-            after = filled + np.array([costs[place, 0], *parts[place]])
-            if (after <= limits).all():
-                places.append(int(place))
-                filled = after
-        return places
-
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
         """Micro-batches by process for the rows of one step: as few as the budget allows, and as equal as they can be."""
-        groups = self._groups(rows)
+        groups = self.groups(rows)
         tokens = sum(self.sizes.of(group)[0] for group in groups)
         for count in range(max(1, math.ceil(tokens / (self.processes * self.tokens_per_batch))), len(rows) + 1):
             bins = self._fill(self._enough(groups, count * self.processes), count * self.processes)
@@ -162,7 +140,8 @@ class StepPlan:
                 return self._deal(bins, count)
         raise AssertionError("every row fits a micro-batch of its own")
 
-    def _groups(self, rows: Sequence[int]) -> list[Group]:
+    def groups(self, rows: Sequence[int]) -> list[Group]:
+        """These rows in groups on one prefix, each of which fits a micro-batch; single rows when nothing is shared."""
         if not self.share_prefixes:
             return [[row] for row in rows]
         found: dict[tuple[int, int], Group] = {}

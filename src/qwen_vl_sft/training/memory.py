@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qwen_vl_sft.batching.largest import largest_micro_batch
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.errors import UserError
@@ -152,7 +153,7 @@ class MemoryProbe(TrainerCallback):
 def largest_batch(collator: Any, scan: Scan, sampler: Any, rows: int) -> dict[str, Any]:
     """The micro-batch that needs most: of the packed steps of `sampler`, else of the `rows` longest rows padded."""
     if isinstance(sampler, StepSampler):
-        batch = collator([sampler.plan.largest()])[MICRO_BATCHES][0]
+        batch = collator([largest_micro_batch(sampler.plan)])[MICRO_BATCHES][0]
     else:
         batch = collator([{"row": int(row)} for row in np.argsort(-scan.tokens, kind="stable")[:rows]])
     collator.forget_skipped()  # training will meet these rows again
