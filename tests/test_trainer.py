@@ -1,21 +1,29 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL_SHAPE, conversation_row
+from peft import get_peft_model
 from trl import SFTConfig
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.collator import Collator, pad
 from qwen_vl_sft.batching.sampler import EpochSampler, places
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.modeling.base_model import load_model
+from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.modeling.base_model import freeze_vision_tower, load_model, part_of
+from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.modeling.patches import run_frozen_vision_without_gradients
+from qwen_vl_sft.recipe.reading import build
 from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS, ModelSettings
 from qwen_vl_sft.training.callbacks import EpochOrder, format_log
 from qwen_vl_sft.training.meter import Meter
+from qwen_vl_sft.training.model_setup import finish_model
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
+
+SINGLE = World(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
 
 
 def qwen2_vl():
@@ -94,8 +102,6 @@ def make_trainer(model, rows, processor, tmp_path, train_rows=6, **arguments):
 
 def token_mean(model, rows, processor):
     """The loss by its definition: one row at a time, all learned tokens weighing the same."""
-    from qwen_vl_sft.batching.collator import pad
-
     encoder, total, count = Encoder(processor), 0.0, 0
     for index in range(len(rows)):
         batch = pad([rows.encode({"row": index}, encoder)], encoder.pad_token_id)
@@ -148,9 +154,6 @@ def test_an_incomplete_last_step_weighs_its_own_tokens(ragged, tiny_processor, t
 
 
 def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, tiny_processor):
-    from qwen_vl_sft.batching.collator import pad
-    from qwen_vl_sft.modeling.base_model import part_of
-
     encoder, gradients = Encoder(tiny_processor), []
     batch = pad([ragged.encode({"row": 0}, encoder)], encoder.pad_token_id)
     for freeze in (False, True):
@@ -165,6 +168,43 @@ def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, t
         model(**batch).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
+@pytest.mark.parametrize("keys", [{"lora_scope": "merger"}, {"use_peft": False, "freeze_vision_tower": True}], ids=str)
+def test_a_tower_of_which_the_merger_trains_is_not_run_backwards(family, keys, ragged, tiny_processor):
+    """Also with checkpointing, which makes its input require gradients; those of the merger are the same."""
+    recipe = build(
+        {"model_name_or_path": str(tiny.MODEL_DIR), "dataset_name": str(tiny.DATA_DIR), "lora_r": 4, "bf16": False}
+        | {"dtype": "float32", "fused_kernels": None, **keys}
+    )
+    encoder, gradients, start = Encoder(tiny_processor), [], qwen2_vl() if family == "qwen2_vl" else newer(family)
+    batch = pad([ragged.encode({"row": 0}, encoder)], encoder.pad_token_id)
+    for finish in (False, True):
+        model = copy.deepcopy(start)
+        if recipe.model.use_peft:
+            torch.manual_seed(0)
+            model = get_peft_model(model, lora_config(model, recipe.model))
+        else:
+            freeze_vision_tower(model)
+        model.enable_input_require_grads()
+        base = model.get_base_model() if recipe.model.use_peft else model
+        base.activation_checkpointing_enable()
+        if finish:
+            accelerator = SimpleNamespace(state=SimpleNamespace())
+            assert not finish_model(SimpleNamespace(model=model, accelerator=accelerator), recipe, SINGLE)
+        graphs = []
+        for block in base.model.visual.blocks:
+            block.register_forward_hook(lambda block, given, output, graphs=graphs: graphs.append(output.requires_grad))
+        model.train()(**batch).loss.backward()
+        # transformers does not make the input of Qwen3-VL's tower require gradients.
+        assert graphs == [not finish and "Qwen3" not in family] * len(base.model.visual.blocks)
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert {part_of(name) for name in found} >= {"merger"}
+        gradients.append(found)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], wanted, rtol=0, atol=1e-6)
 
 
 def test_speed_is_logged_and_counted(ragged, tiny_processor, tmp_path):

@@ -183,11 +183,14 @@ def freeze_vision_tower(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def trained_parts(model: nn.Module) -> set[str]:
+    """Those of `PARTS` in which something trains."""
+    return {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def is_vision_frozen(model: nn.Module) -> bool:
     """Whether nothing in the vision tower or its merger trains."""
-    return not any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if part_of(name) != "language"
-    )
+    return trained_parts(model) <= {"language"}
 
 
 def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:

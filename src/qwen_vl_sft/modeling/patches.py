@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from contextlib import nullcontext
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -31,6 +32,17 @@ def run_frozen_vision_without_gradients(model: nn.Module) -> None:
             return forward(*args, **kwargs)
 
     visual.forward = without_gradients
+
+
+def run_frozen_blocks_without_gradients(model: nn.Module) -> None:
+    """Build no graph over the blocks of a vision tower of which nothing but its mergers trains.
+
+    As with a tower that is frozen as a whole, checkpointing makes its input require gradients. Mergers of deeper layers
+    take what leaves a block, as the last one does.
+    """
+    for name, block in model.named_modules():
+        if re.search(r"(^|\.)visual\.blocks\.\d+$", name):
+            block.forward = torch.no_grad()(block.forward)
 
 
 def count_no_placeholders_in_training(model: Any) -> None:

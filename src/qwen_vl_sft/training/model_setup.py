@@ -12,11 +12,12 @@ from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
-from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model
+from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model, trained_parts
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.patches import (
     call_head_after_backbone,
     count_no_placeholders_in_training,
+    run_frozen_blocks_without_gradients,
     run_frozen_vision_without_gradients,
     run_vision_in_every_batch,
     take_packed_batches,
@@ -59,6 +60,8 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
     vision_frozen = is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)
+    elif "vision" not in trained_parts(model):
+        run_frozen_blocks_without_gradients(model)
     base = model.get_base_model() if recipe.model.use_peft else model
     if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
         run_vision_in_every_batch(base)
