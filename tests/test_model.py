@@ -207,6 +207,22 @@ def test_flops_of_the_7b(shared):
     assert peak_flops("a toaster") is None
 
 
+def test_flops_of_the_newer_towers():
+    """Qwen2.5-VL's windows of 8 x 8 patches, which all but four layers attend in; Qwen3-VL's mergers of deeper layers."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+
+    windows = FlopCounter.of(Qwen2_5_VLConfig(), peft=True, vision_frozen=True)
+    width, inner, text = 3584, 3420, Qwen2_5_VLConfig().text_config.hidden_size
+    layers = 2 * 32 * (4 * width * width + 3 * width * inner) + 2 * (4 * width) * (4 * width + text) / 4
+    assert windows.per_patch_squared == 4 * 4 * width
+    assert windows.per_patch == pytest.approx(layers + 4 * 28 * width * 64)
+    deeper = FlopCounter.of(Qwen3VLConfig(), peft=True, vision_frozen=True)
+    width, inner, text = 1152, 4304, Qwen3VLConfig().text_config.hidden_size
+    merger = 2 * (4 * width) * (4 * width + text) / 4
+    assert deeper.per_patch_squared == 4 * 27 * width
+    assert deeper.per_patch == pytest.approx(2 * 27 * (4 * width * width + 2 * width * inner) + 4 * merger)
+
+
 def test_random_models_refuse_a_used_folder_and_unknown_overrides(shared, tmp_path):
     (tmp_path / "file").touch()
     config = str(shared / "qwen2vl/config-2b")

@@ -83,13 +83,17 @@ class FlopCounter:
         gated = 3 if config.model_type == "qwen2_5_vl" else 2
         block = 4 * width * width + gated * width * inner
         merged = width * vision.spatial_merge_size**2
-        merger = (merged * merged + merged * text.hidden_size) / vision.spatial_merge_size**2
+        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        merger = mergers * (merged * merged + merged * text.hidden_size) / vision.spatial_merge_size**2
+        # Qwen2.5-VL: in most layers a patch sees its window alone. Those at the edge of an image count as whole ones.
+        full = len(vision.fullatt_block_indexes) if hasattr(vision, "fullatt_block_indexes") else vision.depth
+        window = (vision.window_size // vision.patch_size) ** 2 if full < vision.depth else 0
         return cls(
             per_token=2 * (text.num_hidden_layers * (attention + mlp) - late),
             per_token_squared=2 * text.num_hidden_layers * queries,
             per_learned=2 * (text.hidden_size * text.vocab_size + late),
-            per_patch=2 * (vision.depth * block + merger),
-            per_patch_squared=4 * vision.depth * width,
+            per_patch=2 * (vision.depth * block + merger) + 4 * (vision.depth - full) * width * window,
+            per_patch_squared=4 * full * width,
             language_passes=2 if peft else 3,
             vision_passes=1 if vision_frozen else 2 if peft else 3,
         )
