@@ -169,7 +169,7 @@ def wrong(name, batch):
         for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             del batch[key]
     elif name == "positions of the sequence":
-        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(4, 1, -1)
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
     elif name == "places of what is learned":
         batch["learned_places"] = batch["learned_places"] + 1
     return batch

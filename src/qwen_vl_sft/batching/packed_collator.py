@@ -92,10 +92,12 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
 
     Returns `input_ids` [1, T]; `shift_labels` [1, N], the learned tokens, and `learned_places` [N], the places of the
-    sequence that predict them; `position_ids` [4, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the boundaries of
+    sequence that predict them; `position_ids` [3, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the boundaries of
     the pieces and of what they attend to; their largest lengths `max_length_q`, `max_length_k`; `kv_index` [K], for
     prefixes that are shared, the keys and values of each piece one after another; what the images bring, as
-    `_vision_inputs` puts it together; and `work`. There is no attention mask.
+    `_vision_inputs` puts it together, for Qwen3-VL with `visual_places` [image tokens], where they stand in the sequence;
+    and `work`. There is no attention mask, and no place in the text among the positions: transformers would look there for
+    where rows begin, waiting for the GPU, to make a mask that nothing reads.
     """
     pieces: list[Piece] = []
     total = 0
@@ -126,8 +128,10 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     if shown:
         batch |= _vision_inputs(shown, positions)
         merged = sum(int(image.grid.prod()) for image in shown) // positions.config.vision_config.spatial_merge_size**2
-        tokens = sum(int(piece.row.mm_token_type_ids[piece.start : piece.stop].sum()) for piece in pieces)
-        assert tokens == merged, f"{tokens} image tokens stand for {merged} merged patches"
+        places = torch.cat([piece.row.mm_token_type_ids[piece.start : piece.stop] for piece in pieces]).nonzero()[:, 0]
+        assert len(places) == merged, f"{len(places)} image tokens stand for {merged} merged patches"
+        if positions.config.model_type == "qwen3_vl":
+            batch["visual_places"] = places
     batch["work"] = asdict(_work(groups, pieces, shown, batch))
     return batch
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from trl.trainer import utils as trl_utils
 
 _BEFORE_PREFILL = "_prepare_multimodal_encoder_kwargs_for_generation"
 
@@ -46,13 +48,11 @@ def run_frozen_blocks_without_gradients(model: nn.Module) -> None:
 
 
 def count_no_placeholders_in_training(model: Any) -> None:
-    """Have Qwen2-VL not count the image tokens of a batch in training: it would wait for the GPU in every micro-batch.
+    """Have a model not count the image tokens of a batch in training: it would wait for the GPU in every micro-batch.
 
     The packed collator has counted them. transformers also writes the count into an error message that nobody sees. May
     go when `get_placeholder_mask` no longer reads it back.
     """
-    if model.config.model_type != "qwen2_vl":
-        return
     backbone, counted = model.model, model.model.get_placeholder_mask
 
     @functools.wraps(counted)
@@ -73,12 +73,46 @@ def take_packed_batches(model: Any) -> None:
     `image_places`, a list, names for each image that is shown the one of `pixel_values` that it is: the vision tower runs
     once on each, and its gradients add up. `image_features` [image tokens, values] are what the tower and its merger made
     of the images before, for Qwen3-VL with the features of the deeper layers beside them; the tower does not run then,
-    also when there are none. `learned_places` [N] names the places that predict something: the last hidden state is then
-    [1, N, D], for no other place is read behind the last attention.
+    also when there are none. `visual_places` [image tokens] say where Qwen3-VL adds the features of the deeper layers to
+    its first hidden states; by a mask it would wait for the GPU in each. `learned_places` [N] names the places that
+    predict something: the last hidden state is then [1, N, D], for no other place is read behind the last attention.
     """
     _take_images(model)
+    if hasattr(model.model.language_model, "_deepstack_process"):
+        _take_visual_places(model.model.language_model)
     layer = model.model.language_model.layers[-1]
     layer.forward = MethodType(_last_layer, layer)
+
+
+@contextmanager
+def already_training(model: Any) -> Iterator[None]:
+    """`model.train()` does nothing here: the Trainer calls it in every micro-batch, and there are thousands of modules."""
+    model.train = lambda mode=True: model
+    try:
+        yield
+    finally:
+        del model.train
+
+
+def score_places_as_they_come(model: Any) -> None:
+    """Have TRL's output head score all places that a packed batch names; they are learned, all but that of a filler.
+
+    On a GPU it would look for the learned ones by a mask, and wait for it three times in every micro-batch; on other
+    devices it scores all places. Call it on a base model that has this head. May go when the head can be told.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def without_mask(*args: Any, **kwargs: Any) -> Any:
+        if "learned_places" not in kwargs:
+            return forward(*args, **kwargs)
+        compacts, trl_utils._use_triton = trl_utils._use_triton, lambda device: False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            trl_utils._use_triton = compacts
+
+    model.forward = without_mask
 
 
 def _last_layer(
@@ -120,6 +154,22 @@ def _take_images(model: Any) -> None:
 
     backbone.get_image_features = get_image_features
     backbone.register_forward_pre_hook(bring, with_kwargs=True)
+
+
+def _take_visual_places(language_model: Any) -> None:
+    by_mask = language_model._deepstack_process
+
+    def add(hidden_states: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if where.dtype == torch.bool:
+            return by_mask(hidden_states, where, features)
+        return hidden_states.index_add(1, where, features.to(hidden_states.dtype)[None])
+
+    def name_places(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        places = keywords.pop("visual_places", None)
+        return None if places is None else (arguments, {**keywords, "visual_pos_masks": places})
+
+    language_model._deepstack_process = add
+    language_model.register_forward_pre_hook(name_places, with_kwargs=True)
 
 
 def run_vision_in_every_batch(model: Any) -> None:

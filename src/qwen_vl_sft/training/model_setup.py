@@ -20,6 +20,7 @@ from qwen_vl_sft.modeling.patches import (
     run_frozen_blocks_without_gradients,
     run_frozen_vision_without_gradients,
     run_vision_in_every_batch,
+    score_places_as_they_come,
     take_packed_batches,
 )
 from qwen_vl_sft.preparation.chosen import choose
@@ -63,6 +64,8 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
     elif "vision" not in trained_parts(model):
         run_frozen_blocks_without_gradients(model)
     base = model.get_base_model() if recipe.model.use_peft else model
+    if recipe.run.packing:
+        score_places_as_they_come(base)
     if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
         run_vision_in_every_batch(base)
     if world.strategy == "fsdp2":

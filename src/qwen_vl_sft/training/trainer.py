@@ -18,6 +18,7 @@ from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
 from qwen_vl_sft.modeling.flops import Work
+from qwen_vl_sft.modeling.patches import already_training
 from qwen_vl_sft.resilience.safe_trainer import ROW_IDS, SafeTrainer
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.memory import Fit
@@ -86,15 +87,22 @@ class VisionSFTTrainer(SafeTrainer):
             # DeepSpeed looks here for the end of a step.
             self.accelerator.gradient_state._set_sync_gradients(last)
             waits = last or self.is_deepspeed_enabled
-            with nullcontext() if waits else self.accelerator.no_sync(model):
+            syncs = nullcontext() if waits else self.accelerator.no_sync(model)
+            with syncs, already_training(model) if number else nullcontext():
                 losses.append(super().training_step(model, batch, *args, **kwargs))
         return torch.stack(losses).sum()
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: the meter counts them, and the Trainer would go through all weights in every micro-batch."""
+        return 0
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Where the vision tower needs the grids for their sizes alone, reading them from the GPU would make it wait.
-        grids = inputs.pop("image_grid_thw") if "image_cu_seqlens" in inputs else None
-        inputs = super()._prepare_inputs(inputs)
-        return inputs if grids is None else {**inputs, "image_grid_thw": grids}
+        kept = {"image_grid_thw": inputs.pop("image_grid_thw")} if "image_cu_seqlens" in inputs else {}
+        if "image_interp_weights" in inputs:
+            # Under DeepSpeed the Trainer would round them; the vision tower computes in float32 with them.
+            kept["image_interp_weights"] = inputs.pop("image_interp_weights").to(self.args.device, non_blocking=True)
+        return {**super()._prepare_inputs(inputs), **kept}
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, torch.Tensor):
