@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,6 +161,23 @@ def test_padded_batches_go_on_as_before(model, encoded):
     torch.testing.assert_close(padded, one_at_a_time(model, encoded), rtol=0, atol=1e-12)
     left = pad(encoded, 0, side="left")
     torch.testing.assert_close(token_losses(model, left), padded, rtol=0, atol=1e-12)
+
+
+def test_positions_of_the_collator_are_those_that_the_model_works_out(model, encoded):
+    collator = Collator(
+        SimpleNamespace(encode=lambda item, *args: encoded[item["row"]]), SimpleNamespace(pad_token_id=0)
+    )
+    items = [{"row": row} for row in range(len(encoded))]
+    plain = collator(items)
+    collator.positions = Positions(model.config)
+    told = collator(items)
+    assert told["position_ids"].shape == (3, *told["input_ids"].shape)
+    assert {"image_cu_seqlens", "image_position_ids"} <= told.keys() - plain.keys()
+    losses = [token_losses(model, {**batch, "row_ids": None}) for batch in (plain, told)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
+    gradients_of = [gradients(model, found) for found in losses]
+    assert largest_difference(*gradients_of) < 1e-12
+    collator([{"row": 5}])  # shows no image
 
 
 def wrong(name, batch):

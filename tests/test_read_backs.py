@@ -75,15 +75,40 @@ class ReadBacks(TorchDispatchMode):
         return {name: count for name, count in self.counts.items() if count}
 
 
-def packed_model(family, trains):
-    model = qwen2_vl() if family == "qwen2_vl" else newer(family)
+def frozen_but(model, trains):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trains)
     use_segmented_vision_attention(model)
+    if "vision" not in trains:
+        run_frozen_vision_without_gradients(model)
+    return model
+
+
+def packed_model(family, trains):
+    model = frozen_but(qwen2_vl() if family == "qwen2_vl" else newer(family), trains)
     use_packed_attention(model)
     count_no_placeholders_in_training(model)
     take_packed_batches(model)
     return model
+
+
+def read_backs(trainer, model, batch, monkeypatch):
+    """Of the forward and backward of a micro-batch as on a GPU: attention there has a kernel that takes boundaries."""
+    counting = ReadBacks(monkeypatch)
+
+    def kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale, causal):
+        with counting.paused():
+            return attend_by_piece(q, k, v, bounds_q, bounds_k, scale, causal)
+
+    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda value: True)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda name: kernel)
+    inputs = trainer._prepare_inputs(batch)
+    learned = torch.tensor(batch["work"]["learned"])
+    model.train()
+    with counting:
+        trainer.compute_loss(model, inputs, num_items_in_batch=learned).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    return counting.found()
 
 
 @pytest.mark.parametrize("trains", [("language",), ("language", "merger", "vision")], ids=["language", "all"])
@@ -91,30 +116,35 @@ def packed_model(family, trains):
 def test_packed_training_reads_nothing_back(family, trains, encoded, tiny_processor, tmp_path, monkeypatch):  # noqa: F811
     model = packed_model(family, trains)
     trainer = make_trainer(model, [], tiny_processor, tmp_path)
-    # As on a GPU, where TRL's head looks for what is learned, and attention has a kernel that takes boundaries.
+    # On a GPU TRL's head looks for what is learned.
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: True)
-    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda value: True)
     score_places_as_they_come(model)
-    if "vision" not in trains:
-        run_frozen_vision_without_gradients(model)
-    counting = ReadBacks(monkeypatch)
-
-    def kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale, causal):
-        with counting.paused():
-            return attend_by_piece(q, k, v, bounds_q, bounds_k, scale, causal)
-
-    monkeypatch.setattr(attention, "varlen_kernel", lambda name: kernel)
-    batch = trainer._prepare_inputs(
-        join([[encoded[row] for row in group] for group in GROUPS], Positions(model.config))
-    )
-    learned = torch.tensor(batch["work"]["learned"])
-    model.train()
-    with counting:
-        trainer.compute_loss(model, batch, num_items_in_batch=learned).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    batch = join([[encoded[row] for row in group] for group in GROUPS], Positions(model.config))
     # The grids stay on the CPU, and tell how many features each image has. Where features train, their gradients are
     # picked out of those of the embeddings by a mask.
-    assert counting.found() == {"tolist": 1} | ({"masked_scatter_backward": 1} if "vision" in trains else {})
+    wanted = {"tolist": 1} | ({"masked_scatter_backward": 1} if "vision" in trains else {})
+    assert read_backs(trainer, model, batch, monkeypatch) == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_training_reads_no_more_back_for_more_images(
+    family,
+    encoded,  # noqa: F811
+    tiny_processor,
+    tmp_path,
+    monkeypatch,
+):
+    """What is left: the sizes of the images, whether rows are padded, their image tokens, what is learned, deeper layers."""
+    found = []
+    for number, rows in enumerate(([0], [0, 1, 3, 6])):
+        model = frozen_but(qwen2_vl() if family == "qwen2_vl" else newer(family), ("language",))
+        items = SimpleNamespace(encode=lambda item, *args: encoded[item["row"]])
+        trainer = make_trainer(model, items, tiny_processor, tmp_path / str(number))
+        monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: True)
+        batch = trainer.data_collator([{"row": row} for row in rows])
+        found.append(sum(read_backs(trainer, model, batch, monkeypatch).values()))
+    # One more to see that rows are padded.
+    assert found[1] <= found[0] + 1 <= (14 if family == "Qwen3VLConfig" else 10)
 
 
 def test_a_step_goes_through_the_modules_once_and_not_through_the_weights(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoded_image import ReadImage
 from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded, Encoder
@@ -36,6 +37,8 @@ class Collator:
         filler: index of a good row. It stands, with nothing to learn, in a batch that would have no row at all; when it
             has turned bad itself and bad rows are left out, another one does.
         skip_overlong: the same for rows longer than `max_length`, which a stream meets only here.
+
+    With `positions` set, batches bring what the model would work out from tokens and grids, waiting for the GPU row by row.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Collator:
         self.skip_bad_rows = skip_bad_rows
         self.filler = filler
         self.skip_overlong = skip_overlong
+        self.positions: Positions | None = None
         # Shared with the worker processes.
         self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()
 
@@ -64,9 +68,18 @@ class Collator:
         self._skipped.zero_()
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch as `pad` makes it; under "work" what it asks of the model, and its "row_ids", as plain numbers."""
+        """A batch as `pad` makes it; under "work" what it asks of the model, and its "row_ids", as plain numbers.
+
+        With `positions` also `position_ids` [3, B, T] and what `Positions.of_patches` knows of the images.
+        """
         encoded = self.encode_all(items)
-        batch: dict[str, Any] = pad(encoded or [self.filler_row(items)], self.encoder.pad_token_id)
+        rows = encoded or [self.filler_row(items)]
+        batch: dict[str, Any] = pad(rows, self.encoder.pad_token_id)
+        if self.positions is not None:
+            by_row = [self.positions(row).T for row in rows]
+            batch["position_ids"] = pad_sequence(by_row, batch_first=True).permute(2, 0, 1).contiguous()
+            if "image_grid_thw" in batch:
+                batch |= self.positions.of_patches(batch["image_grid_thw"])
         batch["work"] = asdict(sum((work_of(row) for row in encoded), Work()))
         batch["row_ids"] = [row.row_id for row in encoded]
         return batch

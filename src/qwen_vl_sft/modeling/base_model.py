@@ -102,6 +102,17 @@ def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, strat
     return model
 
 
+def load_full_weights(model: Any, checkpoint: str) -> None:
+    """Load a checkpoint's weights strictly, by the names that `save_pretrained` gave them.
+
+    The Trainer looks for the names in memory, finds none, and goes on with the base weights, with a warning alone
+    (https://github.com/huggingface/transformers/issues/43701). May go when that is closed.
+    """
+    # Weights that train are in float32, frozen ones may be in less; each is copied into its own type.
+    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)
+    model.load_state_dict(saved.state_dict(), strict=True)
+
+
 def build_on_meta(settings: ModelSettings) -> Any:
     """The model's structure without weights, for counting and for finding layers before anything is loaded."""
     with torch.device("meta"):

@@ -10,13 +10,14 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
+from qwen_vl_sft.modeling.base_model import load_full_weights
 from qwen_vl_sft.modeling.flops import Work
 from qwen_vl_sft.modeling.patches import already_training
 from qwen_vl_sft.resilience.safe_trainer import ROW_IDS, SafeTrainer
@@ -50,6 +51,10 @@ class VisionSFTTrainer(SafeTrainer):
         self.generation_metrics = generation_metrics
         self.memory_fit: Fit | None = None
         super().__init__(*args, **kwargs)
+        trained: Any = self.model
+        for collator in (self.data_collator, eval_collator):
+            if isinstance(collator, Collator):
+                collator.positions = Positions(trained.config)
         # Of this process: loss, right tokens, learned tokens, entropy.
         self._train_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._eval_sums = torch.zeros_like(self._train_sums)
@@ -221,31 +226,20 @@ class VisionSFTTrainer(SafeTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._holds_full_weights():
-            self._load_full_weights(resume_from_checkpoint)
+            load_full_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._holds_full_weights():
             assert self.state.best_model_checkpoint is not None
-            self._load_full_weights(self.state.best_model_checkpoint)
+            load_full_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
     def _holds_full_weights(self) -> bool:
         """Whether this process holds a whole model that trains without an adapter."""
         return not (is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
-    def _load_full_weights(self, checkpoint: str) -> None:
-        """Load a checkpoint's weights strictly, by the names that `save_pretrained` gave them.
-
-        The Trainer looks for the names in memory, finds none, and goes on with the base weights, with a warning alone
-        (https://github.com/huggingface/transformers/issues/43701). May go when that is closed.
-        """
-        assert isinstance(self.model, PreTrainedModel)
-        # Weights that train are in float32, frozen ones may be in less; each is copied into its own type.
-        saved = type(self.model).from_pretrained(checkpoint, dtype=torch.float32)
-        self.model.load_state_dict(saved.state_dict(), strict=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's card shows how to use a text model."""
