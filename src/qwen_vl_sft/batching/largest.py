@@ -15,9 +15,9 @@ _WEIGHTS = (0.0, 0.5, 1.0)
 def largest_micro_batch(plan: StepPlan) -> MicroBatch:
     """A micro-batch that needs as much memory as any of any epoch, but for a row: full, and of the largest images.
 
-    A step begins and ends inside a group, wherever its rows do: of few rows it may show more images than they ask about
-    when groups stay whole, one of them for a single row. A patch counts as a token does: it costs about as much where
-    the vision tower trains, and nearly nothing where it does not.
+    A step begins and ends anywhere in a group, so one of few rows may show an image for the last question on it alone,
+    and another for the first few. A patch counts as a token does: it costs about as much where the vision tower trains,
+    and nearly nothing where it does not.
     """
     search = _Search(plan)
     found = [search.filled_up(weight, begun) for weight, begun in itertools.product(_WEIGHTS, (False, True))]
@@ -29,27 +29,33 @@ class _Search:
 
     def __init__(self, plan: StepPlan) -> None:
         self.sizes = sizes = plan.sizes
-        alone = sizes.tokens + sizes.patches
+        self.alone = sizes.tokens + sizes.patches
         groups = plan.groups(range(len(sizes.tokens)))
-        self.groups = [sorted(group, key=lambda row: -alone[row]) for group in groups]
-        self.uses = np.array([self._use(group) for group in self.groups])
-        self.costs = np.array([sizes.of(group).sum() for group in self.groups])
-        self.first_rows = np.array([group[0] for group in self.groups])
+        self.groups = [sorted(group, key=self.alone.__getitem__, reverse=True) for group in groups]
+        rows, counts = np.concatenate(self.groups), np.array([len(group) for group in self.groups])
+        starts = counts.cumsum() - counts
+        self.first_rows = first = rows[starts]
+        self.shortest = np.minimum.reduceat(sizes.tokens[rows], starts).tolist()
+        whole = np.add.reduceat(sizes.tokens[rows], starts)
+        tokens = whole - (counts - 1) * sizes.prefix_tokens[first]
+        patches = np.add.reduceat(sizes.patches[rows], starts) - (counts - 1) * sizes.prefix_patches[first]
         self.limits = np.array([plan.tokens_per_batch, *plan.batch.most(sizes.tokens)], dtype=np.float64)
+        # Tokens of a micro-batch, then rows and their tokens in a step, where those of a shared prefix count for each.
+        self.shares = np.stack([tokens, counts, whole], axis=1) / self.limits
+        self.costs = tokens + patches
 
     def filled_up(self, weight: float, begun: bool) -> MicroBatch:
         """Groups one after another, cut where there is no room for them whole; `begun` with one row of a group."""
         batch: MicroBatch = []
         left = self.limits
-        shares = self.uses / self.limits
-        order = np.argsort(-self.costs / (weight * shares[:, 0] + (1 - weight) * shares[:, 1:].max(axis=1)))
+        needs = weight * self.shares[:, 0] + (1 - weight) * self.shares[:, 1:].max(axis=1)
+        order = np.argsort(-self.costs / needs, kind="stable")  # alike on all processes
         if begun:
-            alone = self.sizes.tokens[self.first_rows] + self.sizes.patches[self.first_rows]
-            order = np.concatenate([[alone.argmax()], order[order != alone.argmax()]])
-        smallest = np.array([self.sizes.tokens.min(), 1, self.sizes.tokens.min()])
-        for place in order:
-            if (smallest > left).any():
-                break
+            largest = self.alone[self.first_rows].argmax()
+            order = np.concatenate([[largest], order[order != largest]])
+        for place in order.tolist():
+            if self.shortest[place] > left[0] or left[1] < 1:
+                continue
             part = self._fitting(self.groups[place][:1] if begun and not batch else self.groups[place], left)
             if part:
                 batch.append(part)
@@ -64,5 +70,4 @@ class _Search:
         return part
 
     def _use(self, group: Group) -> np.ndarray:
-        """Tokens of a micro-batch, then rows and their tokens in a step, where those of a shared prefix count for each."""
         return np.array([self.sizes.of(group)[0], len(group), self.sizes.tokens[group].sum()])
