@@ -1,8 +1,8 @@
 """Started by tests, once a process: scripts/sft.py with a fault built in, named by the variable FAULT.
 
 nan: the loss of row 3 is NaN; nan_gradient: every loss is finite, the gradient is not; memory: no memory for row 3;
-disk: the optimizer of step 4 does not fit on the disk; bug: process 0 fails in step 3; told: the run is told to stop in
-step 2; told_then_nan: that, and the loss of step 3 is NaN.
+disk: the optimizer of step 4 does not fit on the disk; disk_of_one: process 1 has no room for its part of it; bug: process 0
+fails in step 3; told: the run is told to stop in step 2; told_then_nan: that, and the loss of step 3 is NaN.
 
 Process 1 does not come back: hang_data, from a worker of its data loader; hang_forward, from the forward pass of step 5, and
 takes 5 s for it before; hang_evaluation, from an evaluation. hang_save: process 0 does not come back from writing a
@@ -16,12 +16,14 @@ import signal
 import time
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.resilience.safety import Safety
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 compute_loss, prediction_step, save = VisionSFTTrainer.compute_loss, VisionSFTTrainer.prediction_step, torch.save
+write_data = FileSystemWriter.write_data
 collate, collated = Collator.__call__, itertools.count(1)
 FOR_EVER = 3600
 
@@ -74,7 +76,18 @@ def faulty_save(value, path, *args, **kwargs):
     save(value, path, *args, **kwargs)
 
 
+def faulty_write(self, *args, **kwargs):
+    if (
+        os.environ["FAULT"] == "disk_of_one"
+        and os.environ["RANK"] == "1"
+        and "checkpoint-4/optimizer" in str(self.path)
+    ):
+        raise OSError(28, "No space left on device", str(self.path))
+    return write_data(self, *args, **kwargs)
+
+
 if __name__ == "__main__":
+    FileSystemWriter.write_data = faulty_write
     VisionSFTTrainer.compute_loss, VisionSFTTrainer.prediction_step = faulty_loss, faulty_prediction
     Collator.__call__ = faulty_batch
     torch.save = faulty_save

@@ -62,12 +62,12 @@ def run(monkeypatch, capsys, tmp_path):
     def leave(code):
         raise Exit(code)
 
-    def start(fault, processes=1, **keys):
+    def start(fault, processes=1, config="cpu", **keys):
         monkeypatch.setenv("FAULT", fault)
         named = {**KEYS, "output_dir": tmp_path / "run", **keys}
         words = [word for key, value in named.items() for word in (f"--{key}", str(value))]
         if processes > 1:
-            return launch("cpu", REPOSITORY / "tests/faulty_run.py", *words, processes=processes)
+            return launch(config, REPOSITORY / "tests/faulty_run.py", *words, processes=processes)
         monkeypatch.setattr(os, "_exit", leave)
         monkeypatch.setattr(sys, "argv", ["scripts/sft.py", *words])
         monkeypatch.setattr(Watch, "begin", lambda watch: None)
@@ -150,9 +150,12 @@ def test_out_of_memory_names_the_batch(run):
     assert "Traceback" not in finished.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_keeps_the_last_good_checkpoint(processes, run, tmp_path):
-    finished = run("disk", processes)
+@pytest.mark.parametrize(
+    ("fault", "processes", "config"),
+    [("disk", 1, None), ("disk", 2, "cpu"), pytest.param("disk_of_one", 2, "fsdp2", marks=pytest.mark.long)],
+)
+def test_a_full_disk_keeps_the_last_good_checkpoint(fault, processes, config, run, tmp_path):
+    finished = run(fault, processes, config)
     assert finished.returncode == (EXIT_USER_ERROR if processes == 1 else 1), finished.stderr[-3000:]
     assert "could not be written" in finished.stderr
     assert "No space left on device. The last good checkpoint is " in finished.stderr
