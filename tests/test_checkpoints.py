@@ -107,20 +107,13 @@ def test_without_a_mark_a_named_checkpoint_must_have_all_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state_1.pth"])
-def test_what_was_never_saved_is_not_reset_in_silence(name, tmp_path, monkeypatch):
-    """A process whose part is on another machine's disk, or a mark that speaks of what is there alone."""
+def test_what_was_never_saved_is_not_reset_in_silence(name, tmp_path):
+    """A process whose part is on another machine's disk, under a mark that is right by itself."""
     folder = write_checkpoint(tmp_path, 8, processes=2)
-    mark = json.loads((folder / MARK).read_text())
+    checkpoints.check_parts(folder, 2)
     (folder / name).unlink()
-    mark["files"].pop(name)
-    (folder / MARK).write_text(json.dumps(mark))
+    checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
     assert f"it holds no {name}" in checkpoints.problem_of(folder)
-    (folder / MARK).unlink()
-    monkeypatch.setattr(checkpoints, "_SECONDS_TO_SEE", 0.0)
-    with pytest.raises(UserError, match=rf"it holds no {name}.*, so no run .* storage that all machines share"):
-        checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
-    assert not (folder / MARK).exists()
-    assert (folder / "scheduler.pt").exists()
 
 
 def test_a_part_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
@@ -128,8 +121,22 @@ def test_a_part_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
     late = folder / "rng_state_1.pth"
     late.unlink()
     monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: late.write_bytes(b"x"))
-    checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
-    assert checkpoints.problem_of(folder) is None
+    checkpoints.check_parts(folder, 2)
+
+
+def test_without_all_parts_there_is_no_mark_and_nothing_is_changed(ragged, tiny_processor, tmp_path, monkeypatch):  # noqa: F811
+    """The other process has written its part on a disk of its own."""
+    write_checkpoint(tmp_path / "run", 100)
+    monkeypatch.setattr(checkpoints, "_SECONDS_TO_SEE", 0.0)
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, save_strategy="steps", save_steps=1)
+    trainer.about = {**ABOUT, "world": {"strategy": "ddp", "processes": 2}}
+    with pytest.raises(
+        UserError, match=r"it holds no rng_state_0.pth, .*, so no run .* storage that all machines share"
+    ):
+        trainer.train()
+    assert names(tmp_path / "run")[:2] == ["checkpoint-1", "checkpoint-100"]
+    assert "model.safetensors" in names(tmp_path / "run/checkpoint-1")
+    assert latest(tmp_path / "run")[0] == 100
 
 
 def test_a_run_without_a_whole_checkpoint_starts_anew(tmp_path):

@@ -82,20 +82,21 @@ def newest_marked(run: Path, last_step: int) -> Path | None:
     return found[-1] if found else None
 
 
-def write_mark(folder: Path, about: dict[str, Any]) -> None:
-    """Mark a checkpoint as whole. Every process must have finished its part of it.
-
-    Raises `OSError`, and `UserError` where a part is not to be seen, without which no run could go on from it.
-    """
-    missing, until = _lacks(folder, about["world"]["processes"]), time.monotonic() + _SECONDS_TO_SEE
+def check_parts(folder: Path, processes: int) -> None:
+    """Raise `UserError` where not all that so many processes have written is to be seen: no run could go on from that."""
+    missing, until = _lacks(folder, processes), time.monotonic() + _SECONDS_TO_SEE
     while missing and time.monotonic() < until:
         time.sleep(1)
-        missing = _lacks(folder, about["world"]["processes"])
+        missing = _lacks(folder, processes)
     if missing:
         raise UserError(
             f"{folder}: every process has written its part of this checkpoint, but {missing}, so no run could go on from"
             f" it. output_dir must be on storage that all machines share. What is there is left, without its {MARK}"
         )
+
+
+def write_mark(folder: Path, about: dict[str, Any]) -> None:
+    """Mark a checkpoint as whole; `check_parts` comes before. Raises `OSError`."""
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
     write_whole(folder / MARK, json.dumps({**about, "files": files}, indent=2))
 

@@ -98,6 +98,7 @@ class SavingTrainer(SFTTrainer):
             self.tell(f"step {step}, its checkpoint is written", step, Stage.SAVED)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                checkpoints.check_parts(folder, self.about["world"]["processes"])
                 checkpoint_rotation.set_aside(run, self.kept_step, folder, _tell)
                 due = self.evaluation_due or self.evaluates_at_epoch_end()
                 checkpoints.write_mark(folder, {**self.about, "evaluation_due": due})
