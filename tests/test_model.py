@@ -192,17 +192,22 @@ def test_flops_of_the_7b(shared):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(shared / "qwen2vl/config-7b")
-    counter = FlopCounter.of(config, peft=True, vision_frozen=True)
+    counter = FlopCounter.of(config, peft=True, trained={"language"})
     layer = 3584 * (3584 * 2 + 2 * 512) + 3 * 3584 * 18944
     assert counter.per_token == 2 * 28 * layer
     vision = 32 * (4 * 1280 * 1280 + 2 * 1280 * 5120)
-    assert counter.per_patch == pytest.approx(2 * (vision + (5120 * 5120 + 5120 * 3584) / 4))
+    assert counter.per_patch == 2 * vision
+    assert counter.per_merged_patch == 2 * (5120 * 5120 + 5120 * 3584) / 4
     row = Work(tokens=610, tokens_squared=610**2, learned=5, images=1, patches=2000, patches_squared=2000**2, rows=1)
     text = 2 * (28 * 2 * layer * 610 + 28 * 2 * 3584 * 610**2 + 2 * 3584 * 152064 * 5)
-    image = counter.per_patch * 2000 + 32 * 4 * 1280 * 2000**2
+    image = (counter.per_patch + counter.per_merged_patch) * 2000 + 32 * 4 * 1280 * 2000**2
     assert counter.flops(row) == pytest.approx(text + image)
-    packed = FlopCounter.of(config, peft=True, vision_frozen=True, packed=True)
+    packed = FlopCounter.of(config, peft=True, trained={"language"}, packed=True)
     assert counter.flops(row) - packed.flops(row) == 2 * 2 * 3 * 3584 * 18944 * (610 - 5)
+    merger = FlopCounter.of(config, peft=True, trained={"merger", "language"})
+    assert merger.flops(row) - counter.flops(row) == pytest.approx(counter.per_merged_patch * 2000)
+    tower = FlopCounter.of(config, peft=False, trained={"vision"})
+    assert tower.flops(row) == pytest.approx(1.5 * text + 3 * image)
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("a toaster") is None
 
@@ -211,16 +216,17 @@ def test_flops_of_the_newer_towers():
     """Qwen2.5-VL's windows of 8 x 8 patches, which all but four layers attend in; Qwen3-VL's mergers of deeper layers."""
     from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
-    windows = FlopCounter.of(Qwen2_5_VLConfig(), peft=True, vision_frozen=True)
-    width, inner, text = 3584, 3420, Qwen2_5_VLConfig().text_config.hidden_size
-    layers = 2 * 32 * (4 * width * width + 3 * width * inner) + 2 * (4 * width) * (4 * width + text) / 4
+    windows = FlopCounter.of(Qwen2_5_VLConfig(), peft=True, trained={"language"})
+    width, inner = 3584, 3420
+    layers = 2 * 32 * (4 * width * width + 3 * width * inner)
     assert windows.per_patch_squared == 4 * 4 * width
     assert windows.per_patch == pytest.approx(layers + 4 * 28 * width * 64)
-    deeper = FlopCounter.of(Qwen3VLConfig(), peft=True, vision_frozen=True)
+    deeper = FlopCounter.of(Qwen3VLConfig(), peft=True, trained={"language"})
     width, inner, text = 1152, 4304, Qwen3VLConfig().text_config.hidden_size
     merger = 2 * (4 * width) * (4 * width + text) / 4
     assert deeper.per_patch_squared == 4 * 27 * width
-    assert deeper.per_patch == pytest.approx(2 * 27 * (4 * width * width + 2 * width * inner) + 4 * merger)
+    assert deeper.per_patch == 2 * 27 * (4 * width * width + 2 * width * inner)
+    assert deeper.per_merged_patch == pytest.approx(4 * merger)
 
 
 def test_random_models_refuse_a_used_folder_and_unknown_overrides(shared, tmp_path):

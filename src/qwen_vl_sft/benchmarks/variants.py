@@ -111,7 +111,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
         if data.features:
             feature_filling.fill(trainer, data.features, skip_bad_rows=False)
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    counter = FlopCounter.of(trainer.model.config, peft=True, vision_frozen=True, packed=recipe.run.packing)
+    counter = FlopCounter.of(trainer.model.config, peft=True, trained={"language"}, packed=recipe.run.packing)
     return Variant(name, trainer, rows, mean_work(scan), float(scan.tokens.mean()), counter, after - before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,20 +65,23 @@ class FlopCounter:
     per_learned: float
     per_patch: float
     per_patch_squared: float
+    per_merged_patch: float
     language_passes: float
     vision_passes: float
+    merger_passes: float
 
     @classmethod
-    def of(cls, config: Any, peft: bool, vision_frozen: bool, packed: bool = False) -> FlopCounter:
-        """Count from a Qwen-VL configuration: `peft` when only adapters train, `vision_frozen` without vision gradients.
+    def of(cls, config: Any, peft: bool, trained: Collection[str], packed: bool = False) -> FlopCounter:
+        """Count from a Qwen-VL configuration: `peft` when only adapters train, `trained` the parts in which something does.
 
-        `packed` batches take the last layer's MLP for learned tokens alone (`patches.take_packed_batches`).
+        Nothing is computed backwards before the first of vision, merger and language that trains. `packed` batches take
+        the last layer's MLP for learned tokens alone (`patches.take_packed_batches`).
         """
         text, vision = config.get_text_config(), config.vision_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
         attention, mlp = text.hidden_size * (2 * queries + 2 * keys), 3 * text.hidden_size * text.intermediate_size
-        late = mlp if packed else 0
+        late, backward = mlp if packed else 0, 2 if peft else 3
         width = getattr(vision, "embed_dim", None) or vision.hidden_size
         inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
         gated = 3 if config.model_type == "qwen2_5_vl" else 2
@@ -92,10 +96,12 @@ class FlopCounter:
             per_token=2 * (text.num_hidden_layers * (attention + mlp) - late),
             per_token_squared=2 * text.num_hidden_layers * queries,
             per_learned=2 * (text.hidden_size * text.vocab_size + late),
-            per_patch=2 * (vision.depth * block + merger) + 4 * (vision.depth - full) * width * window,
+            per_patch=2 * vision.depth * block + 4 * (vision.depth - full) * width * window,
             per_patch_squared=4 * full * width,
-            language_passes=2 if peft else 3,
-            vision_passes=1 if vision_frozen else 2 if peft else 3,
+            per_merged_patch=2 * merger,
+            language_passes=backward,
+            vision_passes=backward if "vision" in trained else 1,
+            merger_passes=1 if set(trained) <= {"language"} else backward,
         )
 
     def flops(self, work: Work) -> float:
@@ -106,4 +112,5 @@ class FlopCounter:
             + self.per_learned * work.learned
         )
         vision = self.per_patch * work.patches + self.per_patch_squared * work.patches_squared
-        return language * self.language_passes + vision * self.vision_passes
+        merged = self.per_merged_patch * work.patches
+        return language * self.language_passes + vision * self.vision_passes + merged * self.merger_passes

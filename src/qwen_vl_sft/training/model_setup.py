@@ -47,8 +47,8 @@ def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
     return model
 
 
-def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
-    """What can be done once the model has its adapter; returns whether nothing of the vision tower trains."""
+def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> set[str]:
+    """What can be done once the model has its adapter; returns the parts in which something trains."""
     model: Any = trainer.model
     if recipe.model.use_peft:
         keep_trained_weights_in_float32(model)
@@ -58,10 +58,10 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
         keep_trained_weights_in_float32(model)
     launch.round_as_one_process_does(trainer.accelerator)
-    vision_frozen = is_vision_frozen(model)
+    trained, vision_frozen = trained_parts(model), is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)
-    elif "vision" not in trained_parts(model):
+    elif "vision" not in trained:
         run_frozen_blocks_without_gradients(model)
     base = model.get_base_model() if recipe.model.use_peft else model
     if recipe.run.packing:
@@ -70,7 +70,7 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> bool:
         run_vision_in_every_batch(base)
     if world.strategy == "fsdp2":
         call_head_after_backbone(base)
-    return vision_frozen
+    return trained
 
 
 def keep_trained_weights_in_float32(model: nn.Module) -> None:

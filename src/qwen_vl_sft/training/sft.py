@@ -104,8 +104,8 @@ def build_trainer(
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
     guard_loggers(trainer)
-    vision_frozen = finish_model(trainer, recipe, world)
-    meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, vision_frozen, recipe.run.packing)
+    trained = finish_model(trainer, recipe, world)
+    meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, trained, recipe.run.packing)
     # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
     stated = recipe.get("gradient_checkpointing_kwargs") or {}
     reentrant = stated.get("use_reentrant") or world.strategy == "zero3"
