@@ -442,6 +442,12 @@ def logged(run, name="loss"):
     return [entry[name] for entry in entries if name in entry]
 
 
+def figures(run):
+    """What a run has come to, but for the clock."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    return {name: metrics[name] for name in ("steps", "epochs", "train_loss", "work", "skipped_while_training")}
+
+
 @pytest.fixture(scope="module")
 def single_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "single"
@@ -464,6 +470,14 @@ def test_two_processes_go_on_from_one_with_the_same_rows_and_losses(single_run, 
     assert read_row_log(run) == read_row_log(single_run)
     assert len((run / "row_ids-1.jsonl").read_text().splitlines()) == 4
     assert not list(run.glob(".seen-by-all-*"))
+    # Figures of the whole run, not of what came after the checkpoint; and again when nothing is left to train.
+    whole = figures(single_run)
+    assert figures(run) == {**whole, "train_loss": pytest.approx(whole["train_loss"], abs=1e-4)}
+    trained = json.loads((run / "metrics.json").read_text())["train_runtime"]
+    again = run_process(SCRIPT, *words({**SHORT, "output_dir": run, "resume_from_checkpoint": "latest"}))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert figures(run) == {**whole, "train_loss": pytest.approx(whole["train_loss"], abs=1e-4)}
+    assert json.loads((run / "metrics.json").read_text())["train_runtime"] == pytest.approx(trained, abs=1)
     assert logged(run) == pytest.approx(logged(single_run), abs=1e-4)
 
 

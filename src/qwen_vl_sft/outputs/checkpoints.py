@@ -48,6 +48,11 @@ class Checkpoint:
         """Whether an evaluation was to come next, for which the run that goes on makes up."""
         return bool(self.about.get("evaluation_due"))
 
+    @property
+    def so_far(self) -> dict[str, Any]:
+        """What the whole run had come to by then (`SavingTrainer.so_far`)."""
+        return dict(self.about.get("so_far", {}))
+
 
 def is_checkpoint_name(name: str) -> bool:
     """Whether a folder of this name holds a checkpoint."""

@@ -169,6 +169,7 @@ def attach(
     trainer.about = about
     trainer.skip_unsound = recipe.run.nonfinite == "skip"
     trainer.evaluation_due = resume is not None and resume.evaluation_due
+    trainer.go_on_from(resume.so_far if resume else {})
     trainer.kept_step = resume.step if resume and _is_of(recipe.output_dir, resume) else 0
     trainer.add_callback(Safety(trainer, recipe, world, watch, resume))
     if world.rank == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class SavingTrainer(SFTTrainer):
     evaluated next. `kept_step` is that of the newest checkpoint of this run in its folder: the last one that was saved,
     or the one it went on from. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`.
     `settle`, called before a checkpoint is written, raises when that would hold the outcome of a step that was not finite.
+    `before` is what the run had come to (`so_far`) at the checkpoint that it went on from, `finished` at its end.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,6 +47,9 @@ class SavingTrainer(SFTTrainer):
         self.about: dict[str, Any] = {"world": {"processes": self.args.world_size}}
         self.evaluation_due = False
         self.kept_step = 0
+        self.before: dict[str, Any] = {}
+        self.finished: dict[str, Any] = {}
+        self._began = time.monotonic()
         self._evaluated_step: int | None = None
         self.save_seconds: float | None = None
         self.poll: Callable[[], None] | None = None
@@ -59,6 +63,18 @@ class SavingTrainer(SFTTrainer):
         """Note what this process goes on to, for a report if it never comes back: `place` is step, stage, and number."""
         if self.stall_watch is not None:
             self.stall_watch.move(doing, place)
+
+    def so_far(self) -> dict[str, Any]:
+        """What the whole run has come to, also before it was resumed. All processes must call at once, while training.
+
+        Returns `loss_sum`, the losses of all steps added up, and `seconds` of training, evaluations and saves.
+        """
+        # Since the last log; each process has its own.
+        unlogged = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean").item()
+        return {
+            "loss_sum": self.before.get("loss_sum", 0.0) + self._total_loss_scalar + unlogged,
+            "seconds": self.before.get("seconds", 0.0) + time.monotonic() - self._began,
+        }
 
     # A save
 
@@ -97,11 +113,12 @@ class SavingTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             self.tell(f"step {step}, its checkpoint is written", step, Stage.SAVED)
             self.accelerator.wait_for_everyone()
+            so_far = self.so_far()
             if self.args.should_save:
                 checkpoints.check_parts(folder, self.about["world"]["processes"])
                 checkpoint_rotation.set_aside(run, self.kept_step, folder, _tell)
                 due = self.evaluation_due or self.evaluates_at_epoch_end()
-                checkpoints.write_mark(folder, {**self.about, "evaluation_due": due})
+                checkpoints.write_mark(folder, {**self.about, "evaluation_due": due, "so_far": so_far})
         self.kept_step = step
         if self.args.should_save:
             checkpoint_rotation.rotate(run, self._keep, folder, self.state.best_model_checkpoint)
@@ -146,6 +163,14 @@ class SavingTrainer(SFTTrainer):
 
     # A resume
 
+    def go_on_from(self, so_far: Mapping[str, Any]) -> None:
+        """Take up what the run had come to at the checkpoint that it goes on from."""
+        self.before = dict(so_far)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._began = time.monotonic()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
             # Resumed from the last step's checkpoint: the Trainer would train one more.
@@ -164,6 +189,7 @@ class SavingTrainer(SFTTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluate_what_is_due()
+        self.finished = self.so_far()
         return super()._finalize_training(*args, **kwargs)
 
     def _evaluate_what_is_due(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -50,17 +51,37 @@ class Meter:
         """Speed of all processes since the last call, as log entries. All processes must call at once."""
         self.pause()
         seconds, self._elapsed = self._elapsed, 0.0
-        numbers = torch.tensor([*vars(self.work).values(), self.waited], dtype=torch.float64, device=self.device)
-        sums = accelerator.reduce(numbers, reduction="sum").tolist()
+        work, waited = self._of_all(accelerator)
         if self.device.type == "cuda":
             peak = torch.tensor([torch.cuda.max_memory_allocated(self.device)], device=self.device)
-            self.peak_memory = int(accelerator.gather(peak).max())
-        work, waited = Work(*(int(number) for number in sums[:-1])), sums[-1] / accelerator.num_processes
+            self.peak_memory = max(self.peak_memory, int(accelerator.gather(peak).max()))
         self.work, self.waited = Work(), 0.0
         self.total += work
         self.total_seconds += seconds
         self.total_waited += waited
         return self.speeds(work, seconds, waited, accelerator.num_processes) if seconds and work.rows else {}
+
+    def _of_all(self, accelerator: Any) -> tuple[Work, float]:
+        """The work of all processes since the last measure, and the seconds that one waited on average."""
+        numbers = torch.tensor([*vars(self.work).values(), self.waited], dtype=torch.float64, device=self.device)
+        *work, waited = accelerator.reduce(numbers, reduction="sum").tolist()
+        return Work(*map(int, work)), waited / accelerator.num_processes
+
+    def so_far(self, accelerator: Any) -> dict[str, Any]:
+        """What all processes have done in the whole run, as plain numbers. All processes must call at once."""
+        self.pause()
+        work, waited = self._of_all(accelerator)
+        return {
+            "work": asdict(self.total + work),
+            "seconds": self.total_seconds + self._elapsed,
+            "waited": self.total_waited + waited,
+            "peak_memory": self.peak_memory,
+        }
+
+    def go_on_from(self, so_far: Mapping[str, Any]) -> None:
+        """Count on from what `so_far` said at the checkpoint that a run goes on from."""
+        self.total, self.peak_memory = Work(**so_far["work"]), so_far["peak_memory"]
+        self.total_seconds, self.total_waited = so_far["seconds"], so_far["waited"]
 
     def summary(self, processes: int) -> dict[str, float]:
         """Speed over the whole run."""

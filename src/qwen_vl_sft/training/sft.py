@@ -120,14 +120,16 @@ def train(
     trainer: VisionSFTTrainer, world: World, recipe: Recipe, data: PreparedData, resume: Path | None
 ) -> dict[str, Any]:
     """Train, save the final model, and return the metrics of the run."""
-    assert isinstance(trainer.data_collator, Collator | PackedCollator)
     assert isinstance(trainer.model, nn.Module)
-    collator, parameters = trainer.data_collator, count_parameters(trainer.model)
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    parameters = count_parameters(trainer.model)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.end_workers()
     trainer.meter.measure(trainer.accelerator)
+    finished = trainer.finished
     metrics = {
-        **{name: value for name, value in result.metrics.items() if name in ("train_loss", "train_runtime")},
+        # Of the whole run, also of what was trained before it was resumed.
+        "train_loss": finished["loss_sum"] / max(trainer.state.global_step, 1),
+        "train_runtime": finished["seconds"],
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         **_evaluation_of_saved_model(trainer),
@@ -137,7 +139,7 @@ def train(
         **trainer.meter.summary(world.processes),
         **({"memory": asdict(trainer.memory_fit)} if trainer.memory_fit else {}),
         "work": asdict(trainer.meter.total),
-        "skipped_while_training": _sum_over_ranks(trainer, collator.skipped),
+        "skipped_while_training": finished["skipped"],
         "skipped_while_evaluating": _skipped_while_evaluating(trainer),
         "skipped_steps": skipped_steps(recipe.output_dir),
         "failed_loggers": trainer.failed_loggers,
@@ -222,7 +224,3 @@ def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
 def _skipped_while_evaluating(trainer: VisionSFTTrainer) -> int:
     """Rows that evaluations could not read, each as often as one met it; also of evaluations before a resume."""
     return sum(int(entry.get(f"eval_{SKIPPED_ROWS}", 0)) for entry in trainer.state.log_history)
-
-
-def _sum_over_ranks(trainer: VisionSFTTrainer, count: int) -> int:
-    return int(trainer.accelerator.reduce(torch.tensor(count, device=trainer.args.device), reduction="sum"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
-from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
+from qwen_vl_sft.batching.sampler import EpochSampler, end_workers, step_loader
 from qwen_vl_sft.modeling.base_model import load_full_weights
 from qwen_vl_sft.modeling.flops import Work
 from qwen_vl_sft.modeling.patches import already_training
@@ -62,6 +62,19 @@ class VisionSFTTrainer(SafeTrainer):
         # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares. Can go when TRL
         # sets this attribute for models that it gives its fused output head.
         self.model_accepts_loss_kwargs = True
+
+    def so_far(self) -> dict[str, Any]:
+        """Also what the meter has counted, and the rows that could not be read while training."""
+        collator: Any = self.data_collator
+        skipped = self.accelerator.reduce(torch.tensor(collator.skipped, device=self.args.device), reduction="sum")
+        found = {"meter": self.meter.so_far(self.accelerator), "skipped": self.before.get("skipped", 0) + int(skipped)}
+        return {**super().so_far(), **found}
+
+    def go_on_from(self, so_far: Mapping[str, Any]) -> None:
+        """Also for the meter."""
+        super().go_on_from(so_far)
+        if "meter" in so_far:
+            self.meter.go_on_from(so_far["meter"])
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of one step, and count the seconds that takes."""
@@ -209,17 +222,8 @@ class VisionSFTTrainer(SafeTrainer):
             self.data_collator = train_collator
 
     def end_workers(self) -> None:
-        """End the workers of the data loaders, which are kept between epochs; call it when nothing is read any more.
-
-        Where batches are pinned, PyTorch would wait five seconds for each when the process ends. May go when
-        https://github.com/pytorch/pytorch/issues/81794 is closed.
-        """
-        loaders = [self.callback_handler.train_dataloader, *getattr(self, "_eval_dataloaders", {}).values()]
-        for loader in loaders:
-            # accelerate's loaders hold the one that has the workers.
-            iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
-            if iterator is not None:
-                iterator._shutdown_workers()
+        """End the workers of all data loaders; call it when nothing is read any more."""
+        end_workers([self.callback_handler.train_dataloader, *getattr(self, "_eval_dataloaders", {}).values()])
 
     def _take(self, sums: torch.Tensor) -> list[float]:
         return self.accelerator.reduce(sums, reduction="sum").tolist()
