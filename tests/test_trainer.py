@@ -192,7 +192,7 @@ def test_a_tower_of_which_the_merger_trains_is_not_run_backwards(family, keys, r
         base.activation_checkpointing_enable()
         if finish:
             accelerator = SimpleNamespace(state=SimpleNamespace())
-            assert not finish_model(SimpleNamespace(model=model, accelerator=accelerator), recipe, SINGLE)
+            assert "vision" not in finish_model(SimpleNamespace(model=model, accelerator=accelerator), recipe, SINGLE)
         graphs = []
         for block in base.model.visual.blocks:
             block.register_forward_hook(lambda block, given, output, graphs=graphs: graphs.append(output.requires_grad))
