@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.hub import access, push_while_training
 from qwen_vl_sft.hub.access import Target, check_access, redact
 from qwen_vl_sft.hub.card import make_card
+from qwen_vl_sft.hub.card_training import training_lines
 from qwen_vl_sft.hub.card_usage import python_code
 from qwen_vl_sft.hub.files import collect_files
 from qwen_vl_sft.hub.names import public_name, without_paths
@@ -461,6 +463,30 @@ def test_the_cards_of_full_and_merged_models(run, tmp_path):
     assert "adapter_model.safetensors" not in paths
     with pytest.raises(UserError, match="was merged from"):
         read_publication(write_run(tmp_path / "other"), model=merged)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "| rows of a step | 8 = 8 a process x 1 x 1 accumulated |"),
+        (
+            {"packing": True, "global_batch_size": 64, "tokens_per_batch": 8192},
+            "| rows of a step | 64, packed into micro-batches of at most 8,192 tokens |",
+        ),
+        ({"packing": True, "global_batch_tokens": 65536}, "| tokens of a step | about 65,536 |"),
+        (
+            {"packing": True, "gradient_accumulation_steps": 3},
+            "| rows of a step | 24 = 8 a process x 1 x 3 accumulated |",
+        ),
+    ],
+    ids=["padded", "packed rows", "packed tokens", "packed, accumulated"],
+)
+def test_the_card_says_what_a_step_takes(run, keys, told):
+    keys = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1} | keys
+    publication = read_publication(run)
+    text = "\n".join(training_lines(replace(publication, recipe=read_recipe(run / "recipe.yaml", keys))))
+    assert told in text
+    assert text.count(" of a step |") == 1
 
 
 def test_what_cannot_be_published_is_told(run, tmp_path):

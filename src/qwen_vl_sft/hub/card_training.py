@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_vl_sft.hub.names import hub_id, public_name
 from qwen_vl_sft.hub.publication import Publication
+
+if TYPE_CHECKING:
+    from qwen_vl_sft.recipe.reading import Recipe
 
 _RUN_FILES = "`recipe.yaml`, `metrics.json` and `environment.json`"
 
@@ -36,9 +39,7 @@ def training_lines(publication: Publication) -> Iterator[str]:
     rows["learning rate"] = f"{recipe.get('learning_rate')}, {_plain(recipe.get('lr_scheduler_type'))}"
     processes = world.get("processes")
     if processes:
-        per_device, accumulated = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
-        each = f"{per_device} a process x {processes} x {accumulated} accumulated"
-        rows["rows of a step"] = f"{per_device * processes * accumulated} = {each}"
+        rows |= _step(recipe, processes)
         devices = sorted(set(environment.get("devices") or [])) or ["CPU"]
         rows["hardware"] = f"{processes} process(es), {world.get('strategy')}, {', '.join(devices)}"
     rows |= _outcome(publication)
@@ -57,6 +58,22 @@ def dataset_in_words(name: str | None) -> str:
         return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
     public = public_name(name) if name else "data that the run does not name"
     return f"`{public}`" + (", data of its publisher that are not on the Hub" if public.startswith("local:") else "")
+
+
+def _step(recipe: Recipe, processes: int) -> dict[str, str]:
+    """What an optimizer step takes over all processes, as `resolve_batch` has it.
+
+    Where packing fills the micro-batches of a stated global batch, the recipe's accumulation has no part in it.
+    """
+    run = recipe.run
+    if run.global_batch_tokens is not None:
+        return {"tokens of a step": f"about {run.global_batch_tokens:,}"}
+    if run.packing and run.global_batch_size is not None:
+        most = f"packed into micro-batches of at most {run.tokens_per_batch:,} tokens"
+        return {"rows of a step": f"{run.global_batch_size:,}, {most}"}
+    per_device, accumulated = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
+    each = f"{per_device} a process x {processes} x {accumulated} accumulated"
+    return {"rows of a step": f"{per_device * processes * accumulated} = {each}"}
 
 
 def _outcome(publication: Publication) -> dict[str, str]:
