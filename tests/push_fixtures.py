@@ -197,8 +197,15 @@ def write_companions(folder: Path, **recipe: Any) -> None:
     (folder / "checkpoint-2/optimizer.pt").write_bytes(b"\x80pickle")
 
 
-def write_evaluation(folder: Path, run: Path, weights: Sequence[Path], dataset: str, rows: int = 20) -> Path:
-    """A summary as scripts/evaluate.py writes it, in which the tuned model is right more often."""
+def write_evaluation(
+    folder: Path, run: Path, weights: Sequence[Path], dataset: str, rows: int = 20, **settings: Any
+) -> Path:
+    """A summary as scripts/evaluate.py writes it, in which the tuned model is right more often.
+
+    `settings` win over those of the run.
+    """
+    model = read_recipe(run / "recipe.yaml", {}).model
+    size = json.loads((run / "processor_config.json").read_text())["image_processor"]["size"]
     scored = []
     for row_id in range(rows):
         question = Question(row_id, "Which color?", ["red"], "human" if row_id % 2 else "machine")
@@ -207,7 +214,17 @@ def write_evaluation(folder: Path, run: Path, weights: Sequence[Path], dataset: 
     stats = [[file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in weights]
     summary = summarise(scored, ["base", "prompted", "tuned"]) | {
         "dataset": f"{dataset} [val]",
-        "settings": {"run": str(run), "run_weights": stats, "dataset_config": None},
+        "settings": {
+            "run": str(run),
+            "run_weights": stats,
+            "dataset_config": None,
+            "model_name_or_path": model.model_name_or_path,
+            "model_revision": model.model_revision,
+            "system_message": (run / "system_message.txt").read_text(),
+            "min_pixels": size["shortest_edge"],
+            "max_pixels": size["longest_edge"],
+            **settings,
+        },
         "precision": {"scored": "float32", "trained": "float32", "scored_as_trained": True},
         "environment": {"command": ["evaluate.py", "--run", str(run)], "devices": ["cpu"]},
     }

@@ -516,6 +516,64 @@ def test_an_evaluation_of_former_weights_is_refused(tmp_path):
         read_publication(run)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"system_message": "Be brief."}, 'Evaluated with the system message "Be brief." instead of the one below, so'),
+        ({"system_message": ""}, "Evaluated with no system message instead of the one below, so"),
+        ({"max_pixels": 50176}, "Evaluated with `max_pixels` 50,176 instead of 12,544, so"),
+    ],
+    ids=["other prompt", "no prompt", "other pixels"],
+)
+def test_scores_of_other_settings_are_told_and_not_filed(run, tmp_path, settings, told):
+    other = write_evaluation(tmp_path / "other", run, [], str(tiny.DATA_DIR), **settings)
+    card, text = card_of(read_publication(run, evaluation=other))
+    assert told in text
+    assert card.data.eval_results is None
+    assert ("Training and evaluation put this" in text) == ("system_message" not in settings)
+    assert "| relaxed_accuracy, all (20 rows) |" in text
+
+
+def test_scores_of_the_settings_of_training_are_filed(run):
+    card, text = card_of(read_publication(run))
+    assert card.data.eval_results
+    assert "Training and evaluation put this" in text
+    assert "Evaluated with" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_other"),
+    [
+        ({"model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"}, True),
+        ({"model_revision": "abc"}, True),
+        ({"model_revision": "c0ffee"}, False),
+        ({}, False),
+    ],
+    ids=["model", "revision", "the commit that was main", "same"],
+)
+def test_an_evaluation_of_another_base_is_refused(tmp_path, settings, is_other):
+    run = write_run(tmp_path / "run", model_name_or_path="Qwen/Qwen2-VL-2B-Instruct")
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"base_commit": "c0ffee"}))
+    write_evaluation(run / "evaluation", run, [], "x", **settings)
+    if not is_other:
+        assert read_publication(run).evaluation
+        return
+    with pytest.raises(UserError, match=r"has scored on the base model Qwen.*evaluate again with --overwrite"):
+        read_publication(run)
+
+
+def test_a_base_folder_that_was_moved_keeps_its_evaluation(tmp_path):
+    gone, there = tmp_path / "gone/qwen", tmp_path / "there/qwen"
+    there.mkdir(parents=True)
+    run = write_run(tmp_path / "run", model_name_or_path=str(gone))
+    write_evaluation(run / "evaluation", run, [], "x", model_name_or_path=str(there))
+    read_publication(run)
+    gone.mkdir(parents=True)
+    with pytest.raises(UserError, match="has scored on the base model"):
+        read_publication(run)
+
+
 def test_a_run_that_was_moved_keeps_its_evaluation(tmp_path):
     run = write_run(tmp_path / "run")
     write_evaluation(run / "evaluation", run, [run / "adapter_model.safetensors"], "x")

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
+from qwen_vl_sft.hub.asked_as import evaluated_with_its_prompt, other_settings
 from qwen_vl_sft.hub.card_metadata import dataset_and_split, make_metadata, metadata_problems
 from qwen_vl_sft.hub.card_training import dataset_in_words, training_lines
 from qwen_vl_sft.hub.card_usage import pixel_limits, python_code, vllm_lines
@@ -80,6 +81,8 @@ def _results(publication: Publication) -> Iterator[str]:
         yield f"Trained in: {precision['trained']}."
     if not publication.evaluated_as_published:
         yield "The scores are of the adapter on its base before the merge; the merged model itself was not scored."
+    if others := other_settings(publication):
+        yield f"Evaluated with {'; '.join(others)}, so these are not the scores of the model as it is published here."
     yield ""
     arms = list(summary["scores"])
     yield "| metric | " + " | ".join(arms) + " |"
@@ -112,7 +115,7 @@ def _comparisons(summary: dict[str, Any]) -> Iterator[str]:
 def _prompt(publication: Publication) -> Iterator[str]:
     limits = pixel_limits(publication)
     if publication.system_message:
-        who = "Training and evaluation" if publication.evaluation else "Training"
+        who = "Training and evaluation" if evaluated_with_its_prompt(publication) else "Training"
         yield f"{who} put this system message before every question (`system_message.txt`):"
         yield ""
         yield from (f"> {line}".rstrip() for line in publication.system_message.splitlines())

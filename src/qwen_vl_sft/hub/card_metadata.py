@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qwen_vl_sft.evaluation.metrics import METRICS, NOTES
 from qwen_vl_sft.evaluation.scoring import ALL
+from qwen_vl_sft.hub.asked_as import other_settings
 from qwen_vl_sft.hub.names import hub_id, public_name, without_paths
 from qwen_vl_sft.hub.publication import Publication
 
@@ -45,10 +46,13 @@ def make_metadata(publication: Publication, name: str, licence: dict[str, str]) 
 
 
 def eval_results(publication: Publication) -> list[EvalResult]:
-    """The tuned model's scores over the whole split, in %, each with its 95% interval. Empty without an evaluation."""
+    """The tuned model's scores over the whole split, in %, each with its 95% interval. Empty without an evaluation of it.
+
+    Scores of an adapter are not quite those of the model it was merged into, and those of another prompt or image size
+    not those of the model as it is published: they stay in the text.
+    """
     summary = publication.evaluation
-    # Scores of the adapter are not quite those of the model it was merged into, so they stay in the text.
-    if summary is None or not publication.evaluated_as_published:
+    if summary is None or not publication.evaluated_as_published or other_settings(publication):
         return []
     dataset, split = dataset_and_split(summary["dataset"])
     results = []

@@ -99,18 +99,20 @@ def read_publication(
     # A checkpoint lies before the end of its run: what that says of the final model is not about it.
     is_checkpoint = tuned.folder != tuned.home and model is None
     metrics = None if is_checkpoint else _read_json(tuned.home / METRICS, needed=False)
+    base_revision = None if base_model else _base_revision(merge, metrics, recipe)
     message = tuned.home / SYSTEM_MESSAGE
     found = _find_evaluation(evaluation, [folder, *([tuned.folder] if model else [])])
     summary = _read_json(found / SUMMARY_FILE, needed=True) if found else None
     if summary is not None and found is not None:
         _check_evaluation(summary, found, [folder, tuned.folder])
+        _check_evaluated_base(summary["settings"], found, recipe, (base, _base_of(merge, recipe)), base_revision)
     return Publication(
         kind=kind,
         folder=folder,
         home=tuned.home,
         recipe=recipe,
         base=base,
-        base_revision=None if base_model else _base_revision(merge, metrics, recipe),
+        base_revision=base_revision,
         metrics=metrics,
         environment=_read_json(tuned.home / ENVIRONMENT, needed=False),
         evaluation=summary,
@@ -176,7 +178,7 @@ def _check_evaluation(summary: dict[str, Any], found: Path, places: Sequence[Pat
         raise UserError(
             f"--evaluation: {found} has not scored the tuned model; evaluate the run, or name another folder"
         )
-    way_out = f"evaluate again with --overwrite, name another folder with --evaluation, or delete {found}"
+    way_out = _way_out(found)
     scored = next((place for place in places if _same(settings["run"], place)), None)
     origin = Path(settings["run"])
     if scored is None and origin.is_dir():
@@ -189,6 +191,34 @@ def _check_evaluation(summary: dict[str, Any], found: Path, places: Sequence[Pat
         newer = file.is_file() and int(file.stat().st_mtime) != time and file.stat().st_mtime > finished + _COPIED
         if not file.is_file() or file.stat().st_size != size or newer:
             raise UserError(f"--evaluation: {found} is of other weights than {file} holds now; {way_out}")
+
+
+def _check_evaluated_base(
+    settings: dict[str, Any], found: Path, recipe: Recipe, others: Sequence[str | None], revision: str | None
+) -> None:
+    """The scores, also of the base alone, must be on the base of training; `others` and `revision` name it as well."""
+    name, asked = settings["model_name_or_path"], settings["model_revision"]
+    trained = recipe.model
+    is_base = any(_same_base(name, known) for known in (trained.model_name_or_path, *others))
+    # A folder has no revisions.
+    if is_base and (not hub_id(name) or asked in (trained.model_revision, revision)):
+        return
+    raise UserError(
+        f"--evaluation: {found} has scored on the base model {name}, revision {asked}, and the run was trained on"
+        f" {trained.model_name_or_path}, revision {revision or trained.model_revision}; {_way_out(found)}"
+    )
+
+
+def _same_base(first: str, second: str | None) -> bool:
+    if second is None:
+        return False
+    # A folder that has moved since is told by its name.
+    moved = public_name(first) == public_name(second) and not Path(second).exists()
+    return first == second or moved or _same(first, Path(second))
+
+
+def _way_out(found: Path) -> str:
+    return f"evaluate again with --overwrite, name another folder with --evaluation, or delete {found}"
 
 
 def _same(first: str | None, second: Path) -> bool:
