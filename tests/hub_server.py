@@ -207,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         history, oid = [], found.find(revision).oid
         while oid:
             commit = found.commits[oid]
-            history.append({"id": oid, "title": commit.title, "message": "", "date": DATE, "authors": []})
+            history.append({"id": oid, "title": commit.title, "message": commit.message, "date": DATE, "authors": []})
             oid = commit.parent or ""
         return lambda: self.reply(history)
 
@@ -305,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
                 {"num": number, "title": header["summary"], "author": {"name": token.user}, "createdAt": DATE}
                 | {"status": "open", "isPullRequest": True, "repo": {"name": repo, "type": "model"}}
             )
-        oid = found.commit(files, header["summary"], ref)
+        oid = found.commit(files, header["summary"], ref, header.get("description") or "")
         address = f"{self.server.address}/{repo}"
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{address}/commit/{oid}", "hookOutput": ""}
         if request:

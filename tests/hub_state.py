@@ -70,6 +70,7 @@ class Commit:
 
     oid: str
     title: str
+    message: str
     files: dict[str, Stored]
     parent: str | None
 
@@ -84,10 +85,10 @@ class Repository:
     refs: dict[str, str] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
 
-    def commit(self, files: dict[str, Stored], title: str, ref: str) -> str:
+    def commit(self, files: dict[str, Stored], title: str, ref: str, message: str = "") -> str:
         parent = self.refs.get(ref)
         oid = hashlib.sha1(f"{self.repo_id}{title}{parent}{time.time_ns()}".encode()).hexdigest()
-        self.commits[oid] = Commit(oid, title, files, parent)
+        self.commits[oid] = Commit(oid, title, message, files, parent)
         self.refs[ref] = oid
         return oid
 

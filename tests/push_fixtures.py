@@ -59,6 +59,9 @@ class Hub:
         tree = json.loads(self.get(f"/api/models/{repo}/tree/{revision}"))
         return {entry["path"]: entry for entry in tree}
 
+    def messages(self, repo: str) -> list[str]:
+        return [commit["message"] for commit in json.loads(self.get(f"/api/models/{repo}/commits/main"))]
+
     def titles(self, repo: str, revision: str = "main") -> list[str]:
         return [commit["title"] for commit in json.loads(self.get(f"/api/models/{repo}/commits/{revision}"))]
 

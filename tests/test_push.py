@@ -38,6 +38,7 @@ from qwen_vl_sft.hub.card import make_card
 from qwen_vl_sft.hub.card_training import training_lines
 from qwen_vl_sft.hub.card_usage import python_code
 from qwen_vl_sft.hub.files import collect_files
+from qwen_vl_sft.hub.former_files import files_to_remove
 from qwen_vl_sft.hub.names import public_name, without_paths
 from qwen_vl_sft.hub.options import Options, check_options, run_push
 from qwen_vl_sft.hub.publication import read_publication
@@ -117,7 +118,7 @@ def test_push_pull_and_load(worker, hub, run, repo, tmp_path):
     pushed = worker.push(run, "--repo_id", repo)
     assert pushed.code == 0, pushed.err
     assert f"published   {hub.address}/{repo} (private)" in pushed.out
-    assert "compared    14 files on the Hub equal the local ones (14 sent now)" in pushed.out
+    assert "compared    15 files on the Hub equal the local ones (15 sent now)" in pushed.out
     hub.log()
     again = worker.push(run, "--repo_id", repo)
     assert "all were there already, so no commit was made" in again.out
@@ -187,7 +188,7 @@ def test_a_killed_push_goes_on_when_run_again(xet, fault, hub, repo, tmp_path, r
     worker = request.getfixturevalue("xet_worker" if xet else "lfs_worker")
     again = worker.push(run, "--repo_id", repo)
     assert again.code == 0, again.err
-    assert "compared    13 files" in again.out
+    assert "compared    14 files" in again.out
     assert len([line for line in hub.log() if line.startswith("PUT")]) == (0 if xet else 1)
 
 
@@ -238,7 +239,7 @@ def test_a_commit_whose_reply_is_lost_is_found(worker, hub, run, repo):
     hub.faults({**COMMIT, "kind": "late"})
     pushed = worker.push(run, "--repo_id", repo)
     assert pushed.code == 0, pushed.err
-    assert "compared    14 files" in pushed.out
+    assert "compared    15 files" in pushed.out
     assert len(hub.titles(repo)) == 2
 
 
@@ -246,9 +247,9 @@ def test_a_file_that_differs_on_the_hub_is_named_and_mended(lfs_worker, hub, run
     hub.faults({**COMMIT, "kind": "tamper", "file": "adapter_config.json"})
     pushed = lfs_worker.push(run, "--repo_id", repo)
     assert pushed.code == 2
-    assert "1 of 14 files differ (adapter_config.json: other content)" in pushed.err
+    assert "1 of 15 files differ (adapter_config.json: other content)" in pushed.err
     mended = lfs_worker.push(run, "--repo_id", repo)
-    assert "14 files on the Hub equal the local ones (1 sent now)" in mended.out
+    assert "15 files on the Hub equal the local ones (1 sent now)" in mended.out
     hub.tamper("recipe.yaml")
     assert "(1 sent now)" in lfs_worker.push(run, "--repo_id", repo).out
 
@@ -282,12 +283,75 @@ def test_files_of_a_former_push_go_and_those_of_others_stay(lfs_worker, hub, run
     )
     assert lfs_worker.code(upload.format("NOTES.md", repo), tmp_path).code == 0
     other = write_run(tmp_path / "other", seed=3)
-    assert lfs_worker.push(other, "--repo_id", repo).code == 0
+    # Named as a file that pushes bring, and of somebody else.
+    assert lfs_worker.code(upload.format("vocab.json", repo), tmp_path).code == 0
+    pushed = lfs_worker.push(other, "--repo_id", repo)
+    assert "removed     1 file(s): evaluation/summary.json\n" in pushed.out, pushed.err
+    assert hub.messages(repo)[0] == "Removed: evaluation/summary.json."
     assert "evaluation/summary.json" not in hub.files(repo)
-    assert "NOTES.md" in hub.files(repo)
+    assert {"NOTES.md", "vocab.json"} <= set(hub.files(repo))
     assert lfs_worker.code(upload.format("README.md", repo), tmp_path).code == 0
     assert "all were there already" in lfs_worker.push(other, "--repo_id", repo, "--keep_card").out
     assert hub.get(f"/{repo}/resolve/main/README.md") == b"mine"
+
+
+FOREIGN = [
+    "config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+]  # fmt: skip
+
+
+def test_weights_of_somebody_else_stay(lfs_worker, hub, run, repo, tmp_path):
+    code = (
+        "from huggingface_hub import CommitOperationAdd, HfApi\napi = HfApi()\n"
+        f"api.create_repo({repo!r}, private=True)\n"
+        f"added = [CommitOperationAdd(path, path.encode()) for path in {FOREIGN!r}]\n"
+        f"api.create_commit({repo!r}, added, commit_message='mine')"
+    )
+    made = lfs_worker.code(code, tmp_path)
+    assert made.code == 0, made.err
+    for words in ([], ["--create_pr"]):
+        hub.log()
+        refused = lfs_worker.push(run, "--repo_id", repo, *words)
+        assert refused.code == 2
+        assert f"{repo}, main holds another model (model-00001-of-00002.safetensors, " in refused.err
+        assert "or a new branch with --branch" in refused.err
+        assert refused.err.count("\n") == 1
+        assert not [line for line in hub.log() if line.startswith("POST") and "/commit/" in line]
+    pushed = lfs_worker.push(run, "--repo_id", repo, "--branch", "adapter")
+    assert pushed.code == 0, pushed.err
+    assert "removed     3 file(s): model-00001-of-00002.safetensors, model-0" in pushed.out
+    assert "adapter_model.safetensors" in hub.files(repo, "adapter")
+    assert set(hub.files(repo)) == set(FOREIGN)
+
+
+SHARDS = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "published.json"}
+
+
+@pytest.mark.parametrize(
+    ("there", "listed", "published", "removed"),
+    [
+        (SHARDS | {"x"}, SHARDS | {"gone"}, {"model.safetensors"}, sorted(SHARDS)),
+        (SHARDS | {"merge.json"}, SHARDS | {"merge.json"}, SHARDS, ["merge.json"]),
+        (SHARDS, set(), {"model.safetensors"}, None),
+        ({"model.safetensors"}, set(), {"model.safetensors"}, []),
+        (SHARDS, SHARDS, ADAPTER, None),
+        (ADAPTER, ADAPTER, SHARDS, None),
+        ({"pytorch_model.bin"}, set(), ADAPTER, None),
+        ({"config.json", "notes/model.safetensors", "model-q4.gguf"}, set(), ADAPTER, []),
+    ],
+    ids=["own shards", "own merge", "their shards", "replaced", "own model", "own adapter", "pickle", "no weights"],
+)
+def test_only_what_a_push_has_listed_is_removed(there, listed, published, removed):
+    if removed is None:
+        with pytest.raises(UserError, match="alice/x, main holds another model"):
+            files_to_remove(there, listed, published, "alice/x, main", all_on_main=False)
+        # From a branch that is main's commit nothing is lost.
+        removed = sorted(path for path in there - published if path.endswith(("safetensors", "bin", "index.json")))
+        assert set(removed) <= set(files_to_remove(there, listed, published, "alice/x, v2", all_on_main=True))
+    else:
+        assert files_to_remove(there, listed, published, "alice/x, main", all_on_main=False) == removed
 
 
 RIGHTS = {
@@ -585,9 +649,10 @@ def test_a_run_that_was_moved_keeps_its_evaluation(tmp_path):
 
 def test_dry_run_shows_files_and_card_and_asks_nobody(run):
     text = run_push(Options(run, "alice/name", dry_run=True))
-    assert text.startswith("14 files, ")
+    assert text.startswith("15 files, ")
     assert "to alice/name (private if new), main\n" in text
     assert "  adapter_config.json  (made for the Hub)\n" in text
+    assert "files of a former push, of the same kind of model, that are not among these are removed there" in text
     assert "model-index:" in text
 
 

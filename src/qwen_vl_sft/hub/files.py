@@ -25,12 +25,8 @@ from qwen_vl_sft.outputs.run_folder import ENVIRONMENT, LOG, LOSS_PLOT, METRICS,
 CARD = "README.md"
 EVALUATION = f"evaluation/{SUMMARY_FILE}"
 _INDEX = FULL_MODEL_FILES[1]
-_MODEL_FILES = ("config.json", "generation_config.json", *FULL_MODEL_FILES)
-_RUN_FILES = (SYSTEM_MESSAGE, RECIPE, METRICS, ENVIRONMENT, LOG, LOSS_PLOT)
-# Every name of ours: one that lies on the Hub and is no longer published is of a former push, and goes.
-OUR_FILES = frozenset(
-    {ADAPTER_FILE, ADAPTER_CONFIG, *_MODEL_FILES, *PROCESSOR_FILES, *_RUN_FILES, MERGE_FILE, EVALUATION}
-)
+# The names of all files of a push but the card: what the next one no longer brings it may delete.
+LISTING = "published.json"
 # Read as text; the others are weights, the vocabulary and the plot.
 _TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".md", ".jinja")
 _LARGE_TEXTS = ("tokenizer.json", "vocab.json", _INDEX)
@@ -66,6 +62,8 @@ def collect_files(publication: Publication, card: str | None) -> list[PublishedF
         contents |= _first({METRICS: _metrics, LOG: None, LOSS_PLOT: None}, [home])
     if publication.evaluation is not None:
         contents[EVALUATION] = _json(_summary(publication.evaluation))
+    # The card may have become its reader's own (`keep_card`), so it is never deleted.
+    contents[LISTING] = _json({"files": sorted({*contents, LISTING} - {CARD})})
     files = [_measured(path, content) for path, content in contents.items()]
     _check_no_token(files)
     return files

@@ -30,7 +30,8 @@ def describe(publication: Publication, target: Target, licence: dict[str, str] |
     visibility = "private" if target.private else "public"
     request = " as a pull request" if target.create_pr else ""
     head = f"{len(files)} files, {_bytes(total)}, to {target.repo_id} ({visibility} if new), {target.revision}{request}"
-    return "\n".join([head, *(_line(file) for file in files), "", card.rstrip()])
+    removed = "files of a former push, of the same kind of model, that are not among these are removed there, and named"
+    return "\n".join([head, *(_line(file) for file in files), removed, "", card.rstrip()])
 
 
 def licence_of_base(api: HfApi, publication: Publication) -> dict[str, str]:

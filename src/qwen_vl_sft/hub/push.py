@@ -1,13 +1,15 @@
 """One commit of a model to the Hub, and the proof that what is there equals what is here.
 
 Files that are on the Hub already are not sent, so a push that was interrupted goes on where it stopped, and one of
-unchanged files makes no commit. The Hub's answer alone is not believed: after every commit, and after every failure, the
-size and digest of each file on the Hub are compared with the local ones.
+unchanged files makes no commit. What a former push brought and this one does not is deleted in the same commit, and told.
+The Hub's answer alone is not believed: after every commit, and after every failure, the size and digest of each file on
+the Hub are compared with the local ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +17,23 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.hub.access import HUB_ERRORS, MAIN, Access, explain
-from qwen_vl_sft.hub.files import OUR_FILES, PublishedFile
+from qwen_vl_sft.hub.files import PublishedFile
+from qwen_vl_sft.hub.former_files import files_to_remove, listed_files
 
 AGAIN = "push again: what has arrived is not sent twice"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished push: where it is, its commit, how many files were compared, and how many of them were sent now."""
+    """A finished push: where it is, its commit, how many files were compared, how many of them were sent now, and those
+    of a former push that it has removed."""
 
     url: str
     revision: str
     commit: str
     files: int
     sent: int
+    removed: tuple[str, ...]
     private: bool
 
 
@@ -36,18 +41,21 @@ def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
     """Make the repository and branch where needed, commit what differs, and compare. Raises `UserError`."""
     target = access.target
     where = f"{target.repo_id}, {target.revision}"
-    try:
+    with _nothing_committed(where):
         _prepare(access)
         head = _head(access, target.revision)
         differing = differences(access, files, head)
-        gone = _former_files(access, files, head)
-        pull_request = _open_pull_request(access, files) if target.create_pr and (differing or gone) else None
-    except HUB_ERRORS as error:
-        raise UserError(f"push: {explain(error, where)}. Nothing was committed; {AGAIN}") from None
-    if pull_request:
-        return _verified(access, files, pull_request, sent=0)
+        there = _paths(access, head)
+        listed = listed_files(access, there, head)
+        all_on_main = target.branch is not None and head == _head(access, MAIN)
+    gone = files_to_remove(there, listed, [file.path for file in files], where, all_on_main)
     if not differing and not gone:
-        return _verified(access, files, head, sent=0)
+        return _verified(access, files, head)
+    if target.create_pr:
+        with _nothing_committed(where):
+            pull_request = _open_pull_request(access, files)
+        if pull_request:
+            return _verified(access, files, pull_request)
     sent = [file for file in files if file.path in differing]
     operations = [_addition(file) for file in sent] + [CommitOperationDelete(path) for path in gone]
     try:
@@ -55,6 +63,7 @@ def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
             target.repo_id,
             operations,
             commit_message=title,
+            commit_description=f"Removed: {', '.join(gone)}." if gone else None,
             revision=target.revision,
             create_pr=target.create_pr,
             # Nothing of somebody else's, committed since the comparison, is overwritten unseen.
@@ -63,7 +72,7 @@ def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
         revision = commit.pr_revision or commit.oid
     except HUB_ERRORS as error:
         revision = _committed_after_all(access, files, head, where, error)
-    return _verified(access, files, revision, sent=len(sent))
+    return _verified(access, files, revision, len(sent), tuple(gone))
 
 
 def differences(access: Access, files: Sequence[PublishedFile], revision: str) -> dict[str, str]:
@@ -77,13 +86,24 @@ def format_outcome(outcome: Outcome) -> str:
     """What a person sees at the end."""
     visibility = "private" if outcome.private else "public"
     sent = f"{outcome.sent} sent now" if outcome.sent else "all were there already, so no commit was made"
+    removed = f"removed     {len(outcome.removed)} file(s): {', '.join(outcome.removed)}"
     return "\n".join(
         [
             f"published   {outcome.url} ({visibility})",
             f"commit      {outcome.commit} on {outcome.revision}",
+            *([removed] if outcome.removed else []),
             f"compared    {outcome.files} files on the Hub equal the local ones ({sent})",
         ]
     )
+
+
+@contextlib.contextmanager
+def _nothing_committed(where: str) -> Iterator[None]:
+    """Turn the client's errors before the commit into a `UserError`."""
+    try:
+        yield
+    except HUB_ERRORS as error:
+        raise UserError(f"push: {explain(error, where)}. Nothing was committed; {AGAIN}") from None
 
 
 def _prepare(access: Access) -> None:
@@ -110,16 +130,9 @@ def _difference(file: PublishedFile, remote: Any) -> str | None:
     return None if equal else "other content"
 
 
-def _former_files(access: Access, files: Sequence[PublishedFile], revision: str) -> list[str]:
-    """Files of ours that a former push left and this one has no more, such as the shards of another model."""
-    kept = {file.path for file in files}
+def _paths(access: Access, revision: str) -> list[str]:
     tree = access.api.list_repo_tree(access.target.repo_id, recursive=True, revision=revision)
-    paths = [entry.path for entry in tree if hasattr(entry, "blob_id")]
-    return sorted(path for path in paths if path not in kept and (path in OUR_FILES or _is_shard(path)))
-
-
-def _is_shard(path: str) -> bool:
-    return path.startswith("model-") and path.endswith(".safetensors")
+    return [entry.path for entry in tree if hasattr(entry, "blob_id")]
 
 
 def _addition(file: PublishedFile) -> CommitOperationAdd:
@@ -160,7 +173,9 @@ def _committed_after_all(
     return revision
 
 
-def _verified(access: Access, files: Sequence[PublishedFile], revision: str, sent: int) -> Outcome:
+def _verified(
+    access: Access, files: Sequence[PublishedFile], revision: str, sent: int = 0, removed: tuple[str, ...] = ()
+) -> Outcome:
     """Compare every file with the Hub's. Raises `UserError` that names those that differ."""
     target = access.target
     try:
@@ -181,4 +196,4 @@ def _verified(access: Access, files: Sequence[PublishedFile], revision: str, sen
     if target.revision != MAIN:
         url = f"{access.url}/tree/{target.revision}"
     shown = revision if is_request else target.revision
-    return Outcome(url, shown, str(info.sha), len(files), sent, private=bool(info.private))
+    return Outcome(url, shown, str(info.sha), len(files), sent, removed, private=bool(info.private))
