@@ -295,6 +295,35 @@ def test_files_of_a_former_push_go_and_those_of_others_stay(lfs_worker, hub, run
     assert hub.get(f"/{repo}/resolve/main/README.md") == b"mine"
 
 
+def test_a_card_that_cannot_be_looked_for_is_told(lfs_worker, hub, run, repo):
+    assert lfs_worker.push(run, "--repo_id", repo).code == 0
+    hub.faults({"method": "HEAD", "path": "README.md", "times": 20, "kind": "status", "status": 503})
+    failed = lfs_worker.push(run, "--repo_id", repo, "--keep_card")
+    assert failed.code == 2
+    assert failed.err.startswith(f"error: push: {repo}, main: the Hub failed (503")
+    assert "Nothing was committed" in failed.err
+    assert failed.err.count("\n") == 1
+
+
+def test_a_new_branch_keeps_the_card_of_main(lfs_worker, hub, run, repo, tmp_path):
+    assert lfs_worker.push(run, "--repo_id", repo).code == 0
+    code = (
+        "from huggingface_hub import CommitOperationAdd, HfApi\n"
+        "added = [CommitOperationAdd(path, b'mine') for path in ('README.md', 'pytorch_model.bin')]\n"
+        f"HfApi().create_commit({repo!r}, added, commit_message='mine')"
+    )
+    assert lfs_worker.code(code, tmp_path).code == 0
+    # Nothing is to be sent, and weights of somebody else are to go from the branch: a failure is not taken for success.
+    hub.faults({**COMMIT, "kind": "status", "status": 500})
+    failed = lfs_worker.push(run, "--repo_id", repo, "--keep_card", "--branch", "v2")
+    assert "Nothing was committed" in failed.err, failed.out
+    for branch in ("v2", "v3"):
+        pushed = lfs_worker.push(run, "--repo_id", repo, "--keep_card", "--branch", branch)
+        assert "removed     1 file(s): pytorch_model.bin" in pushed.out
+        assert "(0 sent now)" in pushed.out
+        assert hub.get(f"/{repo}/resolve/{branch}/README.md") == b"mine"
+
+
 FOREIGN = [
     "config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",

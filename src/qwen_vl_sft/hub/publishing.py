@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from huggingface_hub import HfApi
 
-from qwen_vl_sft.hub.access import HUB_ERRORS, Access, Target
+from qwen_vl_sft.hub.access import HUB_ERRORS, MAIN, Access, Target
 from qwen_vl_sft.hub.card import make_card
 from qwen_vl_sft.hub.files import CARD, PublishedFile, collect_files
 from qwen_vl_sft.hub.publication import Publication
-from qwen_vl_sft.hub.push import Outcome, push
+from qwen_vl_sft.hub.push import Outcome, nothing_committed, push
 
 
 def publish(
@@ -52,7 +52,13 @@ def _card(publication: Publication, target: Target, licence: dict[str, str], sta
 
 
 def _has_card(access: Access) -> bool:
-    return access.exists and access.api.file_exists(access.target.repo_id, CARD, revision=access.target.revision)
+    api, target, revision = access.api, access.target, access.target.revision
+    if not access.exists:
+        return False
+    with nothing_committed(f"{target.repo_id}, {revision}"):
+        if not api.revision_exists(target.repo_id, revision):
+            revision = MAIN  # of which the branch will be made
+        return api.file_exists(target.repo_id, CARD, revision=revision)
 
 
 def _line(file: PublishedFile) -> str:

@@ -41,7 +41,7 @@ def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
     """Make the repository and branch where needed, commit what differs, and compare. Raises `UserError`."""
     target = access.target
     where = f"{target.repo_id}, {target.revision}"
-    with _nothing_committed(where):
+    with nothing_committed(where):
         _prepare(access)
         head = _head(access, target.revision)
         differing = differences(access, files, head)
@@ -52,7 +52,7 @@ def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
     if not differing and not gone:
         return _verified(access, files, head)
     if target.create_pr:
-        with _nothing_committed(where):
+        with nothing_committed(where):
             pull_request = _open_pull_request(access, files)
         if pull_request:
             return _verified(access, files, pull_request)
@@ -85,7 +85,8 @@ def differences(access: Access, files: Sequence[PublishedFile], revision: str) -
 def format_outcome(outcome: Outcome) -> str:
     """What a person sees at the end."""
     visibility = "private" if outcome.private else "public"
-    sent = f"{outcome.sent} sent now" if outcome.sent else "all were there already, so no commit was made"
+    commit_made = outcome.sent or outcome.removed
+    sent = f"{outcome.sent} sent now" if commit_made else "all were there already, so no commit was made"
     removed = f"removed     {len(outcome.removed)} file(s): {', '.join(outcome.removed)}"
     return "\n".join(
         [
@@ -98,7 +99,7 @@ def format_outcome(outcome: Outcome) -> str:
 
 
 @contextlib.contextmanager
-def _nothing_committed(where: str) -> Iterator[None]:
+def nothing_committed(where: str) -> Iterator[None]:
     """Turn the client's errors before the commit into a `UserError`."""
     try:
         yield
@@ -163,7 +164,7 @@ def _committed_after_all(
         else:
             revision = _head(access, access.target.revision)
             moved = revision != head
-            if differences(access, files, revision):
+            if not moved or differences(access, files, revision):
                 revision = None
     except HUB_ERRORS:
         raise UserError(f"{told}. Whether it was committed could not be asked; {AGAIN}") from None
