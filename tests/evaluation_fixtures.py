@@ -7,6 +7,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
+from qwen_vl_sft.evaluation.options import Plan, check_options, make_plan, parse_options
 from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.tiny.dataset import write_dataset
 from qwen_vl_sft.tiny.model import build_model
@@ -52,6 +53,14 @@ def write_run(root: Path, data: Path, dtype: str = "float32", **keys) -> Path:
     (run / "recipe.yaml").write_text(read_recipe(recipe, {}).to_yaml())
     (run / "system_message.txt").write_text(SYSTEM_MESSAGE)
     return run
+
+
+def plan(*arguments) -> Plan:
+    """What the command line asks for."""
+    # New strings, as those of a command line are: `coerce` tells a choice from a bool by identity.
+    options = parse_options([str(argument).encode().decode() for argument in arguments])
+    check_options(options)
+    return make_plan(options)
 
 
 def read_rows(folder: Path) -> list[dict]:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import conversation_row, png, write_messages
-from evaluation_fixtures import SYSTEM_MESSAGE, read_rows, write_charts, write_run
+from evaluation_fixtures import SYSTEM_MESSAGE, plan, read_rows, write_charts, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
 from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
 from qwen_vl_sft.evaluation.evaluate import collect, evaluate
 from qwen_vl_sft.evaluation.generation import plan_batches
-from qwen_vl_sft.evaluation.options import check_options, check_output_dir, make_plan, parse_options
+from qwen_vl_sft.evaluation.options import check_output_dir, parse_options
 from qwen_vl_sft.evaluation.predictions import score_predictions
 from qwen_vl_sft.evaluation.scoring import Question, format_summary, score_row, summarise
 from qwen_vl_sft.evaluation.task import prepare, read_question, up_to_last_answer
@@ -206,13 +206,6 @@ def test_bad_predictions_are_named(tmp_path, text, message):
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluation")
     return write_run(root, write_charts(root / "data"))
-
-
-def plan(*arguments):
-    # New strings, as those of a command line are: `coerce` tells a choice from a bool by identity.
-    options = parse_options([str(argument).encode().decode() for argument in arguments])
-    check_options(options)
-    return make_plan(options)
 
 
 @pytest.mark.parametrize(

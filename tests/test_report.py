@@ -218,7 +218,7 @@ def test_a_row_of_a_capped_evaluation_keeps_its_own_chart(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(lines))
     rows = spread(open_rows(str(tmp_path), "test"), 3)
     questions = [Question(raw["row_id"], "?", ["1"], None) for raw in rows.dataset]
-    charts_by_row = charts_of(Task(rows, questions, [], ("base",), "", None))
+    charts_by_row = charts_of(Task(rows, questions, [], ("base",), "", None, ""))
     assert {row_id: charts_by_row(row_id)[0].open().width for row_id in (0, 3, 6)} == {0: 30, 3: 33, 6: 36}
 
 

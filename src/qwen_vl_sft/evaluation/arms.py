@@ -137,9 +137,31 @@ def identify(tuned: TunedModel | None) -> list[list[Any]]:
     return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
 
 
-def model_identity(plan: Plan) -> dict[str, Any]:
-    """Everything about the models that the answers depend on, as plain values."""
+def model_identity(plan: Plan, arms: Sequence[str]) -> dict[str, Any]:
+    """Everything about the models that the answers depend on, as plain values. Raises `UserError`."""
     settings = dataclasses.asdict(plan.recipe.model)
     lora = [name for name in settings if name.startswith(("lora", "use_peft", "use_rslora", "use_dora", "freeze"))]
-    weights = {"run": str(plan.tuned.folder) if plan.tuned else None, "run_weights": identify(plan.tuned)}
+    weights = {
+        "base_weights": _base_weights(plan, arms),
+        "run": str(plan.tuned.folder) if plan.tuned else None,
+        "run_weights": identify(plan.tuned),
+    }
     return {name: value for name, value in settings.items() if name not in lora} | weights
+
+
+def _base_weights(plan: Plan, arms: Sequence[str]) -> str | None:
+    """Which base model it is, by its commit or files. None where it is gone and no arm needs it. Raises `UserError`."""
+    from qwen_vl_sft.modeling.base_identity import identity_of_base
+
+    # Also where no arm needs it: one that does may be added later.
+    try:
+        return identity_of_base(plan.recipe.model)
+    except (UserError, OSError) as error:
+        if plan.tuned and not plan.tuned.is_adapter and set(arms) == {"tuned"}:
+            return None
+        if isinstance(error, UserError):
+            raise
+        name = plan.recipe.model.model_name_or_path
+        raise UserError(
+            f"model_name_or_path: {name} cannot be read: {error.strerror}: {error.filename}; name a whole model"
+        ) from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, spread
@@ -28,7 +29,8 @@ WAY_OUT = "mend it, or leave such rows out with --bad_rows skip"
 class Task:
     """What is to be answered: the rows, their questions, and the batches, which hold places in `questions`.
 
-    `left_out` rows of the split are not among them, since they cannot be used.
+    `rows_digest` tells whether other rows are the same ones. `left_out` rows of the split are not among them, since they
+    cannot be used.
     """
 
     rows: Rows
@@ -37,6 +39,7 @@ class Task:
     arms: tuple[str, ...]
     system_message: str
     processor: Any
+    rows_digest: str
     left_out: int = 0
 
     def conversation(self, place: int) -> Conversation:
@@ -84,16 +87,35 @@ def prepare(plan: Plan) -> Task:
     arms = choose_arms(plan, message)
     processor = load_run_processor(plan)
     found = _measured(rows, Encoder(processor), data.bad_rows == "skip")
-    questions, lengths = [question for question, _ in found.values()], [length for _, length in found.values()]
-    batches, left_out = plan_batches(lengths, options.batch_size), len(rows) - len(found)
-    return Task(rows.select([*found]) if left_out else rows, questions, batches, arms, message, processor, left_out)
+    batches = plan_batches([row.length for row in found.values()], options.batch_size)
+    left_out = len(rows) - len(found)
+    return Task(
+        rows.select([*found]) if left_out else rows,
+        [row.question for row in found.values()],
+        batches,
+        arms,
+        message,
+        processor,
+        hashlib.sha256("".join(row.digest for row in found.values()).encode()).hexdigest()[:16],
+        left_out,
+    )
 
 
-def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, tuple[Question, int]]:
-    """The question of each row and the estimated length of its prompt, by the row's index."""
+@dataclass(frozen=True)
+class _Measured:
+    """The question of a row, the estimated length of its prompt in tokens, and a digest of all that it asks."""
 
-    def read(raw: Mapping[str, Any], asked: Conversation) -> tuple[Question, int]:
-        return read_question(raw, asked, rows.format), estimate_length(encoder, asked)
+    question: Question
+    length: int
+    digest: str
+
+
+def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, _Measured]:
+    """What there is to know of each row before it is asked, by the row's index."""
+
+    def read(raw: Mapping[str, Any], asked: Conversation) -> _Measured:
+        question = read_question(raw, asked, rows.format)
+        return _Measured(question, estimate_length(encoder, asked), digest_of_row(question, asked))
 
     try:
         return read_usable(rows, read, skip_bad_rows)
@@ -142,6 +164,12 @@ def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format
     return Question(raw[ROW_ID], asked[-1] if asked else "", answers, split_name(raw.get(SPLIT_COLUMN)))
 
 
+def digest_of_row(question: Question, asked: Conversation) -> str:
+    """A digest of what a row asks and accepts; its images count with their encoded bytes. Raises `BadRow`."""
+    content = [asdict(question), asked.messages, [image.digest for image in asked.images]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
     """Everything that the answers depend on, as plain values: a run is resumed only under the same."""
     size = task.processor.image_processor.size
@@ -149,10 +177,11 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
         "dataset": task.rows.name,
         "dataset_config": plan.recipe.data.dataset_config,
         "rows": len(task.questions),
+        "rows_digest": task.rows_digest,
         "batch_size": plan.options.batch_size,
         "max_new_tokens": plan.options.max_new_tokens,
         "system_message": task.system_message,
         "min_pixels": size["shortest_edge"],
         "max_pixels": size["longest_edge"],
     }
-    return json.loads(json.dumps(described | model_identity(plan)))
+    return json.loads(json.dumps(described | model_identity(plan, task.arms)))
