@@ -60,9 +60,9 @@ def answer(
     """Answer one question with every arm, and print it."""
     from qwen_vl_sft.inference.answer_lines import describe, format_table, print_stream, to_json
 
-    answers = {}
+    answers, most = {}, answerer.sources[0].recipe.run.max_new_tokens
     for arm in arms:
-        coming = answerer.stream(conversation, arm, answerer.encoder(arm), options.max_new_tokens)
+        coming = answerer.stream(conversation, arm, answerer.encoder(arm), most)
         if options.json:
             *_, answers[arm] = coming
             continue

@@ -137,7 +137,7 @@ def expected(answerer):
 def test_a_message_names_the_file_but_no_folder(answerer, tmp_path):
     from qwen_vl_sft.demo.page import Handlers
 
-    handlers = Handlers(answerer, parse_options(["--run", "x"]))
+    handlers = Handlers(answerer)
     (tmp_path / "note.txt").write_text("no image")
     (tmp_path / "bomb.png").write_bytes(bomb())
     files = [(str(tmp_path / name), None) for name in ("note.txt", "bomb.png")]
@@ -150,6 +150,24 @@ def test_a_message_names_the_file_but_no_folder(answerer, tmp_path):
             list(handlers.answer([file], "?", 0, "", False, None))
         assert reason in caught.value.message
         assert str(tmp_path) not in caught.value.message
+
+
+def test_each_run_answers_with_as_many_tokens_as_it_says(tmp_path):
+    from qwen_vl_sft.demo.page import Handlers
+    from qwen_vl_sft.demo.space import write_run
+    from qwen_vl_sft.inference.answering import Answerer
+
+    runs = [write_builtin_run(tmp_path / f"{most}", 0, "", max_new_tokens=most) for most in (1, 2)]
+    sources = [read_source(run, {}, tuned_needed=True) for run in runs]
+    ready = Answerer(sources)
+    asked = []
+    ready.stream = lambda _, arm, encoder, most, place: asked.append((most, place)) or iter(())
+    (tmp_path / "chart.png").write_bytes(chart(0)[0])
+    for place in (0, 1):
+        list(Handlers(ready).answer([(str(tmp_path / "chart.png"), None)], "Which?", place, "", False, None))
+    assert asked == [(1, 0), (1, 0), (2, 1), (2, 1)]
+    write_run(sources[1], tmp_path / "space")
+    assert yaml.safe_load((tmp_path / "space/recipe.yaml").read_text())["max_new_tokens"] == 2
 
 
 def start(*words, uploads, cwd=REPOSITORY, **environment):

@@ -251,6 +251,14 @@ def test_one_arm_prints_its_answer_alone(runs, answerer, picture, monkeypatch, c
     assert " s, first token after " in said.err
 
 
+def test_an_answer_is_as_long_as_the_run_says_unless_another_length_is_given(picture, tmp_path, monkeypatch, capsys):
+    run = write_builtin_run(tmp_path / "run", 0, MESSAGES[0], max_new_tokens=1)
+    words = ("--run", run, "--images", picture, "--question", chart(0)[1], "--json")
+    for given, tokens in (((), 1), (("--max_new_tokens", 2), 2)):
+        found = json.loads(generate(monkeypatch, capsys, *words, *given).out)
+        assert found["arms"]["tuned"]["tokens"] == tokens
+
+
 def test_several_arms_are_set_side_by_side(runs, answerer, picture, monkeypatch, capsys):
     words = ("--run", runs[0], "--images", picture, "--question", chart(0)[1], "--max_new_tokens", TOKENS)
     arms = ("base", "prompted", "tuned")

@@ -22,7 +22,6 @@ class Options:
     """The command line. `max_file_size` in bytes; `recipe_keys` holds the keys of a recipe that were given."""
 
     run: tuple[Path, ...]
-    max_new_tokens: int = 64
     examples: int = 4
     max_file_size: int = 10 * 10**6
     queue: int = 20
@@ -42,9 +41,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("--run", type=Path, nargs="+", required=True, help="run folders to choose from, all of the same base model")
-    add(
-        "--max_new_tokens", type=positive, default=Options.max_new_tokens, help="most tokens of an answer (%(default)s)"
-    )
     add(
         "--examples", type=int, default=Options.examples, help="rows of the run's data to try (%(default)s; 0 for none)"
     )

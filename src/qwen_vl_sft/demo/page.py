@@ -27,7 +27,7 @@ ANSWERING, STOPPED, NOTHING = "answering…", "stopped", "&nbsp;"
 
 def build_page(answerer: Answerer, examples: Sequence[Example], options: Options) -> gr.Blocks:
     """The page of loaded models. The first run is chosen at the start."""
-    handlers = Handlers(answerer, options)
+    handlers = Handlers(answerer)
     with gr.Blocks(title="Base and tuned", analytics_enabled=False, delete_cache=CLEANING, fill_width=True) as page:
         gr.Markdown(f"# Base and tuned, side by side\n\n{handlers.facts()}")
         with gr.Row():
@@ -112,9 +112,8 @@ def _filler(example: Example) -> Callable[[], tuple[list[str], str, Any]]:
 class Handlers:
     """What the page does, on one set of loaded models."""
 
-    def __init__(self, answerer: Answerer, options: Options) -> None:
+    def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
-        self.max_new_tokens = options.max_new_tokens
         formats = {source.recipe.data.dataset_format for source in answerer.sources}
         self.most_images = 1 if formats == {"chartqa"} else MOST_IMAGES
 
@@ -161,11 +160,12 @@ class Handlers:
         shown = ["", NOTHING, "", NOTHING]
         try:
             conversation = ask(question, self.read(files or []))
+            most = self.answerer.sources[place].recipe.run.max_new_tokens
             for number, arm in enumerate(("prompted" if base_too else "base", "tuned")):
                 shown[2 * number + 1] = ANSWERING
                 yield tuple(shown)  # type: ignore[misc]
                 encoder = self.answerer.encoder(arm, place, message, int(pixels) if pixels else None)
-                for said in self.answerer.stream(conversation, arm, encoder, self.max_new_tokens, place):
+                for said in self.answerer.stream(conversation, arm, encoder, most, place):
                     shown[2 * number : 2 * number + 2] = [said.text, self.time(said)]
                     yield tuple(shown)  # type: ignore[misc]
         except UserError as error:

@@ -57,7 +57,7 @@ if "GRADIO_SERVER_PORT" in os.environ:
 
 if __name__ == "__main__":
     quiet_libraries(rank=0)
-    words = ["--run", *(str(HERE / run) for run in RUNS), "--max_new_tokens", "{max_new_tokens}"]
+    words = ["--run", *(str(HERE / run) for run in RUNS)]
     words += ["--max_file_size", "{max_file_size}", "--queue", "{queue}", *LISTEN]
     serve(parse_options(words), load_examples(HERE / "examples"))
 '''
@@ -94,7 +94,7 @@ def export_space(options: Options) -> None:
         example_files.save_examples(example_files.collect_examples(sources[0], options.examples, images), images)
         copy_package(where / "qwen_vl_sft", with_model=model_name(sources[0].recipe.model) == BUILTIN_MODEL)
         runs = json.dumps([f"runs/{name}" for name in names])
-        settings = {name: getattr(options, name) for name in ("max_new_tokens", "max_file_size", "queue")}
+        settings = {name: getattr(options, name) for name in ("max_file_size", "queue")}
         (where / "app.py").write_text(APP.format(runs=runs, **settings), encoding="utf-8")
         (where / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements()), encoding="utf-8")
         (where / "README.md").write_text(card(names, sources), encoding="utf-8")
@@ -153,7 +153,8 @@ def write_run(source: Source, folder: Path) -> None:
     (folder / run_folder.SYSTEM_MESSAGE).write_text(source.system_message or "", encoding="utf-8")
     # Of the data only what the page asks with: a data set's name may be a folder of this machine.
     data = {key: getattr(source.recipe.data, key) for key in ("dataset_format", "min_pixels", "max_pixels")}
-    recipe = asdict(source.recipe.model) | {"model_name_or_path": name} | data
+    asked = data | {"max_new_tokens": source.recipe.run.max_new_tokens}
+    recipe = asdict(source.recipe.model) | {"model_name_or_path": name} | asked
     (folder / run_folder.RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     accuracy = relaxed_accuracy(tuned)
     if accuracy is not None:

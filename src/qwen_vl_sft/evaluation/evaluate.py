@@ -144,7 +144,7 @@ def _generate(
     plan: Plan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], list[str]]]:
     try:
-        yield from generate_batches(model, prompts.encoder, prompts.encode, share, plan.options.max_new_tokens)
+        yield from generate_batches(model, prompts.encoder, prompts.encode, share, plan.recipe.run.max_new_tokens)
     except BadRow as error:
         raise UserError(f"{error}; {WAY_OUT}") from None
     except torch.OutOfMemoryError as error:

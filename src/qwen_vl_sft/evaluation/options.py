@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.recipe.settings import DataSettings, ModelSettings
+from qwen_vl_sft.recipe.settings import DataSettings, ModelSettings, RunSettings
 
 if TYPE_CHECKING:
     from qwen_vl_sft.recipe.reading import Recipe
@@ -24,7 +24,8 @@ ARMS = {
 RECIPE_KEYS = (
     "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
     "use_bnb_nested_quant", "attn_implementation", "trust_remote_code", "use_safetensors", "dataset_name",
-    "dataset_config", "dataset_format", "system_message", "min_pixels", "max_pixels", "use_cpu",
+    "dataset_config", "dataset_format", "system_message", "min_pixels", "max_pixels", "max_new_tokens",
+    "use_cpu",
 )  # fmt: skip
 EVALUATION_KEYS = (*RECIPE_KEYS, "bad_rows")
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -41,7 +42,6 @@ class Options:
     split: str
     max_samples: int | None
     batch_size: int
-    max_new_tokens: int
     output_dir: Path | None
     resume: bool
     overwrite: bool
@@ -93,7 +93,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--split", default="test", help="split to score, slices allowed (default: %(default)s)")
     add("--max_samples", type=positive, help="so many rows, evenly spread over the split; default: all")
     add("--batch_size", type=positive, default=8, help="rows answered together (default: %(default)s)")
-    add("--max_new_tokens", type=positive, default=64, help="most tokens of an answer (default: %(default)s)")
     add(
         "--output_dir",
         type=Path,
@@ -110,7 +109,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 def add_recipe_keys(parser: argparse.ArgumentParser, keys: Sequence[str]) -> None:
     """Let the command line give keys of a recipe; `take_recipe_keys` finds them."""
     group = parser.add_argument_group("keys of a recipe", "They win over the run's recipe.")
-    described = {entry.name: entry for settings in (ModelSettings, DataSettings) for entry in fields(settings)}
+    groups = (ModelSettings, DataSettings, RunSettings)
+    described = {entry.name: entry for settings in groups for entry in fields(settings)}
     for name in keys:
         entry = described.get(name)
         text = entry.metadata["help"] if entry else "compute on the CPU even if there is a GPU"
@@ -174,6 +174,10 @@ def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: 
     recipe = read_recipe(path, recipe_keys)
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit are both on; turn one off, e.g. --load_in_4bit false")
+    if recipe.run.max_new_tokens < 1:
+        raise UserError(
+            f"max_new_tokens: {recipe.run.max_new_tokens} is below 1, so nothing would be answered; give more"
+        )
     message = recipe_keys.get("system_message")
     if message is None and tuned:
         file = tuned.home / SYSTEM_MESSAGE

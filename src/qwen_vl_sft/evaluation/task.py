@@ -179,7 +179,7 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
         "rows": len(task.questions),
         "rows_digest": task.rows_digest,
         "batch_size": plan.options.batch_size,
-        "max_new_tokens": plan.options.max_new_tokens,
+        "max_new_tokens": plan.recipe.run.max_new_tokens,
         "system_message": task.system_message,
         "min_pixels": size["shortest_edge"],
         "max_pixels": size["longest_edge"],

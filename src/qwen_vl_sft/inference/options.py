@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.evaluation.options import ARMS, RECIPE_KEYS, add_recipe_keys, names, positive, take_recipe_keys
+from qwen_vl_sft.evaluation.options import ARMS, RECIPE_KEYS, add_recipe_keys, names, take_recipe_keys
 from qwen_vl_sft.evaluation.options import unknown_arms as problems_of_arms
 
 # A question brings its own images, so no data set is read.
@@ -24,7 +24,6 @@ class Options:
     images: tuple[str, ...]
     question: str | None
     arms: tuple[str, ...] | None
-    max_new_tokens: int
     json: bool
     recipe_keys: dict[str, str]
 
@@ -42,7 +41,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--images", nargs="+", default=(), help="image files, shown to the model in this order before the question")
     add("--question", help="default: every line of the standard input is one, about the same images")
     add("--arms", type=names, help="some of base,prompted,tuned; default: tuned with --run, else base")
-    add("--max_new_tokens", type=positive, default=64, help="most tokens of an answer (default: %(default)s)")
     add("--json", action="store_true", help="print each answer as one line of JSON when it is finished")
     add_recipe_keys(parser, KEYS)
     given = vars(parser.parse_args(arguments))

@@ -86,9 +86,8 @@ def warnings(recipe: Recipe) -> list[str]:
             if name in recipe.stated and values[name]
         ]
         found += [f"{name} has no effect: eval_strategy is no, so nothing is evaluated" for name in skipped]
-    if not recipe.run.predict_with_generate:
-        unused = [name for name in ("max_predict_samples", "max_new_tokens") if name in recipe.stated]
-        found += [f"{name} has no effect without predict_with_generate: true" for name in unused]
+    if not recipe.run.predict_with_generate and "max_predict_samples" in recipe.stated:
+        found.append("max_predict_samples has no effect without predict_with_generate: true")
     if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
         found.append("tokens_per_batch has no effect without packing: true; per_device_train_batch_size is the batch")
     if recipe.data.dataset_streaming and recipe.get("dataloader_num_workers") > 1:

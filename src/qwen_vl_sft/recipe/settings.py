@@ -129,7 +129,9 @@ class RunSettings:
         False, "at every evaluation also answer rows and log relaxed_accuracy, exact_match and the other metrics"
     )
     max_predict_samples: int | None = key(128, "rows that predict_with_generate answers, evenly over the split")
-    max_new_tokens: int = key(64, "most tokens of an answer of predict_with_generate")
+    max_new_tokens: int = key(
+        64, "most tokens of an answer: of predict_with_generate, and when the run is evaluated or asked"
+    )
     push_to_hub: bool = key(
         False, "publish the finished run with a model card; the token's rights are checked before anything starts"
     )
