@@ -29,7 +29,7 @@ def main() -> None:
     plan = make_plan(options)
 
     from qwen_vl_sft.evaluation.evaluate import evaluate
-    from qwen_vl_sft.evaluation.scoring import REPORT_FILE, format_summary
+    from qwen_vl_sft.evaluation.scoring import REPORT_FILE, describe_cut, format_summary
 
     summary = evaluate(plan, report=True)
     if summary is not None:
@@ -37,6 +37,8 @@ def main() -> None:
         note = "" if precision["scored_as_trained"] else f"; trained in: {precision['trained']}"
         skipped = f" (skipped {summary['skipped_rows']:,} that could not be read)" if summary["skipped_rows"] else ""
         print(f"\n{summary['dataset']}, {summary['rows']:,} rows{skipped}\nprecision: {precision['scored']}{note}\n")
+        if cut := describe_cut(summary):
+            print(f"answers cut {cut}; raise --max_new_tokens, with --overwrite, to have them whole\n")
         if summary["speed"]:
             arms = ", ".join(f"{arm} {speed['rows_per_second']:.3g}" for arm, speed in summary["speed"].items())
             print(f"rows a second, without loading: {arms}\n")

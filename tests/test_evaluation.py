@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from conftest import conversation_row, png, write_messages
 from evaluation_fixtures import SYSTEM_MESSAGE, plan, read_rows, write_charts, write_run
 from hypothesis import given, settings
@@ -24,12 +27,13 @@ from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
 from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
-from qwen_vl_sft.evaluation.evaluate import collect, evaluate
+from qwen_vl_sft.evaluation.evaluate import collect, cut_answers, evaluate
+from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 from qwen_vl_sft.evaluation.generation import plan_batches
 from qwen_vl_sft.evaluation.options import check_output_dir, parse_options
 from qwen_vl_sft.evaluation.predictions import score_predictions
-from qwen_vl_sft.evaluation.scoring import Question, format_summary, score_row, summarise
-from qwen_vl_sft.evaluation.task import prepare, read_question, up_to_last_answer
+from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise
+from qwen_vl_sft.evaluation.task import describe_task, prepare, read_question, up_to_last_answer
 from qwen_vl_sft.tiny import MODEL_DIR
 
 REPOSITORY = Path(__file__).parent.parent
@@ -41,7 +45,8 @@ FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
 
 def fake_answer(place, batch):
     """An answer that depends on the whole batch, as those of a model in 16 bits may."""
-    return hashlib.sha256(repr((place, batch)).encode()).hexdigest()[:2]
+    digest = hashlib.sha256(repr((place, batch)).encode()).hexdigest()
+    return GeneratedAnswer(digest[:2], ended=digest[2] < "8")
 
 
 def run_processes(files, batches, processes, stop_after=None):
@@ -79,8 +84,10 @@ def test_neither_processes_nor_kills_nor_order_change_a_score(lengths, batch_siz
         lines = [line for path in Path(folder).glob("parts/*") for line in path.read_text().splitlines() if line]
         whole = [json.loads(line)["row_id"] for line in lines if line.endswith("}")]
         assert sorted(whole) == list(range(len(lengths))), "a row twice, or lost"
-        rows = collect(rng.sample(questions, len(questions)), files.read(), ["base"])
+        answers = files.read()
+        rows = collect(rng.sample(questions, len(questions)), answers, ["base"])
     assert rows == expected
+    assert cut_answers(rows, answers, ["base"]) == cut_answers(expected, {"base": alone}, ["base"])
     assert summarise(rng.sample(rows, len(rows)), ["base"]) == summarise(expected, ["base"])
 
 
@@ -427,8 +434,10 @@ def test_two_processes_killed_and_resumed_give_the_rows_of_one(run, reference, t
     written = [json.loads(line) for path in folder.glob("parts/*") for line in path.read_text().splitlines()]
     assert len(written) == 3 * 60
     assert len({(entry["arm"], entry["row_id"]) for entry in written}) == 3 * 60
-    assert survived.items() <= {entry["row_id"]: entry["answer"] for entry in written if entry["arm"] == "base"}.items()
-    assert json.loads((folder / "summary.json").read_text())["scores"] == reference[1]["scores"]
+    kept = {entry["row_id"]: entry["answer"] for entry in written if entry["arm"] == "base"}
+    assert {row_id: answer.text for row_id, answer in survived.items()}.items() <= kept.items()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["scores"], summary["cut_answers"]) == (reference[1]["scores"], reference[1]["cut_answers"])
 
 
 def test_resume_under_other_settings_is_refused(run, reference):
@@ -482,6 +491,38 @@ def test_too_little_memory_names_the_way_out(run, tmp_path, monkeypatch):
     monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.generate_batches", fail)
     with pytest.raises(UserError, match=r"--batch_size 8: .*--max_pixels"):
         evaluate(plan("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", 8))
+
+
+def test_answers_that_were_cut_are_counted_and_told(run, tmp_path, monkeypatch, capsys):
+    asked = ("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", 3, "--max_new_tokens", 1)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, asked)])
+    runpy.run_path(str(REPOSITORY / "scripts" / "evaluate.py"), run_name="__main__")
+    assert json.loads((tmp_path / "summary.json").read_text())["cut_answers"] == {"base": 3}
+    assert "answers cut at 1 tokens: base 3 of 3; raise --max_new_tokens" in capsys.readouterr().out
+    assert "at 1 tokens: base 3 of 3" in (tmp_path / "report.html").read_text()
+
+
+def test_what_was_cut_is_a_line_only_where_there_is_something():
+    summary = {
+        "rows": 2000,
+        "settings": {"max_new_tokens": 64},
+        "cut_answers": {"base": 1100, "prompted": 0, "tuned": 2},
+    }
+    assert describe_cut(summary) == "at 64 tokens: base 1,100, tuned 2 of 2,000"
+    assert describe_cut(summary | {"cut_answers": {"base": 0}}) is None
+    assert describe_cut({"rows": 3}) is None
+
+
+def test_the_most_tokens_are_those_of_the_run_unless_others_are_given(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(recipe | {"max_new_tokens": 7}))
+    asked = ("--run", tmp_path / "run", "--output_dir", tmp_path / "out", "--max_samples", 1)
+    for words, most in (((), 7), (("--max_new_tokens", 9), 9)):
+        ready = plan(*asked, *words)
+        assert describe_task(ready, prepare(ready))["max_new_tokens"] == most
+    with pytest.raises(UserError, match="max_new_tokens: 0 is below 1"):
+        plan(*asked, "--max_new_tokens", 0)
 
 
 def script(*arguments):

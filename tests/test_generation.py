@@ -10,7 +10,13 @@ from PIL import Image
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.rows import Conversation
-from qwen_vl_sft.evaluation.generation import estimate_length, generate_answers, greedy_config, plan_batches
+from qwen_vl_sft.evaluation.generation import (
+    estimate_length,
+    generate_answers,
+    generate_batch,
+    greedy_config,
+    plan_batches,
+)
 
 NEW_TOKENS = 12
 
@@ -121,6 +127,15 @@ def test_an_answer_ends_at_the_end_of_its_turn(tiny, conversations):
     found = generate_answers(model, encoder, [conversations[1]] * 3, 3, longest)
     assert sorted(found) == ["", "Yes", "Yes"]
     assert model.training, "the mode of the model is put back"
+
+
+def test_an_answer_without_an_end_was_cut(tiny, conversations):
+    encoder = tiny[1]
+    word, end, pad = encoder.processor.tokenizer("Yes")["input_ids"][0], encoder.end_of_turn_id, encoder.pad_token_id
+    model = Scripted([[word, word, word], [word, word, end], [word, end, pad], [word, pad, pad]])
+    model.eval()
+    given = generate_batch(model, encoder, [encoder.encode_prompt(conversations[1])] * 4, 3)
+    assert [answer.ended for answer in given] == [False, True, True, True]
 
 
 def test_the_longest_prompts_come_first_and_answers_keep_their_order(tiny, conversations):

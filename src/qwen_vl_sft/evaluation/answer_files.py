@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 
 PARTS_FOLDER = "parts"
 SETTINGS_FILE = "settings.json"
@@ -16,20 +17,22 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class AnswerFiles:
-    """The part files in `folder`. A line is `{"arm", "row_id", "answer"}`; without its newline it does not count.
+    """The part files in `folder`. A line is `{"arm", "row_id", "answer", "ended"}`; without its newline it does not count.
 
-    The answer to a row that could not be read is None.
+    The answer to a row that could not be read is None, and `ended` is not there.
     """
 
     folder: Path
 
-    def read(self) -> dict[str, dict[int, str | None]]:
+    def read(self) -> dict[str, dict[int, GeneratedAnswer | None]]:
         """All answers there are, by arm and row, whichever process wrote them."""
-        answers: dict[str, dict[int, str | None]] = {}
+        answers: dict[str, dict[int, GeneratedAnswer | None]] = {}
         for path in sorted(self.folder.glob(f"{PARTS_FOLDER}/*.jsonl")):
             for line in _whole_lines(path):
                 entry = json.loads(line)
-                answers.setdefault(entry["arm"], {}).setdefault(entry["row_id"], entry["answer"])
+                text = entry["answer"]
+                answer = None if text is None else GeneratedAnswer(text, entry["ended"])
+                answers.setdefault(entry["arm"], {}).setdefault(entry["row_id"], answer)
         return answers
 
     def repair(self, rank: int) -> None:
@@ -40,9 +43,12 @@ class AnswerFiles:
         if not content.endswith(b"\n"):
             path.write_bytes(content[: content.rfind(b"\n") + 1])
 
-    def append(self, rank: int, arm: str, answers: Mapping[int, str | None]) -> None:
+    def append(self, rank: int, arm: str, answers: Mapping[int, GeneratedAnswer | None]) -> None:
         """Add the answers of a batch."""
-        lines = [json.dumps({"arm": arm, "row_id": row, "answer": text}) + "\n" for row, text in answers.items()]
+        lines = []
+        for row_id, answer in answers.items():
+            said = {"answer": answer.text, "ended": answer.ended} if answer else {"answer": None}
+            lines.append(json.dumps({"arm": arm, "row_id": row_id, **said}) + "\n")
         with open(self._path(rank), "a", encoding="utf-8") as file:
             file.write("".join(lines))
 

@@ -18,6 +18,7 @@ from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
 from qwen_vl_sft.evaluation.arms import load_arm, make_encoder, precision_summary
+from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 from qwen_vl_sft.evaluation.generation import generate_batches
 from qwen_vl_sft.evaluation.options import ARMS, Plan
 from qwen_vl_sft.evaluation.report import write_report
@@ -60,10 +61,12 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     speeds = gather_object([own_speed]) if world.processes > 1 else [own_speed]
     if world.rank > 0:
         return None
-    rows = collect(task.questions, files.read(), arms)
+    answers = files.read()
+    rows = collect(task.questions, answers, arms)
     summary = summarise(rows, arms) | {
         "dataset": task.rows.name,
         "skipped_rows": task.left_out + len(task.questions) - len(rows),
+        "cut_answers": cut_answers(rows, answers, arms),
         "settings": settings,
         "precision": precision_summary(plan),
         "speed": speed_of_arms(speeds),
@@ -97,7 +100,7 @@ def answer_all(
     plan: Plan,
     task: Task,
     arms: Sequence[str],
-    answered: Mapping[str, Mapping[int, str | None]],
+    answered: Mapping[str, Mapping[int, GeneratedAnswer | None]],
     files: AnswerFiles,
     world: World,
 ) -> dict[str, tuple[int, float]]:
@@ -118,10 +121,10 @@ def answer_all(
         title = arm if world.processes == 1 else f"{arm}, process 0 of {world.processes}"
         began = time.perf_counter()
         with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=world.rank > 0) as progress:
-            for batch, texts in _generate(plan, model, prompts, share):
+            for batch, given in _generate(plan, model, prompts, share):
                 new = {
-                    task.questions[place].row_id: None if place in prompts.unreadable else text
-                    for place, text in zip(batch, texts, strict=True)
+                    task.questions[place].row_id: None if place in prompts.unreadable else answer
+                    for place, answer in zip(batch, given, strict=True)
                     if place not in done
                 }
                 files.append(world.rank, arm, new)
@@ -142,7 +145,7 @@ def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str
 
 def _generate(
     plan: Plan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]]
-) -> Iterator[tuple[list[int], list[str]]]:
+) -> Iterator[tuple[list[int], list[GeneratedAnswer]]]:
     try:
         yield from generate_batches(model, prompts.encoder, prompts.encode, share, plan.recipe.run.max_new_tokens)
     except BadRow as error:
@@ -155,7 +158,7 @@ def _generate(
 
 
 def collect(
-    questions: Sequence[Question], answers: Mapping[str, Mapping[int, str | None]], arms: Sequence[str]
+    questions: Sequence[Question], answers: Mapping[str, Mapping[int, GeneratedAnswer | None]], arms: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The scored rows in row order, each with an answer of every arm; without those that could not be read for one."""
     for arm in arms:
@@ -163,12 +166,20 @@ def collect(
         assert not missing, f"{arm}: no answer to rows {missing[:5]}"
     rows = []
     for question in sorted(questions, key=lambda question: question.row_id):
-        texts = {arm: text for arm in arms if (text := answers[arm][question.row_id]) is not None}
+        texts = {arm: answer.text for arm in arms if (answer := answers[arm][question.row_id]) is not None}
         if len(texts) == len(arms):
             rows.append(score_row(question, texts))
     if not rows:
         raise UserError(f"none of the {len(questions)} rows can be read; mend them, and evaluate anew with --overwrite")
     return rows
+
+
+def cut_answers(
+    rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Mapping[int, GeneratedAnswer | None]], arms: Sequence[str]
+) -> dict[str, int]:
+    """How many of the scored answers of each arm `max_new_tokens` has cut."""
+    scored = {arm: [answers[arm][row["row_id"]] for row in rows] for arm in arms}
+    return {arm: sum(answer is not None and not answer.ended for answer in given) for arm, given in scored.items()}
 
 
 def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:

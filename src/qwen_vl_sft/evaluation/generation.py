@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from qwen_vl_sft.batching.collator import pad
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.rows import Conversation
+from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 
 # A token of a chart question is about four letters; only the order of the estimates matters.
 LETTERS_OF_A_TOKEN = 4
@@ -31,8 +32,8 @@ def generate_answers(
     def prompt_at(place: int) -> Encoded:
         return encoder.encode_prompt(conversations[place])
 
-    for places, texts in generate_batches(model, encoder, prompt_at, batches, max_new_tokens):
-        answers.update(zip(places, texts, strict=True))
+    for places, given in generate_batches(model, encoder, prompt_at, batches, max_new_tokens):
+        answers.update(zip(places, (answer.text for answer in given), strict=True))
     return [answers[place] for place in range(len(conversations))]
 
 
@@ -58,7 +59,7 @@ def generate_batches(
     batches: Sequence[Sequence[int]],
     max_new_tokens: int,
     synced: bool = False,
-) -> Iterator[tuple[list[int], list[str]]]:
+) -> Iterator[tuple[list[int], list[GeneratedAnswer]]]:
     """Answer batch after batch: yields its places and their answers. The next batch is read while one is answered.
 
     `prompt_at` reads and encodes the prompt of a place, in a thread of its own. `synced` is for weights that are split
@@ -84,7 +85,7 @@ def generate_batches(
 
 def generate_batch(
     model: Any, encoder: Encoder, rows: Sequence[Encoded], max_new_tokens: int, synced: bool = False, **watched_by: Any
-) -> list[str]:
+) -> list[GeneratedAnswer]:
     """Answer B encoded prompts together, greedily, up to the end of the turn or `max_new_tokens` tokens each.
 
     `watched_by` takes `streamer` and `stopping_criteria`, as `generate` does.
@@ -97,7 +98,8 @@ def generate_batch(
         config = greedy_config(encoder, max_new_tokens)
         output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **watched_by)
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [decode_answer(encoder, tokens) for tokens in answers]
+    ends = set(_ends(encoder))
+    return [GeneratedAnswer(decode_answer(encoder, tokens), not ends.isdisjoint(tokens)) for tokens in answers]
 
 
 def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:

@@ -19,7 +19,7 @@ from PIL import Image
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
-from qwen_vl_sft.evaluation.scoring import REPORT_FILE, SPLIT_COLUMN
+from qwen_vl_sft.evaluation.scoring import REPORT_FILE, SPLIT_COLUMN, describe_cut
 from qwen_vl_sft.whole_file import write_whole
 
 # The charts of a row, by its row_id.
@@ -140,6 +140,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         "Precision": scored,
         "Rows": f"{summary['rows']:,}",
         "Left out": f"{left_out:,}, which could not be read" if left_out else None,
+        "Cut answers": describe_cut(summary),
         "Versions": ", ".join(f"{name} {version}" for name, version in known.items() if version),
     }
     shown = "".join(

@@ -84,6 +84,14 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def describe_cut(summary: Mapping[str, Any]) -> str | None:
+    """How many answers of which arms were cut, in a line; None where none was, or where it is not known."""
+    cut = [f"{arm} {count:,}" for arm, count in summary.get("cut_answers", {}).items() if count]
+    return (
+        f"at {summary['settings']['max_new_tokens']:,} tokens: {', '.join(cut)} of {summary['rows']:,}" if cut else None
+    )
+
+
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     """Write `rows.jsonl` and `summary.json`, the summary last: where it is, the results are complete."""
     folder.mkdir(parents=True, exist_ok=True)

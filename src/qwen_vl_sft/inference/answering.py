@@ -152,10 +152,10 @@ class Answerer:
                     listener.begin()
                     rows = [encoder.encode_prompt(conversation)]
                     left = StoppingCriteriaList([listener.is_left])
-                    [text] = generate_batch(
+                    [given] = generate_batch(
                         model, encoder, rows, max_new_tokens, streamer=listener, stopping_criteria=left
                     )
-                    listener.finish(text)
+                    listener.finish(given.text)
             except BaseException as error:
                 listener.said.put(error)
 

@@ -88,8 +88,8 @@ class GenerationMetrics:
             leave=False,
             disable=not (show_progress and rank == 0),
         )
-        for number, (places, texts) in enumerate(shown):
-            answers.update(zip(places, texts, strict=True))
+        for number, (places, given) in enumerate(shown):
+            answers.update(zip(places, (answer.text for answer in given), strict=True))
             if poll is not None and number < len(self.batches) // world:
                 poll()
         read = [place for place in answers if self.sample[place] not in self.prompts.unreadable]
