@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import psutil
@@ -27,13 +28,14 @@ from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
 from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
-from qwen_vl_sft.evaluation.evaluate import collect, cut_answers, evaluate
+from qwen_vl_sft.evaluation.evaluate import answer_all, collect, cut_answers, evaluate
 from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 from qwen_vl_sft.evaluation.generation import plan_batches
-from qwen_vl_sft.evaluation.options import check_output_dir, parse_options
+from qwen_vl_sft.evaluation.options import Plan, TunedModel, check_output_dir, parse_options
 from qwen_vl_sft.evaluation.predictions import score_predictions
 from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise
-from qwen_vl_sft.evaluation.task import describe_task, prepare, read_question, up_to_last_answer
+from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question, up_to_last_answer
+from qwen_vl_sft.recipe.reading import build
 from qwen_vl_sft.tiny import MODEL_DIR
 
 REPOSITORY = Path(__file__).parent.parent
@@ -482,6 +484,45 @@ def test_a_run_that_trained_the_whole_model(run, tmp_path):
     arms = [row["arms"] for row in read_rows(tmp_path / "run" / "evaluation")]
     assert all(set(answers) == {"prompted", "tuned"} for answers in arms)
     assert any(answers["prompted"] != answers["tuned"] for answers in arms)
+
+
+@pytest.mark.parametrize(("is_adapter", "beside_tuned"), [(False, []), (True, ["base"])])
+def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monkeypatch, is_adapter, beside_tuned):
+    class Model:
+        def __init__(self):
+            self.itself = self  # hooks of a real model point back at it
+
+    held, alive = {}, {}
+
+    def load(_, arm, model, __):
+        alive[arm] = [name for name, reference in held.items() if reference() is not None]
+        if arm == "prompted":
+            return model
+        loaded = Model()
+        held[arm] = weakref.ref(loaded)
+        return loaded
+
+    def answer(model, *_):
+        assert isinstance(model, Model)
+        yield [0], [GeneratedAnswer("1", ended=True)]
+
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.load_arm", load)
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.generate_batches", answer)
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.make_encoder", lambda *_: None)
+    arms, files = ("base", "prompted", "tuned"), AnswerFiles(tmp_path)
+    ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse_options([]), tmp_path)
+    files.repair(rank=0)
+    answer_all(ready, Task(None, [Question(0, "?", ["1"], None)], [[0]], arms, "", None, ""), arms, {}, files, world())
+    assert alive == {"base": [], "prompted": ["base"], "tuned": beside_tuned}
+
+
+def test_too_little_memory_for_a_model_names_the_way_out(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.load_arm", fail)
+    with pytest.raises(UserError, match=r"--arms: .* the model of base; .*--load_in_4bit .*CUDA out of memory"):
+        evaluate(plan("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", 1))
 
 
 def test_too_little_memory_names_the_way_out(run, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Each process answers whole batches into a file of its own; the first one joins t
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,7 +116,12 @@ def answer_all(
         share = deal(task.batches, done, world.rank, world.processes)
         if not share:
             continue
-        model = load_arm(plan, arm, model, world)
+        if arm == "tuned" and plan.tuned and not plan.tuned.is_adapter:
+            # A whole model of its own: with the base still there, the GPU would have to hold both.
+            model = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        model = _load(plan, arm, model, world)
         encoder = make_encoder(arm, task.processor, task.system_message)
         prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
         title = arm if world.processes == 1 else f"{arm}, process 0 of {world.processes}"
@@ -141,6 +147,16 @@ def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str
         seconds = max(speed[arm][1] for speed in speeds if arm in speed)
         found[arm] = {"rows": rows, "seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 3)}
     return found
+
+
+def _load(plan: Plan, arm: str, model: Any, world: World) -> Any:
+    try:
+        return load_arm(plan, arm, model, world)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--arms: the GPU's memory does not hold the model of {arm}; load it with --load_in_4bit and --overwrite, or"
+            f" end what else runs on the GPU ({first_line(error)})"
+        ) from error
 
 
 def _generate(
