@@ -515,6 +515,8 @@ def test_the_card_of_chartqa_without_evaluation(tmp_path):
     assert "Not evaluated" in text
     assert "`HuggingFaceM4/ChartQA` is licensed GPL-3.0." in text
     assert "bnb_4bit_quant_type=" in python_code(publication, "alice/name", "main")
+    publication.recipe.run.max_new_tokens = 300
+    assert "max_new_tokens=300" in python_code(publication, "alice/name", "main")
     assert "scripts/merge.py --nf4_aware" in text
     published = {file.path: file for file in collect_files(publication, text)}
     config = json.loads(published["adapter_config.json"].content)

@@ -11,7 +11,6 @@ from qwen_vl_sft.hub.publication import BUILTIN_PREFIX, Publication
 
 # Ranks for which vLLM compiles its kernels.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_MAX_NEW_TOKENS = 64
 
 
 def python_code(publication: Publication, repo_id: str, revision: str) -> str:
@@ -36,7 +35,7 @@ def python_code(publication: Publication, repo_id: str, revision: str) -> str:
     lines += [f"{model} = AutoModelForImageTextToText.from_pretrained(", f"    {name}, {', '.join(arguments)}", ")"]
     if publication.is_adapter:
         lines += ["model = PeftModel.from_pretrained(base, repo, revision=revision)"]
-    lines += [*_question(bool(publication.system_message)), *_answer()]
+    lines += [*_question(bool(publication.system_message)), *_answer(publication.recipe.run.max_new_tokens)]
     return "\n".join([*imports, "", *lines])
 
 
@@ -122,13 +121,13 @@ def _question(has_system_message: bool) -> list[str]:
     ]
 
 
-def _answer() -> list[str]:
+def _answer(most_tokens: int) -> list[str]:
     return [
         "prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
         'image = Image.open("chart.png").convert("RGB")',
         'inputs = processor(text=[prompt], images=[image], return_tensors="pt").to(model.device)',
         "# The base model's own settings sample, with a repetition penalty.",
-        f"output = model.generate(**inputs, max_new_tokens={_MAX_NEW_TOKENS}, do_sample=False, repetition_penalty=1.0)",
+        f"output = model.generate(**inputs, max_new_tokens={most_tokens}, do_sample=False, repetition_penalty=1.0)",
         'print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])',
     ]
 
