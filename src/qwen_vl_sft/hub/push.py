@@ -25,8 +25,7 @@ AGAIN = "push again: what has arrived is not sent twice"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished push: where it is, its commit, how many files were compared, how many of them were sent now, and those
-    of a former push that it has removed."""
+    """A finished push: where it is, its commit, how many files were compared and how many sent now, and those removed."""
 
     url: str
     revision: str
