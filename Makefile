@@ -26,7 +26,7 @@ quickstart: setup
 		--run $(RUN) --arms base,prompted,tuned --split test --overwrite
 
 # Two files at a time: most tests keep one core busy.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m 'not long'

@@ -134,7 +134,11 @@ def test_a_row_that_cannot_be_read_is_left_out_on_all_processes(config, packing,
 
 
 @pytest.mark.parametrize(
-    ("config", "packing"), [(None, "true"), ("zero2", "true"), pytest.param("fsdp2", "false", marks=pytest.mark.long)]
+    ("config", "packing"),
+    [
+        (None, "true"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("zero2", "true"), ("fsdp2", "false"))),
+    ],
 )
 def test_a_row_that_cannot_be_read_ends_the_run_by_its_name(config, packing, broken, tmp_path):
     words = on_broken(broken, tmp_path / "run", packing)
