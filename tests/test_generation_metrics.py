@@ -133,7 +133,7 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "config", ["cpu", "zero3", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "fsdp2"))]
+    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "zero3", "fsdp2"))]
 )
 def test_every_strategy_gives_the_answers_and_scores_of_one_process(config, single, tmp_path):
     done = launch(config, *ARGUMENTS, "--output_dir", tmp_path / "run")
