@@ -30,6 +30,7 @@ def sent(monkeypatch):
         else:
             box[:] = [pickle.dumps(values)]
 
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     return box
 

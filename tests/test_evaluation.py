@@ -516,22 +516,20 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
     assert alive == {"base": [], "prompted": ["base"], "tuned": beside_tuned}
 
 
-def test_too_little_memory_for_a_model_names_the_way_out(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "rows", "told"),
+    [
+        ("load_arm", 1, r"--arms: .* the model of base; .*--load_in_4bit .*CUDA out of memory"),
+        ("generate_batches", 8, r"--batch_size 8: .*--max_pixels"),
+    ],
+)
+def test_too_little_memory_names_the_way_out(where, rows, told, run, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.load_arm", fail)
-    with pytest.raises(UserError, match=r"--arms: .* the model of base; .*--load_in_4bit .*CUDA out of memory"):
-        evaluate(plan("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", 1))
-
-
-def test_too_little_memory_names_the_way_out(run, tmp_path, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.generate_batches", fail)
-    with pytest.raises(UserError, match=r"--batch_size 8: .*--max_pixels"):
-        evaluate(plan("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", 8))
+    monkeypatch.setattr(f"qwen_vl_sft.evaluation.evaluate.{where}", fail)
+    with pytest.raises(UserError, match=told):
+        evaluate(plan("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", rows))
 
 
 def test_answers_that_were_cut_are_counted_and_told(run, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import platform
 
 import pytest
+import torch.distributed as dist
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching.world import World
@@ -17,9 +18,12 @@ class Others:
         self.told, self.answers = told, answers
         self.heard = None
 
+    def is_initialized(self):
+        return True
+
     def broadcast_object_list(self, values):
-        values[:] = self.told or values
-        self.heard = list(values)
+        values[:] = [self.told] if self.told else values
+        (self.heard,) = values
 
     def all_gather_object(self, answers, own):
         answers[:] = [own, *self.answers] if self.told is None else [*self.answers, own]
@@ -29,8 +33,10 @@ class Others:
 def others(monkeypatch):
     def play(**keys):
         monkeypatch.setattr(shared_folder, "_SECONDS_TO_SEE", 0.0)
-        monkeypatch.setattr(shared_folder, "dist", Others(**keys))
-        return shared_folder.dist
+        played = Others(**keys)
+        for name in ("is_initialized", "broadcast_object_list", "all_gather_object"):
+            monkeypatch.setattr(dist, name, getattr(played, name))
+        return played
 
     return play
 

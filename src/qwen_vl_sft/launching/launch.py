@@ -24,6 +24,7 @@ __all__ = [
     "Strategy",
     "World",
     "check_running",
+    "from_first",
     "join",
     "limit_waits",
     "prepare_final_save",
@@ -84,6 +85,20 @@ def join(world: World, backend: str | None = None) -> Any:
     options = {"timeout": LONGEST_WAIT, **({"backend": backend} if backend else {})} if world.processes > 1 else {}
     # Told of a CPU, accelerate would not let DeepSpeed start the group.
     return PartialState(cpu=world.on_cpu and not world.zero_stage, **options)
+
+
+def from_first(world: World, value: Any) -> Any:
+    """The `value` of the first process, on all of them; what the others bring counts for nothing.
+
+    Call it on all processes, joined (`join`). accelerate's own broadcast does nothing, and says nothing, as long as it
+    takes the run for a single process.
+    """
+    if world.processes == 1:
+        return value
+    assert torch.distributed.is_initialized(), "the processes are joined before one tells the others something"
+    sent = [value if world.rank == 0 else None]
+    torch.distributed.broadcast_object_list(sent)
+    return sent[0]
 
 
 def limit_waits(seconds: float) -> None:

@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
-import torch.distributed as dist
 from datasets import Dataset
 
 from qwen_vl_sft.data.dataset import Rows, evenly_spread
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.preparation.scan import Scan
 
@@ -28,16 +28,12 @@ def agreed_scan(world: World, rows: Rows, look: Callable[[], Scan]) -> Scan:
     """
     if world.processes == 1:
         return look()
-    sent: list[Any] = [None]
     if world.rank == 0:
         found = look()
         values = {field.name: getattr(found, field.name) for field in fields(Scan) if field.name != "rows"}
-        sent = [(len(rows), sample_digest(rows), values)]
-    # accelerate's own broadcast does nothing, and says nothing, as long as it takes the run for a single process.
-    dist.broadcast_object_list(sent)
-    count, digest, values = sent[0]
-    if world.rank == 0:
+        launch.from_first(world, (len(rows), sample_digest(rows), values))
         return found
+    count, digest, values = launch.from_first(world, None)
     if (len(rows), sample_digest(rows)) != (count, digest):
         what = f"{len(rows):,} rows, the first process {count:,}" if len(rows) != count else "other rows than the first"
         raise UserError(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.dataset import ROW_ID
 from qwen_vl_sft.errors import UserError, first_line, raise_all
+from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.outputs import checkpoints
@@ -100,7 +100,7 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
     resume = recipe.get("resume_from_checkpoint")
     if not resume:
         return None
-    found: list[Checkpoint | None] = [None]
+    found: Checkpoint | None = None
     if world.rank == 0:
         checkpoint = checkpoints.find(recipe.output_dir, resume, _tell)
         if checkpoint is None:
@@ -111,12 +111,9 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
             best = _best(checkpoint) if recipe.get("load_best_model_at_end") else None
             for folder in [checkpoint.path, *([best] if best else [])] if recipe.model.use_safetensors else []:
                 _check_pickles(folder)
-            found = [replace(checkpoint, best=best)]
-    if world.processes > 1:
-        # accelerate's own broadcast does nothing, and says nothing, as long as it takes the run for a single process.
-        assert dist.is_initialized(), "the processes are joined when SFTConfig has been asked for its device"
-        dist.broadcast_object_list(found)
-    return found[0]
+            found = replace(checkpoint, best=best)
+    resumed: Checkpoint | None = launch.from_first(world, found)
+    return resumed
 
 
 def _best(checkpoint: Checkpoint) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.world import World
 
 # What one machine writes may reach another's view of the storage late.
@@ -27,15 +28,13 @@ def check_shared(folder: Path, world: World) -> None:
     if world.processes == 1:
         return
     with contextlib.ExitStack() as stack:
-        # The name of the file, and why it could not be written.
-        told: list[Any] = [None, None]
+        name, failure = "", None
         if world.rank == 0:
             try:
-                told[0] = stack.enter_context(_written(folder))
+                name = stack.enter_context(_written(folder))
             except OSError as error:
-                told[1] = error.strerror
-        dist.broadcast_object_list(told)
-        name, failure = told
+                failure = error.strerror
+        name, failure = launch.from_first(world, (name, failure))
         if failure:
             raise UserError(f"output_dir: {folder} cannot be written: {failure}; name another folder")
         answers: list[Any] = [None] * world.processes
