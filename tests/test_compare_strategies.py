@@ -12,14 +12,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_process
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.benchmarks import comparison, outcome, strategies
 from qwen_vl_sft.benchmarks.strategies import Case, grid, recipe_of
 from qwen_vl_sft.benchmarks.table import TEXT, format_table
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launching import launch
 from qwen_vl_sft.modeling.base_model import forget_unused_renamings
 from qwen_vl_sft.modeling.random_model import make_random_model
 
@@ -164,16 +162,6 @@ def test_curves_are_drawn_for_every_mode(tmp_path):
 
 
 # What the strategies need to agree
-
-
-def test_fsdp_rounds_neither_gradients_nor_what_layers_are_given():
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(mixed_precision_policy=policy))
-    launch.round_as_one_process_does(SimpleNamespace(state=state))
-    changed = state.fsdp_plugin.mixed_precision_policy
-    assert (changed.param_dtype, changed.reduce_dtype, changed.output_dtype) == (torch.bfloat16, torch.float32, None)
-    assert not changed.cast_forward_inputs
-    launch.round_as_one_process_does(SimpleNamespace(state=object()))
 
 
 def test_only_renamings_that_a_load_used_are_undone():

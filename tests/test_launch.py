@@ -16,7 +16,7 @@ from torch import nn
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching.asked import Asked, Process, ancestors, asked_of_launcher
-from qwen_vl_sft.launching.launch import World, check_running, prepare_final_save, read_world, training_arguments
+from qwen_vl_sft.launching.launch import World, check_running, read_world, training_arguments
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"
@@ -252,24 +252,6 @@ def test_data_parallel_is_not_single():
 def test_arguments_of_a_gpu_run_are_left_to_the_recipe():
     assert training_arguments(World("fsdp2", 2, 0, 0, on_cpu=False)) == {"accelerator_config": {"non_blocking": True}}
     assert training_arguments(World("ddp", 2, 0, 0, on_cpu=True))["use_cpu"]
-
-
-def test_the_final_save_of_fsdp_is_whole():
-    class Plugin:
-        kind = "SHARDED_STATE_DICT"
-
-        def set_state_dict_type(self, kind):
-            self.kind = kind
-
-    class State:
-        fsdp_plugin = Plugin()
-
-    class Accelerator:
-        state = State()
-
-    prepare_final_save(Accelerator())
-    assert State.fsdp_plugin.kind == "FULL_STATE_DICT"
-    prepare_final_save(type("Plain", (), {"state": object()})())
 
 
 # Real launches, about 10 s each

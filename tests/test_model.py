@@ -166,6 +166,23 @@ def test_quantized_weights(bits):
         assert (state.quant_type, state.nested) == ("nf4", True)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "computed_in", "storage"),
+    [
+        ("ddp", torch.bfloat16, torch.uint8),
+        ("fsdp2", torch.bfloat16, torch.bfloat16),
+        ("fsdp2", torch.float16, torch.float16),
+        ("fsdp2", None, torch.float32),
+    ],
+)
+def test_fsdp2_gets_4bit_values_in_the_type_it_computes_in(strategy, computed_in, storage):
+    """It turns every other type of floats into that one, which is no longer the same 4-bit values."""
+    model = load_model(settings(load_in_4bit=True), on_cpu=True, strategy=strategy, computed_in=computed_in)
+    weights = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
+    assert {weight.dtype for weight in weights} == {storage}
+    assert next(iter(model.parameters())).dtype == torch.float32
+
+
 def test_4bit_weights_survive_an_evaluation_on_a_cpu():
     """bitsandbytes repacks them in place in an evaluation forward on CPUs with AVX512-BF16; see the workaround."""
     model = load_model(settings(load_in_4bit=True, dtype="bfloat16"), on_cpu=True)

@@ -2,12 +2,11 @@
 
 Accelerate turns several requests into something else without a word, mostly on a CPU. So the order in a script is
 `read_world`, `start`, `join`, `SFTConfig(..., **training_arguments(world))`, `check_running` and `limit_waits` when
-training begins, and `prepare_final_save` after it.
+training begins.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from datetime import timedelta
@@ -18,6 +17,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from qwen_vl_sft.errors import raise_all
+from qwen_vl_sft.launching import fsdp
 from qwen_vl_sft.launching.world import Strategy, World, read_world
 
 __all__ = [
@@ -27,9 +27,7 @@ __all__ = [
     "from_first",
     "join",
     "limit_waits",
-    "prepare_final_save",
     "read_world",
-    "round_as_one_process_does",
     "start",
     "training_arguments",
 ]
@@ -122,22 +120,6 @@ def training_arguments(world: World) -> dict[str, Any]:
     return arguments
 
 
-def round_as_one_process_does(accelerator: Any) -> None:
-    """Have FSDP2 round nothing but weights; call it before training. `accelerator` is the trainer's.
-
-    accelerate takes `bf16: true` to mean that gradients are added up in bfloat16, and what enters a layer or leaves the
-    model is rounded to it as well: the vision tower's rotation angles lose all but three digits, which moves the loss of
-    a 7B by 0.6%, and so do log-probabilities. Its configuration files cannot say otherwise. May go when accelerate lets
-    its users choose `reduce_dtype`, `output_dtype` and `cast_forward_inputs` there
-    (FullyShardedDataParallelPlugin.set_mixed_precision).
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
-        )
-
-
 def check_running(world: World, accelerator: Any, model: nn.Module) -> None:
     """Raise `UserError` unless `model`, as the trainer wrapped it (`trainer.model_wrapped`), runs as `world` says.
 
@@ -157,22 +139,11 @@ def check_running(world: World, accelerator: Any, model: nn.Module) -> None:
     raise_all([f"launched as {world.strategy}, but {problem}. {WAY_OUT}" for problem in problems])
 
 
-def prepare_final_save(accelerator: Any) -> None:
-    """Have `trainer.save_model` write whole weights; call it on every rank after training, and save no checkpoint then.
-
-    Under FSDP with SHARDED_STATE_DICT, `save_model` writes nothing and says nothing
-    (https://github.com/huggingface/transformers/issues/30491). Checkpoints need SHARDED_STATE_DICT for QLoRA to resume.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None:
-        plugin.set_state_dict_type("FULL_STATE_DICT")
-
-
 def _wrapping_problems(world: World, model: nn.Module) -> list[str]:
     if world.zero_stage:
         return _zero_problems(world, model)
     if world.strategy == "fsdp2":
-        return _fsdp_problems(model)
+        return fsdp.problems(model)
     if world.strategy == "ddp" and not isinstance(model, nn.parallel.DistributedDataParallel):
         return [f"the model is a {type(model).__name__}, not wrapped in DistributedDataParallel: nothing is averaged"]
     if world.strategy == "single" and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -192,19 +163,3 @@ def _zero_problems(world: World, model: nn.Module) -> list[str]:
         if not split:
             return ["no weight is split over the processes"]
     return []
-
-
-def _fsdp_problems(model: nn.Module) -> list[str]:
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(model, FSDPModule):
-        return [f"the model is a {type(model).__name__}, not split by fully_shard"]
-    problems = []
-    if sum(isinstance(module, FSDPModule) for module in model.modules()) < 3:
-        problems.append("no layer is split on its own, so that the whole model is gathered at once")
-    # 8-bit weights and 4-bit ones in integer storage would stay whole; everything that trains must be split.
-    whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    if whole:
-        problems.append(f"{len(whole)} trainable weights are not split, the first of them {whole[0]}")
-    return problems

@@ -72,7 +72,13 @@ def load_config(settings: ModelSettings) -> Any:
     return config
 
 
-def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, strategy: str = "single") -> Any:
+def load_model(
+    settings: ModelSettings,
+    on_cpu: bool,
+    local_rank: int = 0,
+    strategy: str = "single",
+    computed_in: torch.dtype | None = None,
+) -> Any:
     """The base model, ready for an adapter or for training in full.
 
     Args:
@@ -80,14 +86,17 @@ def load_model(settings: ModelSettings, on_cpu: bool, local_rank: int = 0, strat
         on_cpu: compute on the CPU.
         local_rank: the GPU to load onto.
         strategy: how the run is launched. ZeRO-3 and FSDP2 place the weights themselves.
+        computed_in: what FSDP2 turns weights of floats into before it computes; None leaves them as they are.
     """
     load_config(settings)
     attention = resolve_attention(settings.attn_implementation, on_cpu, settings.dtype)
-    quantization = quantization_config(settings, sharded=strategy == "fsdp2")
+    dtype = getattr(torch, settings.dtype)
+    # FSDP2 splits tensors of floats alone, and would round 4-bit values that lie in another type than it computes in.
+    quantization = quantization_config(settings, (computed_in or dtype) if strategy == "fsdp2" else torch.uint8)
     model = _from_hub(
         AutoModelForImageTextToText,
         settings,
-        dtype=getattr(torch, settings.dtype),
+        dtype=dtype,
         attn_implementation=attention,
         use_safetensors=settings.use_safetensors,
         quantization_config=quantization,
@@ -119,22 +128,21 @@ def build_on_meta(settings: ModelSettings) -> Any:
         return AutoModelForImageTextToText.from_config(load_config(settings))
 
 
-def quantization_config(settings: ModelSettings, sharded: bool = False) -> BitsAndBytesConfig | None:
+def quantization_config(settings: ModelSettings, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings for the recipe's model keys, None when nothing is quantized.
 
-    FSDP2 shards floating-point tensors only: `sharded` stores the 4-bit values in such, else each GPU holds them all.
+    `storage` is the type of the tensors that hold the 4-bit values, which makes no difference to them.
     """
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
     if not settings.load_in_4bit:
         return None
-    dtype = getattr(torch, settings.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=NOT_QUANTIZED,
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from trl import SFTTrainer
 
-from qwen_vl_sft.launching import launch
+from qwen_vl_sft.launching import fsdp
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
@@ -32,7 +32,8 @@ def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
     chosen = choose(recipe, world)
     if recipe.run.packing and chosen.attention != SDPA:
         varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
-    model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy)
+    computed_in = torch.bfloat16 if recipe.get("bf16") else torch.float16 if recipe.get("fp16") else None
+    model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy, computed_in)
     if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
         freeze_vision_tower(model)
     # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
@@ -57,7 +58,9 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> set[str]:
     elif recipe.get("bf16") and world.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
         keep_trained_weights_in_float32(model)
-    launch.round_as_one_process_does(trainer.accelerator)
+    fsdp.round_as_one_process_does(trainer.accelerator)
+    if world.strategy == "fsdp2" and recipe.model.load_in_4bit:
+        fsdp.gather_bytes()
     trained, vision_frozen = trained_parts(model), is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)

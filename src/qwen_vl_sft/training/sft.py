@@ -22,7 +22,7 @@ from qwen_vl_sft.batching.sampler import EpochSampler, places
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
-from qwen_vl_sft.launching import launch
+from qwen_vl_sft.launching import fsdp, launch
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
@@ -146,7 +146,7 @@ def train(
         "data": data.summary(),
         "parameters": {part: asdict(count) for part, count in parameters.items()},
     }
-    launch.prepare_final_save(trainer.accelerator)
+    fsdp.prepare_final_save(trainer.accelerator)
     if not recipe.model.use_peft and not trainer.is_deepspeed_enabled:
         # DeepSpeed saves the copy that it computes with.
         trainer.model.to(getattr(torch, recipe.model.dtype))
