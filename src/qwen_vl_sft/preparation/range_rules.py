@@ -65,7 +65,9 @@ def _ranges(recipe: Recipe, world: World) -> Iterator[str]:
             yield f"{name}: {value} must be at least 0 and at most {_MOST_SEED}"
     if recipe.get("learning_rate") <= 0:
         yield f"learning_rate: {recipe.get('learning_rate')} must be above 0"
-    if recipe.get("max_steps") <= 0 and recipe.get("num_train_epochs") <= 0:
+    if recipe.get("max_steps") == 0:
+        yield "max_steps: 0 would train nothing; leave it out, or write -1, to train for num_train_epochs"
+    elif recipe.get("max_steps") < 0 and recipe.get("num_train_epochs") <= 0:
         yield "num_train_epochs must be above 0, or max_steps set"
     if recipe.data.min_pixels and recipe.data.max_pixels and recipe.data.min_pixels > recipe.data.max_pixels:
         yield f"min_pixels {recipe.data.min_pixels:,} is above max_pixels {recipe.data.max_pixels:,}"
