@@ -13,6 +13,7 @@ from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
 from qwen_vl_sft.preparation.nested_rules import NESTED_RULES, OPTIM_ARGS
 from qwen_vl_sft.preparation.range_rules import RANGE_RULES
+from qwen_vl_sft.preparation.rules import _evaluation
 from qwen_vl_sft.recipe.reading import key_hints, read_recipe
 
 
@@ -32,6 +33,10 @@ def problems(rules, processes=1, **keys):
         ({"lora_dropout": 1}, "lora_dropout: 1.0 must be at least 0 and below 1"),
         ({"save_steps": 0}, "save_steps: 0 must be above 0; save_strategy: no is for never"),
         ({"logging_steps": -1}, "logging_steps: -1 must be above 0; logging_strategy: no is for never"),
+        (
+            {"max_steps": 0},
+            "max_steps: 0 would train nothing; leave it out, or write -1, to train for num_train_epochs",
+        ),
         ({"seed": -1}, "seed: -1 must be at least 0 and at most 4294967295"),
         ({"data_seed": 2**32}, "data_seed: 4294967296 must be at least 0 and at most 4294967295"),
     ],
@@ -46,6 +51,7 @@ def test_numbers_out_of_range(keys, told):
         {},
         {"save_steps": 0, "save_strategy": "no"},
         {"eval_steps": 0},
+        {"max_steps": -1},
         {"dataloader_num_workers": 2, "save_total_limit": 1, "seed": 0},
     ],
 )
@@ -203,3 +209,21 @@ def test_the_loader_of_packed_steps_starts_its_workers_as_asked():
 
     assert context(dataloader_num_workers=1).get_start_method() == "spawn"
     assert context() is None
+
+
+@pytest.mark.parametrize(
+    ("save", "every", "told"),
+    [
+        (0.5, 0.1, None),
+        (0.3, 0.1, None),
+        (6, 3, None),
+        (0.5, 0.2, "save_steps 0.5 to be a multiple of eval_steps 0.2"),
+        (7, 3, "save_steps 7.0 to be a multiple of eval_steps 3.0"),
+        (100, 0.1, "write both as shares, or both as steps"),
+    ],
+)
+def test_the_best_model_needs_saves_where_it_is_evaluated(save, every, told):
+    keys = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": save, "eval_steps": every}
+    found = problems((_evaluation,), dataset_test_split="test", load_best_model_at_end=True, **keys)
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0]

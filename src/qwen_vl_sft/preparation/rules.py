@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 from transformers.training_args import trainer_log_levels
@@ -106,9 +107,21 @@ def _evaluation(recipe: Recipe, world: World) -> Iterator[str]:
             f" {recipe.get('eval_strategy')}, so that every evaluated model can be saved"
         )
     elif recipe.get("eval_strategy") == "steps" and recipe.get("save_strategy") == "steps":
-        every = recipe.get("eval_steps") or recipe.get("logging_steps")
-        if every and recipe.get("save_steps") % every:
-            yield f"load_best_model_at_end needs save_steps {recipe.get('save_steps')} to be a multiple of eval_steps {every}"
+        yield from _intervals_of_best(recipe.get("save_steps"), recipe.get("eval_steps") or recipe.get("logging_steps"))
+
+
+def _intervals_of_best(save: float, every: float) -> Iterator[str]:
+    """As transformers would refuse them. Below 1 they are shares of all steps."""
+    if every <= 0:
+        return
+    if (save < 1) != (every < 1):
+        yield (
+            f"load_best_model_at_end needs save_steps {save} to be a multiple of eval_steps {every}, and one of them is a"
+            f" share of all steps; write both as shares, or both as steps"
+        )
+    # Decimals, so that 0.5 is five times 0.1.
+    elif Fraction(str(save)) % Fraction(str(every)):
+        yield f"load_best_model_at_end needs save_steps {save} to be a multiple of eval_steps {every}"
 
 
 def _best_metric(recipe: Recipe) -> Iterator[str]:
