@@ -213,6 +213,12 @@ def test_tables_of_keys_name_real_fields():
     assert not set(FORMER_KEYS) & set(key_hints())
 
 
+@pytest.mark.parametrize("name", ["torch_compile", "torch_compile_backend", "torch_compile_mode"])
+def test_a_run_is_not_compiled(name):
+    with pytest.raises(UserError, match=rf"{name} cannot be set: lengths and images differ .* see fused_kernels"):
+        read_recipe(None, {name: "true"})
+
+
 def test_help_fits_80_columns_and_names_our_keys_first():
     text = format_help("usage", {"dry_run": "check"})
     assert max(len(line) for line in text.splitlines()) <= 80

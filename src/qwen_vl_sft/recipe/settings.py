@@ -165,6 +165,9 @@ FIXED_TRAINING_ARGUMENTS: dict[str, Any] = {
 
 _STRATEGY = "the strategy is the launcher's: accelerate launch --config_file accelerate_configs/..."
 _LOSS = "which tokens are learned is set by train_on"
+_COMPILING = (
+    "lengths and images differ from batch to batch, so it would compile for minutes, again and again; see fused_kernels"
+)
 _ENCODING = "rows are encoded by this package; see dataset_format, system_message and max_length"
 # Fields of SFTConfig that a recipe may not set, and why.
 REFUSED_KEYS: dict[str, str] = {
@@ -210,6 +213,9 @@ REFUSED_KEYS: dict[str, str] = {
     "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs, the name TRL uses",
     "use_liger_kernel": "its patch of Qwen2-VL does not import with transformers 5.23; see fused_kernels",
     "liger_kernel_config": "its patch of Qwen2-VL does not import with transformers 5.23; see fused_kernels",
+    "torch_compile": _COMPILING,
+    "torch_compile_backend": _COMPILING,
+    "torch_compile_mode": _COMPILING,
     "enable_jit_checkpoint": "it can save in the middle of a step, from which a resume is not exact",
     "use_cache": "it is always off while training",
     "hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",
