@@ -67,12 +67,15 @@ class SavingTrainer(SFTTrainer):
     def so_far(self) -> dict[str, Any]:
         """What the whole run has come to, also before it was resumed. All processes must call at once, while training.
 
-        Returns `loss_sum`, the losses of all steps added up, and `seconds` of training, evaluations and saves.
+        Returns `loss_sum`, the losses of all steps added up but the first `steps_unknown`, of which the checkpoint that
+        the run went on from did not tell, and `seconds` of training, evaluations and saves.
         """
+        unknown = 0 if "loss_sum" in self.before else self._initial_global_step
         # Since the last log; each process has its own.
         unlogged = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean").item()
         return {
             "loss_sum": self.before.get("loss_sum", 0.0) + self._total_loss_scalar + unlogged,
+            "steps_unknown": self.before.get("steps_unknown", unknown),
             "seconds": self.before.get("seconds", 0.0) + time.monotonic() - self._began,
         }
 

@@ -127,8 +127,8 @@ def train(
     trainer.meter.measure(trainer.accelerator)
     finished = trainer.finished
     metrics = {
-        # Of the whole run, also of what was trained before it was resumed.
-        "train_loss": finished["loss_sum"] / max(trainer.state.global_step, 1),
+        # Of the whole run, also of what was trained before it was resumed, if that is known.
+        "train_loss": finished["loss_sum"] / max(trainer.state.global_step - finished["steps_unknown"], 1),
         "train_runtime": finished["seconds"],
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
