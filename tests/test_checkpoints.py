@@ -283,6 +283,32 @@ def test_a_mark_tells_an_evaluation_that_is_still_to_come(keys, due, ragged, tin
 # Which run
 
 
+def test_an_evaluation_that_is_due_is_left_out_where_none_is_wanted(ragged, tiny_processor, tmp_path):  # noqa: F811
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, max_steps=1)
+    trainer.evaluation_due, trainer.eval_dataset = True, None
+    trainer.train()
+    assert not trainer.evaluation_due
+
+
+def test_what_a_mark_does_not_tell_is_not_averaged_over(ragged, tiny_processor, tmp_path):  # noqa: F811
+    """Twice resumed: the first time from a checkpoint that does not tell its losses."""
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    whole = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+
+    def resume(step, so_far):
+        trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys)
+        trainer.go_on_from(so_far)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{step}"))
+        return trainer
+
+    resume(1, {})
+    resumed = resume(3, json.loads((tmp_path / "run/checkpoint-3" / MARK).read_text())["so_far"])
+    assert resumed.finished["steps_unknown"] == 1
+    assert resumed.finished["loss_sum"] == pytest.approx(sum(losses[1:]), abs=1e-4)
+
+
 def written_by(strategy, processes, **same):
     world = {"strategy": strategy, "processes": processes}
     return {**ABOUT, "world": world, "same": {**ABOUT["same"], **same}}

@@ -197,8 +197,8 @@ class SavingTrainer(SFTTrainer):
 
     def _evaluate_what_is_due(self) -> None:
         """Evaluate where the stopped run would have: its random numbers are those of that moment now."""
-        if self.evaluation_due:
-            self.evaluation_due = False
+        due, self.evaluation_due = self.evaluation_due, False
+        if due and self.args.eval_strategy != "no":
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
             best = checkpoints.folder_of(Path(self.args.output_dir or ""), self.state.global_step)
             if self.state.best_global_step == self.state.global_step and best.is_dir():
