@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,14 @@ from qwen_vl_sft.outputs.checkpoints import MARK, Checkpoint
 from qwen_vl_sft.outputs.row_log import RowLog, forget_after, read_row_log
 from qwen_vl_sft.preparation import resume_check
 from qwen_vl_sft.recipe.settings import ModelSettings
-from qwen_vl_sft.resilience.resumed_state import correct_state, take_learning_rate
+from qwen_vl_sft.resilience.resumed_state import correct_state, take_schedule
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {
     "world": {"strategy": "single", "processes": 1},
     "same": {"global_batch_size": 4, "seed": 1, "rows": 8, "data": "a"},
+    "schedule": {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": None, "warmup_steps": 0},
+    "judge": {"metric_for_best_model": "loss", "evaluation": "e"},
     "versions": {"torch": "2"},
 }
 
@@ -280,9 +283,6 @@ def test_a_mark_tells_an_evaluation_that_is_still_to_come(keys, due, ragged, tin
     assert [mark["evaluation_due"] for mark in marks] == due
 
 
-# Which run
-
-
 def test_an_evaluation_that_is_due_is_left_out_where_none_is_wanted(ragged, tiny_processor, tmp_path):  # noqa: F811
     trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, max_steps=1)
     trainer.evaluation_due, trainer.eval_dataset = True, None
@@ -307,6 +307,9 @@ def test_what_a_mark_does_not_tell_is_not_averaged_over(ragged, tiny_processor, 
     resumed = resume(3, json.loads((tmp_path / "run/checkpoint-3" / MARK).read_text())["so_far"])
     assert resumed.finished["steps_unknown"] == 1
     assert resumed.finished["loss_sum"] == pytest.approx(sum(losses[1:]), abs=1e-4)
+
+
+# Which run
 
 
 def written_by(strategy, processes, **same):
@@ -356,28 +359,64 @@ def test_every_difference_is_told_at_once():
     assert "was trained on 8 rows, now 9" in str(error.value)
 
 
-def test_another_learning_rate_is_noted():
-    was, now = ({**written_by("ddp", 2), "learning_rate": rate} for rate in (2e-4, 1e-4))
-    assert check(was, now) == ["run/checkpoint-8 had learning_rate 0.0002; the run goes on with 0.0001"]
+def scheduled(**keys):
+    return {**ABOUT, "schedule": {**ABOUT["schedule"], **keys}}
 
 
-def test_a_schedule_goes_on_where_it_was_with_another_peak():
-    from transformers import get_cosine_schedule_with_warmup
+def test_another_learning_rate_or_schedule_of_steps_is_noted():
+    now = scheduled(learning_rate=1e-4, lr_scheduler_type="linear")
+    rate = "run/checkpoint-8 had learning_rate 0.0002; the run goes on with 0.0001"
+    assert check(ABOUT, now) == [
+        rate,
+        "run/checkpoint-8 had lr_scheduler_type cosine; the run goes on with linear",
+    ]
 
-    def steps(rate, count):
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_evaluations_is_that_of_the_checkpoint(kind):
+    """Its state is of no use to another one, and brings what the recipe says otherwise."""
+    follows = scheduled(lr_scheduler_type=kind)
+    assert check(follows, follows) == []
+    for was, now in ((ABOUT, follows), (follows, ABOUT)):
+        with pytest.raises(UserError, match=f"has lr_scheduler_type .*{kind}.*; set it back"):
+            check(was, now)
+    with pytest.raises(UserError, match=r"has learning_rate 0\.0002, this run 0\.0001; set it back"):
+        check(follows, scheduled(lr_scheduler_type=kind, learning_rate=1e-4))
+    with pytest.raises(
+        UserError, match=f"evaluated on other rows or by another metric, which lr_scheduler_type {kind}"
+    ):
+        check(follows, {**follows, "judge": {**ABOUT["judge"], "evaluation": "other"}})
+
+
+def test_a_mark_of_an_earlier_version_is_compared_as_far_as_it_goes():
+    same = {**ABOUT["same"], "optim": "adamw_torch", "cache_image_features": None}
+    was = {name: ABOUT[name] for name in ("world", "same", "versions")}
+    (note,) = check({**was, "learning_rate": 2e-4}, {**ABOUT, "same": same})
+    unknown = "lr_scheduler_kwargs, lr_scheduler_type, optim, warmup_steps, metric_for_best_model, evaluation"
+    assert note == f"run/checkpoint-8 does not say its {unknown}: see that they are as they were"
+    with pytest.raises(UserError, match="has cache_image_features None, this run int8"):
+        check(was, {**ABOUT, "same": {**same, "cache_image_features": "int8"}})
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_run_goes_on_with_its_own_peak_and_schedule_where_it_was(name):
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    def steps(rate, count, schedule=get_linear_schedule_with_warmup):
         weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
         optimizer = torch.optim.AdamW([{"params": [one]} for one in weights], lr=rate)
-        scheduler = get_cosine_schedule_with_warmup(optimizer, 3, 20)
+        scheduler = schedule(optimizer, 3, 20)
         for _ in range(count):
             optimizer.step()
             scheduler.step()
         return optimizer, scheduler
 
-    saved, (optimizer, scheduler), (_, wanted) = steps(2e-3, 7), steps(1e-3, 0), steps(1e-3, 7)
+    before = get_linear_schedule_with_warmup if name == "linear" else get_cosine_schedule_with_warmup
+    saved, (optimizer, scheduler), (_, wanted) = steps(2e-3, 7, before), steps(1e-3, 0), steps(1e-3, 7)
     optimizer.load_state_dict(saved[0].state_dict())
     scheduler.load_state_dict(saved[1].state_dict())
     assert scheduler.get_last_lr() == saved[1].get_last_lr()
-    take_learning_rate(optimizer, scheduler, 1e-3)
+    take_schedule(optimizer, scheduler, 1e-3)
     for _ in range(5):
         assert scheduler.get_last_lr() == pytest.approx(wanted.get_last_lr(), rel=1e-12)
         assert [group["lr"] for group in optimizer.param_groups] == scheduler.get_last_lr()
@@ -404,6 +443,19 @@ def test_the_best_checkpoint_until_then_is_the_one_beside_it(there, tmp_path, ca
     else:
         assert (state.best_model_checkpoint, state.best_metric, state.best_global_step) == (None, None, None)
     assert ("the best so far, is passed over: it was not written to its end" in capsys.readouterr().err) != there
+
+
+@pytest.mark.parametrize("loads_best", [True, False])
+def test_the_best_by_another_metric_or_on_other_rows_does_not_count(loads_best):
+    now = {**ABOUT, "judge": {**ABOUT["judge"], "metric_for_best_model": "relaxed_accuracy"}}
+    checkpoint = Checkpoint(Path("run/checkpoint-4"), 4, ABOUT)
+    assert resume_check._judged_alike(checkpoint, ABOUT)
+    assert not resume_check._judged_alike(checkpoint, now)
+    state = TrainerState(best_model_checkpoint="run/checkpoint-2", best_metric=0.5, best_global_step=2)
+    arguments = TrainingArguments("run", use_cpu=True)
+    arguments.load_best_model_at_end = loads_best
+    correct_state(state, arguments, replace(checkpoint, judged_alike=False))
+    assert (state.best_model_checkpoint, state.best_metric, state.best_global_step) == (None, None, None)
 
 
 def test_a_base_model_is_known_by_its_weights_wherever_it_lies(tmp_path):

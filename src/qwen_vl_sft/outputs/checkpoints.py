@@ -35,13 +35,15 @@ _SECONDS_TO_SEE = 30.0
 class Checkpoint:
     """A checkpoint to go on from. `about` is what its mark says of the run; empty for one without a mark.
 
-    `best` is the checkpoint of the best evaluation until then, None when there is none to load.
+    `best` is the checkpoint of the best evaluation until then, None when there is none to load. `judged_alike`: the run
+    that goes on evaluates the same rows by the same metric, so that what was the best until then still counts.
     """
 
     path: Path
     step: int
     about: dict[str, Any]
     best: Path | None = None
+    judged_alike: bool = True
 
     @property
     def evaluation_due(self) -> bool:

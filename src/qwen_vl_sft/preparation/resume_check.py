@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.dataset import ROW_ID
 from qwen_vl_sft.errors import UserError, first_line, raise_all
+from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.modeling.base_identity import identity_of_base
@@ -40,6 +41,7 @@ _MODEL_KEYS = (
     "load_in_4bit",
     "load_in_8bit",
     "dtype",
+    "freeze_vision_tower",
 )
 # The optimizer takes these from a checkpoint, whatever the recipe says.
 _TRAINING_KEYS = (
@@ -54,6 +56,10 @@ _TRAINING_KEYS = (
     "adam_beta2",
     "adam_epsilon",
 )
+# These hold from the checkpoint on, but for schedules that follow the evaluations: with what they have seen they take
+# their own settings from it, and no other schedule could read that.
+_SCHEDULE_KEYS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+_FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -69,7 +75,7 @@ def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: Gl
         "packing": run.packing,
         **({"tokens_per_batch": run.tokens_per_batch, "share_prefixes": run.share_prefixes} if run.packing else {}),
         # Stored features are rounded otherwise.
-        **({"cache_image_features": run.cache_image_features} if run.cache_image_features else {}),
+        "cache_image_features": run.cache_image_features,
         **{name: asdict(recipe.model)[name] for name in _MODEL_KEYS if recipe.model.use_peft or "lora" not in name},
     }
     if isinstance(data.train, Scan):
@@ -77,16 +83,28 @@ def about_run(recipe: Recipe, world: World, data: PreparedData, global_batch: Gl
     return {
         "world": {"strategy": world.strategy, "processes": world.processes},
         "same": same,
-        "learning_rate": recipe.get("learning_rate"),
+        "schedule": {name: recipe.get(name) for name in _SCHEDULE_KEYS},
+        "judge": _judge(recipe, data),
         "versions": {name: metadata.version(name) for name in _VERSIONS},
     }
 
 
-def fingerprint(train: Scan) -> str:
+def _judge(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    """By what evaluations tell which model is the best."""
+    metric = (recipe.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    answers = ("max_predict_samples", "max_new_tokens") if metric in METRICS else ()
+    return {
+        "metric_for_best_model": metric,
+        "evaluation": fingerprint(data.evaluation) if data.evaluation else None,
+        **{name: getattr(recipe.run, name) for name in answers},
+    }
+
+
+def fingerprint(scan: Scan) -> str:
     """The same for the same rows, encoded alike: of their ids and lengths, so that it does not change with the machine."""
-    ids = np.asarray(train.rows.dataset.with_format("numpy")[ROW_ID])  # type: ignore[index]
+    ids = np.asarray(scan.rows.dataset.with_format("numpy")[ROW_ID])  # type: ignore[index]
     digest = hashlib.sha256()
-    for column in (ids, train.tokens, train.learned, train.images, train.patches):
+    for column in (ids, scan.tokens, scan.learned, scan.images, scan.patches):
         digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]
 
@@ -108,10 +126,19 @@ def checkpoint_to_resume(recipe: Recipe, world: World, about: dict[str, Any]) ->
         else:
             for note in check(checkpoint, about, recipe.model.lora_dropout if recipe.model.use_peft else 0.0):
                 _tell(note)
-            best = _best(checkpoint) if recipe.get("load_best_model_at_end") else None
+            alike = _judged_alike(checkpoint, about)
+            best = _best(checkpoint) if alike and recipe.get("load_best_model_at_end") else None
             for folder in [checkpoint.path, *([best] if best else [])] if recipe.model.use_safetensors else []:
                 _check_pickles(folder)
-            found = replace(checkpoint, best=best)
+            found = replace(checkpoint, best=best, judged_alike=alike)
+            if not alike and (recipe.get("load_best_model_at_end") or recipe.get("save_strategy") == "best"):
+                _tell(
+                    "the best model so far was found on other rows or by another metric; it does not count from here on"
+                )
+            if not checkpoint.so_far:
+                _tell(
+                    f"{checkpoint.path} does not tell its losses and times; metrics.json will be of the steps from here on"
+                )
     resumed: Checkpoint | None = launch.from_first(world, found)
     return resumed
 
@@ -146,30 +173,49 @@ def check(checkpoint: Checkpoint, about: dict[str, Any], dropout: float) -> list
     """Notes on a resume that is allowed. Raises `UserError` with everything that stands against it."""
     if not checkpoint.about:
         return []
-    problems = []
-    was, now = checkpoint.about["same"], about["same"]
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
-            problems.append(_differs(checkpoint, name, was.get(name), now.get(name)))
+    was, now = _settings(checkpoint.about), _settings(about)
+    changed = [name for name in sorted(was.keys() & now.keys()) if was[name] != now[name]]
+    follows = {was.get("lr_scheduler_type"), now.get("lr_scheduler_type")} & set(_FOLLOW_EVALUATIONS)
+    held = [] if follows else [name for name in changed if name in _SCHEDULE_KEYS]
+    problems = [_differs(checkpoint, name, was[name], now[name]) for name in changed if name not in held]
+    if follows and not _judged_alike(checkpoint, about):
+        problems.append(
+            f"resume_from_checkpoint: {checkpoint.path} was evaluated on other rows or by another metric, which"
+            f" lr_scheduler_type {now['lr_scheduler_type']} follows; set them back, or start a new run in another output_dir"
+        )
     world_problem = _other_world(checkpoint, about["world"])
     raise_all(problems + ([world_problem] if world_problem else []))
-    notes = []
+    notes = [f"{checkpoint.path} had {name} {was[name]}; the run goes on with {now[name]}" for name in held]
+    unknown = sorted(now.keys() - was.keys()) + ([] if "judge" in checkpoint.about else list(about["judge"]))
+    if unknown:
+        notes.append(f"{checkpoint.path} does not say its {', '.join(unknown)}: see that they are as they were")
     if checkpoint.about["world"] != about["world"]:
         exact = "the dropout draws other numbers than before" if dropout else "losses agree up to rounding"
         notes.append(
             f"{checkpoint.path} was written by {_words(checkpoint.about['world'])} and goes on with"
             f" {_words(about['world'])}: the same rows in the same steps, {exact}"
         )
-    before = checkpoint.about.get("learning_rate")
-    if before is not None and before != about["learning_rate"]:
-        notes.append(f"{checkpoint.path} had learning_rate {before}; the run goes on with {about['learning_rate']}")
-    now = about["versions"]
-    changed = [
-        f"{name} {old}, now {now[name]}" for name, old in checkpoint.about["versions"].items() if now[name] != old
+    versions = about["versions"]
+    others = [
+        f"{name} {old}, now {versions[name]}"
+        for name, old in checkpoint.about["versions"].items()
+        if versions[name] != old
     ]
-    if changed:
-        notes.append(f"{checkpoint.path} was written with {'; '.join(changed)}: losses may differ in the last digits")
+    if others:
+        notes.append(f"{checkpoint.path} was written with {'; '.join(others)}: losses may differ in the last digits")
     return notes
+
+
+def _settings(about: dict[str, Any]) -> dict[str, Any]:
+    """What is compared, by key. A mark of an earlier version lacks some, or has `learning_rate` by itself."""
+    rate = {"learning_rate": about["learning_rate"]} if "learning_rate" in about else {}
+    # Formerly written only where it was set.
+    return {"cache_image_features": None, **about["same"], **rate, **about.get("schedule", {})}
+
+
+def _judged_alike(checkpoint: Checkpoint, about: dict[str, Any]) -> bool:
+    """Whether evaluations until then can be compared with those from here on, as far as the mark says."""
+    return bool(checkpoint.about.get("judge", about["judge"]) == about["judge"])
 
 
 def _differs(checkpoint: Checkpoint, name: str, was: Any, now: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
+
 from qwen_vl_sft.outputs.checkpoints import Checkpoint
 
 
@@ -13,24 +15,23 @@ def correct_state(state: Any, args: Any, resume: Checkpoint) -> None:
     The path of the best checkpoint leads to where the run folder was then. `Checkpoint.best` is the one to load.
     """
     state.compute_steps(args, state.max_steps)
-    if not args.load_best_model_at_end:
-        return
-    state.best_model_checkpoint = str(resume.best) if resume.best else None
-    if resume.best is None:
-        state.best_metric = state.best_global_step = None
+    if args.load_best_model_at_end:
+        state.best_model_checkpoint = str(resume.best) if resume.best else None
+    if not resume.judged_alike or (args.load_best_model_at_end and resume.best is None):
+        state.best_model_checkpoint = state.best_metric = state.best_global_step = None
 
 
-def take_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
-    """Have an optimizer and a scheduler that were loaded go on with another peak learning rate.
+def take_schedule(optimizer: Any, scheduler: Any, rate: float) -> None:
+    """Have an optimizer and a scheduler that were loaded go on with this run's schedule, at the step where they are.
 
-    Both bring the one that the run began with. Where the schedule is at, as a share of the peak, stays.
+    Both bring the peak learning rate that the run began with, and the optimizer the rate of the next step. Schedules
+    that follow evaluations stay as they are (`preparation.resume_check`).
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)
-    before = getattr(scheduler, "base_lrs", [])
-    if not any(before) or all(one == rate for one in before):
+    if not isinstance(scheduler, LambdaLR):
         return
-    for group, one in zip(optimizer.param_groups, before, strict=True):
-        group["lr"] *= rate / one
+    for group, share in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["lr"] = rate * share(scheduler.last_epoch)
         group["initial_lr"] = rate
-    scheduler.base_lrs = [rate] * len(before)
+    scheduler.base_lrs = [rate] * len(scheduler.lr_lambdas)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

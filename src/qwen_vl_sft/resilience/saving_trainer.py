@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from qwen_vl_sft.outputs import checkpoint_rotation, checkpoints
 from qwen_vl_sft.random_state import random_state, set_random_state
 from qwen_vl_sft.resilience.faults import explained_save
-from qwen_vl_sft.resilience.resumed_state import take_learning_rate
+from qwen_vl_sft.resilience.resumed_state import take_schedule
 from qwen_vl_sft.resilience.stall import StallWatch
 
 
@@ -184,7 +184,7 @@ class SavingTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            take_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate)
+            take_schedule(self.optimizer, self.lr_scheduler, self.args.learning_rate)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
