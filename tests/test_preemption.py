@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,11 +16,14 @@ import torch
 from conftest import REPOSITORY, run_process
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qwen_vl_sft.errors import EXIT_PREEMPTED, UserError
+from qwen_vl_sft.errors import EXIT_PREEMPTED, Preempted, UserError
+from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.outputs.checkpoints import problem_of
+from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.resilience import faults, preemption
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.faults import StepRecord
+from qwen_vl_sft.resilience.safety import Safety
 
 SCRIPT = "scripts/sft.py"
 ENDLESS = {
@@ -264,6 +268,20 @@ def test_the_deadline_leaves_time_for_the_save_and_the_evaluation():
     deadline.save = 70.0
     assert deadline.is_due(evaluates=False)
     assert not Deadline(None).is_due(evaluates=True)
+
+
+@pytest.mark.parametrize(
+    ("streamed", "told"),
+    [(False, "Go on with --resume_from_checkpoint latest"), (True, "A stream cannot be gone on with: start anew")],
+)
+def test_a_stopped_run_is_told_what_can_be_done(streamed, told, tmp_path):
+    recipe = read_recipe(None, {"dataset_streaming": streamed, "output_dir": str(tmp_path)})
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    safety = Safety(trainer, recipe, World("single", 1, 0, 0, True), preemption.Watch(), None)
+    safety.stopping = "SIGTERM"
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(Preempted, match=rf"after step 2 of 9; .*checkpoint-2 is written\. {told}"):
+        safety.on_save(trainer.args, SimpleNamespace(global_step=2, max_steps=9), None)
 
 
 # Faults

@@ -13,7 +13,7 @@ from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
 from qwen_vl_sft.preparation.nested_rules import NESTED_RULES, OPTIM_ARGS
 from qwen_vl_sft.preparation.range_rules import RANGE_RULES
-from qwen_vl_sft.preparation.rules import _evaluation
+from qwen_vl_sft.preparation.rules import _evaluation, _streaming
 from qwen_vl_sft.recipe.reading import key_hints, read_recipe
 
 
@@ -227,3 +227,23 @@ def test_the_best_model_needs_saves_where_it_is_evaluated(save, every, told):
     found = problems((_evaluation,), dataset_test_split="test", load_best_model_at_end=True, **keys)
     assert len(found) == (told is not None)
     assert told is None or told in found[0]
+
+
+@pytest.mark.parametrize(
+    ("resume", "saved", "told"),
+    [
+        (None, True, None),
+        ("latest", False, None),
+        ("latest", True, "dataset_streaming cannot go on from checkpoint-4: "),
+        ("runs/other/checkpoint-2", False, "dataset_streaming cannot go on from runs/other/checkpoint-2: "),
+    ],
+)
+def test_a_stream_begins_where_there_is_no_checkpoint_yet(resume, saved, told, tmp_path):
+    """slurm/sft.sbatch always says latest."""
+    (tmp_path / "checkpoint-6").mkdir()  # not written to its end
+    if saved:
+        (tmp_path / "checkpoint-4").mkdir()
+        (tmp_path / "checkpoint-4/complete.json").touch()
+    keys = {"dataset_streaming": True, "max_steps": 4, "resume_from_checkpoint": resume, "output_dir": str(tmp_path)}
+    found = problems((_streaming,), **keys)
+    assert [text[: len(told or "")] for text in found] == ([told] if told else [])

@@ -16,6 +16,7 @@ from qwen_vl_sft.hub.names import problem_of_branch, problem_of_repo_id
 from qwen_vl_sft.hub.publication import problem_of_base
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
+from qwen_vl_sft.outputs.checkpoints import LATEST, marked
 from qwen_vl_sft.outputs.run_folder import problems_of_output_dir
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES, Rule
 from qwen_vl_sft.preparation.chosen import choose
@@ -151,8 +152,14 @@ def _streaming(recipe: Recipe, world: World) -> Iterator[str]:
         yield "dataset_streaming needs max_steps: the length of a stream is not known"
     if recipe.get("eval_strategy") != "no" and recipe.data.max_eval_samples is None:
         yield "dataset_streaming with evaluation needs max_eval_samples: evaluation rows are kept in memory"
-    if recipe.get("resume_from_checkpoint"):
-        yield "dataset_streaming cannot resume exactly; prepare the dataset without streaming, or start anew"
+    resume = recipe.get("resume_from_checkpoint")
+    saved = [folder.name for folder in marked(recipe.output_dir)] if recipe.training.get("output_dir") else []
+    # A queued job is always told `latest`; where there is none yet, it starts anew.
+    if resume and (resume != LATEST or saved):
+        yield (
+            f"dataset_streaming cannot go on from {saved[-1] if resume == LATEST else resume}: where in the stream that was"
+            f" is not known; start anew in another output_dir, or set dataset_streaming: false there, which can be resumed"
+        )
 
 
 def _reporting(recipe: Recipe, world: World) -> Iterator[str]:

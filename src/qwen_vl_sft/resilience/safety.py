@@ -41,6 +41,9 @@ class Safety(TrainerCallback):
         self.resume = resume
         self.trainer, self.folder, self.watch = trainer, recipe.output_dir, watch
         self.first = world.rank == 0
+        self.way_on = "Go on with --resume_from_checkpoint latest"
+        if recipe.data.dataset_streaming:
+            self.way_on = "A stream cannot be gone on with: start anew with more time, or set dataset_streaming: false"
         limit = recipe.run.max_run_time
         self.deadline = Deadline(parse_duration(limit) if limit else None)
         self.agreement = Agreement(trainer.args.device)
@@ -131,8 +134,7 @@ class Safety(TrainerCallback):
             preemption.write_mark(self.folder, self.stopping, state.global_step, checkpoint)
         written = f"{checkpoint} is written" if checkpoint else "there is nothing to save"
         raise Preempted(
-            f"stopped by {self.stopping} after step {state.global_step} of {state.max_steps}; {written}. Go on with"
-            f" --resume_from_checkpoint latest"
+            f"stopped by {self.stopping} after step {state.global_step} of {state.max_steps}; {written}. {self.way_on}"
         )
 
     def _post(self, step: int, time_is_up: bool, checked: bool = False) -> None:
