@@ -20,6 +20,7 @@ from qwen_vl_sft.recipe.reading import build
 from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS, ModelSettings
 from qwen_vl_sft.training.callbacks import EpochOrder, format_log
 from qwen_vl_sft.training.meter import Meter
+from qwen_vl_sft.training import meter
 from qwen_vl_sft.training.model_setup import finish_model
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
@@ -84,7 +85,7 @@ def make_trainer(model, rows, processor, tmp_path, train_rows=6, **arguments):
         "per_device_eval_batch_size": 6,
     }
     args = SFTConfig(**{**FIXED_TRAINING_ARGUMENTS, **defaults, **arguments})
-    meter = Meter(args.device)
+    clock = Meter(args.device)
     trainer = VisionSFTTrainer(
         model=model,
         args=args,
@@ -94,7 +95,7 @@ def make_trainer(model, rows, processor, tmp_path, train_rows=6, **arguments):
         eval_dataset=places(train_rows, args.per_device_eval_batch_size),
         processing_class=processor,
         sampler=sampler,
-        meter=meter,
+        meter=clock,
         callbacks=[EpochOrder(sampler)],
     )
     return trainer
@@ -219,6 +220,57 @@ def test_speed_is_logged_and_counted(ragged, tiny_processor, tmp_path):
 
 def test_log_lines_fit_80_columns():
     logs = {"loss": 11.9123, "learning_rate": 2e-4, "tokens_per_second": 123456.7, "images_per_second": 345.6}
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_evaluations_and_checkpoints_are_no_time_of_training(strategy, ragged, tiny_processor, tmp_path, monkeypatch):
+    """Also an evaluation that a resume makes up for; only the clock of the steps is to go on."""
+    now = [0.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    keys = {"eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 1, "save_steps": 1}
+    keys |= {"per_device_train_batch_size": 3, "max_steps": 4, "logging_steps": 10}
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys)
+
+    def slow(name, seconds):
+        original = getattr(trainer, name)
+
+        def slowly(*args, **kwargs):
+            now[0] += seconds
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(trainer, name, slowly)
+
+    slow("evaluate", 100.0)
+    slow("_save_optimizer_and_scheduler", 100.0)
+    slow("compute_loss", 1.0)
+    trainer.train()
+    trainer.meter.measure(trainer.accelerator)
+    assert trainer.meter.total_seconds == 4
+    trainer.evaluation_due = True
+    trainer.meter.go_on_from(meter.Meter(trainer.args.device).so_far(trainer.accelerator))
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{2 if strategy == 'epoch' else 3}"))
+    trainer.meter.measure(trainer.accelerator)
+    assert trainer.meter.total_seconds == (2 if strategy == "epoch" else 1)
+
+
+def test_a_checkpoint_counts_the_rows_left_out_until_then(ragged, tiny_processor, tmp_path, monkeypatch):
+    """Not those of batches that the workers have made ahead."""
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "per_device_train_batch_size": 1}
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys, dataloader_num_workers=1)
+    encode = Rows.encode
+
+    def fails(rows, item, *args):
+        if item["row"] in (1, 3, 5):
+            raise BadRow("unreadable")
+        return encode(rows, item, *args)
+
+    monkeypatch.setattr(Rows, "encode", fails)
+    trainer.data_collator.skip_bad_rows = True
+    trainer.train()
+    found = [json.loads((tmp_path / f"run/checkpoint-{step}/complete.json").read_text()) for step in range(1, 7)]
+    work = [mark["so_far"]["meter"]["work"] for mark in found]
+    assert [one["rows"] + one["skipped"] for one in work] == [1, 2, 3, 4, 5, 6]
+    assert work[-1]["skipped"] == 3
+
+
     line = format_log(12345, 12345, {**logs, "data_wait": 0.123, "mfu": 0.512})
     assert len(line) <= 80
     assert line.startswith("12345/12345  loss 11.91  lr 2.0e-04  123,457 tok/s  346 img/s")

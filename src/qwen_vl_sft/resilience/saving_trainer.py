@@ -38,6 +38,7 @@ class SavingTrainer(SFTTrainer):
     `about` goes into the mark of every checkpoint, and so does `evaluation_due`: the run was stopped where it should have
     evaluated next. `kept_step` is that of the newest checkpoint of this run in its folder: the last one that was saved,
     or the one it went on from. `poll`, called between the batches of an evaluation, may raise `EvaluationStopped`.
+    `pause` stops the clock of training, before an evaluation and before a checkpoint.
     `settle`, called before a checkpoint is written, raises when that would hold the outcome of a step that was not finite.
     `before` is what the run had come to (`so_far`) at the checkpoint that it went on from, `finished` at its end.
     """
@@ -54,6 +55,7 @@ class SavingTrainer(SFTTrainer):
         self.save_seconds: float | None = None
         self.poll: Callable[[], None] | None = None
         self.settle: Callable[[], None] | None = None
+        self.pause: Callable[[], None] | None = None
         self.stall_watch: StallWatch | None = None
         self._held: dict[str, torch.Tensor] = {}
         # The Trainer would delete old checkpoints before the new one is marked, and at the end before the model is saved.
@@ -97,6 +99,8 @@ class SavingTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.pause:
+            self.pause()
         if self.settle:
             self.settle()
         began = time.perf_counter()
@@ -149,6 +153,8 @@ class SavingTrainer(SFTTrainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.tell(f"step {self.state.global_step}, evaluating after it", self.state.global_step, Stage.EVALUATION)
+        if self.pause:
+            self.pause()
         numbers = random_state()
         try:
             metrics = super()._evaluate(*args, **kwargs)

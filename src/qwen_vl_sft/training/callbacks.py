@@ -10,7 +10,6 @@ from transformers.trainer_callback import ProgressCallback
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler
 from qwen_vl_sft.launching.launch import World, check_running
-from qwen_vl_sft.training.meter import Meter
 
 
 class EpochOrder(TrainerCallback):
@@ -22,18 +21,6 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """`state.epoch` is a whole number here, or on a resume the fraction already done."""
         self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-class PauseMeter(TrainerCallback):
-    """Stops the clock of the meter while the Trainer evaluates or saves."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pause when something other than training follows; a log follows a full step, so it needs the time so far."""
-        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            self.meter.pause()
 
 
 class CheckWorld(TrainerCallback):

@@ -38,7 +38,7 @@ from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.resilience.reporting import guard_loggers
 from qwen_vl_sft.resilience.safety import skipped_steps
 from qwen_vl_sft.resilience.saving_trainer import save_final_model
-from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, PauseMeter, Progress
+from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, Progress
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
 from qwen_vl_sft.training.meter import Meter
@@ -96,7 +96,7 @@ def build_trainer(
         sampler=sampler,
         meter=meter,
         generation_metrics=_generation_metrics(recipe, data, args.eval_batch_size),
-        callbacks=[PauseMeter(meter), check_world, *([EpochOrder(sampler)] if sampler else [])],
+        callbacks=[check_world, *([EpochOrder(sampler)] if sampler else [])],
     )
     check_world.trainer = trainer
     for plain in (ProgressCallback, PrinterCallback):

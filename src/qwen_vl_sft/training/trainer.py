@@ -58,6 +58,8 @@ class VisionSFTTrainer(SafeTrainer):
         # Of this process: loss, right tokens, learned tokens, entropy.
         self._train_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._eval_sums = torch.zeros_like(self._train_sums)
+        self._eval_skipped = 0
+        self.pause = meter.pause
         # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
         # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares. Can go when TRL
         # sets this attribute for models that it gives its fused output head.
@@ -93,6 +95,7 @@ class VisionSFTTrainer(SafeTrainer):
             count = count.pin_memory().to(device, non_blocking=True)
         summed: torch.Tensor = self.accelerator.reduce(count, reduction="sum")
         return summed
+        self.meter.resume()  # after an evaluation that a resume made up for, between the data and the step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward over a micro-batch, or over all packed micro-batches of an optimizer step."""
