@@ -69,16 +69,16 @@ def test_a_row_that_turns_bad_later_is_skipped_and_counted_or_refused(mixed, enc
     with pytest.raises(BadRow, match=r"row 2 image .*blue\.png cannot be read"):
         Collator(mixed, encoder)([{"row": 0}, {"row": 2}])
     collator = Collator(mixed, encoder, skip_bad_rows=True)
-    assert len(collator([{"row": 0}, {"row": 2}])["input_ids"]) == 1
-    assert (collator([{"row": 2}])["labels"] == -100).all()
-    assert collator.skipped == 2
+    one, none = collator([{"row": 0}, {"row": 2}]), collator([{"row": 2}, {"row": NO_ROW}])
+    assert len(one["input_ids"]) == 1
+    assert (none["labels"] == -100).all()
+    assert (one["work"]["skipped"], none["work"]["skipped"]) == (1, 1)
     # The row that stands in for a batch without any may be the one that has turned bad.
     collator = Collator(mixed, encoder, skip_bad_rows=True, filler=2)
     for _ in range(2):
         batch = collator([{"row": 2}])
         assert (batch["labels"] == -100).all()
-        assert (batch["row_ids"], batch["work"]["rows"]) == ([], 0)
-    assert collator.skipped == 2
+        assert (batch["row_ids"], batch["work"]["rows"], batch["work"]["skipped"]) == ([], 0, 1)
     for color in ("red", "blue"):
         (mixed.folder / f"images/{color}.png").write_bytes(b"gone bad")
     with pytest.raises(BadRow, match="its rows can be read no longer"):

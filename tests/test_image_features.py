@@ -367,7 +367,7 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_leaves_its_rows_out(tm
     filling.fill(skip_bad_rows=True)
     (batch,) = filling.collator([[[0], [1]]])[MICRO_BATCHES]
     assert batch["row_ids"] == [0]
-    assert filling.collator.skipped == 1
+    assert batch["work"]["skipped"] == 1
 
 
 def test_a_micro_batch_of_text_alone_brings_no_features_and_says_so(tmp_path, tiny_processor, messages_folder):

@@ -1,4 +1,5 @@
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +11,18 @@ from trl import SFTConfig
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import Collator, pad
 from qwen_vl_sft.batching.sampler import EpochSampler, places
-from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.dataset import Rows, open_rows
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, load_model, part_of
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.modeling.patches import run_frozen_vision_without_gradients
 from qwen_vl_sft.recipe.reading import build
 from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS, ModelSettings
+from qwen_vl_sft.training import meter
 from qwen_vl_sft.training.callbacks import EpochOrder, format_log
 from qwen_vl_sft.training.meter import Meter
-from qwen_vl_sft.training import meter
 from qwen_vl_sft.training.model_setup import finish_model
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
@@ -218,8 +220,6 @@ def test_speed_is_logged_and_counted(ragged, tiny_processor, tmp_path):
     assert trainer.meter.total.images == 12
 
 
-def test_log_lines_fit_80_columns():
-    logs = {"loss": 11.9123, "learning_rate": 2e-4, "tokens_per_second": 123456.7, "images_per_second": 345.6}
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
 def test_evaluations_and_checkpoints_are_no_time_of_training(strategy, ragged, tiny_processor, tmp_path, monkeypatch):
     """Also an evaluation that a resume makes up for; only the clock of the steps is to go on."""
@@ -271,6 +271,8 @@ def test_a_checkpoint_counts_the_rows_left_out_until_then(ragged, tiny_processor
     assert work[-1]["skipped"] == 3
 
 
+def test_log_lines_fit_80_columns():
+    logs = {"loss": 11.9123, "learning_rate": 2e-4, "tokens_per_second": 123456.7, "images_per_second": 345.6}
     line = format_log(12345, 12345, {**logs, "data_wait": 0.123, "mfu": 0.512})
     assert len(line) <= 80
     assert line.startswith("12345/12345  loss 11.91  lr 2.0e-04  123,457 tok/s  346 img/s")

@@ -55,17 +55,6 @@ class Collator:
         self.filler = filler
         self.skip_overlong = skip_overlong
         self.positions: Positions | None = None
-        # Shared with the worker processes.
-        self._skipped = torch.zeros(1, dtype=torch.long).share_memory_()
-
-    @property
-    def skipped(self) -> int:
-        """Rows left out so far by this process and its workers."""
-        return int(self._skipped)
-
-    def forget_skipped(self) -> None:
-        """Count from none again."""
-        self._skipped.zero_()
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `pad` makes it; under "work" what it asks of the model, and its "row_ids", as plain numbers.
@@ -80,7 +69,8 @@ class Collator:
             batch["position_ids"] = pad_sequence(by_row, batch_first=True).permute(2, 0, 1).contiguous()
             if "image_grid_thw" in batch:
                 batch |= self.positions.of_patches(batch["image_grid_thw"])
-        batch["work"] = asdict(sum((work_of(row) for row in encoded), Work()))
+        left_out = sum(item.get("row") != NO_ROW for item in items) - len(encoded)
+        batch["work"] = asdict(sum((work_of(row) for row in encoded), Work(skipped=left_out)))
         batch["row_ids"] = [row.row_id for row in encoded]
         return batch
 
@@ -97,7 +87,6 @@ class Collator:
             skip = self.skip_overlong if isinstance(error, OverLongRow) else self.skip_bad_rows
             if not skip:
                 raise
-            self._skipped += 1
             logger.warning("skipped: %s", error)
             return None
 

@@ -57,15 +57,6 @@ class PackedCollator:
         self.dtype = dtype
         self.features: FeatureCache | None = None
 
-    @property
-    def skipped(self) -> int:
-        """Rows left out so far by this process and its workers."""
-        return self.rows.skipped
-
-    def forget_skipped(self) -> None:
-        """Count from none again."""
-        self.rows.forget_skipped()
-
     def __call__(self, step: Sequence[MicroBatch]) -> dict[str, Any]:
         """The micro-batches of a step under `MICRO_BATCHES`, each as `join` makes it."""
         return {MICRO_BATCHES: [self._micro_batch(groups) for groups in step]}
@@ -85,6 +76,7 @@ class PackedCollator:
         batch["row_ids"] = [row.row_id for group in encoded for row in group]
         if not any(encoded):
             batch["work"] = asdict(Work())
+        batch["work"]["skipped"] = sum(map(len, groups)) - sum(map(len, encoded))
         return batch
 
 

@@ -37,7 +37,7 @@ class Work:
     """What the model had to compute: sums over samples, whatever the padding.
 
     `tokens` and `tokens_squared` (a sample's tokens squared, for attention), `learned` tokens, `images`, `patches` and
-    `patches_squared` (an image's patches squared).
+    `patches_squared` (an image's patches squared); `rows`, and those `skipped` that could not be read.
     """
 
     tokens: int = 0
@@ -47,6 +47,7 @@ class Work:
     patches: int = 0
     patches_squared: int = 0
     rows: int = 0
+    skipped: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

@@ -156,7 +156,6 @@ def largest_batch(collator: Any, scan: Scan, sampler: Any, rows: int) -> dict[st
         batch = collator([largest_micro_batch(sampler.plan)])[MICRO_BATCHES][0]
     else:
         batch = collator([{"row": int(row)} for row in np.argsort(-scan.tokens, kind="stable")[:rows]])
-    collator.forget_skipped()  # training will meet these rows again
     return batch
 
 

@@ -139,7 +139,7 @@ def train(
         **trainer.meter.summary(world.processes),
         **({"memory": asdict(trainer.memory_fit)} if trainer.memory_fit else {}),
         "work": asdict(trainer.meter.total),
-        "skipped_while_training": finished["skipped"],
+        "skipped_while_training": trainer.meter.total.skipped,
         "skipped_while_evaluating": _skipped_while_evaluating(trainer),
         "skipped_steps": skipped_steps(recipe.output_dir),
         "failed_loggers": trainer.failed_loggers,

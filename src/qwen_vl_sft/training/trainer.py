@@ -66,11 +66,8 @@ class VisionSFTTrainer(SafeTrainer):
         self.model_accepts_loss_kwargs = True
 
     def so_far(self) -> dict[str, Any]:
-        """Also what the meter has counted, and the rows that could not be read while training."""
-        collator: Any = self.data_collator
-        skipped = self.accelerator.reduce(torch.tensor(collator.skipped, device=self.args.device), reduction="sum")
-        found = {"meter": self.meter.so_far(self.accelerator), "skipped": self.before.get("skipped", 0) + int(skipped)}
-        return {**super().so_far(), **found}
+        """Also what the meter has counted."""
+        return {**super().so_far(), "meter": self.meter.so_far(self.accelerator)}
 
     def go_on_from(self, so_far: Mapping[str, Any]) -> None:
         """Also for the meter."""
@@ -95,10 +92,10 @@ class VisionSFTTrainer(SafeTrainer):
             count = count.pin_memory().to(device, non_blocking=True)
         summed: torch.Tensor = self.accelerator.reduce(count, reduction="sum")
         return summed
-        self.meter.resume()  # after an evaluation that a resume made up for, between the data and the step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward over a micro-batch, or over all packed micro-batches of an optimizer step."""
+        self.meter.resume()  # after an evaluation that a resume made up for, between the data and the step
         if MICRO_BATCHES not in inputs:
             return super().training_step(model, inputs, *args, **kwargs)
         batches = inputs[MICRO_BATCHES]
@@ -177,7 +174,7 @@ class VisionSFTTrainer(SafeTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Sum loss, right tokens and learned tokens; the loss returned is that of the batch alone."""
         inputs = self._prepare_inputs(inputs)
-        inputs.pop("work")
+        self._eval_skipped += inputs.pop("work")["skipped"]
         inputs.pop(ROW_IDS)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -198,10 +195,9 @@ class VisionSFTTrainer(SafeTrainer):
         `skipped_rows` of the metrics are those that the loss leaves out, or the answers if these have lost more: they are
         to some of the same rows.
         """
-        self._eval_sums = torch.zeros_like(self._eval_sums)
-        skipped_before = self.eval_collator.skipped
+        self._eval_sums, self._eval_skipped = torch.zeros_like(self._eval_sums), 0
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        own_skipped = self._eval_sums.new_tensor([self.eval_collator.skipped - skipped_before])
+        own_skipped = self._eval_sums.new_tensor([self._eval_skipped])
         loss, right, learned, _, skipped = self._take(torch.cat([self._eval_sums, own_skipped]))
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
