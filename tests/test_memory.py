@@ -190,6 +190,35 @@ def test_a_trial_draws_no_random_numbers_and_leaves_no_gradient(probed, monkeypa
     assert before
 
 
+def test_a_trial_keeps_activations_where_a_step_does(probed, monkeypatch):
+    from qwen_vl_sft.training import memory
+
+    class Offloading:
+        inside = False
+
+        def __enter__(self):
+            self.inside = True
+
+        def __exit__(self, *error):
+            self.inside = False
+
+    offloading, found = Offloading(), []
+    inner, grad = memory.MemoryProbe.on_train_begin, torch.autograd.grad
+
+    def begin(self, *args, **kwargs):
+        self.trainer.maybe_activation_offload_context = offloading
+        inner(self, *args, **kwargs)
+
+    def watched(*args, **kwargs):
+        found.append(offloading.inside)
+        return grad(*args, **kwargs)
+
+    monkeypatch.setattr(memory.MemoryProbe, "on_train_begin", begin)
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    probed(None, memory=SavedActivations(HUGE), automatic=False, max_steps=1)
+    assert found == [True]
+
+
 class Small(SavedActivations):
     """Fails as a GPU does when more is asked for than there is."""
 

@@ -238,9 +238,11 @@ def _forward_and_backward(trainer: Any, model: Any, inputs: dict[str, Any]) -> N
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
         model.train()
-        with trainer.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        torch.autograd.grad(-outputs.log_probs.sum(), embedded[0])
+        # With `activation_offloading` what a step keeps lies on the CPU.
+        with trainer.maybe_activation_offload_context:
+            with trainer.compute_loss_context_manager():
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            torch.autograd.grad(-outputs.log_probs.sum(), embedded[0])
     finally:
         hook.remove()
 
