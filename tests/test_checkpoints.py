@@ -5,6 +5,7 @@ import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -16,13 +17,16 @@ from transformers import TrainerState, TrainingArguments
 from qwen_vl_sft import tiny
 from qwen_vl_sft.benchmarks.kill_and_resume import Experiment
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
+from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.outputs import checkpoints
 from qwen_vl_sft.outputs.checkpoint_rotation import rotate, set_aside
 from qwen_vl_sft.outputs.checkpoints import MARK, Checkpoint
 from qwen_vl_sft.outputs.row_log import RowLog, forget_after, read_row_log
 from qwen_vl_sft.preparation import resume_check
+from qwen_vl_sft.recipe.reading import read_recipe
 from qwen_vl_sft.recipe.settings import ModelSettings
+from qwen_vl_sft.resilience import safety
 from qwen_vl_sft.resilience.resumed_state import correct_state, take_schedule
 
 SCRIPT = "scripts/sft.py"
@@ -489,6 +493,17 @@ def test_the_log_of_rows_reads_as_the_epoch_does_and_forgets_what_was_lost(tmp_p
     forget_after(tmp_path, 1)
     RowLog(tmp_path, 0).write(2, [[7]])
     assert read_row_log(tmp_path) == {1: [10, 11, 12, 13], 2: [7]}
+
+
+def test_steps_that_were_left_out_are_forgotten_with_what_was_lost(tmp_path):
+    recipe = read_recipe(None, {"output_dir": str(tmp_path), "log_row_ids": True})
+    accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
+    trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(device=torch.device("cpu")))
+    trainer.go_on_from, trainer.add_callback = (lambda so_far: None), (lambda callback: None)
+    (tmp_path / safety.SKIPPED).write_text('{"step": 2, "why": "a"}\n{"step": 5, "why": "b"}\n')
+    watch, world = SimpleNamespace(keep_workers=lambda: None), World("single", 1, 0, 0, True)
+    safety.attach(trainer, recipe, world, watch, {}, Checkpoint(tmp_path / "checkpoint-4", 4, {}))
+    assert safety.skipped_steps(tmp_path) == 1
 
 
 # Real runs

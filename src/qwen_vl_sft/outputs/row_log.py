@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "row_ids-{rank}.jsonl"
-_PATTERN = "row_ids-*.jsonl"
+PATTERN = "row_ids-*.jsonl"
 
 
 class RowLog:
@@ -22,9 +22,9 @@ class RowLog:
             file.write(json.dumps({"step": step, "rows": rows}) + "\n")
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Take out, in the files of all processes, what was trained after the checkpoint that a run goes on from."""
-    for path in folder.glob(_PATTERN):
+def forget_after(folder: Path, step: int, pattern: str = PATTERN) -> None:
+    """Take out, in the files of all processes, the steps after the checkpoint that a run goes on from."""
+    for path in folder.glob(pattern):
         kept = [line for line, entry in _lines(path) if entry["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
@@ -34,7 +34,7 @@ def read_row_log(folder: Path) -> dict[int, list[int]]:
 
     That order is by micro-batch and then by process. Raises `ValueError` when a process has a step twice.
     """
-    files = [dict(_steps(path)) for path in sorted(folder.glob(_PATTERN), key=lambda path: int(path.stem[8:]))]
+    files = [dict(_steps(path)) for path in sorted(folder.glob(PATTERN), key=lambda path: int(path.stem[8:]))]
     found: dict[int, list[int]] = {}
     for step in sorted({step for file in files for step in file}):
         parts = [file[step] for file in files if step in file]

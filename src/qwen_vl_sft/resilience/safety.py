@@ -178,7 +178,8 @@ def attach(
         for told in (preemption.MARK, STACKS.format(rank="*")):
             for path in recipe.output_dir.glob(told):
                 path.unlink()
-        row_log.forget_after(recipe.output_dir, resume.step if resume else 0)
+        for pattern in (row_log.PATTERN, SKIPPED):
+            row_log.forget_after(recipe.output_dir, resume.step if resume else 0, pattern)
     trainer.accelerator.wait_for_everyone()
     watch.keep_workers()
     if world.processes > 1:
