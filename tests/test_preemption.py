@@ -20,10 +20,9 @@ from qwen_vl_sft.errors import EXIT_PREEMPTED, Preempted, UserError
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.outputs.checkpoints import problem_of
 from qwen_vl_sft.recipe.reading import read_recipe
-from qwen_vl_sft.resilience import faults, preemption
+from qwen_vl_sft.resilience import faults, preemption, safety
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.faults import StepRecord
-from qwen_vl_sft.resilience.safety import Safety
 
 SCRIPT = "scripts/sft.py"
 ENDLESS = {
@@ -277,11 +276,31 @@ def test_the_deadline_leaves_time_for_the_save_and_the_evaluation():
 def test_a_stopped_run_is_told_what_can_be_done(streamed, told, tmp_path):
     recipe = read_recipe(None, {"dataset_streaming": streamed, "output_dir": str(tmp_path)})
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
-    safety = Safety(trainer, recipe, World("single", 1, 0, 0, True), preemption.Watch(), None)
-    safety.stopping = "SIGTERM"
+    watched = safety.Safety(trainer, recipe, World("single", 1, 0, 0, True), preemption.Watch(), None)
+    watched.stopping = "SIGTERM"
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(Preempted, match=rf"after step 2 of 9; .*checkpoint-2 is written\. {told}"):
-        safety.on_save(trainer.args, SimpleNamespace(global_step=2, max_steps=9), None)
+        watched.on_save(trainer.args, SimpleNamespace(global_step=2, max_steps=9), None)
+
+
+def test_the_longest_step_is_told_with_its_data_and_without_what_follows_it(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(safety.time, "perf_counter", lambda: now[0])
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), record=StepRecord(), skip_unsound=True)
+    trainer.tell, trainer.evaluates_at_epoch_end = (lambda *told: None), (lambda: False)
+    trainer.save_seconds, trainer.stall_watch, trainer.skipped = None, None, []
+    recipe = read_recipe(None, {"output_dir": str(tmp_path)})
+    watched = safety.Safety(trainer, recipe, World("single", 1, 0, 0, True), preemption.Watch(), None)
+    control = SimpleNamespace(should_evaluate=False)
+    watched.on_train_begin(None, None, control)
+    for step, seconds in enumerate((3.0, 5.0, 4.0), start=1):
+        now[0] += seconds
+        watched.on_step_end(None, SimpleNamespace(global_step=step, max_steps=9), control)
+        now[0] += 100
+        watched.on_evaluate(None, None, control)
+        now[0] += 100
+        watched.on_save(None, None, control)
+    assert watched.deadline.step == 5
 
 
 # Faults

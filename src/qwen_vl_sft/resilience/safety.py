@@ -61,6 +61,7 @@ class Safety(TrainerCallback):
         """From now on processes may wait for each other."""
         if self.resume:
             correct_state(state, args, self.resume)
+        self._began = time.perf_counter()
         if self.trainer.stall_watch:
             self.trainer.stall_watch.start()
             launch.limit_waits(self.trainer.args.ddp_timeout)
@@ -70,14 +71,12 @@ class Safety(TrainerCallback):
         if self.trainer.stall_watch:
             self.trainer.stall_watch.end()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock of a step."""
-        self._began = time.perf_counter()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Agree on what the step, or on GPUs the one before, has shown."""
         self.trainer.tell(f"step {state.global_step}, at its end", state.global_step, Stage.END)
-        self.deadline.step = max(self.deadline.step, time.perf_counter() - self._began)
+        # With the time it waited for its data.
+        began, self._began = self._began, time.perf_counter()
+        self.deadline.step = max(self.deadline.step, self._began - began)
         self.deadline.save = self.trainer.save_seconds
         if self.row_log:
             self.row_log.write(state.global_step, self.trainer.record.rows)
@@ -122,11 +121,12 @@ class Safety(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Note how long an evaluation takes."""
-        self._polled = 0
+        self._polled, self._began = 0, time.perf_counter()
         self.deadline.evaluation = max(self.deadline.evaluation, (metrics or {}).get("eval_runtime", 0.0))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run here when that is what the checkpoint was for; nothing after training may happen."""
+        self._began = time.perf_counter()
         if self.stopping is None:
             return
         checkpoint = checkpoints.folder_of(self.folder, state.global_step) if state.global_step else None
