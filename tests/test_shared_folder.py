@@ -1,6 +1,7 @@
 """All processes of a run must see one output_dir; those of another machine are played here."""
 
 import platform
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.resilience import shared_folder
 from qwen_vl_sft.resilience.shared_folder import check_shared
+
+SINGLE = World("single", 1, 0, 0, on_cpu=True)
 
 
 class Others:
@@ -81,6 +84,30 @@ def test_all_end_where_the_first_cannot_write(others, tmp_path):
         check_shared(tmp_path / "file/run", world(1))
 
 
-def test_one_process_alone_asks_nobody(tmp_path):
-    check_shared(tmp_path / "run", World("single", 1, 0, 0, on_cpu=True))
+def test_one_process_alone_asks_nobody_but_the_folder(tmp_path):
+    check_shared(tmp_path / "run", SINGLE)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: Not a directory; name another folder"):
+        check_shared(tmp_path / "file/run", SINGLE)
+
+
+def test_a_process_that_does_not_see_it_leaves_nothing(others, tmp_path):
+    others(told=[".seen-by-all-x", None], answers=[("node1", True)])
+    with pytest.raises(UserError, match=r"not seen by process\(es\) 1"):
+        check_shared(tmp_path / "runs/one", world(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_remembered_as_missing_is_asked_for(others, tmp_path, monkeypatch):
+    """NFS shows what another machine has made up to a minute later, but to one that would make it too."""
+    others(told=[".seen-by-all-x", None], answers=[("node1", True)])
+    make = Path.mkdir
+
+    def shows(folder, *args, **kwargs):
+        make(folder, *args, **kwargs)
+        (folder / ".seen-by-all-x").touch()
+
+    monkeypatch.setattr(Path, "mkdir", shows)
+    (tmp_path / "runs").mkdir()
+    check_shared(tmp_path / "runs/one", world(1))

@@ -16,27 +16,27 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.world import World
 
-# What one machine writes may reach another's view of the storage late.
-_SECONDS_TO_SEE = 10.0
+# What one machine writes may reach another's view of the storage late: NFS looks anew after 60 s at the latest.
+_SECONDS_TO_SEE = 65.0
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Raise `UserError` on all processes when one of them does not see what the first writes to `folder`.
+    """Raise `UserError` on all processes when the first cannot write to `folder`, or one does not see what it writes.
 
     Call it on all processes when they are joined, before the folder is written to; nothing stays in it.
     """
-    if world.processes == 1:
-        return
     with contextlib.ExitStack() as stack:
         name, failure = "", None
         if world.rank == 0:
             try:
                 name = stack.enter_context(_written(folder))
             except OSError as error:
-                failure = error.strerror
+                failure = error.strerror or str(error)
         name, failure = launch.from_first(world, (name, failure))
         if failure:
             raise UserError(f"output_dir: {folder} cannot be written: {failure}; name another folder")
+        if world.processes == 1:
+            return
         answers: list[Any] = [None] * world.processes
         dist.all_gather_object(answers, (platform.node(), _sees(folder / name)))
     blind = {rank: machine for rank, (machine, sees) in enumerate(answers) if not sees}
@@ -52,7 +52,7 @@ def check_shared(folder: Path, world: World) -> None:
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[str]:
     """The name of a file in `folder`, which is made if need be; nothing is left afterwards."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = _missing(folder)
     probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,15 +61,28 @@ def _written(folder: Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        _remove(made)
 
 
 def _sees(path: Path) -> bool:
-    until = time.monotonic() + _SECONDS_TO_SEE
+    made, until = _missing(path.parent), time.monotonic() + _SECONDS_TO_SEE
+    # NFS remembers that a folder was missing, and passes on a wish to make it all the same.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     while not path.is_file():
         if time.monotonic() > until:
+            _remove(made)
             return False
         time.sleep(0.1)
     return True
+
+
+def _missing(folder: Path) -> list[Path]:
+    """What must be made for `folder` to be there, itself first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove(folders: list[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()
