@@ -7,12 +7,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPOSITORY, launch
 
 from qwen_vl_sft import tiny
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.outputs import run_folder
 from qwen_vl_sft.recipe.reading import read_recipe
@@ -135,6 +137,42 @@ def test_two_processes_with_dropout(tmp_path):
         assert finished.returncode == 0, finished.stderr[-3000:]
         found.append(outcome(tmp_path / name))
     assert found[0] == found[1]
+
+
+# The folder
+
+
+def used(folder):
+    (folder / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoint-4/optimizer.pt").touch()
+    (folder / "recipe.yaml").touch()
+    return folder
+
+
+def test_a_used_folder_is_emptied_and_stays_the_link_that_it_was(tmp_path):
+    scratch, run, other = used(tmp_path / "scratch"), tmp_path / "run", tmp_path / "other"
+    run.symlink_to(scratch)
+    other.mkdir()
+    (other / "kept").touch()
+    (scratch / "link").symlink_to(other)
+    run_folder.begin(run, True, "key: value", None, {})
+    assert run.is_symlink()
+    assert sorted(path.name for path in scratch.iterdir()) == ["environment.json", "recipe.yaml", "system_message.txt"]
+    assert (other / "kept").is_file()
+
+
+def test_a_folder_that_cannot_be_emptied_or_finished_is_told(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    run = used(tmp_path / "run")
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with pytest.raises(UserError, match="run cannot be written: Read-only file system; name another folder"):
+        run_folder.begin(run, True, "", None, {})
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=[]), kept_step=4)
+    monkeypatch.setattr(run_folder, "finish", fails)
+    with pytest.raises(UserError, match=r"metrics of the finished model could not be written .*Read-only file system"):
+        sft.finish_run_folder(SimpleNamespace(output_dir=run), trainer, {})
 
 
 # The commit

@@ -61,15 +61,16 @@ def begin(
     folder: Path, overwrite: bool, recipe_yaml: str, system_message: str | None, environment: dict[str, Any]
 ) -> None:
     """Make the folder, and write what is known before training."""
-    if overwrite and folder.is_dir() and _is_run(folder):
-        shutil.rmtree(folder)
     try:
+        if overwrite and folder.is_dir() and _is_run(folder):
+            _empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(recipe_yaml, encoding="utf-8")
         (folder / SYSTEM_MESSAGE).write_text(system_message or "", encoding="utf-8")
         (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}; name another folder") from None
+        why = error.strerror or error
+        raise UserError(f"output_dir: {folder} cannot be written: {why}; name another folder") from None
 
 
 def finish(folder: Path, metrics: dict[str, Any], log_history: list[dict[str, Any]]) -> None:
@@ -97,6 +98,15 @@ def environment(world: dict[str, Any], data: dict[str, Any], devices: list[str])
         "world": world,
         "data": data,
     }
+
+
+def _empty(folder: Path) -> None:
+    """The folder itself stays: it may be a link to where there is room, or a place where storage is mounted."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _is_run(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config, trains_language_only
-from qwen_vl_sft.outputs import run_folder
+from qwen_vl_sft.outputs import checkpoints, run_folder
 from qwen_vl_sft.outputs.plots import plot_loss
 from qwen_vl_sft.preparation.chosen import choose
 from qwen_vl_sft.preparation.prepared_data import PreparedData, step_plan
@@ -35,6 +35,7 @@ from qwen_vl_sft.preparation.rules import EVALUATION_METRICS
 from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.recipe.reading import Recipe
 from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS
+from qwen_vl_sft.resilience.faults import explained_save
 from qwen_vl_sft.resilience.reporting import guard_loggers
 from qwen_vl_sft.resilience.safety import skipped_steps
 from qwen_vl_sft.resilience.saving_trainer import save_final_model
@@ -165,10 +166,12 @@ def begin_run_folder(recipe: Recipe, world: World, data: PreparedData) -> None:
 
 
 def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, metrics: dict[str, Any]) -> None:
-    """Write metrics, log and plot; call it on one process only."""
-    history = trainer.state.log_history
-    run_folder.finish(recipe.output_dir, metrics, history)
-    plot_loss(history, recipe.output_dir / run_folder.LOSS_PLOT)
+    """Write metrics, log and plot; call it on one process only. Raises `UserError` when they cannot be written."""
+    history, folder = trainer.state.log_history, recipe.output_dir
+    last = checkpoints.newest_marked(folder, trainer.kept_step)
+    with explained_save("the metrics of the finished model", folder, last, remove=False):
+        run_folder.finish(folder, metrics, history)
+        plot_loss(history, folder / run_folder.LOSS_PLOT)
 
 
 def _train_places(
