@@ -25,6 +25,7 @@ SHORT = (
     " --max_eval_samples 8 --predict_with_generate false --max_train_samples 40 --dataloader_num_workers 1"
     " --report_to none --disable_tqdm true"
 )
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT")
 PACKING = " --packing true --tokens_per_batch 512 --share_prefixes true"
 
 
@@ -38,22 +39,26 @@ def main() -> None:
         "--config", default="cpu", help="how several processes share the work: zero2, zero3, fsdp2, ..."
     )
     parser.add_argument("--packing", action="store_true", help="packed batches with shared prefixes")
-    parser.add_argument("--signal", default="SIGKILL", help="SIGTERM, SIGUSR1 or SIGINT: stop the run instead")
+    parser.add_argument("--signal", default="SIGKILL", choices=SIGNALS, help="any but SIGKILL stops the run instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/kill_and_resume"))
     parser.add_argument("--report", type=Path, help="write the result as JSON, beside what is there already")
     options, keys = parser.parse_known_args()
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.benchmarks import kill_and_resume
+    from qwen_vl_sft.benchmarks.arguments import make_output_dir
     from qwen_vl_sft.outputs import run_folder
 
+    if options.kills < 1 or options.processes < 1:
+        raise UserError("--kills, --processes: at least 1")
     if options.config != "cpu" and options.processes == 1:
         raise UserError(f"config: {options.config} needs several processes; add --processes 2")
     if not (config := Path(kill_and_resume.CONFIGS, f"{options.config}.yaml")).is_file():
         raise UserError(f"config: there is no {config}; name one of {kill_and_resume.CONFIGS}/, such as zero2")
-    if options.output_dir.exists() and any(options.output_dir.iterdir()):
-        raise UserError(f"output_dir: {options.output_dir} holds files already; name another folder with --output_dir")
     words = words_of(options.packing, keys)
+    make_output_dir(options.output_dir)
+    if any(options.output_dir.iterdir()):
+        raise UserError(f"output_dir: {options.output_dir} holds files already; name another folder with --output_dir")
     experiment = kill_and_resume.Experiment(
         tuple(words), options.processes, options.output_dir, signal.Signals[options.signal], options.config
     )

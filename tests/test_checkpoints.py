@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from conftest import REPOSITORY, launch, run_process
 from test_trainer import make_trainer, qwen2_vl, ragged  # noqa: F401
 from transformers import TrainerState, TrainingArguments
 
-from qwen_vl_sft import tiny
+from qwen_vl_sft import errors, tiny
 from qwen_vl_sft.benchmarks.kill_and_resume import Experiment
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.launching.world import World
@@ -642,6 +643,32 @@ def test_kills_under_a_strategy_need_its_configuration_and_several_processes(wor
     finished = run_process("scripts/kill_and_resume.py", *command)
     assert finished.returncode == EXIT_USER_ERROR
     assert finished.stderr.startswith(f"error: config: {told}" if config == "zero9" else f"error: config: zero3 {told}")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["--output_dir", "{file}"], "error: --output_dir: {file} cannot be made: it is a file; name another folder"),
+        (["--kills", "0"], "error: --kills, --processes: at least 1"),
+        (["--processes", "0"], "error: --kills, --processes: at least 1"),
+        (["--signal", "SIGFOO"], "argument --signal: invalid choice: 'SIGFOO'"),
+    ],
+)
+def test_kills_that_cannot_be_are_refused(command, told, tmp_path, monkeypatch, capsys):
+    def leave(code, message, show=True):
+        print(message, file=sys.stderr)
+        raise SystemExit(code)
+
+    (tmp_path / "file").touch()
+    words = [word.format(file=tmp_path / "file") for word in ["--output_dir", str(tmp_path / "runs"), *command]]
+    monkeypatch.setattr(sys, "argv", ["scripts/kill_and_resume.py", *words])
+    monkeypatch.setattr(errors, "leave", leave)
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as code:
+        runpy.run_path("scripts/kill_and_resume.py", run_name="__main__")
+    assert code.value.code == EXIT_USER_ERROR
+    assert told.format(file=tmp_path / "file") in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_word_that_stands_alone_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -14,7 +15,7 @@ from conftest import REPOSITORY, run_process
 from safetensors.torch import load_file, save_file
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.benchmarks import comparison, outcome, strategies
+from qwen_vl_sft.benchmarks import compare, comparison, outcome, strategies
 from qwen_vl_sft.benchmarks.strategies import Case, grid, recipe_of
 from qwen_vl_sft.benchmarks.table import TEXT, format_table
 from qwen_vl_sft.errors import UserError
@@ -63,6 +64,15 @@ def test_a_mode_takes_what_it_needs_of_a_recipe():
     assert (qlora["load_in_4bit"], qlora["lora_r"], qlora["save_strategy"], qlora["max_steps"]) == (True, 4, "no", 9)
     assert (full["use_peft"], full["load_in_4bit"]) == (False, False)
     assert not {"lora_r", "output_dir"} & set(full)
+
+
+def test_results_need_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(REPOSITORY)
+    asked = {"strategies": "single", "processes": "1", "modes": "recipe", "warmup": 1, "kill": False, "config": None}
+    asked |= {"recipe": Path("recipes/quickstart.yaml"), "output_dir": tmp_path / "file"}
+    with pytest.raises(UserError, match=r"--output_dir: .*file cannot be made: it is a file; name another folder"):
+        compare.plan_experiment(SimpleNamespace(**asked), [])
 
 
 def test_batches_may_not_depend_on_the_number_of_processes():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_vl_sft.errors import UserError
+
 # What every recipe is told: nothing but training takes time.
 TRAINING_ALONE = {
     "eval_strategy": "no",
@@ -27,6 +29,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, needs_config: bool) ->
     )
     parser.add_argument("--processor", help="local folder or Hub id of the processor (default: --config)")
     parser.add_argument("--model_dir", type=Path, help="where the random model is kept (default: in output_dir)")
+
+
+def make_output_dir(folder: Path) -> None:
+    """Make the folder for the results. Raises `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if folder.is_file() else error.strerror
+        raise UserError(f"--output_dir: {folder} cannot be made: {why}; name another folder") from None
 
 
 def random_model_of(arguments: argparse.Namespace) -> Path:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from qwen_vl_sft.benchmarks.arguments import random_model_of
+from qwen_vl_sft.benchmarks.arguments import make_output_dir, random_model_of
 from qwen_vl_sft.benchmarks.strategies import CONFIGS, Case, Experiment, grid, recipe_of, write_recipes
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.recipe.command_line import parse_command_line
@@ -28,6 +28,7 @@ def plan_experiment(arguments: argparse.Namespace, words: list[str]) -> tuple[Ex
     if arguments.kill and steps < 2:
         raise UserError(f"--kill needs a checkpoint in the middle; --max_steps {steps} has none, give more steps")
     written = read_file(arguments.recipe)
+    make_output_dir(arguments.output_dir)
     if arguments.config:
         keys["model_name_or_path"] = str(random_model_of(arguments))
     recipes = {mode: recipe_of(written, mode, keys) for mode in dict.fromkeys(case.mode for case in cases)}

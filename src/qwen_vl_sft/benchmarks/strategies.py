@@ -195,7 +195,6 @@ class Experiment:
 
 def write_recipes(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
     """Write the recipe of each mode into `folder`, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {mode: folder / f"{mode}.yaml" for mode in recipes}
     for mode, path in paths.items():
         path.write_text(yaml.safe_dump(dict(recipes[mode]), sort_keys=False, allow_unicode=True), encoding="utf-8")
