@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_trainer import qwen2_vl
+from test_trainer import newer, qwen2_vl
 from torch import nn
 
 from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling import kernels
+from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.patches import count_no_placeholders_in_training, take_packed_batches
 from qwen_vl_sft.preparation.chosen import Chosen
 from qwen_vl_sft.preparation.plan import _kernel_lines
 from qwen_vl_sft.recipe.reading import read_recipe
@@ -122,6 +124,33 @@ def test_a_model_without_the_kernel_rotates_as_before(monkeypatch):
         assert not called
         assert torch.equal(fused(input_ids=tokens).logits, expected)
     assert len(called) == len(fused.model.language_model.layers)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
+def test_a_copy_of_a_patched_model_computes_with_its_own_weights(family, monkeypatch):
+    """PEFT copies the layers of `lora_modules_to_save`, and trains the copies."""
+    model = qwen2_vl() if family == "qwen2_vl" else newer(family)
+    modeling = sys.modules[type(model).__module__]
+    for name in (kernels.TEXT_ROPE, kernels.VISION_ROPE):
+        monkeypatch.setattr(modeling, name, getattr(modeling, name))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    use_segmented_vision_attention(model)
+    use_packed_attention(model)
+    count_no_placeholders_in_training(model)
+    take_packed_batches(model)
+    use_fused_kernels(model, ["rope", "patch_embed"])
+    copied = copy.deepcopy(model).train()
+    tokens = torch.tensor([[5, *[model.config.image_token_id] * 4, 6, 7]])
+    embed = model.model.visual.patch_embed
+    pixels = torch.randn(16, embed.in_channels * embed.temporal_patch_size * embed.patch_size**2)
+    batch = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "image_places": [0]}
+    batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 7], dtype=torch.int32))
+    batch |= dict.fromkeys(("max_length_q", "max_length_k"), 7)
+    types = (tokens == model.config.image_token_id).long()
+    output = copied(input_ids=tokens, pixel_values=pixels, mm_token_type_ids=types, **batch)
+    output.logits.square().sum().backward()
+    assert [name for name, parameter in copied.named_parameters() if parameter.grad is None] == []
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == []
 
 
 def test_only_three_kernels_need_liger(monkeypatch):

@@ -68,7 +68,8 @@ def _has_liger() -> bool:
 def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:
     """Put the kernels into a base model; returns of each how many layers (or functions) have it now.
 
-    `lora` needs a model with its adapter: `use_fused_lora` puts that in.
+    `lora` needs a model with its adapter: `use_fused_lora` puts that in. PEFT copies layers that train in full: what is
+    put in here belongs to the layer that it is called on, as a bound method does and a closure over a layer does not.
     """
     counts = {name: 0 for name in wanted if name != LORA}
     for name, module in model.named_modules():
@@ -87,7 +88,7 @@ def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:
             module.forward = types.MethodType(_patch_embed, module)  # type: ignore[method-assign]
             counts["patch_embed"] += 1
         if "rope" in wanted and kind.endswith("Attention"):
-            module.forward = _with_fused_rope(module.forward)
+            module.forward = types.MethodType(_attend, module)
             counts["rope"] += 1
     if "rope" in wanted:
         _offer_fused_rope(sys.modules[type(model).__module__])
@@ -170,16 +171,12 @@ def _lora(
     return product.view_as(result)
 
 
-def _with_fused_rope(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def attend(*args: Any, **kwargs: Any) -> Any:
-        token = _ROTATES_FUSED.set(True)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            _ROTATES_FUSED.reset(token)
-
-    return attend
+def _attend(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _ROTATES_FUSED.set(True)
+    try:
+        return type(layer).forward(layer, *args, **kwargs)
+    finally:
+        _ROTATES_FUSED.reset(token)
 
 
 def _offer_fused_rope(modeling: Any) -> None:

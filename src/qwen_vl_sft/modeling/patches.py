@@ -53,18 +53,18 @@ def count_no_placeholders_in_training(model: Any) -> None:
     The packed collator has counted them. transformers also writes the count into an error message that nobody sees. May
     go when `get_placeholder_mask` no longer reads it back.
     """
-    backbone, counted = model.model, model.model.get_placeholder_mask
+    counted = type(model.model).get_placeholder_mask
 
     @functools.wraps(counted)
     def get_placeholder_mask(
-        input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+        backbone: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         if not backbone.training or input_ids is None:
-            return counted(input_ids, inputs_embeds, *args, **kwargs)
+            return counted(backbone, input_ids, inputs_embeds, *args, **kwargs)
         tokens = (backbone.config.image_token_id, backbone.config.video_token_id)
         return tuple((input_ids == token).unsqueeze(-1) for token in tokens)
 
-    backbone.get_placeholder_mask = get_placeholder_mask
+    model.model.get_placeholder_mask = MethodType(get_placeholder_mask, model.model)
 
 
 def take_packed_batches(model: Any) -> None:
@@ -131,7 +131,7 @@ def _last_layer(
 
 def _take_images(model: Any) -> None:
     backbone = model.model
-    computed = backbone.get_image_features
+    computed = type(backbone).get_image_features
     width = model.config.get_text_config().hidden_size
 
     @functools.wraps(computed)
@@ -152,23 +152,24 @@ def _take_images(model: Any) -> None:
         found = SimpleNamespace(pooler_output=(last,), deepstack_features=[(layer,) for layer in deeper])
         return arguments, {**keywords, "mm_encoder_outputs": {"image": found} if len(features) else {}}
 
-    backbone.get_image_features = get_image_features
+    # Bound, as below: in a copy of the model it is the copy's.
+    backbone.get_image_features = MethodType(get_image_features, backbone)
     backbone.register_forward_pre_hook(bring, with_kwargs=True)
 
 
 def _take_visual_places(language_model: Any) -> None:
-    by_mask = language_model._deepstack_process
+    by_mask = type(language_model)._deepstack_process
 
-    def add(hidden_states: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def add(model: Any, hidden_states: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         if where.dtype == torch.bool:
-            return by_mask(hidden_states, where, features)
+            return by_mask(model, hidden_states, where, features)
         return hidden_states.index_add(1, where, features.to(hidden_states.dtype)[None])
 
     def name_places(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         places = keywords.pop("visual_places", None)
         return None if places is None else (arguments, {**keywords, "visual_pos_masks": places})
 
-    language_model._deepstack_process = add
+    language_model._deepstack_process = MethodType(add, language_model)
     language_model.register_forward_pre_hook(name_places, with_kwargs=True)
 
 
