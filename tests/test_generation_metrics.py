@@ -2,8 +2,10 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import conversation_row, launch, run_process
 
 from qwen_vl_sft import tiny
@@ -13,10 +15,11 @@ from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.evaluation.generation import generate_answers
 from qwen_vl_sft.evaluation.metrics import METRICS, score
-from qwen_vl_sft.modeling.base_model import load_model
+from qwen_vl_sft.modeling.base_model import freeze_vision_tower, load_model
 from qwen_vl_sft.preparation.scan import scan
 from qwen_vl_sft.recipe.settings import ModelSettings
 from qwen_vl_sft.training.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
+from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32
 
 MODEL = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), dtype="float32")
 KEYS = {
@@ -104,6 +107,18 @@ def test_each_image_is_decoded_once(tiny_processor, messages_folder, monkeypatch
     monkeypatch.setattr(ImageFile, "decode", lambda file: decoded.append(file.path) or decode(file))
     metrics.measure(load_model(MODEL, on_cpu=True), Accelerator(cpu=True), step=1)
     assert decoded == [str(rows.folder / "images/red.png")] * 2
+
+
+def test_weights_that_train_in_float32_beside_others_in_bfloat16_answer(evaluation, tiny_processor, monkeypatch):
+    from accelerate import Accelerator
+
+    model, accelerator = load_model(replace(MODEL, dtype="bfloat16"), on_cpu=True), Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "native_amp", True)  # as with `bf16: true`
+    freeze_vision_tower(model)
+    keep_trained_weights_in_float32(model)
+    metrics = GenerationMetrics(evaluation, Encoder(tiny_processor), 3, batch_size=2, max_new_tokens=2)
+    assert metrics.measure(model, accelerator, step=1).keys() == set(METRICS)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_training_is_the_same_with_and_without_it(evaluation, tiny_processor, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,11 +60,13 @@ def generate_batches(
     batches: Sequence[Sequence[int]],
     max_new_tokens: int,
     synced: bool = False,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[tuple[list[int], list[GeneratedAnswer]]]:
     """Answer batch after batch: yields its places and their answers. The next batch is read while one is answered.
 
     `prompt_at` reads and encodes the prompt of a place, in a thread of its own. `synced` is for weights that are split
-    over processes: each then goes on until the longest answer of all is done.
+    over processes: each then goes on until the longest answer of all is done. `autocast` is entered for each batch anew,
+    so that what it keeps of float32 weights in half precision is dropped behind it.
     """
 
     def encode(batch: Sequence[int]) -> list[Encoded]:
@@ -78,7 +81,9 @@ def generate_batches(
                 assert coming is not None
                 rows = coming.result()
                 coming = reader.submit(encode, batches[number + 1]) if number + 1 < len(batches) else None
-                yield list(batch), generate_batch(model, encoder, rows, max_new_tokens, synced)
+                with autocast():
+                    given = generate_batch(model, encoder, rows, max_new_tokens, synced)
+                yield list(batch), given
     finally:
         model.train(was_training)
 

@@ -80,8 +80,12 @@ class GenerationMetrics:
         batches = share(self.batches, rank, world, equal=synced)
         answerer = answering_model(model, accelerator)
         answers: dict[int, str] = {}
+        # In training it wraps the model's own forward, which `generate` of a model with an adapter does not call.
+        autocast = accelerator.autocast
         shown = tqdm(
-            generate_batches(answerer, self.prompts.encoder, self._prompt, batches, self.max_new_tokens, synced),
+            generate_batches(
+                answerer, self.prompts.encoder, self._prompt, batches, self.max_new_tokens, synced, autocast
+            ),
             total=len(batches),
             desc="answering",
             unit="batch",

@@ -203,10 +203,9 @@ class VisionSFTTrainer(SafeTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
         if self.generation_metrics is not None:
-            with self.compute_loss_context_manager():
-                answered = self.generation_metrics.measure(
-                    self.model_wrapped, self.accelerator, self.state.global_step, not self.args.disable_tqdm, self.poll
-                )
+            answered = self.generation_metrics.measure(
+                self.model_wrapped, self.accelerator, self.state.global_step, not self.args.disable_tqdm, self.poll
+            )
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in answered.items()})
             skipped = max(skipped, self.generation_metrics.left_out)
         output.metrics[f"{metric_key_prefix}_{SKIPPED_ROWS}"] = int(skipped)
