@@ -1,6 +1,9 @@
+import io
+
 import pytest
 import torch
 from conftest import png
+from PIL import Image
 
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
@@ -130,6 +133,21 @@ def test_pixel_limits_hold_and_are_saved(shared, tmp_path):
     assert Encoder(processor).encode(big).image_grid_thw.tolist() == [[1, 4, 4]]
     processor.save_pretrained(tmp_path)
     assert Encoder(AutoProcessor.from_pretrained(tmp_path)).encode(big).image_grid_thw.tolist() == [[1, 4, 4]]
+
+
+def test_a_photo_costs_the_same_upright_or_not(tiny_processor):
+    """Lengths are read from headers, whose sides are those before an image is turned."""
+    count = tiny_processor.image_processor.get_number_of_image_patches
+    sides = [14, 27, 28, 43, 56, 113, 700, 1023, 2800]
+    assert all(count(one, other, {}) == count(other, one, {}) for one in sides for other in sides)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (196, 57)).save(buffer, "JPEG", exif=exif)
+    photo = Conversation(chart().messages, [ImageFile(buffer.getvalue(), None)])
+    encoder = Encoder(tiny_processor)
+    assert encoder.measure(photo) == encoder.measure(photo, decode=True)
+    assert encoder.encode(photo).image_grid_thw.tolist() == [[1, 14, 4]]
+    assert encoder.measure(photo).tokens == len(encoder.encode(photo).input_ids)
 
 
 def test_a_text_only_row(tiny_processor):

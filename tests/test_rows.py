@@ -191,14 +191,59 @@ def _png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-def test_transparency_is_shown_over_white():
+def _saved(image, kind="PNG", **options) -> ImageFile:
     import io
 
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return ImageFile(buffer.getvalue(), None)
+
+
+def test_transparency_is_shown_over_white():
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(buffer, "PNG")
-    assert ImageFile(buffer.getvalue(), None).decode().getpixel((0, 0)) == (255, 255, 255)
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    palette, white = Image.new("P", (2, 2)), (255, 255, 255)
+    palette.putpalette([0, 0, 0])
+    assert _saved(clear).decode().getpixel((0, 0)) == white
+    assert _saved(clear.convert("LA")).decode().getpixel((0, 0)) == white
+    assert _saved(palette, transparency=0).decode().getpixel((0, 0)) == white
+    assert _saved(Image.new("RGB", (2, 2)), transparency=(0, 0, 0)).decode().getpixel((0, 0)) == white
+    assert _saved(Image.new("RGBA", (2, 2), (0, 0, 0, 255))).decode().getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright(orientation):
+    from datasets import Image as Column
+    from PIL import Image
+
+    photo, exif = Image.radial_gradient("L").resize((112, 56)).convert("RGB"), Image.Exif()
+    photo.paste((255, 0, 0), (0, 0, 28, 28))
+    exif[0x0112] = orientation
+    file = _saved(photo, "JPEG", exif=exif)
+    found = file.decode()
+    assert found.size == ((112, 56) if orientation < 5 else (56, 112))
+    assert found.tobytes() == Column().decode_example({"bytes": file.data, "path": None}).tobytes()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0"])
+def test_an_image_with_damaged_exif_data_is_as_it_lies(exif):
+    from PIL import Image
+
+    assert _saved(Image.new("RGB", (112, 56)), exif=exif).decode().size == (112, 56)
+
+
+def test_16_bits_of_grey_are_scaled_and_numbers_without_a_range_refused():
+    import numpy as np
+    from PIL import Image
+
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for kind in ("PNG", "TIFF"):
+        found = _saved(Image.fromarray(grey * 257), kind).decode()
+        assert (np.asarray(found) == grey[:, :, None]).all()
+    for mode in ("I", "F"):
+        with pytest.raises(BadRow, match="its pixels are numbers of 32 bits"):
+            _saved(Image.new(mode, (2, 2)), "TIFF").open()
 
 
 def test_jsonl_beside_an_image_folder(messages_folder):

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from qwen_vl_sft.errors import BadRow, first_line
 
@@ -44,7 +45,10 @@ class ImageFile:
         return hashlib.sha256(data).hexdigest()
 
     def open(self) -> Image.Image:
-        """Open without decoding pixels: size and mode come from the header. Raises `BadRow`."""
+        """Open without decoding pixels: size and mode come from the header. Raises `BadRow`.
+
+        The sides are those before the image is turned upright; it makes as many patches either way.
+        """
         try:
             image = Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
         except FileNotFoundError:
@@ -60,15 +64,20 @@ class ImageFile:
             raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: above {MAX_PIXELS_OF_A_FILE:,}")
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: more elongated than 200 to 1")
+        if image.mode in ("I", "F"):
+            raise BadRow(
+                f"image{self._named()} is refused: its pixels are numbers of 32 bits, and what is black and white among"
+                " them is not known; save it with 8 or 16 bits"
+            )
         return image
 
     def decode(self) -> Image.Image:
-        """Decode to RGB, transparency over white as Qwen's own code does. Raises `BadRow`."""
-        from qwen_vl_utils.vision_process import to_rgb
-
+        """Decode to RGB, upright as EXIF says, transparency over white as in Qwen's own code. Raises `BadRow`."""
         image = self.open()
         try:
-            return to_rgb(image)
+            image.load()
+            _turn_upright(image)
+            return _to_rgb(image)
         except MemoryError:
             raise
         except Exception as error:
@@ -76,6 +85,26 @@ class ImageFile:
 
     def _named(self) -> str:
         return f" {self.path}" if self.path else ""
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turn a decoded image as its EXIF says, as transformers, datasets and vLLM do."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF data raise what they like; the pixels are as good as without
+        return
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from qwen_vl_utils.vision_process import to_rgb
+
+    if image.mode.startswith("I;16"):
+        # Pillow would cut the 65,536 levels off at 255.
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    # Of all that is transparent, Qwen's function knows RGBA alone.
+    return to_rgb(image.convert("RGBA") if image.has_transparency_data else image)
 
 
 def image_file(value: Any, folder: Path | None) -> ImageFile:

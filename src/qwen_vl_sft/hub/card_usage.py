@@ -19,7 +19,7 @@ def python_code(publication: Publication, repo_id: str, revision: str) -> str:
     quantized = publication.is_adapter and (settings.load_in_4bit or settings.load_in_8bit)
     imports = ["import torch", "from huggingface_hub import hf_hub_download"]
     imports += ["from peft import PeftModel"] if publication.is_adapter else []
-    imports += ["from PIL import Image"]
+    imports += ["from PIL import Image, ImageOps"]
     names = ["AutoModelForImageTextToText", "AutoProcessor", *(["BitsAndBytesConfig"] if quantized else [])]
     imports += [f"from transformers import {', '.join(names)}"]
     lines = [f"repo, revision = {json.dumps(repo_id)}, {json.dumps(revision)}"]
@@ -124,7 +124,8 @@ def _question(has_system_message: bool) -> list[str]:
 def _answer(most_tokens: int) -> list[str]:
     return [
         "prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
-        'image = Image.open("chart.png").convert("RGB")',
+        'image = ImageOps.exif_transpose(Image.open("chart.png")).convert("RGBA")',
+        'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")',
         'inputs = processor(text=[prompt], images=[image], return_tensors="pt").to(model.device)',
         "# The base model's own settings sample, with a repetition penalty.",
         f"output = model.generate(**inputs, max_new_tokens={most_tokens}, do_sample=False, repetition_penalty=1.0)",

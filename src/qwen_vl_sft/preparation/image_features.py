@@ -23,7 +23,7 @@ from qwen_vl_sft.recipe.reading import Recipe
 from qwen_vl_sft.recipe.settings import ModelSettings
 
 # Raise it when images are decoded, resized, stored or filed otherwise than before: old folders are then not used.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ _FEATURES = Features(
 )
 _SHOWN = 5
 # Raise it when rows are read, refused or measured otherwise than before: cached scans are then not used.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
