@@ -1,6 +1,7 @@
 """Batched answers equal those of each prompt alone, and of transformers' own way; on a random model in float32."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.evaluation.generation import (
+    decode_answer,
     estimate_length,
     generate_answers,
     generate_batch,
@@ -71,7 +73,15 @@ def test_answers_equal_those_of_the_processor_and_generate(tiny, conversations):
         inputs = encoder.processor(text=[text], images=images, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
-        assert encoder.processor.batch_decode(new, skip_special_tokens=True)[0].strip() == answer
+        decoded = encoder.processor.batch_decode(new)[0]
+        assert re.split(r"<\|(?:im_end|endoftext)\|>", decoded)[0].strip() == answer
+
+
+def test_boxes_are_part_of_an_answer_and_what_gives_turns_their_structure_is_not(tiny):
+    encoder = tiny[1]
+    answer = "<|object_ref_start|>bar<|object_ref_end|><|box_start|>(1,2),(30,40)<|box_end|>"
+    tokens = encoder.processor.tokenizer(f"<|vision_end|>{answer}<|im_start|>\n<|im_end|>!<|endoftext|>").input_ids
+    assert decode_answer(encoder, tokens) == answer
 
 
 def test_the_gold_answer_is_not_shown(tiny, conversations):

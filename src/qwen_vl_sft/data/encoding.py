@@ -105,6 +105,7 @@ class Encoder:
         self.image_token_id = vocabulary["<|image_pad|>"]
         self.end_of_turn_id = vocabulary[END_OF_TURN]
         self.pad_token_id = tokenizer.pad_token_id
+        self.structural_ids = frozenset(vocabulary[token] for token in STRUCTURAL_TOKENS if token in vocabulary)
         self._never_learned = torch.tensor([vocabulary[token] for token in VISUAL_TOKENS if token in vocabulary])
 
     def encode(self, conversation: Conversation, read_image: ReadImage | None = None) -> Encoded:

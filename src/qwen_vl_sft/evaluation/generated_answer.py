@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """The text without special tokens; an answer that did not end by itself was cut at `max_new_tokens` tokens."""
+    """The text without structural tokens; an answer that did not end by itself was cut at `max_new_tokens` tokens."""
 
     text: str
     ended: bool

@@ -24,7 +24,7 @@ def generate_answers(
 ) -> list[str]:
     """Answer the last turn of each conversation; what its own last assistant turn says is not shown to the model.
 
-    Returns one text a conversation, in their order, without special tokens and surrounding whitespace. Raises `BadRow`.
+    Returns one text a conversation, in their order (`decode_answer`). Raises `BadRow`.
     """
     lengths = [estimate_length(encoder, conversation) for conversation in conversations]
     batches = plan_batches(lengths, batch_size)
@@ -130,13 +130,14 @@ def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
 
 
 def decode_answer(encoder: Encoder, tokens: list[int]) -> str:
-    """The text of generated tokens up to the end of the turn, without special tokens and surrounding whitespace."""
+    """The text of generated tokens up to the end of the turn, without structural tokens and surrounding whitespace.
+
+    Other special tokens belong to it as they belong to what was learned: those of boxes and of references to objects.
+    """
     ends = _ends(encoder)
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    text = encoder.processor.tokenizer.decode(
-        tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return str(text).strip()
+    kept = [token for token in tokens[:end] if token not in encoder.structural_ids]
+    return str(encoder.processor.tokenizer.decode(kept, clean_up_tokenization_spaces=False)).strip()
 
 
 def _ends(encoder: Encoder) -> list[int]:

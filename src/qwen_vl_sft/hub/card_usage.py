@@ -61,7 +61,10 @@ def vllm_lines(publication: Publication, repo_id: str) -> Iterator[str]:
     yield "```"
     yield ""
     prompt = "Send the text of `system_message.txt` as the system message. " if publication.system_message else ""
-    yield f"{prompt}Ask with `temperature` 0, as the evaluation does. This command was not run when the card was made."
+    yield (
+        f"{prompt}Ask with `temperature` 0, as the evaluation does, and where answers hold boxes with"
+        " `skip_special_tokens` false. This command was not run when the card was made."
+    )
     if publication.is_adapter:
         yield from _vllm_limits(publication)
 
@@ -129,7 +132,9 @@ def _answer(most_tokens: int) -> list[str]:
         'inputs = processor(text=[prompt], images=[image], return_tensors="pt").to(model.device)',
         "# The base model's own settings sample, with a repetition penalty.",
         f"output = model.generate(**inputs, max_new_tokens={most_tokens}, do_sample=False, repetition_penalty=1.0)",
-        'print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])',
+        "# Boxes and references to objects are special tokens too.",
+        'answer = processor.decode(output[0, inputs["input_ids"].shape[1] :])',
+        'print(answer.removesuffix("<|im_end|>"))',
     ]
 
 
