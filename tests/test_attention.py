@@ -16,7 +16,7 @@ from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling import attention, attention_kernels
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
-from qwen_vl_sft.modeling.attention_kernels import FLASH, resolve_attention, varlen_kernel
+from qwen_vl_sft.modeling.attention_kernels import FLASH, has_varlen_kernel, resolve_attention, varlen_kernel
 from qwen_vl_sft.modeling.base_model import load_model
 from qwen_vl_sft.modeling.kernel_check import TOLERANCE, CheckedKernel, difference
 from qwen_vl_sft.modeling.patches import take_packed_batches
@@ -28,7 +28,7 @@ MODULES = {
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_4": "flash_attn.cute",
 }
-HOPPER, AMPERE = (9, 0), (8, 0)
+HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def installed(monkeypatch):
 
     def install(*packages, capability=HOPPER):
         monkeypatch.setattr(attention_kernels, "_is_installed", lambda package: package in packages)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
 
     return install
@@ -53,6 +53,7 @@ def installed(monkeypatch):
         (("flash-attn-4",), HOPPER, "flash_attention_4", "sdpa"),
         (("flash-attn-4",), AMPERE, "sdpa", "sdpa"),
         (("flash-attn", "flash-attn-4"), AMPERE, "flash_attention_2", "flash_attention_2"),
+        (("flash-attn", "flash-attn-4"), TURING, "sdpa", "sdpa"),
     ],
 )
 def test_automatic_attention_is_the_best_that_is_installed(installed, packages, capability, packed, padded):
@@ -83,6 +84,14 @@ def test_attention_that_cannot_be(installed, wanted, changes, told):
     with pytest.raises(UserError) as error:
         resolve_attention(wanted, **{"on_cpu": False, "dtype": "bfloat16", **changes})
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("capability", "has"), [(HOPPER, True), (AMPERE, True), (TURING, False)])
+def test_a_gpu_that_runs_no_kernel_attends_piece_by_piece(installed, capability, has):
+    installed(capability=capability)
+    on_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+    assert has_varlen_kernel(on_gpu) == has
+    assert not has_varlen_kernel(torch.zeros(1, dtype=torch.float16))
 
 
 def test_attention_that_is_asked_for_is_taken(installed):
@@ -131,7 +140,7 @@ def flash(monkeypatch):
         module.flash_attn_varlen_func = function
         for parent in (name.partition(".")[0], name):
             monkeypatch.setitem(sys.modules, parent, module)
-        monkeypatch.setattr(attention, "_has_varlen_kernel", lambda value: True)
+        monkeypatch.setattr(attention, "has_varlen_kernel", lambda value: True)
         varlen_kernel.cache_clear()
         return calls
 

@@ -100,7 +100,7 @@ def read_backs(trainer, model, batch, monkeypatch):
         with counting.paused():
             return attend_by_piece(q, k, v, bounds_q, bounds_k, scale, causal)
 
-    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda value: True)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda value: True)
     monkeypatch.setattr(attention, "varlen_kernel", lambda name: kernel)
     inputs = trainer._prepare_inputs(batch)
     learned = torch.tensor(batch["work"]["learned"])

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
+from qwen_vl_sft.modeling.attention_kernels import SDPA, has_varlen_kernel, varlen_kernel
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 # "flash" in the name makes the vision tower pass the boundaries between images.
@@ -80,7 +80,7 @@ def _packed_attention(
     q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
     if kv_index is not None:
         k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
-    if _has_varlen_kernel(value):
+    if has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return varlen_kernel(kernel)(q, k, v, *bounds, scale=scaling, causal=True)[None], None
     return attend_by_piece(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling, causal=True)[None], None
@@ -105,7 +105,7 @@ def _segmented_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
-    if _has_varlen_kernel(value):
+    if has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q))
         return varlen_kernel(kernel)(q, k, v, *bounds, scale=scaling, causal=False)[None], None
     return _attend_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
@@ -120,10 +120,6 @@ def _in_one_row(
     # Under autocast the rotary embedding leaves query and key in float32.
     # Not by [0], whose gradient is written into zeros.
     return [tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-
-
-def _has_varlen_kernel(value: torch.Tensor) -> bool:
-    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _attend_by_length(

@@ -21,8 +21,8 @@ FLASH = {
     "flash_attention_4": "flash-attn-4",
     "flash_attention_2": "flash-attn",
 }
-# The least compute capability (major) that they run on; PyTorch itself needs as much as the others.
-_LEAST_CAPABILITY = {"flash_attention_4": 9}
+# The least compute capability (major) that a kernel for rows by their boundaries runs on.
+_LEAST_CAPABILITY = {SDPA: 8, "flash_attention_2": 8, "flash_attention_3": 8, "flash_attention_4": 9}
 # Taken by itself for packed rows alone, for which it has been measured; generation has not.
 _PACKED_ALONE = ("flash_attention_4",)
 
@@ -77,9 +77,21 @@ def _obstacle(name: str, on_cpu: bool, dtype: str) -> str | None:
         return "runs on CUDA only"
     if dtype == "float32":
         return "takes bfloat16 or float16, not float32"
-    if torch.cuda.get_device_capability()[0] < _LEAST_CAPABILITY.get(name, 0):
+    if not _runs(name):
         return f"does not run on {torch.cuda.get_device_name()}"
     return None
+
+
+def has_varlen_kernel(value: torch.Tensor) -> bool:
+    """Whether `varlen_kernel` takes tensors like this: half precision, on a GPU that PyTorch's own runs on.
+
+    One that is installed beside it has been refused where it does not run.
+    """
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and _runs(SDPA, value.device)
+
+
+def _runs(name: str, device: torch.device | None = None) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= _LEAST_CAPABILITY[name]
 
 
 def _is_installed(package: str) -> bool:
