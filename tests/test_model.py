@@ -18,6 +18,7 @@ from qwen_vl_sft.modeling.flops import FlopCounter, Work, peak_flops
 from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope, shortest_targets, trains_language_only
 from qwen_vl_sft.modeling.random_model import make_random_model
 from qwen_vl_sft.recipe.settings import ModelSettings
+from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32
 
 TINY = str(tiny.MODEL_DIR)
 
@@ -254,3 +255,10 @@ def test_random_models_refuse_a_used_folder_and_unknown_overrides(shared, tmp_pa
     with pytest.raises(UserError, match="text_config has no width"):
         make_random_model(config, tmp_path / "new", str(shared / "qwen2vl"), overrides={"text_config": {"width": 1}})
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_trains_is_kept_in_float32(dtype):
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False)]).to(dtype)
+    keep_trained_weights_in_float32(layers)
+    assert [layer.weight.dtype for layer in layers] == [torch.float32, dtype]

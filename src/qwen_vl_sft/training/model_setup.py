@@ -85,6 +85,7 @@ def keep_trained_weights_in_float32(model: nn.Module) -> None:
     too, and end 1% off the weights of DDP.
     """
     for parameter in model.parameters():
+        halved = parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
         # ZeRO-3 knows the type of what it has split already, such as a copy of a layer that trains in full.
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and not hasattr(parameter, "ds_id"):
+        if halved and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.float()
