@@ -1,14 +1,17 @@
+import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from conftest import png
 from PIL import Image
 
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, Conversation
-from qwen_vl_sft.errors import BadRow, OverLongRow
+from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
 
 IMAGE = ImageFile(png("red", (56, 56)), None)  # 2x2 merged patches: four image tokens
 
@@ -148,6 +151,24 @@ def test_a_photo_costs_the_same_upright_or_not(tiny_processor):
     assert encoder.measure(photo) == encoder.measure(photo, decode=True)
     assert encoder.encode(photo).image_grid_thw.tolist() == [[1, 14, 4]]
     assert encoder.measure(photo).tokens == len(encoder.encode(photo).input_ids)
+
+
+def test_a_thinking_model_learns_thoughts_and_no_others(tiny_processor):
+    template = Path(trl.__file__).parent / "chat_templates/qwen3_5_think.jinja"
+    processor = copy.copy(tiny_processor)
+    processor.chat_template = template.read_text()
+    encoder = Encoder(processor)
+    encoded = encoder.encode(chart(answer="<think>It is.</think>red"))
+    learned = encoded.labels[encoded.labels != -100]
+    assert processor.tokenizer.decode(learned) == "It is.\n</think>\n\nred<|im_end|>"
+    with pytest.raises(
+        BadRow, match=r"an answer without a thought.*'\\n</think>\\n\\nred' would be learned.*Instruct model"
+    ):
+        encoder.measure(chart())
+    first = chart(answer="<think>It is.</think>red")
+    later = [text("user", "Sure?"), text("assistant", "<think>I am.</think>yes")]
+    with pytest.raises(UserError, match="leave out the thoughts of earlier turns"):
+        encoder.measure(Conversation([*first.messages, *later], first.images))
 
 
 def test_a_text_only_row(tiny_processor):

@@ -31,6 +31,7 @@ STRUCTURAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+_END_OF_THOUGHT = "</think>"
 # What the tutorial's collator leaves out of the loss when it trains on everything.
 VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -182,11 +183,21 @@ class Encoder:
             through_answer = self._render(messages[: number + 1])
             if not (prompt.startswith(done) and through_answer.startswith(prompt)):
                 raise UserError(
-                    "the processor's chat template rewrites earlier turns when a later one is added, so an answer's"
-                    " tokens cannot be told apart; use the template that came with the Qwen-VL model"
+                    "the processor's chat template writes an answer otherwise once a later turn follows, so its tokens"
+                    " cannot be told apart: templates of Thinking models leave out the thoughts of earlier turns. Train"
+                    " on rows with one answer each, or an Instruct model; a template of your own must keep earlier turns"
+                )
+            answer = through_answer[len(prompt) :]
+            if _END_OF_THOUGHT in answer and not any(
+                _END_OF_THOUGHT in part.get("text", "") for part in message["content"]
+            ):
+                raise BadRow(
+                    "has an answer without a thought, and the model's chat template opens one before every answer, so"
+                    f" that {answer[: answer.rindex(END_OF_TURN)]!r} would be learned; write <think>...</think> before"
+                    " the answer, or train an Instruct model"
                 )
             prompt_ids = self._ids(prompt[len(done) :])
-            answer_ids = self._ids(through_answer[len(prompt) :])
+            answer_ids = self._ids(answer)
             answer_length = answer_ids.index(self.end_of_turn_id) + 1
             ids += prompt_ids + answer_ids[:answer_length]
             learned += [False] * len(prompt_ids) + [True] * answer_length
