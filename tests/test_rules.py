@@ -11,14 +11,15 @@ from trl import SFTConfig
 from qwen_vl_sft.batching.sampler import step_loader
 from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
+from qwen_vl_sft.preparation.lora_rules import LORA_RULES
 from qwen_vl_sft.preparation.nested_rules import NESTED_RULES, OPTIM_ARGS
 from qwen_vl_sft.preparation.range_rules import RANGE_RULES
 from qwen_vl_sft.preparation.rules import _evaluation, _streaming
 from qwen_vl_sft.recipe.reading import key_hints, read_recipe
 
 
-def problems(rules, processes=1, **keys):
-    world = World("single" if processes == 1 else "ddp", processes, 0, 0, True)
+def problems(rules, processes=1, strategy="ddp", **keys):
+    world = World("single" if processes == 1 else strategy, processes, 0, 0, True)
     return [problem for rule in rules for problem in rule(read_recipe(None, keys), world)]
 
 
@@ -57,6 +58,32 @@ def test_numbers_out_of_range(keys, told):
 )
 def test_numbers_in_range(keys):
     assert problems(RANGE_RULES, **keys) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, None),
+        ({"bf16": False}, "with dtype: bfloat16 needs bf16: true or fp16: true"),
+        ({"bf16": False, "dtype": "float32"}, None),
+        ({"strategy": "zero2"}, None),
+        ({"strategy": "zero3"}, "in half precision does not run under zero3"),
+        ({"strategy": "zero3", "dtype": "float32"}, "in half precision does not run under zero3"),
+        ({"strategy": "zero3", "load_in_4bit": True}, None),
+        ({"strategy": "zero3", "bf16": False, "dtype": "float32"}, None),
+        (
+            {"lora_modules_to_save": ["blocks"]},
+            "blocks is a list of layers (model.visual.blocks), .* holds it (visual)",
+        ),
+        ({"lora_modules_to_save": ["blocks.1"]}, None),
+    ],
+    ids=str,
+)
+def test_layers_that_train_in_full_beside_an_adapter(keys, told):
+    keys = {"model_name_or_path": "builtin:tiny-qwen2-vl", "lora_modules_to_save": ["norm"], **keys}
+    found = problems(LORA_RULES, processes=2, **keys)
+    assert len(found) == (told is not None)
+    assert told is None or re.search(re.escape(told).replace(r"\.\*", ".*"), found[0])
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,11 @@ def _saved_modules(recipe: Recipe, world: World) -> Iterator[str]:
             near = get_close_matches(wanted, endings, n=1)
             hint = f"did you mean {near[0]}?" if near else f"its layers are named {', '.join(endings)}"
             yield f"lora_modules_to_save: {wanted} matches no layer of the model; {hint}"
+        elif lists := [name for name in matched if isinstance(modules[name], nn.ModuleList | nn.ModuleDict)]:
+            yield (
+                f"lora_modules_to_save: {wanted} is a list of layers ({lists[0]}), which PEFT cannot train as one; name"
+                f" what holds it ({lists[0].split('.')[-2]}) or layers in it"
+            )
         elif settings.load_in_4bit or settings.load_in_8bit:
             yield from _quantized(recipe, wanted, matched, modules)
 
@@ -52,4 +57,22 @@ def _quantized(recipe: Recipe, wanted: str, matched: list[str], modules: dict[st
         )
 
 
-LORA_RULES = (_saved_modules,)
+def _precision_of_saved_modules(recipe: Recipe, world: World) -> Iterator[str]:
+    """They are held in float32, and what passes between them and layers in half precision must be cast."""
+    settings, mixed = recipe.model, recipe.get("bf16") or recipe.get("fp16")
+    if not settings.use_peft or not settings.lora_modules_to_save:
+        return
+    if settings.dtype != "float32" and not mixed:
+        yield (
+            f"lora_modules_to_save with dtype: {settings.dtype} needs bf16: true or fp16: true, under which layers in"
+            f" float32 and in {settings.dtype} compute together; set one, or dtype: float32"
+        )
+    elif mixed and world.strategy == "zero3" and not (settings.load_in_4bit or settings.load_in_8bit):
+        # 4-bit layers cast what comes to them.
+        yield (
+            "lora_modules_to_save in half precision does not run under zero3: DeepSpeed casts nothing between layers in"
+            " float32 and others; launch ddp, zero2 or fsdp2, or set dtype: float32 and bf16: false"
+        )
+
+
+LORA_RULES = (_saved_modules, _precision_of_saved_modules)
