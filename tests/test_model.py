@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 from conftest import SMALL_SHAPE
+from safetensors.torch import load_file, save_file
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.errors import UserError
@@ -10,6 +13,7 @@ from qwen_vl_sft.modeling.base_model import (
     format_parameters,
     freeze_vision_tower,
     is_vision_frozen,
+    load_full_weights,
     load_model,
     load_processor,
     part_of,
@@ -33,7 +37,7 @@ def seven_b(shared):
     return settings(model_name_or_path=str(shared / "qwen2vl/config-7b"))
 
 
-def qwen_2_5_and_3():
+def qwen_2_5_and_3(tied=False):
     from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
     text = {**SMALL_SHAPE["text_config"], "vocab_size": 200}
@@ -41,11 +45,14 @@ def qwen_2_5_and_3():
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     for config in (
         Qwen2_5_VLConfig(
-            text_config={**text, "rope_parameters": rope}, vision_config={**vision, "fullatt_block_indexes": [1]}
+            text_config={**text, "rope_parameters": rope},
+            vision_config={**vision, "fullatt_block_indexes": [1]},
+            tie_word_embeddings=tied,
         ),
         Qwen3VLConfig(
             text_config={**text, "head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}},
             vision_config={**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+            tie_word_embeddings=tied,
         ),
     ):
         with torch.device("meta"):
@@ -147,6 +154,55 @@ def test_pickled_weights_are_refused_unless_asked(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_model(settings(model_name_or_path=str(tmp_path)), on_cpu=True)
     load_model(settings(model_name_or_path=str(tmp_path), use_safetensors=False), on_cpu=True)
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_model_that_is_stored_quantized_is_refused_before_it_is_loaded(tmp_path, part):
+    config = json.loads((tiny.MODEL_DIR / "config.json").read_text())
+    (config[part] if part else config)["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (build_on_meta, lambda given: load_model(given, on_cpu=True)):
+        for keys in ({}, {"load_in_4bit": True}):
+            with pytest.raises(UserError, match=r"are quantized already \(fp8\); name the 16-bit model"):
+                load(settings(model_name_or_path=str(tmp_path), **keys))
+
+
+def changed_files(model, folder, change):
+    """A folder of the model, with other tensors in its file."""
+    model.save_pretrained(folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(("place", "tied"), [(0, True), (1, False)])
+def test_every_weight_comes_from_a_file(place, tied, tmp_path):
+    """transformers gives weights that it does not find random values, and goes on."""
+    model = [*qwen_2_5_and_3(tied)][place].to_empty(device="cpu")
+    buffers = {"model.rotary_emb.inv_freq": torch.ones(8)}  # in older checkpoints; transformers leaves them out
+    folder = changed_files(model, tmp_path / "whole", lambda tensors: tensors | buffers)
+    for keys in ({}, {"load_in_4bit": True}, {"load_in_8bit": True}):
+        load_model(settings(model_name_or_path=folder, **keys), on_cpu=True)
+    up = "layers.1.mlp.up_proj.weight"
+
+    def without(end):
+        return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(end)}
+
+    def shortened(tensors):
+        return {name: tensor[:-1].clone() if name.endswith(up) else tensor for name, tensor in tensors.items()}
+
+    changes = {
+        rf"language_model\.{up} is missing": without(up),
+        r"score\.weight has no place in it": lambda tensors: {**tensors, "score.weight": torch.zeros(1)},
+        rf"language_model\.{up} has another shape": shortened,
+    }
+    if not tied:
+        changes[r"lm_head\.weight is missing"] = without("lm_head.weight")
+    for number, (told, change) in enumerate(changes.items()):
+        folder = changed_files(model, tmp_path / str(number), change)
+        with pytest.raises(UserError, match=told):
+            load_model(settings(model_name_or_path=folder), on_cpu=True)
+        with pytest.raises(UserError, match=told):
+            load_full_weights(model, folder)
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])

@@ -113,6 +113,7 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
 
     from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
     from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
+    from qwen_vl_sft.modeling.loaded_weights import CHECKED, loading_problems
 
     # Nothing is computed without samples, and a GPU may be smaller than the model.
     cpu = plan.on_cpu or not plan.options.samples
@@ -122,10 +123,10 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
         dtype=getattr(torch, plan.options.dtype),
         attn_implementation=attention,
         device_map=None if cpu else {"": 0},
-        output_loading_info=True,
+        **CHECKED,
     )
     model, loading = loaded
-    problems = [f"{kind}: {sorted(map(str, names))[0]}" for kind, names in loading.items() if names]
+    problems = loading_problems(loading)
     if problems:
         raise _failed(problems)
     if attention == SDPA:

@@ -106,8 +106,6 @@ def prepare(plan: Plan) -> Merge:
     named = plan.base
     plan = replace(plan, base=stored_in(folder, plan.base), trained=stored_in(folder, plan.trained))
     model = build_on_meta(plan.base)
-    if getattr(model.config, "quantization_config", None):
-        raise UserError(f"base model {folder} is quantized; give the 16-bit model that it was made from with --base")
     weights = read_base(folder, model)
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
     adapter = read_adapter(plan.tuned.folder, model)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
+from qwen_vl_sft.modeling.loaded_weights import CHECKED, check_loaded
 from qwen_vl_sft.recipe.settings import ModelSettings
 
 SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
@@ -62,12 +63,22 @@ def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | N
 
 
 def load_config(settings: ModelSettings) -> Any:
-    """The model's configuration. Raises `UserError` for a model outside the Qwen-VL family."""
+    """The model's configuration. Raises `UserError` for a model outside the Qwen-VL family, or of quantized weights."""
     config = _from_hub(AutoConfig, settings)
     if config.model_type not in SUPPORTED_MODELS:
         raise UserError(
             f"model_name_or_path: {settings.model_name_or_path} is a {config.model_type} model; this package trains"
             f" {', '.join(SUPPORTED_MODELS.values())}"
+        )
+    # transformers would take this over the recipe's own quantization, or load the numbers as if they were weights.
+    stored = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if stored:
+        raise UserError(
+            f"model_name_or_path: {settings.model_name_or_path} holds weights that are quantized already"
+            f" ({stored.get('quant_method', 'quantization_config')}); name the 16-bit model that it was made from"
+            " (load_in_4bit quantizes it on loading)"
         )
     return config
 
@@ -79,7 +90,7 @@ def load_model(
     strategy: str = "single",
     computed_in: torch.dtype | None = None,
 ) -> Any:
-    """The base model, ready for an adapter or for training in full.
+    """The base model, ready for an adapter or for training in full. Raises `UserError` when its files hold another one.
 
     Args:
         settings: the recipe's model keys.
@@ -93,7 +104,7 @@ def load_model(
     dtype = getattr(torch, settings.dtype)
     # FSDP2 splits tensors of floats alone, and would round 4-bit values that lie in another type than it computes in.
     quantization = quantization_config(settings, (computed_in or dtype) if strategy == "fsdp2" else torch.uint8)
-    model = _from_hub(
+    model, loading = _from_hub(
         AutoModelForImageTextToText,
         settings,
         dtype=dtype,
@@ -101,7 +112,9 @@ def load_model(
         use_safetensors=settings.use_safetensors,
         quantization_config=quantization,
         device_map=None if on_cpu or strategy in ("zero3", "fsdp2") else {"": local_rank},
+        **CHECKED,
     )
+    check_loaded(loading, f"model_name_or_path: {settings.model_name_or_path}")
     if attention == SDPA:
         use_segmented_vision_attention(model)
     if on_cpu and settings.load_in_4bit:
@@ -118,7 +131,8 @@ def load_full_weights(model: Any, checkpoint: str) -> None:
     (https://github.com/huggingface/transformers/issues/43701). May go when that is closed.
     """
     # Weights that train are in float32, frozen ones may be in less; each is copied into its own type.
-    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)
+    saved, loading = type(model).from_pretrained(checkpoint, dtype=torch.float32, **CHECKED)
+    check_loaded(loading, f"checkpoint {checkpoint}")
     model.load_state_dict(saved.state_dict(), strict=True)
 
 
