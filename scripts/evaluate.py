@@ -12,14 +12,15 @@ to look at in a browser) into the output folder. A run that was killed goes on w
 import os
 
 from qwen_vl_sft.console import quiet_libraries
-from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.evaluation.options import Options, check_options, check_output_dir, make_plan, parse_options
+from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors, leave
+from qwen_vl_sft.evaluation.options import Options, check_options, make_plan, parse_options
 
 
 @exits_with_user_errors
 def main() -> None:
     """Score a model, or a file of predictions."""
-    quiet_libraries(rank=int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    quiet_libraries(rank)
     options = parse_options()
     check_options(options)
     if options.predictions:
@@ -28,10 +29,15 @@ def main() -> None:
 
     plan = make_plan(options)
 
+    from qwen_vl_sft.evaluation.answer_files import SETTINGS_FILE
     from qwen_vl_sft.evaluation.evaluate import evaluate
     from qwen_vl_sft.evaluation.scoring import REPORT_FILE, describe_cut, format_summary
 
-    summary = evaluate(plan, report=True)
+    try:
+        summary = evaluate(plan, report=True)
+    except KeyboardInterrupt:
+        further = f"; go on with --resume in {plan.output_dir}" if (plan.output_dir / SETTINGS_FILE).exists() else ""
+        leave(EXIT_INTERRUPTED, f"\ninterrupted{further}", show=rank == 0)
     if summary is not None:
         precision = summary["precision"]
         note = "" if precision["scored_as_trained"] else f"; trained in: {precision['trained']}"
@@ -47,6 +53,7 @@ def main() -> None:
 
 def score_file(options: Options) -> None:
     """Score a file of predictions; files are written only where --output_dir says."""
+    from qwen_vl_sft.evaluation.answer_files import check_output_dir
     from qwen_vl_sft.evaluation.predictions import score_predictions
     from qwen_vl_sft.evaluation.report import write_report
     from qwen_vl_sft.evaluation.scoring import format_summary, write_results

@@ -10,12 +10,13 @@ scripts/evaluate.py. Without --question, every line of the standard input is one
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qwen_vl_sft.console import quiet_libraries
-from qwen_vl_sft.errors import UserError, exits_with_user_errors, format_error
+from qwen_vl_sft.errors import EXIT_INTERRUPTED, UserError, exits_with_user_errors, format_error
 from qwen_vl_sft.evaluation.options import read_source
 from qwen_vl_sft.inference.options import Options, check_options, choose_arms, parse_options, read_questions
 
@@ -51,7 +52,10 @@ def main() -> None:
                     raise
                 print(format_error(error), file=sys.stderr)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # who reads the answers has gone, and Python must not flush to him again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def answer(

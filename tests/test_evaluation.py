@@ -26,17 +26,19 @@ from hypothesis import strategies as st
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
+from qwen_vl_sft.evaluation.answer_files import AnswerFiles, check_output_dir, deal
 from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
 from qwen_vl_sft.evaluation.evaluate import answer_all, collect, cut_answers, evaluate
 from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 from qwen_vl_sft.evaluation.generation import plan_batches
-from qwen_vl_sft.evaluation.options import Plan, TunedModel, check_output_dir, parse_options
+from qwen_vl_sft.evaluation.options import Plan, TunedModel, parse_options, read_source
 from qwen_vl_sft.evaluation.predictions import score_predictions
-from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise
+from qwen_vl_sft.evaluation.report import write_report
+from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
 from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question, up_to_last_answer
 from qwen_vl_sft.recipe.reading import build
 from qwen_vl_sft.tiny import MODEL_DIR
+from qwen_vl_sft.whole_file import write_whole
 
 REPOSITORY = Path(__file__).parent.parent
 FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
@@ -185,8 +187,25 @@ def test_predictions_are_scored_by_the_same_metrics(tmp_path):
         "high": 0.0,
         "rows": 2,
     }
-    listed = predictions(tmp_path, json.dumps(entries))
+    listed = predictions(tmp_path, "\ufeff" + json.dumps(entries))
     assert score_predictions(listed)[0] == rows
+
+
+def test_half_a_character_is_written_as_json_writes_it(tmp_path):
+    rows, summary = score_predictions(predictions(tmp_path, r'{"prediction": "é \ud83d", "answer": "1"}'))
+    write_results(tmp_path, rows, summary)
+    assert r"é \ud83d" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert read_rows(tmp_path) == rows
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "file", "text")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -228,7 +247,11 @@ def run(tmp_path_factory):
         (["--run", "{run}", "--dtype", "int8"], "dtype: 'int8' is not one of bfloat16, float16, float32"),
         (["--run", "{run}", "--load_in_4bit", "--load_in_8bit"], "both on"),
         (["--run", "{run}/..", "--arms", "base"], "holds no recipe.yaml"),
-        (["--predictions", "x.jsonl", "--arms", "base"], "without a model"),
+        (["--predictions", "x.jsonl", "--arms", "base"], "without a model; leave out --arms"),
+        (
+            ["--predictions", "x", "--split", "val", "--max_samples", "3", "--batch_size", "4", "--use_cpu"],
+            "leave out --split, --max_samples, --batch_size, --use_cpu",
+        ),
     ],
 )
 def test_requests_that_cannot_be_meant(run, arguments, message):
@@ -277,6 +300,40 @@ def test_results_are_not_written_over(run, tmp_path, name):
         check_output_dir(tmp_path, parse_options(["--run", str(run), way_out]))
 
 
+@pytest.mark.parametrize("way_out", ["--resume", "--overwrite"])
+@pytest.mark.parametrize(("name", "content"), [("settings.json", "[1]"), ("summary.json", '{"rows": 3}')])
+def test_files_of_others_are_not_written_over(run, tmp_path, name, content, way_out):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"holds a {name} that no evaluation wrote; name another folder"):
+        plan("--run", run, "--output_dir", tmp_path, way_out)
+
+
+def test_a_place_that_cannot_be_written_is_told(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_dir: .*file/out cannot be written: Not a directory"):
+        evaluate(plan("--run", run, "--max_samples", 1, "--output_dir", tmp_path / "file/out"))
+    rows, summary = score_predictions(predictions(tmp_path, '{"prediction": "1", "answer": "1"}'))
+    for write in (write_results, write_report):
+        with pytest.raises(UserError, match=r"--output_dir: .*file cannot be written: \w+"):
+            write(tmp_path / "file", rows, summary)
+    files = AnswerFiles(tmp_path)
+    (tmp_path / "settings.json").mkdir()
+    for write in (files.clear, lambda: files.write_settings({})):
+        with pytest.raises(
+            UserError, match=r"--output_dir: .* cannot be written: .*; free space and go on with --resume"
+        ):
+            write()
+
+
+def test_a_system_message_that_is_not_utf_8_is_told(run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    (tmp_path / "system_message.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"system_message\.txt is not UTF-8 text"):
+        plan("--run", tmp_path, "--arms", "base")
+    with pytest.raises(UserError, match="--system_message is not UTF-8 text"):
+        read_source(run, {"system_message": "caf\udce9"}, False)
+
+
 def test_a_run_without_system_message_has_no_prompted_arm(run, tmp_path):
     asked = ["--run", run, "--system_message", "", "--max_samples", 1, "--output_dir", tmp_path]
     assert prepare(plan(*asked)).arms == ("base", "tuned")
@@ -288,6 +345,13 @@ def test_capped_rows_are_spread_over_the_split(run):
     questions = prepare(plan("--run", run, "--max_samples", 30)).questions
     assert [question.row_id for question in questions[:3]] == [0, 10, 20]
     assert questions[-1].row_id == 290
+
+
+def test_a_truncated_adapter_is_told(run, tmp_path):
+    whole = (run / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors cannot be read: .*; copy it again"):
+        attach_adapter(None, tmp_path)
 
 
 def test_an_adapter_of_another_model_is_refused(run, tmp_path):
@@ -578,6 +642,26 @@ def test_script_scores_predictions_and_ends_with_two_on_user_errors(tmp_path):
     again = script("--predictions", path, "--output_dir", tmp_path / "out")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("error: --output_dir: ")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_interrupted_evaluation_says_how_to_go_on(begun, run, tmp_path, monkeypatch):
+    def interrupted(plan, report):
+        if begun:
+            AnswerFiles(plan.output_dir).write_settings({"rows_digest": ""})
+        raise KeyboardInterrupt
+
+    def leave(code, message, show):
+        told.append((code, message.strip(), show))
+        raise SystemExit
+
+    told = []
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.evaluate", interrupted)
+    monkeypatch.setattr("qwen_vl_sft.errors.leave", leave)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "scripts/evaluate.py"), run_name="__main__")
+    assert told == [(130, f"interrupted; go on with --resume in {tmp_path}" if begun else "interrupted", True)]
 
 
 @pytest.mark.skipif(not (MODEL_DIR / "config.json").exists(), reason="the embedded model is not built yet")

@@ -1,5 +1,6 @@
 """One question at a time: the answers are those of an evaluation, however many runs and threads share the model."""
 
+import dataclasses
 import io
 import json
 import runpy
@@ -19,7 +20,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.options import read_source
 from qwen_vl_sft.inference.answer_lines import format_table
 from qwen_vl_sft.inference.answering import Answer, Answerer, _Listener, ask, read_images
-from qwen_vl_sft.inference.options import check_options, choose_arms, parse_options
+from qwen_vl_sft.inference.options import check_options, choose_arms, parse_options, read_questions
 
 TOKENS = 16
 MESSAGES = ("Answer with one word.", "Answer in a sentence.")
@@ -290,6 +291,36 @@ def test_a_base_model_alone_reads_questions_and_several_images(picture, tmp_path
     lines = [json.loads(line) for line in generate(monkeypatch, capsys, *words).out.splitlines()]
     assert [line["question"] for line in lines] == ["Which bar is the tallest?", "Which bar is the shortest?"]
     assert all(set(line["arms"]) == {"base"} and len(line["images"]) == 2 for line in lines)
+
+
+def test_questions_are_utf_8(monkeypatch):
+    options = parse_options(["--run", "x", "--images", "y"])
+
+    def typed(content, handler):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=handler))
+        return list(read_questions(options))
+
+    for handler in ("strict", "surrogateescape"):  # the latter in the C locale
+        assert typed("\ufeffA café?\n\nB?\n".encode(), handler) == ["A café?", "B?"]
+        with pytest.raises(UserError, match="the standard input is not UTF-8 text"):
+            typed("A café?".encode("latin-1"), handler)
+    with pytest.raises(UserError, match="--question is not UTF-8 text"):
+        check_options(dataclasses.replace(options, question="caf\udce9"))
+
+
+def test_a_reader_who_leaves_ends_the_script_without_a_word(runs, picture, tmp_path, monkeypatch):
+    def gone(answers):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("qwen_vl_sft.inference.answer_lines.print_stream", gone)
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(
+            sys, "argv", ["generate.py", "--run", str(runs[0]), "--images", str(picture), "--question", "?"]
+        )
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPOSITORY / "scripts/generate.py"), run_name="__main__")
+    assert ended.value.code == 1
 
 
 def test_a_wrong_image_ends_with_two_and_prints_nothing(runs, tmp_path):

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 EXIT_USER_ERROR = 2
+# By Ctrl-C, as shells say it: 128 and the number of the signal.
+EXIT_INTERRUPTED = 130
 # EX_TEMPFAIL of sysexits.h: stopped from outside with its state saved; the same command with `latest` goes on.
 EXIT_PREEMPTED = 75
 # A process that may have failed because another one has gone waits so long.

@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen_vl_sft.demo.examples import Example, collect_examples
 from qwen_vl_sft.demo.options import LOCAL, Options
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import EXIT_INTERRUPTED, UserError
 from qwen_vl_sft.evaluation.options import Source, read_source
 
 
@@ -41,7 +41,7 @@ def serve(options: Options, examples: Sequence[Example] | None = None) -> None:
             page.block_thread()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def load_page(options: Options, examples: Sequence[Example] | None, folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
+from qwen_vl_sft.evaluation.options import Options
+from qwen_vl_sft.evaluation.scoring import ROWS_FILE, SUMMARY_FILE
+from qwen_vl_sft.whole_file import writing_to
 
 PARTS_FOLDER = "parts"
 SETTINGS_FILE = "settings.json"
@@ -19,7 +23,7 @@ SETTINGS_FILE = "settings.json"
 class AnswerFiles:
     """The part files in `folder`. A line is `{"arm", "row_id", "answer", "ended"}`; without its newline it does not count.
 
-    The answer to a row that could not be read is None, and `ended` is not there.
+    The answer to a row that could not be read is None, and `ended` is not there. What cannot be written raises `UserError`.
     """
 
     folder: Path
@@ -38,10 +42,11 @@ class AnswerFiles:
     def repair(self, rank: int) -> None:
         """Make this process's file ready to be appended to: cut off a line that a kill left unfinished."""
         path = self._path(rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        if not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = path.read_bytes() if path.exists() else b""
+            if not content.endswith(b"\n"):
+                path.write_bytes(content[: content.rfind(b"\n") + 1])
 
     def append(self, rank: int, arm: str, answers: Mapping[int, GeneratedAnswer | None]) -> None:
         """Add the answers of a batch."""
@@ -49,7 +54,7 @@ class AnswerFiles:
         for row_id, answer in answers.items():
             said = {"answer": answer.text, "ended": answer.ended} if answer else {"answer": None}
             lines.append(json.dumps({"arm": arm, "row_id": row_id, **said}) + "\n")
-        with open(self._path(rank), "a", encoding="utf-8") as file:
+        with self._writing(), open(self._path(rank), "a", encoding="utf-8") as file:
             file.write("".join(lines))
 
     def read_settings(self) -> dict[str, Any]:
@@ -62,17 +67,49 @@ class AnswerFiles:
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Note what this run is about, for a later --resume."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def clear(self) -> None:
-        """Delete the part files and settings."""
-        for path in self.folder.glob(f"{PARTS_FOLDER}/*.jsonl"):
-            path.unlink()
-        (self.folder / SETTINGS_FILE).unlink(missing_ok=True)
+    def clear(self, *results: str) -> None:
+        """Delete the part files, the settings, and the files of these names."""
+        with self._writing():
+            for path in self.folder.glob(f"{PARTS_FOLDER}/*.jsonl"):
+                path.unlink()
+            for name in (SETTINGS_FILE, *results):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing_to(self.folder, "free space and go on with --resume, or name another folder")
 
     def _path(self, rank: int) -> Path:
         return self.folder / PARTS_FOLDER / f"rank-{rank:05d}.jsonl"
+
+
+def check_output_dir(folder: Path, options: Options) -> None:
+    """Raise `UserError` when results would land on what is there already and the user has not said what to do."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir: {folder} is a file; name a folder")
+    foreign = [
+        name for name, key in ((SUMMARY_FILE, "scores"), (SETTINGS_FILE, "rows_digest")) if _lacks(folder / name, key)
+    ]
+    if foreign:
+        raise UserError(f"--output_dir: {folder} holds a {foreign[0]} that no evaluation wrote; name another folder")
+    held = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
+    if held and not (options.resume or options.overwrite):
+        raise UserError(
+            f"--output_dir: {folder} holds an evaluation already ({', '.join(held)}); go on with it with --resume,"
+            f" replace it with --overwrite, or name another folder"
+        )
+
+
+def _lacks(path: Path, key: str) -> bool:
+    """Whether this is a file of JSON, but not one of ours, which all hold this key."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # there is none, or a kill has left half of it
+        return False
+    return not isinstance(content, dict) or key not in content
 
 
 def deal(batches: Sequence[Sequence[int]], done: Iterable[int], rank: int, processes: int) -> list[list[int]]:

@@ -74,8 +74,15 @@ def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
     PEFT loads an adapter of another model without an error, and then it does nothing. Raises `UserError`.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            saved = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--run: {folder / ADAPTER_FILE} cannot be read: {first_line(error)}; copy it again, or name another checkpoint"
+        ) from None
     try:
         # Without a device PEFT puts the adapter of every process on the first GPU.
         device = str(model.device)
@@ -86,8 +93,6 @@ def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
             tuned = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--run: the adapter in {folder} does not fit its base model: {error}") from None
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-        saved = set(file.keys())
     # Whole embeddings may be saved beside an adapter of theirs; asking for them here could ask the Hub.
     expected = set(get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False))
     unplaced = sorted((expected - saved) | {name for name in saved - expected if ".lora_" in name})

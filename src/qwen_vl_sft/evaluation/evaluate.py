@@ -51,7 +51,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     barrier = join_processes(world)
     if world.rank == 0:
         if plan.options.overwrite:
-            _clear(plan, files)
+            files.clear(SUMMARY_FILE, ROWS_FILE, REPORT_FILE)
         files.write_settings(settings | {"arms": arms})
     barrier()
     answered = files.read()
@@ -211,12 +211,6 @@ def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, setti
             f" give the same ones, start anew with --overwrite, or name another --output_dir"
         )
     return [arm for arm in ARMS if arm in {*former_arms, *arms}]
-
-
-def _clear(plan: Plan, files: AnswerFiles) -> None:
-    files.clear()
-    for name in (SUMMARY_FILE, ROWS_FILE, REPORT_FILE):
-        (plan.output_dir / name).unlink(missing_ok=True)
 
 
 def _device(world: World) -> str:

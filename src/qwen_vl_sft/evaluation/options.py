@@ -28,6 +28,8 @@ RECIPE_KEYS = (
     "use_cpu",
 )  # fmt: skip
 EVALUATION_KEYS = (*RECIPE_KEYS, "bad_rows")
+# What concerns a model alone, with the defaults.
+UNASKED = {"run": None, "arms": None, "split": "test", "max_samples": None, "batch_size": 8, "resume": False}
 ADAPTER_FILE = "adapter_model.safetensors"
 FULL_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -90,9 +92,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--run", type=Path, help="run folder of scripts/sft.py, or a checkpoint in it; its recipe gives the defaults")
     add("--predictions", type=Path, help="score this file instead of a model: JSONL or JSON list of prediction, answer")
     add("--arms", type=names, help="some of base,prompted,tuned; default: all that the run allows")
-    add("--split", default="test", help="split to score, slices allowed (default: %(default)s)")
+    add("--split", default=UNASKED["split"], help="split to score, slices allowed (default: %(default)s)")
     add("--max_samples", type=positive, help="so many rows, evenly spread over the split; default: all")
-    add("--batch_size", type=positive, default=8, help="rows answered together (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=positive,
+        default=UNASKED["batch_size"],
+        help="rows answered together (default: %(default)s)",
+    )
     add(
         "--output_dir",
         type=Path,
@@ -129,10 +136,9 @@ def check_options(options: Options) -> None:
     if options.resume and options.overwrite:
         problems.append("--resume and --overwrite exclude each other; keep one")
     if options.predictions:
-        if options.run or options.arms or options.recipe_keys or options.resume:
-            problems.append(
-                "--predictions scores a file without a model; leave out --run, --arms, --resume and the like"
-            )
+        given = [name for name, default in UNASKED.items() if getattr(options, name) != default]
+        if given := [f"--{name}" for name in (*given, *options.recipe_keys)]:
+            problems.append(f"--predictions scores a whole file without a model; leave out {', '.join(given)}")
     elif options.run is None:
         needed = [name for name in ("model_name_or_path", "dataset_name") if name not in options.recipe_keys]
         if needed:
@@ -159,6 +165,8 @@ def make_plan(options: Options) -> Plan:
     """Read the run and put the command line over its recipe. Raises `UserError`; writes nothing."""
     needed = options.arms is None or "tuned" in options.arms
     source = read_source(options.run, options.recipe_keys, needed)
+    from qwen_vl_sft.evaluation.answer_files import check_output_dir
+
     output_dir = options.output_dir or (options.run / "evaluation" if options.run else Path("evaluation"))
     check_output_dir(output_dir, options)
     return Plan(**vars(source), options=options, output_dir=output_dir)
@@ -179,10 +187,22 @@ def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: 
             f"max_new_tokens: {recipe.run.max_new_tokens} is below 1, so nothing would be answered; give more"
         )
     message = recipe_keys.get("system_message")
-    if message is None and tuned:
+    if message is not None:
+        check_text(message, "--system_message")
+    elif tuned:
         file = tuned.home / SYSTEM_MESSAGE
-        message = file.read_text(encoding="utf-8") if file.exists() else ""
+        # As the command line is read: what is no UTF-8 becomes lone surrogates.
+        message = file.read_text(encoding="utf-8", errors="surrogateescape") if file.exists() else ""
+        check_text(message, str(file))
     return Source(recipe, read_recipe(path, {}).model if path else None, tuned, message)
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise `UserError` for a text whose bytes were not UTF-8: Python keeps such as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not UTF-8 text; write it in UTF-8") from None
 
 
 def find_tuned(run: Path, needed: bool) -> TunedModel:
@@ -213,21 +233,6 @@ def tuned_settings(settings: ModelSettings, tuned: TunedModel) -> ModelSettings:
     return (
         settings if tuned.is_adapter else replace(settings, model_name_or_path=str(tuned.folder), model_revision="main")
     )
-
-
-def check_output_dir(folder: Path, options: Options) -> None:
-    """Raise `UserError` when results would land on what is there already and the user has not said what to do."""
-    from qwen_vl_sft.evaluation.answer_files import PARTS_FOLDER, SETTINGS_FILE
-    from qwen_vl_sft.evaluation.scoring import ROWS_FILE, SUMMARY_FILE
-
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir: {folder} is a file; name a folder")
-    held = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
-    if held and not (options.resume or options.overwrite):
-        raise UserError(
-            f"--output_dir: {folder} holds an evaluation already ({', '.join(held)}); go on with it with --resume,"
-            f" replace it with --overwrite, or name another folder"
-        )
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def score_predictions(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of the file, each with its place for messages."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise UserError(f"predictions: {path} cannot be read: {reason}; give a JSONL or JSON file") from None

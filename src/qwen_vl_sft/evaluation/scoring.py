@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES, compare, estimate, score
-from qwen_vl_sft.whole_file import write_whole
+from qwen_vl_sft.whole_file import write_whole, writing_to
 
 ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -93,10 +93,14 @@ def describe_cut(summary: Mapping[str, Any]) -> str | None:
 
 
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Write `rows.jsonl` and `summary.json`, the summary last: where it is, the results are complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+    """Write `rows.jsonl` and `summary.json`, the summary last: where it is, the results are complete.
+
+    Raises `UserError` where that is impossible.
+    """
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

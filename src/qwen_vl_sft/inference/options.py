@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.evaluation.options import ARMS, RECIPE_KEYS, add_recipe_keys, names, take_recipe_keys
+from qwen_vl_sft.evaluation.options import ARMS, RECIPE_KEYS, add_recipe_keys, check_text, names, take_recipe_keys
 from qwen_vl_sft.evaluation.options import unknown_arms as problems_of_arms
 
 # A question brings its own images, so no data set is read.
@@ -61,6 +61,7 @@ def check_options(options: Options) -> None:
     if options.question is not None and not options.question.strip():
         problems.append("--question is empty; write one, or leave it out to type questions")
     raise_all(problems + problems_of_arms(options.arms or ()))
+    check_text(options.question or "", "--question")
 
 
 def choose_arms(options: Options, system_message: str | None) -> tuple[str, ...]:
@@ -83,10 +84,15 @@ def read_questions(options: Options) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("question: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            raise UserError("the standard input is not UTF-8 text; write it in UTF-8") from None
         if not line:
             break
+        line = line if found else line.removeprefix("\ufeff")
         if line.strip():
+            check_text(line, "the standard input")
             found = True
             yield line.strip()
     if not found:

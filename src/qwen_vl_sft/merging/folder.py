@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
 from qwen_vl_sft.outputs import run_folder
+from qwen_vl_sft.whole_file import writing_to
 
 PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+NOTHING_LEFT = "nothing was left there. Free space, or name another folder"
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def staged(output: Path, needed: int) -> Iterator[Path]:
 
     Raises `UserError` when the disk has fewer than `needed` bytes free.
     """
-    with writing_to(output):
+    with writing_to(output, NOTHING_LEFT):
         output.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output.parent).free
         if free < needed:
@@ -42,23 +44,11 @@ def staged(output: Path, needed: int) -> Iterator[Path]:
         where = Path(tempfile.mkdtemp(prefix=f".{output.name}-merging-", dir=output.parent))
     try:
         yield where
-        with writing_to(output):
+        with writing_to(output, NOTHING_LEFT):
             _open_to_group(where)
             os.replace(where, output)
     finally:
         shutil.rmtree(where, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def writing_to(output: Path) -> Iterator[None]:
-    """Turn a full or forbidden disk into a `UserError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise UserError(
-            f"--output_dir: {output} cannot be written: {reason}; nothing was left there. Free space, or name another folder"
-        ) from error
 
 
 def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None:

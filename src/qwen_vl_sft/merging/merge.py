@@ -31,10 +31,11 @@ from qwen_vl_sft.merging.base import (
     read_adapter,
     read_base,
 )
-from qwen_vl_sft.merging.folder import staged, write_companions, writing_to
+from qwen_vl_sft.merging.folder import NOTHING_LEFT, staged, write_companions
 from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
 from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.recipe.settings import ModelSettings
+from qwen_vl_sft.whole_file import writing_to
 
 
 @dataclass
@@ -82,7 +83,7 @@ def merge(plan: Plan) -> dict[str, Any]:
     task, samples = prepare(plan), read_samples(plan)
     output = plan.options.output_dir
     with staged(output, size_of(task)) as folder:
-        with writing_to(output):
+        with writing_to(output, NOTHING_LEFT):
             task.report["shards"] = write_weights(task, folder)
             write_companions(plan, task.folder, task.unties, folder)
         task.report["peak_memory_writing"] = peak_memory()
@@ -95,7 +96,7 @@ def merge(plan: Plan) -> dict[str, Any]:
                 f" the GPU with CUDA_VISIBLE_DEVICES='', or give --samples 0 to merge without comparing logits"
             ) from error
         task.report["peak_memory"] = peak_memory()
-        with writing_to(output):
+        with writing_to(output, NOTHING_LEFT):
             (folder / REPORT_FILE).write_text(json.dumps(task.report, indent=2) + "\n", encoding="utf-8")
     return task.report
 
