@@ -31,7 +31,7 @@ from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
 from qwen_vl_sft.evaluation.evaluate import answer_all, collect, cut_answers, evaluate
 from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 from qwen_vl_sft.evaluation.generation import plan_batches
-from qwen_vl_sft.evaluation.options import Plan, TunedModel, parse_options, read_source
+from qwen_vl_sft.evaluation.options import Plan, TunedModel, find_tuned, parse_options, read_source
 from qwen_vl_sft.evaluation.predictions import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
@@ -267,7 +267,7 @@ def test_an_unfinished_run_names_its_checkpoint(run, tmp_path):
     assert plan("--run", tmp_path, "--arms", "base").tuned.is_adapter is False
 
 
-def test_a_checkpoint_takes_recipe_and_processor_of_its_run(run, tmp_path):
+def test_a_checkpoint_takes_recipe_and_processor_of_its_run(run, tmp_path, monkeypatch):
     for name in (
         "recipe.yaml",
         "system_message.txt",
@@ -283,6 +283,11 @@ def test_a_checkpoint_takes_recipe_and_processor_of_its_run(run, tmp_path):
         (checkpoint / name).write_bytes((run / name).read_bytes())
     task = prepare(plan("--run", checkpoint, "--max_samples", 2))
     assert (task.arms, task.system_message) == (("base", "prompted", "tuned"), SYSTEM_MESSAGE)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/best").symlink_to(checkpoint)
+    assert find_tuned(tmp_path / "elsewhere/best", needed=True).home.samefile(tmp_path)
+    monkeypatch.chdir(checkpoint)
+    assert find_tuned(Path(), needed=True).home.samefile(tmp_path)
 
 
 def test_an_unknown_split_writes_nothing(run, tmp_path):

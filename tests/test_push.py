@@ -560,6 +560,23 @@ def test_the_cards_of_full_and_merged_models(run, tmp_path):
         read_publication(write_run(tmp_path / "other"), model=merged)
 
 
+def test_a_checkpoint_says_its_step_under_any_name(run, tmp_path):
+    import shutil
+
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    for name in ("checkpoint-4", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copy(run / file, tmp_path / name)
+    (tmp_path / "best").symlink_to("checkpoint-4")
+    steps = {name: read_publication(tmp_path / name).step for name in ("checkpoint-4", "best")}
+    assert steps == {"checkpoint-4": 4, "best": 4}
+    with pytest.raises(UserError, match=r"checkpoint-best does not say which step .* name the folder checkpoint-STEP"):
+        read_publication(tmp_path / "checkpoint-best")
+    (tmp_path / "checkpoint-best/trainer_state.json").write_text('{"global_step": 7}')
+    assert read_publication(tmp_path / "checkpoint-best").step == 7
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [

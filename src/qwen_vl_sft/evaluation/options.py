@@ -214,7 +214,9 @@ def find_tuned(run: Path, needed: bool) -> TunedModel:
         raise UserError(
             f"--run: {run} does not exist" + (f"; there are {', '.join(near)}" if near else "; train one first")
         )
-    home = run.parent if run.name.startswith("checkpoint-") and not (run / RECIPE).is_file() else run
+    # A link to a checkpoint, or `.` inside one, tells its name when it is resolved.
+    place = run if run.name.startswith("checkpoint-") else run.resolve()
+    home = place.parent if place.name.startswith("checkpoint-") and not (run / RECIPE).is_file() else run
     if not (home / RECIPE).is_file():
         raise UserError(f"--run: {run} holds no {RECIPE}, so it is no run folder of scripts/sft.py; name one")
     is_adapter = (run / ADAPTER_FILE).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["adapter", "full model", "merged model"]
 BUILTIN_PREFIX = "builtin:"
+TRAINER_STATE = "trainer_state.json"
 # How far, in seconds, weights may be younger than their evaluation: a copied folder has the times of the copy.
 _COPIED = 60
 
@@ -120,7 +122,7 @@ def read_publication(
         merge=merge,
         adapter=adapter,
         system_message=message.read_text(encoding="utf-8").strip() if message.is_file() else "",
-        step=int(tuned.folder.name.rpartition("-")[2]) if is_checkpoint else None,
+        step=_step_of(tuned.folder) if is_checkpoint else None,
     )
 
 
@@ -160,6 +162,19 @@ def _check_merged(model: Path, merge: dict[str, Any] | None, run: Path) -> None:
     origin = Path(merge["run"])
     if origin.is_dir() and not _same(str(origin), run):
         raise UserError(f"--model: {model} was merged from {origin}, not from --run {run}; name the run it comes from")
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, also where its folder was given another name. Raises `UserError`."""
+    if named := re.fullmatch(r"checkpoint-(\d+)", checkpoint.resolve().name):
+        return int(named[1])
+    step = (_read_json(checkpoint / TRAINER_STATE, needed=False) or {}).get("global_step")
+    if not isinstance(step, int):
+        raise UserError(
+            f"--run: {checkpoint} does not say which step it is of (there is no global_step in a {TRAINER_STATE}); name the"
+            f" folder checkpoint-STEP"
+        )
+    return step
 
 
 def _find_evaluation(stated: Path | None, places: Sequence[Path]) -> Path | None:
