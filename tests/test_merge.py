@@ -13,6 +13,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging import merge as merging
 from qwen_vl_sft.merging.base import quantized_layers, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights, format_report
+from qwen_vl_sft.merging.folder import staged
 from qwen_vl_sft.merging.merge import merge, prepare, requantized
 from qwen_vl_sft.merging.plan import Options, make_plan, parse_options
 from qwen_vl_sft.merging.samples import read_samples
@@ -324,6 +325,15 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch, failure):
     assert written
     assert expected is KeyboardInterrupt or "cannot be written: No space left on device" in str(caught.value)
     assert left_in(tmp_path) == []
+
+
+def test_a_link_to_an_empty_folder_is_merged_into(tmp_path):
+    (tmp_path / "disk/merged").mkdir(parents=True)
+    (tmp_path / "merged").symlink_to(tmp_path / "disk/merged")
+    with staged(tmp_path / "merged", needed=0) as folder:
+        (folder / "model").touch()
+    assert left_in(tmp_path / "disk/merged") == ["model"]
+    assert (left_in(tmp_path), left_in(tmp_path / "disk")) == (["disk", "merged"], ["merged"])
 
 
 def test_a_disk_that_is_too_small_is_told_first(run, tmp_path, monkeypatch):

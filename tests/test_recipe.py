@@ -204,6 +204,15 @@ def test_the_tutorials_numbers():
     assert {name: recipe.get(name) for name in wanted} == wanted
 
 
+def test_a_model_in_the_home_folder_is_found_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for values in (
+        read_recipe(write(tmp_path, "model_name_or_path: ~/models/x"), {}),
+        read_recipe(None, {"model_name_or_path": "~/models/x"}),
+    ):
+        assert values.model.model_name_or_path == "/home/somebody/models/x"
+
+
 def test_tables_of_keys_name_real_fields():
     from dataclasses import fields
 

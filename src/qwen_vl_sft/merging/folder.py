@@ -33,6 +33,7 @@ def staged(output: Path, needed: int) -> Iterator[Path]:
 
     Raises `UserError` when the disk has fewer than `needed` bytes free.
     """
+    output = output.resolve()  # a folder can take the place of an empty folder, not of a link to one
     with writing_to(output, NOTHING_LEFT):
         output.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output.parent).free

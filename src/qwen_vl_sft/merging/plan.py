@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> M
     from qwen_vl_sft.recipe.reading import BUILTIN
 
     if options.base:
-        asked = str(BUILTIN.get(options.base, options.base))
+        asked = str(BUILTIN.get(options.base, os.path.expanduser(options.base)))
         same = asked == settings.model_name_or_path
         return replace(settings, model_name_or_path=asked, model_revision=settings.model_revision if same else "main")
     config = read_adapter_config(tuned.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -108,6 +109,9 @@ def build(values: Mapping[str, Any]) -> Recipe:
     values = {
         name: str(BUILTIN.get(value, value)) if isinstance(value, str) else value for name, value in values.items()
     }
+    if isinstance(model := values.get("model_name_or_path"), str):
+        # transformers takes a name as it is, and a base in the adapter's configuration must be found from elsewhere too.
+        values["model_name_or_path"] = os.path.expanduser(model)
     ours = {name for group in GROUPS.values() for name in _names(group)}
     training = {name: value for name, value in values.items() if name not in ours}
 
