@@ -1,12 +1,14 @@
 """scripts/benchmark.py: ways of training side by side."""
 
+import argparse
 import json
 
 import pytest
 from conftest import run_process
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.benchmarks.session import FEWEST_ROWS
+from qwen_vl_sft.benchmarks.session import FEWEST_ROWS, run_session
+from qwen_vl_sft.errors import UserError
 
 
 def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
@@ -14,6 +16,14 @@ def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
     finished = run_process("scripts/benchmark.py", *words)
     assert (finished.returncode, finished.stderr.count("\n")) == (2, 1), finished.stderr
     assert "--rounds" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("names", "told"), [("trl,pakced", "unknown variant 'pakced'"), (" ,", "names none")])
+def test_variants_are_read_before_anything_is_made(names, told, tmp_path):
+    arguments = argparse.Namespace(variants=names, rounds=1, repeat=1, model_dir=None, output_dir=tmp_path / "out")
+    with pytest.raises(UserError, match=f"--variants: {told}; known are trl, padded"):
+        run_session(arguments, [])
     assert not (tmp_path / "out").exists()
 
 

@@ -310,6 +310,13 @@ def test_random_models_refuse_a_used_folder_and_unknown_overrides(shared, tmp_pa
         make_random_model(config, tmp_path, str(shared / "qwen2vl"))
     with pytest.raises(UserError, match="text_config has no width"):
         make_random_model(config, tmp_path / "new", str(shared / "qwen2vl"), overrides={"text_config": {"width": 1}})
+    for overrides, told in (
+        ([1], r"\[1\] is no object"),
+        ({"text_config": {"num_attention_heads": 3}}, "must be divisible"),
+        ({"text_config": {"hidden_size": "x"}}, "expected int, got str"),
+    ):
+        with pytest.raises(UserError, match=told):
+            make_random_model(TINY, tmp_path / "new", overrides=overrides)
     assert not (tmp_path / "new").exists()
 
 

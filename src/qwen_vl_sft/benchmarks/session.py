@@ -11,7 +11,7 @@ import torch
 from qwen_vl_sft.benchmarks import rounds
 from qwen_vl_sft.benchmarks.arguments import TRAINING_ALONE, make_output_dir, random_model_of
 from qwen_vl_sft.benchmarks.table import format_table
-from qwen_vl_sft.benchmarks.variants import Variant, build
+from qwen_vl_sft.benchmarks.variants import Variant, build, read_names
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.outputs.run_folder import environment
 from qwen_vl_sft.recipe.command_line import parse_command_line
@@ -26,10 +26,10 @@ def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
     """Run everything and write the results; returns the table. Raises `UserError`."""
     if arguments.rounds < 1 or arguments.repeat < 1:
         raise UserError("--rounds, --repeat: at least 1")
+    names = read_names(arguments.variants)
+    _, keys, _ = parse_command_line(recipe_words, flags=())
     make_output_dir(arguments.output_dir)
     model_dir = random_model_of(arguments)
-    _, keys, _ = parse_command_line(recipe_words, flags=())
-    names = [name.strip() for name in arguments.variants.split(",") if name.strip()]
     variants = []
     for name in names:
         own = {"model_name_or_path": str(model_dir), "output_dir": str(arguments.output_dir / "runs" / name)}

@@ -81,13 +81,21 @@ class Variant:
             self.trainer.args.data_seed = seed
 
 
+def read_names(text: str) -> list[str]:
+    """The variants between commas. Raises `UserError` for one that is not known, and where none is named."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [repr(name) for name in names if name not in VARIANTS]
+    if unknown or not names:
+        what = f"unknown variant {', '.join(unknown)}" if unknown else "names none"
+        raise UserError(f"--variants: {what}; known are {', '.join(VARIANTS)}")
+    return names
+
+
 def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) -> Variant:
     """Load the model of a variant and set up its trainer on the recipe's rows, each standing `repeat` times.
 
-    Raises `UserError` for a variant that is not known and for a recipe that cannot work.
+    Raises `UserError` for a recipe that cannot work.
     """
-    if name not in VARIANTS:
-        raise UserError(f"--variants: unknown variant {name!r}; known are {', '.join(VARIANTS)}")
     changed = VARIANTS[name]
     keys = {**keys, **(changed or {"packing": False})}
     if "cache_image_features" in keys:

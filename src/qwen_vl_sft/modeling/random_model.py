@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from qwen_vl_sft.errors import UserError, first_line
@@ -38,7 +39,14 @@ def make_random_model(
         tokens = AutoProcessor.from_pretrained(processor or config)
     except (OSError, ValueError) as error:
         raise UserError(f"config {config}, processor {processor or config}: {first_line(error)}") from None
-    shape = _overridden(shape, overrides or {})
+    try:
+        shape = _overridden(shape, overrides or {})
+        with torch.device("meta"):  # what makes no model is told before memory is taken for it
+            AutoModelForImageTextToText.from_config(shape)
+    except (ValueError, RuntimeError, StrictDataclassError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"config {config}, overrides {overrides}: no model: {' '.join(str(error).split())}") from None
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(shape, dtype=getattr(torch, dtype))
@@ -56,6 +64,8 @@ def make_random_model(
 
 
 def _overridden(config: Any, changes: dict[str, Any]) -> Any:
+    if not isinstance(changes, dict):
+        raise UserError(f'overrides: {changes!r} is no object; write one such as {{"text_config": {{...}}}}')
     values = config.to_dict()
     for part, part_changes in changes.items():
         if part not in values:
