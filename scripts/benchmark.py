@@ -1,10 +1,15 @@
-"""Measure ways of training side by side in one process, data loading included, on a real shape with random weights.
+"""Measure ways of training side by side in one process, with random weights.
 
-    python scripts/benchmark.py --config Qwen/Qwen2-VL-7B-Instruct --dataset_name HuggingFaceM4/ChartQA \\
-        --dataset_train_split 'train[:5%]' --variants trl,padded,packed,shared --output_dir benchmark
+Data loading is included, and the shape of the model is a real one.
 
-Other `--key value` go to the recipe of every variant. Losses of random weights mean nothing; speed does not depend on
-them. scripts/compare_strategies.py measures one recipe on every strategy and number of processes.
+    python scripts/benchmark.py --config Qwen/Qwen2-VL-7B-Instruct \\
+        --dataset_name HuggingFaceM4/ChartQA \\
+        --dataset_train_split 'train[:5%]' \\
+        --variants trl,padded,packed,shared --output_dir benchmark
+
+Other `--key value` go to the recipe of every variant. Losses of random weights
+mean nothing; speed does not depend on them. scripts/compare_strategies.py
+measures one recipe on every strategy and number of processes.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""Check packed rows and shared prefixes against the same rows one at a time, at a real shape and precision.
+"""Check packed rows and shared prefixes against the same rows one at a time.
 
-    python scripts/check_packing.py --config Qwen/Qwen2-VL-7B-Instruct --dataset_name HuggingFaceM4/ChartQA \\
+    python scripts/check_packing.py --config Qwen/Qwen2-VL-7B-Instruct \\
+        --dataset_name HuggingFaceM4/ChartQA \\
         --dataset_train_split 'train[:5%]' --output_dir check
 
-Losses of every learned token and gradients of the adapter are compared with those of float32, one row at a time. Packed
-rows must be as near to them as rows one at a time are in the same precision; exit code 1 if they are not. Other
-`--key value` go to the recipe. tests/test_packed.py checks the same with small models in float32.
+The shape and the precision are real ones. Losses of every learned token and
+gradients of the adapter are compared with those of float32, one row at a time.
+Packed rows must be as near to them as rows one at a time are in the same
+precision; exit code 1 if they are not. Other `--key value` go to the recipe.
+tests/test_packed.py checks the same with small models in float32.
 """
 
 from __future__ import annotations

@@ -1,11 +1,18 @@
-"""Train one recipe with one seed on every strategy, and compare: speed, memory, losses, gradient norms, final weights.
+"""Train one recipe with one seed on every strategy, and compare.
 
-    python scripts/compare_strategies.py --recipe recipes/quickstart.yaml --modes qlora,lora --output_dir runs/strategies
-    python scripts/compare_strategies.py --config Qwen/Qwen2-VL-7B-Instruct --dataset_name HuggingFaceM4/ChartQA \\
-        --dataset_train_split 'train[:5%]' --strategies ddp --processes 1,2,4,8 --max_steps 50 --output_dir runs/scaling
+Speed, memory, losses, gradient norms and final weights are compared.
 
-Other `--key value` go to the recipe. With --config the weights are random and losses mean nothing by themselves; speed,
-memory, and how far the strategies are apart do not depend on that. Each run's output is in its own log.
+    python scripts/compare_strategies.py --recipe recipes/quickstart.yaml \\
+        --modes qlora,lora --output_dir runs/strategies
+    python scripts/compare_strategies.py --config Qwen/Qwen2-VL-7B-Instruct \\
+        --dataset_name HuggingFaceM4/ChartQA \\
+        --dataset_train_split 'train[:5%]' --strategies ddp \\
+        --processes 1,2,4,8 --max_steps 50 \\
+        --output_dir runs/scaling
+
+Other `--key value` go to the recipe. With --config the weights are random and
+losses mean nothing by themselves; speed, memory, and how far the strategies are
+apart do not depend on that. Each run's output is in its own log.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Prove that a killed run loses nothing: kill it at random moments, resume it, compare weights, rows and losses.
+"""Prove that a killed run loses nothing.
 
-python scripts/kill_and_resume.py --kills 20 --processes 2
-python scripts/kill_and_resume.py --kills 3 --processes 2 --config zero3
-python scripts/kill_and_resume.py --kills 5 --packing --recipe recipes/quickstart.yaml --max_steps 20
+It is killed at random moments and resumed; weights, rows and losses must agree.
+
+    python scripts/kill_and_resume.py --kills 20 --processes 2
+    python scripts/kill_and_resume.py --kills 3 --processes 2 --config zero3
+    python scripts/kill_and_resume.py --kills 5 --packing \\
+        --recipe recipes/quickstart.yaml --max_steps 20
 """
 
 from __future__ import annotations
@@ -33,15 +36,17 @@ PACKING = " --packing true --tokens_per_batch 512 --share_prefixes true"
 def main() -> None:
     """Run, kill, resume, compare; exit code 1 when anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=20, help="how often (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="of the run (default: %(default)s)")
     parser.add_argument(
         "--config", default="cpu", help="how several processes share the work: zero2, zero3, fsdp2, ..."
     )
     parser.add_argument("--packing", action="store_true", help="packed batches with shared prefixes")
     parser.add_argument("--signal", default="SIGKILL", choices=SIGNALS, help="any but SIGKILL stops the run instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/kill_and_resume"))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/kill_and_resume"), help="gets the runs (default: %(default)s)"
+    )
     parser.add_argument("--report", type=Path, help="write the result as JSON, beside what is there already")
     options, keys = parser.parse_known_args()
     # The libraries take seconds to import; a mistyped command line needs none of them.

@@ -1,6 +1,7 @@
 """Write a model of a real shape with random weights.
 
-python scripts/make_random_model.py --config Qwen/Qwen2-VL-7B-Instruct --output_dir models/random-7b
+    python scripts/make_random_model.py --config Qwen/Qwen2-VL-7B-Instruct \\
+        --output_dir models/random-7b
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Rebuild the embedded tiny model and its charts.
 
-    python scripts/make_tiny.py --output_dir build/tiny            # about 15 minutes on one core
-    python scripts/make_tiny.py --output_dir build/tiny --check    # then compare with what the package ships
+    python scripts/make_tiny.py --output_dir build/tiny
+    python scripts/make_tiny.py --output_dir build/tiny --check
 
-The charts, questions and tokenizer come out the same everywhere. The weights come out bit for bit the same on the same
-type of CPU with the same torch version and number of threads; elsewhere they differ slightly but behave alike.
+It takes about 15 minutes on one core; --check then compares with what the
+package ships. The charts, questions and tokenizer come out the same everywhere.
+The weights come out bit for bit the same on the same type of CPU with the same
+torch version and number of threads; elsewhere they differ slightly but behave
+alike.
 """
 
 import argparse

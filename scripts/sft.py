@@ -1,7 +1,9 @@
 """Fine-tune a Qwen-VL model on the data of a recipe, on one process or many.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml scripts/sft.py --recipe recipes/chartqa_qlora.yaml
-python scripts/sft.py --recipe recipes/chartqa_qlora.yaml --learning_rate 1e-4 --dry_run
+accelerate launch --config_file accelerate_configs/ddp.yaml \\
+    scripts/sft.py --recipe recipes/chartqa_qlora.yaml
+python scripts/sft.py --recipe recipes/chartqa_qlora.yaml \\
+    --learning_rate 1e-4 --dry_run
 """
 
 from __future__ import annotations
