@@ -497,6 +497,9 @@ def test_the_card_of_an_adapter(run):
     assert "Against `prompted` on the same rows: +55.0 points [" in text
     assert "> Answer with one word." in text
     assert "min_pixels 3,136 and max_pixels 12,544" in text
+    limits = re.search(r"--mm-processor-kwargs '(.*)'", text)[1]
+    assert json.loads(limits) == {"size": {"shortest_edge": 3136, "longest_edge": 12544}}
+    assert "needs transformers 5: " in text
     assert "--lora-modules name=alice/name" in text
     assert "--max-lora-rank 8" in text
     assert "Training data: the run does not record its licence." in text

@@ -15,6 +15,7 @@ from qwen_vl_sft.hub.card_usage import pixel_limits, python_code, vllm_lines
 from qwen_vl_sft.hub.names import hub_id
 from qwen_vl_sft.hub.publication import BUILTIN_PREFIX, Publication
 
+NEEDS = "It needs transformers 5: earlier versions do not look for the image processor in `processor_config.json`."
 # Licences of data that recipes of this package use, by Hub id; of other data none is recorded.
 DATA_LICENCES = {"HuggingFaceM4/ChartQA": "GPL-3.0"}
 
@@ -36,7 +37,7 @@ def make_card(publication: Publication, repo_id: str, revision: str, licence: di
         ["# " + name, "", *_introduction(publication)],
         ["## Results", "", *_results(publication)],
         ["## Prompt and image size", "", *_prompt(publication)],
-        ["## Load it with transformers" + " and peft" * publication.is_adapter, ""],
+        ["## Load it with transformers" + " and peft" * publication.is_adapter, "", NEEDS],
         ["```python", python_code(publication, repo_id, revision), "```"],
         ["## Serve it with vLLM", "", *vllm_lines(publication, repo_id)],
         ["## Training", "", *training_lines(publication)],

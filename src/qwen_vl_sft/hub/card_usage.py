@@ -9,6 +9,8 @@ from typing import Any
 
 from qwen_vl_sft.hub.publication import BUILTIN_PREFIX, Publication
 
+# What the limits of pixels are called in a processor's `size`.
+SIDES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 # Ranks for which vLLM compiles its kernels.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -43,7 +45,9 @@ def vllm_lines(publication: Publication, repo_id: str) -> Iterator[str]:
     """Markdown: the command that serves the model, and what is different there."""
     base = publication.base_on_hub
     limits = pixel_limits(publication)
-    pixels = f" --mm-processor-kwargs {shlex.quote(json.dumps(limits))}" if limits else ""
+    # As transformers 5 reads limits; the other names it has deprecated.
+    size = {"size": {SIDES[name]: value for name, value in limits.items()}}
+    pixels = f" --mm-processor-kwargs {shlex.quote(json.dumps(size))}" if limits else ""
     common = f"--generation-config vllm{pixels}"
     if publication.is_adapter and base is None:
         yield "vLLM loads the base from the Hub, and this one is not there; merge the adapter with `scripts/merge.py`."
@@ -76,8 +80,7 @@ def pixel_limits(publication: Publication) -> dict[str, int]:
             if (folder / name).is_file():
                 config = json.loads((folder / name).read_text(encoding="utf-8"))
                 size = (config.get("image_processor") or config).get("size") or {}
-                sides = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-                return {key: value for key, value in sides.items() if value}
+                return {name: size[side] for name, side in SIDES.items() if size.get(side)}
     return {}
 
 
