@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import conversation_row, png
 
-from qwen_vl_sft.data.dataset import open_rows, spread
+from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, chartqa_conversation, messages_conversation
 from qwen_vl_sft.errors import BadRow, UserError
@@ -346,6 +346,81 @@ def test_datasets_that_cannot_be_opened(messages_folder, name, split, told):
     folder = messages_folder([conversation_row()])
     with pytest.raises(UserError, match=told):
         open_rows(name.format(folder=folder), split)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("file", "own", "others"),
+    [
+        ("one.jsonl", "train", ("test", "tset", "one", "validation[:1]")),
+        ("val.jsonl", "val", ("train", "test")),
+        ("test-00000-of-00001.jsonl", "test", ("train",)),
+        ("test_old.jsonl", "train", ("test",)),
+    ],
+)
+def test_a_single_file_is_one_split(streaming, file, own, others, messages_folder):
+    path = messages_folder([conversation_row(answer=str(number)) for number in range(4)]) / "train.jsonl"
+    path = path.rename(path.with_name(file))
+    assert [row["row_id"] for row in open_rows(str(path), own, streaming=streaming).dataset] == [0, 1, 2, 3]
+    part = open_rows(str(path), f"{own}[2:]", streaming=streaming)
+    assert [row["messages"][1]["content"] for row in part.dataset] == ["2", "3"]
+    for split in others:
+        with pytest.raises(
+            UserError, match=rf"has no split .* one split, this one '{own}'.* {own}\[90%:\], or give a folder"
+        ):
+            open_rows(str(path), split, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_files_of_a_folder_are_left_alone(streaming, messages_folder):
+    folder = messages_folder([conversation_row()])
+    (folder / "test.jsonl").write_text("broken")
+    (folder / "info.json").write_text('{"other": {"file_name": "train.jsonl"}}')
+    assert open_rows(str(folder), "train", streaming=streaming).format == "messages"
+    with pytest.raises(UserError, match="has no split 'val'; its files give info, test, train"):
+        open_rows(str(folder), "val", streaming=streaming)
+
+
+GOOD_LINE = json.dumps({"messages": PLAIN})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("file", "data", "told"),
+    [
+        (
+            "train.jsonl",
+            f'{GOOD_LINE}\n\n{{"messages": [\n'.encode(),
+            r"is no JSON \(line 3, column 15: Expecting value",
+        ),
+        ("train.jsonl", f"{GOOD_LINE[1:]}\n{GOOD_LINE}\n".encode(), r"is no JSON \(line 1, column 11"),
+        ("train.jsonl", f"{GOOD_LINE}\n5\n".encode(), "holds no row in line 2, but 5"),
+        ("train.json", b"[\n {},\n {]\n", r"is no JSON \(line 3, column 3"),
+        (
+            "train.jsonl",
+            f"{GOOD_LINE}\n{GOOD_LINE}\n".replace("red", "größer").encode("latin-1"),
+            r"no UTF-8 text \(line 1,",
+        ),
+        ("train.jsonl", b"", "is empty"),
+        ("train.jsonl", b"\n \n", "(is empty|holds no rows)"),
+        ("train.parquet", b"PAR1", "Parquet"),
+    ],
+)
+def test_a_broken_file_is_told_with_its_line(streaming, file, data, told, tmp_path):
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(UserError, match=told):
+        list(open_rows(str(tmp_path), "train", streaming=streaming).dataset)
+
+
+def test_a_stream_that_breaks_later_is_told(messages_folder):
+    # datasets reads ten megabytes at a time.
+    folder = messages_folder([conversation_row(answer=100_000 * "x") for _ in range(110)])
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"messages": 1')
+    rows = open_rows(str(folder), "train", streaming=True)
+    for read in (lambda: list(rows.dataset), lambda: in_memory(rows)):
+        with pytest.raises(UserError, match=r"train.jsonl is no JSON \(line 111, column 15"):
+            read()
 
 
 def test_columns_of_no_format(tmp_path):

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Audio, Dataset, Features, Image, IterableDataset, List, Value, Video
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.exceptions import DatasetGenerationError
 
 from qwen_vl_sft.data.encoded_image import ReadImage
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.rows import FORMAT_COLUMNS, FORMATS, Conversation
-from qwen_vl_sft.errors import BadRow, UserError, first_line
+from qwen_vl_sft.data.source import Source, find_source
+from qwen_vl_sft.errors import BadRow, UserError
 
 ROW_ID = "row_id"
 _SLICE = re.compile(r"^(?P<split>[\w.-]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
@@ -102,7 +103,7 @@ def open_rows(
     """
     path = Path(name).expanduser()
     folder = (path if path.is_dir() else path.parent) if path.exists() else None
-    dataset = _stream(name, path, split, config, shuffle_seed) if streaming else _load(name, path, split, config)
+    dataset = _stream(name, split, config, shuffle_seed) if streaming else _load(name, split, config)
     where = f"{name} [{split}]"
     if not streaming and shuffle_seed is not None:
         dataset = dataset.shuffle(seed=shuffle_seed)
@@ -131,11 +132,17 @@ def in_memory(rows: Rows) -> Rows:
     def read() -> Iterator[dict[str, Any]]:
         yield from rows.dataset
 
-    return Rows(Dataset.from_generator(read, features=rows.dataset.features), rows.format, rows.name, rows.folder)
+    try:
+        dataset = Dataset.from_generator(read, features=rows.dataset.features)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    return Rows(dataset, rows.format, rows.name, rows.folder)
 
 
-def _load(name: str, path: Path, split: str, config: str | None) -> Dataset:
-    dataset = _opened(name, path, split, config, streaming=False)
+def _load(name: str, split: str, config: str | None) -> Dataset:
+    dataset = find_source(name, split, config).load()
     if len(dataset) == 0:
         raise UserError(f"dataset {name}, split {split}: holds no rows")
     # A column of this name that the data brings is read by no format.
@@ -143,19 +150,20 @@ def _load(name: str, path: Path, split: str, config: str | None) -> Dataset:
     return others.add_column(ROW_ID, range(len(others)))
 
 
-def _stream(name: str, path: Path, split: str, config: str | None, shuffle_seed: int | None) -> IterableDataset:
+def _stream(name: str, split: str, config: str | None, shuffle_seed: int | None) -> IterableDataset:
     base, start, stop = split, 0, None
     if "[" in split:
         match = _SLICE.match(split)
         if not match:
             raise UserError(f"dataset split {split!r}: a streamed dataset takes row slices only, such as train[:1000]")
         base, start, stop = match["split"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-    dataset = _opened(name, path, base, config, streaming=True)
+    source = find_source(name, base, config)
+    dataset = source.stream()
 
     if shuffle_seed is not None and dataset.num_shards > 1 and "[" not in split:
         # Files are also mixed with each other, which leaves no row its place.
-        return _numbered(_by_one_worker(dataset.shuffle(seed=shuffle_seed)))
-    stream = _numbered(_by_one_worker(dataset))
+        return _numbered(_by_one_worker(dataset.shuffle(seed=shuffle_seed), source))
+    stream = _numbered(_by_one_worker(dataset, source))
     stream = stream.skip(start) if start else stream
     stream = stream.take(stop - start) if stop is not None else stream
     return stream if shuffle_seed is None else stream.shuffle(seed=shuffle_seed)
@@ -171,62 +179,15 @@ def _with_place(row: dict[str, Any], index: int) -> dict[str, Any]:
     return {**row, ROW_ID: index}
 
 
-def _by_one_worker(stream: IterableDataset) -> IterableDataset:
+def _by_one_worker(stream: IterableDataset, source: Source) -> IterableDataset:
     """A stream that a data loader cannot deal out to its workers, file by file; each would count and cut a part of it."""
-    if stream.num_shards == 1:
-        return stream
-    return IterableDataset.from_generator(_rows_of, features=stream.features, gen_kwargs={"stream": stream})
-
-
-def _rows_of(stream: IterableDataset) -> Iterator[dict[str, Any]]:
-    # Read in batches, a stream does not ask which worker it is in.
-    for batch in stream.iter(batch_size=1):
-        yield {name: values[0] for name, values in batch.items()}
-
-
-def _opened(name: str, path: Path, split: str, config: str | None, streaming: bool) -> Any:
-    arguments: dict[str, Any] = {"path": name, "name": config, "streaming": streaming}
-    if path.exists():
-        arguments |= _local_arguments(path, split)
-    elif name.startswith((".", "/", "~")) or name.endswith((".json", ".jsonl", ".parquet")):
-        raise UserError(f"dataset_name: {name} does not exist here; give a local folder or file, or a Hub id")
-    try:
-        return _undecoded(datasets.load_dataset(**arguments, split=split))
-    except Exception as error:
-        # load_dataset raises a dozen kinds of error for a wrong name, split, configuration or file.
-        raise UserError(f"dataset {name}, split {split}: cannot be loaded: {first_line(error)}") from error
-
-
-def _local_arguments(path: Path, split: str) -> dict[str, Any]:
-    """How to load a local path. Left to itself, `load_dataset` takes a folder of JSONL and images for images alone."""
-    base = split.split("[")[0]
-    if path.is_file():
-        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-        if kind is None:
-            raise UserError(f"dataset_name: {path} is none of .jsonl, .json, .parquet, nor a folder")
-        return {"path": kind, "data_files": {base: str(path)}}
-    listed = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json"))
-    listed = [file for file in listed if file.stem != "metadata"]
-    if listed and not any(path.rglob("*.parquet")):
-        files = {file.stem: str(file) for file in listed}
-        if base not in files:
-            raise UserError(f"dataset {path}: has no split {base!r}; its files give {', '.join(sorted(files))}")
-        return {"path": "json", "data_files": files}
-    return {"path": str(path)}
-
-
-def _undecoded(dataset: Any) -> Any:
-    """Keep image columns as bytes and paths, which workers decode; and others' videos and sounds, which nobody reads."""
-    for column, feature in (dataset.features or {}).items():
-        inner = feature.feature if isinstance(feature, List) else feature
-        if isinstance(inner, Image | Video | Audio):
-            kept = type(inner)(decode=False)
-            dataset = dataset.cast_column(column, List(kept) if isinstance(feature, List) else kept)
-    return dataset
+    return IterableDataset.from_generator(source.rows_of, features=stream.features, gen_kwargs={"stream": stream})
 
 
 def _find_format(dataset: Any, row_format: str, where: str) -> str:
-    columns = set(dataset.column_names or next(iter(dataset)))
+    columns = set(dataset.column_names or next(iter(dataset), ()))
+    if not columns:
+        raise UserError(f"{where}: holds no rows")
     if row_format == "auto":
         for candidate, needed in FORMAT_COLUMNS.items():
             if needed <= columns:
