@@ -91,7 +91,11 @@ def test_bad_chartqa_rows(changes, told):
         ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "content part of type 'video'"),
         (conversation_row(images=("../secret.png",)), "lies outside the data folder"),
-        (conversation_row(images=("/etc/passwd",)), "lies outside the data folder"),
+        (conversation_row(images=("images/../../secret.png",)), "lies outside the data folder"),
+        (
+            conversation_row(images=("/etc/passwd",)),
+            "lies outside the data folder .* or a link to their folder, into it",
+        ),
         (conversation_row(images=(None,)), "missing image"),
         ({"messages": "hi"}, "no list of turns"),
         ({"messages": [None, *PLAIN]}, "no list of turns"),
@@ -266,6 +270,39 @@ def test_image_folder(tmp_path):
     rows = open_rows(str(tmp_path), "test")
     assert rows.format == "chartqa"
     assert rows.conversation({"row": 0}).images[0].decode().getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("linked", [False, True])
+def test_images_may_be_linked_into_the_folder(streaming, linked, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/red.png").write_bytes(png("red"))
+    (tmp_path / "secret.png").write_bytes(png("blue"))
+    snapshot = tmp_path / "snapshots/abc"
+    (snapshot / "images").mkdir(parents=True)
+    (snapshot / "images/0.png").symlink_to("../../../blobs/red.png")
+    (snapshot / "all").symlink_to(tmp_path / "blobs")
+    (tmp_path / "data").symlink_to(snapshot)
+    folder = tmp_path / "data" if linked else snapshot
+    images = ["images/0.png", "all/red.png", str(folder / "all/red.png"), "all/../images/0.png", "all/../secret.png"]
+    (snapshot / "train.jsonl").write_text("".join(f"{json.dumps(chartqa_row(image=name))}\n" for name in images))
+    rows = open_rows(str(folder), "train", streaming=streaming)
+    *good, bad = [rows.conversation(row).images[0] for row in rows.dataset]
+    assert [image.decode().getpixel((0, 0)) for image in good] == [(255, 0, 0)] * 4
+    with pytest.raises(BadRow, match="does not exist"):  # and not the one beside what the link leads to
+        bad.open()
+
+
+def test_an_image_folder_may_hold_links(tmp_path):
+    (tmp_path / "red.png").write_bytes(png("red"))
+    folder = tmp_path / "data/train"
+    folder.mkdir(parents=True)
+    (folder / "a.png").symlink_to(tmp_path / "red.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "query": "?", "label": "red"}) + "\n")
+    (tmp_path / "linked").symlink_to(tmp_path / "data")
+    for name in ("data", "linked"):
+        rows = open_rows(str(tmp_path / name), "train")
+        assert rows.conversation({"row": 0}).images[0].decode().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_slices_shuffle_and_cap(messages_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,7 +111,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def image_file(value: Any, folder: Path | None) -> ImageFile:
     """An image column's value (`{"bytes", "path"}`, a path, or bytes) as a file that is not decoded yet.
 
-    A path written in the data is relative to `folder` and may not leave it.
+    A path written in the data is relative to `folder` and may not leave it, as it is written. Links may: whoever keeps the
+    folder made them, as the Hub's cache does, and the text of the data can make none.
     """
     if isinstance(value, Mapping):
         if isinstance(value.get("bytes"), bytes):
@@ -123,9 +125,15 @@ def image_file(value: Any, folder: Path | None) -> ImageFile:
     if folder is None:
         raise BadRow(f"names the image file {value}, but the dataset is not a local folder")
     try:
-        path = (folder / value).resolve()
+        # Before links are followed: "link/../x" is x, wherever the link leads.
+        name = Path(os.path.normpath(value))
+        path, homes = (folder / name).resolve(), (folder.absolute(), folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, links in a circle
         raise BadRow(f"names the image file {value!r}, which is no path ({first_line(error)})") from None
-    if not path.is_relative_to(folder.resolve()):
-        raise BadRow(f"names the image file {value}, which lies outside the data folder {folder}")
+    written_inside = ".." not in name.parts and any((home / name).is_relative_to(home) for home in homes)
+    if not written_inside and not path.is_relative_to(homes[1]):
+        raise BadRow(
+            f"names the image file {value}, which lies outside the data folder {folder}; put the images, or a link to"
+            f" their folder, into it and name them relative to it"
+        )
     return ImageFile(None, str(path))
