@@ -59,6 +59,44 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     assert recipe.get("max_steps") == 100
 
 
+@pytest.mark.parametrize("number", ["1e-6", "1E5", "-.5e3", "1.e+2", "2.5e7", "1e05"])
+def test_every_number_of_yaml_1_2_is_a_number_at_any_depth(number, tmp_path):
+    path = write(tmp_path, f"learning_rate: 1\nlr_scheduler_kwargs: {{a: {number}, b: [{number}]}}\n")
+    _, overrides, _ = parse_command_line(["--lr_scheduler_kwargs", f"{{a: {number}, b: [{number}]}}"])
+    for recipe in (read_recipe(path, {}), read_recipe(None, overrides)):
+        assert recipe.get("lr_scheduler_kwargs") == {"a": float(number), "b": [float(number)]}
+        assert read_recipe(write(tmp_path, recipe.to_yaml()), {}).values() == recipe.values()
+
+
+@pytest.mark.parametrize("word", ["e5", "1e", "1e5x", "a1e5", ".e3", "1e-", "1.2.3e4", "٣e٣"])
+def test_what_is_no_number_stays_text(word):
+    assert load_yaml(f"key: {word}") == {"key": word}
+
+
+NAMES = ["2024_01_05", "1.10", "010", "0x1F", "1e5", "12345e7", "3:30:00", "2024-05-01", "1_000.5"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_looks_like_a_number_stays_as_it_is_written(name, tmp_path):
+    keys = ("output_dir", "hub_revision", "run_name", "max_run_time")
+    path = write(tmp_path, "".join(f"{key}: {name}\n" for key in keys))
+    _, overrides, _ = parse_command_line([word for key in keys for word in (f"--{key}", name)])
+    for recipe in (read_recipe(path, {}), read_recipe(None, overrides)):
+        assert [recipe.values()[key] for key in keys] == [name] * len(keys)
+        assert read_recipe(write(tmp_path, recipe.to_yaml()), {}).values() == recipe.values()
+
+
+@pytest.mark.parametrize(("word", "told"), [("true", "True is not text"), ("[1, 2]", "is not text"), ("null", None)])
+def test_what_is_no_name_is_not_made_one(word, told, tmp_path):
+    _, overrides, _ = parse_command_line(["--run_name", word])
+    for path, keys in ((write(tmp_path, f"run_name: {word}\n"), {}), (None, overrides)):
+        if told is None:
+            assert read_recipe(path, keys).get("run_name") is None
+            continue
+        with pytest.raises(UserError, match=told):
+            read_recipe(path, keys)
+
+
 def test_a_bare_no_is_the_choice_no(tmp_path):
     assert read_recipe(write(tmp_path, "eval_strategy: no\n"), {}).get("eval_strategy") == "no"
 
@@ -105,6 +143,9 @@ def test_every_problem_at_once(tmp_path):
         ("seed: 1\nseed: 2\n", "stands twice, in lines 1 and 2"),
         ("- a\n- b\n", "must hold `key: value` lines"),
         ("a: [1\n", "is not valid YAML"),
+        ("system_message: {{text}}\n", "line 1: a key is a word; put text with braces or brackets between quotes"),
+        ("? [a]\n: 1\n", "line 1: a key is a word"),
+        ("seed: 1\nother: &x {a: 1}\nlr_scheduler_kwargs:\n  <<: *x\n", "line 4: merge keys .* write out the keys"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, text, told):
@@ -134,6 +175,11 @@ def test_command_line():
         "load_in_4bit": True,
         "lora_r": 8,
     }
+
+
+def test_braces_on_the_command_line_are_text():
+    _, overrides, _ = parse_command_line(["--system_message", "{{text}}", "--run_name", "Answer: yes"])
+    assert overrides == {"system_message": "{{text}}", "run_name": "Answer: yes"}
 
 
 def test_an_empty_value_on_the_command_line_is_empty_text():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import types
 import typing
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import yaml
@@ -50,17 +52,42 @@ def expected(hint: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
 
 
-def load_yaml(text: str) -> Any:
-    """Parse YAML, refusing a key that stands twice, which plain YAML would silently let win."""
-    return yaml.load(text, Loader=_StrictLoader)
+def is_text(hint: Any) -> bool:
+    """Whether `hint` takes text and nothing else."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return str in members and set(members) <= {str, type(None)}
+
+
+def load_yaml(text: str, text_keys: Collection[str] = ()) -> Any:
+    """Parse YAML, refusing a key that stands twice, which plain YAML would silently let win.
+
+    A number under one of `text_keys` stays text as it is written: 010, 1.10 and 2024_05_01 are names there. Raises
+    `ValueError` and `yaml.YAMLError`.
+    """
+    loader = _StrictLoader(text)
+    try:
+        root = loader.get_single_node()
+        for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in text_keys and value.tag in _NUMBERS:
+                value.tag = "tag:yaml.org,2002:str"
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
             line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise ValueError(f"line {line}: merge keys (<<) are not read; write out the keys that they stand for")
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                raise ValueError(f"line {line}: a key is a word; put text with braces or brackets between quotes")
             if key in seen:
                 raise ValueError(f"key {key!r} stands twice, in lines {seen[key]} and {line}; keep one")
             seen[key] = line
@@ -72,6 +99,10 @@ _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+# YAML 1.1, which PyYAML reads, takes 1e-6 for text: its floats need a dot, and a sign before the exponent.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+)
 
 
 def _one_of(value: Any, members: tuple[Any, ...]) -> Any:
@@ -143,7 +174,6 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    # YAML 1.1 reads 2e-4 as text: its floats need a dot.
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("is no number")
     number = float(value)

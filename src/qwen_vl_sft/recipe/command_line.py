@@ -21,7 +21,7 @@ def parse_command_line(
 
     Values are read as YAML; a key without a value is true.
     """
-    recipe, overrides, given = None, {}, set()
+    recipe, overrides, given = None, dict[str, list[str]](), set()
     position = 0
     while position < len(arguments):
         word = arguments[position]
@@ -43,21 +43,27 @@ def parse_command_line(
         elif name in overrides:
             raise UserError(f"command line: --{name} is given twice; keep one")
         else:
-            overrides[name] = _command_line_value(name, words)
-    return recipe, overrides, given
+            overrides[name] = words
+    return recipe, _values(overrides), given
 
 
-def _command_line_value(name: str, words: list[str]) -> Any:
+def _values(written: dict[str, list[str]]) -> dict[str, Any]:
+    # Brings in the libraries, which take seconds to import; a mistyped command line needs none of them.
+    from qwen_vl_sft.recipe.reading import text_keys
+
+    texts = text_keys() if written else set()
+    values = {name: [_value(word, name in texts) for word in words] for name, words in written.items()}
+    return {name: True if not parts else parts[0] if len(parts) == 1 else parts for name, parts in values.items()}
+
+
+def _value(word: str, is_text: bool) -> Any:
     try:
-        values = [load_yaml(word) if word else "" for word in words]
+        value = load_yaml(word) if word else ""
     except (yaml.YAMLError, ValueError):
-        values = list(words)  # not YAML, such as a bare `train[:10%]` or `@x`: plain text
-    # A split slice such as [1:2] must stay as it was written.
-    values = [
-        word if isinstance(value, dict) and not word.startswith("{") else value
-        for word, value in zip(words, values, strict=True)
-    ]
-    return True if not values else values[0] if len(values) == 1 else values
+        return word  # not YAML, such as a bare `train[:10%]` or `@x`
+    # What stays as it was written: a text with a colon, and a name such as 010.
+    stays = (isinstance(value, dict) and not word.startswith("{")) or (is_text and type(value) in (int, float))
+    return word if stays else value
 
 
 def format_help(usage: str, switches: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.recipe.coercion import coerce, expected, load_yaml
+from qwen_vl_sft.recipe.coercion import coerce, expected, is_text, load_yaml
 from qwen_vl_sft.recipe.settings import (
     FORMER_KEYS,
     GROUPS,
@@ -72,6 +72,11 @@ def key_hints() -> dict[str, Any]:
     training = typing.get_type_hints(SFTConfig)
     allowed = [entry.name for entry in fields(SFTConfig) if entry.init and entry.name not in REFUSED_KEYS]
     return hints | {name: training[name] for name in allowed if name not in hints}
+
+
+def text_keys() -> set[str]:
+    """The keys whose values are text, also those that look like numbers: names, paths, revisions."""
+    return {name for name, hint in key_hints().items() if is_text(hint)}
 
 
 def training_default(name: str) -> Any:
@@ -153,7 +158,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     try:
-        written = load_yaml(text) if text.strip() else {}
+        written = load_yaml(text, text_keys()) if text.strip() else {}
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(written, dict):
