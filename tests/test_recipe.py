@@ -187,10 +187,30 @@ def test_an_empty_value_on_the_command_line_is_empty_text():
     assert overrides == {"system_message": ""}
 
 
-@pytest.mark.parametrize("words", [["r.yaml"], ["--seed", "1", "--seed", "2"], ["--recipe"]])
-def test_a_mistyped_command_line(words):
-    with pytest.raises(UserError, match="command line"):
-        parse_command_line(words)
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("r.yaml", "'r.yaml' stands alone"),
+        ("--seed 1 --seed 2", "--seed is given twice"),
+        ("--recipe a.yaml --recipe b.yaml", "--recipe is given twice"),
+        ("--recipe a.yaml --config=b.yaml", "--recipe is given twice"),
+        ("--recipe", "--recipe takes one file, not none"),
+        ("--recipe a.yaml b.yaml", "--recipe takes one file, not a.yaml b.yaml"),
+        ("--dry_run perhaps", "--dry_run: 'perhaps' is not true or false"),
+        ("--dry_run true false", "--dry_run: .* is not true or false"),
+    ],
+)
+def test_a_mistyped_command_line(words, told):
+    with pytest.raises(UserError, match=f"^command line: {told}"):
+        parse_command_line(words.split(), flags=("dry_run",))
+
+
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [("--dry_run", True), ("--dry-run true", True), ("--dry_run=True", True), ("--dry_run false", False), ("", False)],
+)
+def test_a_switch_takes_true_and_false_as_other_keys_do(words, on):
+    assert parse_command_line(words.split(), flags=("dry_run", "help")) == (None, {}, {"dry_run"} if on else set())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.recipe.coercion import expected, load_yaml
+from qwen_vl_sft.recipe.coercion import coerce, expected, load_yaml
 from qwen_vl_sft.recipe.settings import GROUPS
 
 
@@ -19,9 +19,9 @@ def parse_command_line(
 ) -> tuple[str | None, dict[str, Any], set[str]]:
     """Split `--recipe FILE --key value --list a b --switch` into the file, the keys, and the `flags` given.
 
-    Values are read as YAML; a key without a value is true.
+    Values are read as YAML; a key without a value is true. Raises `UserError`.
     """
-    recipe, overrides, given = None, dict[str, list[str]](), set()
+    written: dict[str, list[str]] = {}
     position = 0
     while position < len(arguments):
         word = arguments[position]
@@ -33,18 +33,23 @@ def parse_command_line(
         while not assigned and position < len(arguments) and not arguments[position].startswith("--"):
             words.append(arguments[position])
             position += 1
-        name = name.replace("-", "_")
-        if name in flags and not words:
-            given.add(name)
-        elif name in ("recipe", "config"):
-            if len(words) != 1:
-                raise UserError(f"command line: --recipe takes one file, not {' '.join(words) or 'none'}")
-            recipe = words[0]
-        elif name in overrides:
+        name = "recipe" if name == "config" else name.replace("-", "_")
+        if name in written:
             raise UserError(f"command line: --{name} is given twice; keep one")
-        else:
-            overrides[name] = words
-    return recipe, _values(overrides), given
+        written[name] = words
+    files = written.pop("recipe", None)
+    if files is not None and len(files) != 1:
+        raise UserError(f"command line: --recipe takes one file, not {' '.join(files) or 'none'}")
+    values = _values(written)
+    given = {flag for flag in flags if _is_on(flag, values.pop(flag, False))}
+    return files[0] if files else None, values, given
+
+
+def _is_on(flag: str, value: Any) -> bool:
+    try:
+        return coerce(value, bool)
+    except ValueError:
+        raise UserError(f"command line: --{flag}: {value!r} is not {expected(bool)}; alone it is true") from None
 
 
 def _values(written: dict[str, list[str]]) -> dict[str, Any]:
