@@ -139,7 +139,8 @@ def test_every_entry_of_the_label_list_is_accepted():
     raw = {"row_id": 4, "label": ["63", "26"], "human_or_machine": 1}
     asked = Conversation([{"role": "user", "content": [{"type": "text", "text": "Which?"}]}], [])
     assert read_question(raw, asked, "chartqa") == Question(4, "Which?", ["63", "26"], "machine")
-    assert read_question(raw | {"label": "63", "human_or_machine": 0}, asked, "chartqa").answers == ["63"]
+    for label in ("63", 63, [63.0, None]):
+        assert read_question(raw | {"label": label, "human_or_machine": 0}, asked, "chartqa").answers == ["63"]
 
 
 def test_the_last_assistant_turn_is_the_gold_answer():

@@ -6,7 +6,7 @@ from conftest import conversation_row, png
 
 from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
 from qwen_vl_sft.data.image_file import ImageFile
-from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, chartqa_conversation, messages_conversation
+from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, chartqa_answers, chartqa_conversation, messages_conversation
 from qwen_vl_sft.errors import BadRow, UserError
 
 RED = {"bytes": png("red"), "path": None}
@@ -23,6 +23,26 @@ def test_chartqa_takes_the_first_label():
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
     assert conversation.images[0].open().size == (56, 56)
+
+
+@pytest.mark.parametrize(
+    ("label", "answers"),
+    [
+        (5, ["5"]),
+        (5.0, ["5"]),
+        (-0.25, ["-0.25"]),
+        ([2019, "2019.0", None, " ", float("nan")], ["2019", "2019.0"]),
+        (" x", [" x"]),
+    ],
+)
+def test_numbers_in_a_row_are_text(label, answers):
+    row = chartqa_row(query=7, label=label)
+    question, answer = chartqa_conversation(row, None).messages
+    assert [question["content"][1]["text"], answer["content"][0]["text"]] == ["7", answers[0]]
+    assert chartqa_answers(row) == answers
+    turns = [{"role": "user", "content": [{"type": "text", "text": 1.5}]}, {"role": "assistant", "content": 3.0}]
+    messages = messages_conversation({"messages": turns}, None).messages
+    assert [message["content"] for message in messages] == [[{"type": "text", "text": text}] for text in ("1.5", "3")]
 
 
 def test_messages_split_at_placeholders(tmp_path):
@@ -72,6 +92,11 @@ def test_an_answer_may_name_a_tag(tmp_path):
         ({"query": " "}, "has an empty query"),
         ({"label": []}, "has an empty answer"),
         ({"label": [""]}, "has an empty answer"),
+        ({"label": None}, "has an empty answer"),
+        ({"label": float("nan")}, "has an empty answer"),
+        ({"label": True}, r"has neither text nor a number as its answer \(column label\): True"),
+        ({"label": {"a": 1}}, "has neither text nor a number as its answer"),
+        ({"query": ["What?"]}, "has neither text nor a number as its query"),
     ],
 )
 def test_bad_chartqa_rows(changes, told):
@@ -97,6 +122,7 @@ def test_bad_chartqa_rows(changes, told):
             "lies outside the data folder .* or a link to their folder, into it",
         ),
         (conversation_row(images=(None,)), "missing image"),
+        (conversation_row([{"type": "text", "text": None}]), "a content part of type 'text' without a text"),
         ({"messages": "hi"}, "no list of turns"),
         ({"messages": [None, *PLAIN]}, "no list of turns"),
         ({"messages": ["hi", *PLAIN]}, "no list of turns"),

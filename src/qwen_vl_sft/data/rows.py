@@ -39,24 +39,47 @@ class Conversation:
 
 
 def chartqa_conversation(row: Mapping[str, Any], folder: Path | None) -> Conversation:
-    """Read `image`, `query`, `label` (a string, or a list whose first entry counts) as one question and answer."""
+    """Read `image`, `query`, `label` (text, or a list whose first entry counts) as one question and answer."""
     if row.get("image") is None:
         raise BadRow("has no image")
-    if not isinstance(row.get("query"), str) or not row["query"].strip():
-        raise BadRow("has an empty query")
+    query = _text(row.get("query"), "query")
     if _holds(row.get("images")):
         raise BadRow("has images in column images too, of which this format shows none; see dataset_format: messages")
-    _check_nothing_unread(row, [row["query"]])
-    if IMAGE_PLACEHOLDER in row["query"]:
+    _check_nothing_unread(row, [query])
+    if IMAGE_PLACEHOLDER in query:
         raise BadRow(f"has {IMAGE_PLACEHOLDER} in its query; the image is put before the query, so leave it out")
-    content = [{"type": "image"}, {"type": "text", "text": row["query"]}]
-    messages = [{"role": "user", "content": content}]
-    label = row.get("label")
-    answer = (label[0] if label else None) if isinstance(label, list) else label
-    if not isinstance(answer, str) or not answer.strip():
-        raise BadRow("has an empty answer (column label)")
-    messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    content = [{"type": "image"}, {"type": "text", "text": query}]
+    answer = {"type": "text", "text": chartqa_answers(row)[0]}
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [answer]}]
     return Conversation(messages, [image_file(row["image"], folder)])
+
+
+def chartqa_answers(row: Mapping[str, Any]) -> list[str]:
+    """The accepted answers in `label`, of which the first is learned. Raises `BadRow`."""
+    label = row.get("label")
+    first, *others = [_number_as_text(answer) for answer in label] or [None] if isinstance(label, list) else [label]
+    others = [answer for answer in others if answer is not None and str(answer).strip()]
+    return [_text(answer, "answer (column label)") for answer in (first, *others)]
+
+
+def _text(value: Any, what: str) -> str:
+    """A text as it is, a number as text. Raises `BadRow`."""
+    value = _number_as_text(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadRow(f"has an empty {what}")
+    if not isinstance(value, str):
+        raise BadRow(f"has neither text nor a number as its {what}: {str(value)[:40]}")
+    return value
+
+
+def _number_as_text(value: Any) -> Any:
+    """A number as text, NaN, which stands for what is missing, as None, and everything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if value != value:
+        return None
+    # Beside a 2.5 the column has made 5.0 of a 5.
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def messages_conversation(row: Mapping[str, Any], folder: Path | None) -> Conversation:
@@ -126,6 +149,7 @@ def resolve_system_message(stated: str | None, row_format: str) -> str | None:
 
 def _content_parts(content: Any) -> list[dict[str, Any]]:
     """A message's content as parts; a string is split at its `<image>` placeholders."""
+    content = _number_as_text(content)
     if isinstance(content, str):
         parts: list[dict[str, Any]] = []
         for number, text in enumerate(content.split(IMAGE_PLACEHOLDER)):
@@ -144,10 +168,13 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
             raise BadRow(f"has a content part that brings its own {brought}; put its images into the column images")
         if kind == "image":
             parts.append({"type": "image"})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            if IMAGE_PLACEHOLDER in part["text"]:
+        elif kind == "text":
+            text = _number_as_text(part.get("text"))
+            if not isinstance(text, str):
+                raise BadRow("has a content part of type 'text' without a text")
+            if IMAGE_PLACEHOLDER in text:
                 raise BadRow(f"has {IMAGE_PLACEHOLDER} inside a text part; write a part of type 'image' in its place")
-            parts.append({"type": "text", "text": part["text"]})
+            parts.append({"type": "text", "text": text})
         else:
             raise BadRow(f"has a content part of type {kind!r}; only 'text' and 'image' are read")
     return parts

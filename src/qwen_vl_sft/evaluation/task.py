@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoded, Encoder
-from qwen_vl_sft.data.rows import Conversation, resolve_system_message
+from qwen_vl_sft.data.rows import Conversation, chartqa_answers, resolve_system_message
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation.arms import choose_arms, load_run_processor, model_identity
 from qwen_vl_sft.evaluation.generation import estimate_length, plan_batches
@@ -159,8 +159,7 @@ def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format
     """The question and the accepted answers of a row: every entry of ChartQA's label list, else the last answer."""
     texts = ["".join(part.get("text", "") for part in message["content"]) for message in conversation.messages]
     asked = [text for text, turn in zip(texts, conversation.messages, strict=True) if turn["role"] == "user"]
-    label = raw["label"] if row_format == "chartqa" else texts[-1]
-    answers = [text for text in label if text] if isinstance(label, list) else [label]
+    answers = chartqa_answers(raw) if row_format == "chartqa" else [texts[-1]]
     return Question(raw[ROW_ID], asked[-1] if asked else "", answers, split_name(raw.get(SPLIT_COLUMN)))
 
 
