@@ -133,7 +133,7 @@ def test_every_problem_at_once(tmp_path):
     assert problems[2] == f"{path}: seed: 1.5 is not a whole number"
     assert "packing_strategy cannot be set" in problems[3]
     assert "write warmup_steps" in problems[4]
-    assert problems[5] == f"{path}: dataset_format: 'coco' is not one of auto, chartqa, messages"
+    assert problems[5] == f"{path}: dataset_format: 'coco' is not one of auto, chartqa, messages, conversations"
     assert problems[6] == "command line: unknown key lora_rr; did you mean lora_r?"
 
 

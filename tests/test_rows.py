@@ -2,11 +2,19 @@ import contextlib
 import json
 
 import pytest
-from conftest import conversation_row, png
+from conftest import conversation_row, png, write_messages
 
 from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
-from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, chartqa_answers, chartqa_conversation, messages_conversation
+from qwen_vl_sft.data.rows import (
+    CHARTQA_SYSTEM_MESSAGE,
+    chartqa_answers,
+    chartqa_conversation,
+    conversations_conversation,
+    messages_conversation,
+    resolve_system_message,
+)
 from qwen_vl_sft.errors import BadRow, UserError
 
 RED = {"bytes": png("red"), "path": None}
@@ -144,6 +152,69 @@ def test_bad_chartqa_rows(changes, told):
 def test_bad_messages_rows(row, told, tmp_path):
     with pytest.raises(BadRow, match=told):
         messages_conversation(row, tmp_path)
+
+
+CONVERSATION = [
+    {"from": "system", "value": "Be terse."},
+    {"from": "human", "value": "<image>\nWhich color?"},
+    {"from": "gpt", "value": "red"},
+    {"from": "human", "value": "And <image>?"},
+    {"from": "gpt", "value": 0},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_conversations_are_encoded_as_the_same_messages(streaming, column, tmp_path, tiny_processor):
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    turns = [{"role": roles[turn["from"]], "content": str(turn["value"])} for turn in CONVERSATION]
+    images = ["images/red.png", "images/blue.png"]
+    found = []
+    for name, row in (
+        ("one", {"messages": turns, "images": images}),
+        ("two", {"conversations": CONVERSATION, column: images}),
+    ):
+        opened = open_rows(str(write_messages(tmp_path / name, [row])), "train", streaming=streaming)
+        encoder = Encoder(tiny_processor, resolve_system_message(None, opened.format))
+        found.append((opened.format, opened.encode(next(iter(opened.dataset)), encoder)))
+    (first, messages), (second, conversations) = found
+    assert (first, second) == ("messages", "conversations")
+    assert conversations.input_ids.tolist() == messages.input_ids.tolist()
+    assert conversations.labels.tolist() == messages.labels.tolist()
+    assert [image.key for image in conversations.images] == [image.key for image in messages.images]
+
+
+def said(*turns, **columns):
+    return {"conversations": [{"from": speaker, "value": value} for speaker, value in turns], **columns}
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (said(), "has no conversations"),
+        ({"conversations": [None]}, "has no conversations, or some that are no list of turns"),
+        (
+            said(("human", "?"), ("function_call", "{}"), ("observation", "1"), ("gpt", "x")),
+            "a turn from 'function_call'",
+        ),
+        (said(("human", "?"), ("tool", "x")), "a turn from 'tool'; known are human, user, gpt, assistant, system"),
+        (said(("human", "?"), (None, "x")), "a turn from 'None'"),
+        (said(("human", "?"), ("gpt", ["x"])), "a turn from gpt whose value is neither text nor a number"),
+        (said(("human", "?"), ("gpt", " ")), "has an empty answer"),
+        (said(("human", "<video>?"), ("gpt", "x")), "has <video> in a question"),
+        (said(("human", "<video>?"), ("gpt", "x"), video="a.mp4"), "has something in column video,"),
+        (said(("human", "?"), ("gpt", "x"), tools="[{}]"), "has something in column tools"),
+        (
+            said(("human", "?"), ("gpt", "x"), system="Be terse."),
+            "in column system.* a system message is the first turn",
+        ),
+        (said(("human", "<image>?"), ("gpt", "x")), r"has 1 image placeholder\(s\) in its messages but 0"),
+        (said(("human", "?"), ("gpt", "x"), image=["a.png", "b.png"]), r"has 0 image placeholder\(s\) .* but 2 image"),
+    ],
+)
+def test_bad_conversations_rows(row, told, tmp_path):
+    with pytest.raises(BadRow, match=told):
+        conversations_conversation(row, tmp_path)
 
 
 def test_bad_images(tmp_path):

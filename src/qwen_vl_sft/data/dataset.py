@@ -95,7 +95,7 @@ def open_rows(
         split: its name, with an optional slice: `train[:10%]`, `train[100:200]`.
         config: the Hub dataset's configuration.
         streaming: read row by row instead of preparing the whole split first.
-        row_format: "chartqa", "messages", or "auto" to tell by the columns.
+        row_format: "chartqa", "messages", "conversations", or "auto" to tell by the columns.
         shuffle_seed: shuffle with this seed, before the cap; None keeps the order.
         max_rows: at most so many rows.
 

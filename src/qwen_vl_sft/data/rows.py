@@ -14,6 +14,8 @@ IMAGE_PLACEHOLDER = "<image>"
 # What other trainers read, and this package does not: a model that never saw it would learn to guess.
 UNREAD_COLUMNS = ("video", "videos", "audio", "audios")
 UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
+# Who speaks in `conversations`, and the roles that they have in messages.
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # Under these names a content part may bring what it shows.
 _PAYLOADS = ("image", "image_url", "video", "audio", "url", "path", "base64")
 
@@ -83,7 +85,7 @@ def _number_as_text(value: Any) -> Any:
 
 
 def messages_conversation(row: Mapping[str, Any], folder: Path | None) -> Conversation:
-    """Read `messages` (role, content) and `images`, or a single `image`; `<image>` in a string stands for the next one.
+    """Read `messages` (role, content) and `images`, or `image`; `<image>` in a string stands for the next one.
 
     A single `image` that nothing stands for is put before the first question, as TRL does it.
     """
@@ -99,7 +101,7 @@ def messages_conversation(row: Mapping[str, Any], folder: Path | None) -> Conver
     images = _images_of(row)
     wanted = sum(part["type"] == "image" for part in asked)
     question = next((message for message in messages if message["role"] == "user"), None)
-    if not wanted and question and _holds(row.get("image")):
+    if not wanted and question and _holds(row.get("image")) and len(images) == 1:
         question["content"].insert(0, {"type": "image"})
         wanted = 1
     if wanted != len(images):
@@ -110,6 +112,25 @@ def messages_conversation(row: Mapping[str, Any], folder: Path | None) -> Conver
     return Conversation(messages, [image_file(image, folder) for image in images])
 
 
+def conversations_conversation(row: Mapping[str, Any], folder: Path | None) -> Conversation:
+    """Read `conversations` (from, value), the form of Qwen's own fine-tuning code and LLaVA, as `messages` are read."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise BadRow("has no conversations, or some that are no list of turns, each with a from and a value")
+    for name in ("system", "tools"):
+        if _holds(row.get(name)):
+            raise BadRow(f"has something in column {name}, which is not read; a system message is the first turn")
+    messages = []
+    for turn in turns:
+        speaker, value = str(turn.get("from")), _number_as_text(turn.get("value"))
+        if speaker not in SPEAKERS:
+            raise BadRow(f"has a turn from {speaker!r}; known are {', '.join(SPEAKERS)}")
+        if not isinstance(value, str):
+            raise BadRow(f"has a turn from {speaker} whose value is neither text nor a number")
+        messages.append({"role": SPEAKERS[speaker], "content": value})
+    return messages_conversation({**row, "messages": messages}, folder)
+
+
 def _images_of(row: Mapping[str, Any]) -> list[Any]:
     images = row.get("images") or []
     images = images if isinstance(images, list) else [images]
@@ -117,7 +138,7 @@ def _images_of(row: Mapping[str, Any]) -> list[Any]:
         return images
     if images:
         raise BadRow("has both a column image and a column images; keep one")
-    return [row["image"]]
+    return row["image"] if isinstance(row["image"], list) else [row["image"]]
 
 
 def _check_nothing_unread(row: Mapping[str, Any], questions: list[str]) -> None:
@@ -137,14 +158,22 @@ def _holds(value: Any) -> bool:
     return any(_holds(entry) for entry in value) if isinstance(value, list) else value is not None and value != ""
 
 
-FORMATS = {"chartqa": chartqa_conversation, "messages": messages_conversation}
-FORMAT_COLUMNS = {"chartqa": {"image", "query", "label"}, "messages": {"messages"}}
-DEFAULT_SYSTEM_MESSAGES: dict[str, str | None] = {"chartqa": CHARTQA_SYSTEM_MESSAGE, "messages": None}
+FORMATS = {
+    "chartqa": chartqa_conversation,
+    "messages": messages_conversation,
+    "conversations": conversations_conversation,
+}
+FORMAT_COLUMNS = {
+    "chartqa": {"image", "query", "label"},
+    "messages": {"messages"},
+    "conversations": {"conversations"},
+}
+DEFAULT_SYSTEM_MESSAGES = {"chartqa": CHARTQA_SYSTEM_MESSAGE}
 
 
 def resolve_system_message(stated: str | None, row_format: str) -> str | None:
     """The system message of a recipe: the one stated, else the format's own; an empty one is none."""
-    return (DEFAULT_SYSTEM_MESSAGES[row_format] if stated is None else stated) or None
+    return (DEFAULT_SYSTEM_MESSAGES.get(row_format) if stated is None else stated) or None
 
 
 def _content_parts(content: Any) -> list[dict[str, Any]]:

@@ -23,11 +23,13 @@ class DataSettings:
     dataset_train_split: str = key("train", "split to train on; slices such as train[:10%] are allowed")
     dataset_test_split: str | None = key(None, "split to evaluate on while training")
     dataset_streaming: bool = key(False, "read rows as they come; needs max_steps")
-    dataset_format: Literal["auto", "chartqa", "messages"] = key(
-        "auto", "chartqa: image, query, label; messages: messages and images; auto: told by the columns"
+    dataset_format: Literal["auto", "chartqa", "messages", "conversations"] = key(
+        "auto",
+        "chartqa: image, query, label; messages: messages and images; conversations: the same as from and value;"
+        " auto: told by the columns",
     )
     system_message: str | None = key(
-        None, "put before rows that bring none; default: the tutorial's for chartqa, none for messages; '' for none"
+        None, "put before rows that bring none; default: the tutorial's for chartqa, else none; '' for none"
     )
     max_train_samples: int | None = key(None, "at most so many training rows (after shuffle_dataset)")
     max_eval_samples: int | None = key(None, "at most so many evaluation rows, evenly over the split")
