@@ -450,6 +450,15 @@ def test_the_best_checkpoint_until_then_is_the_one_beside_it(there, tmp_path, ca
     assert ("the best so far, is passed over: it was not written to its end" in capsys.readouterr().err) != there
 
 
+def test_a_mark_tells_by_what_the_best_was_found():
+    def judge(**keys):
+        return resume_check._judge(read_recipe(None, keys), SimpleNamespace(evaluation=None))
+
+    assert judge() == judge(metric_for_best_model="eval_loss") == {"metric_for_best_model": "loss", "evaluation": None}
+    answers = judge(metric_for_best_model="relaxed_accuracy", max_predict_samples=9)
+    assert (answers["max_predict_samples"], answers["max_new_tokens"]) == (9, 64)
+
+
 @pytest.mark.parametrize("loads_best", [True, False])
 def test_the_best_by_another_metric_or_on_other_rows_does_not_count(loads_best):
     now = {**ABOUT, "judge": {**ABOUT["judge"], "metric_for_best_model": "relaxed_accuracy"}}

@@ -22,7 +22,7 @@ class DataSettings:
     dataset_config: str | None = key(None, "configuration of the Hub dataset")
     dataset_train_split: str = key("train", "split to train on; slices such as train[:10%] are allowed")
     dataset_test_split: str | None = key(None, "split to evaluate on while training")
-    dataset_streaming: bool = key(False, "read rows as they come; needs max_steps")
+    dataset_streaming: bool = key(False, "read rows as they come; needs max_steps, and cannot be resumed")
     dataset_format: Literal["auto", "chartqa", "messages", "conversations"] = key(
         "auto",
         "chartqa: image, query, label; messages: messages and images; conversations: the same as from and value;"
