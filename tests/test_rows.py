@@ -513,6 +513,9 @@ def test_other_files_of_a_folder_are_left_alone(streaming, messages_folder):
     assert open_rows(str(folder), "train", streaming=streaming).format == "messages"
     with pytest.raises(UserError, match="has no split 'val'; its files give info, test, train"):
         open_rows(str(folder), "val", streaming=streaming)
+    (folder / "train.json").write_text("[]")
+    with pytest.raises(UserError, match=r"split 'train' has two files, train\.json and train\.jsonl; keep one"):
+        open_rows(str(folder), "train", streaming=streaming)
 
 
 GOOD_LINE = json.dumps({"messages": PLAIN})

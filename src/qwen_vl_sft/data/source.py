@@ -95,13 +95,17 @@ def _local_arguments(path: Path, split: str) -> dict[str, Any]:
                 f" of it such as {own}[:90%] and {own}[90%:], or give a folder of one file per split"
             )
         return {"path": kind, "data_files": {own: str(path)}}
-    files = {file.stem: file for file in sorted(path.iterdir()) if _KINDS.get(file.suffix) == "json"}
-    files.pop("metadata", None)
+    files = sorted(file for file in path.iterdir() if _KINDS.get(file.suffix) == "json" and file.stem != "metadata")
     if files and not any(path.rglob("*.parquet")):
-        if split not in files:
-            raise UserError(f"dataset {path}: has no split {split!r}; its files give {', '.join(sorted(files))}")
+        own_files = [file for file in files if file.stem == split]
+        if not own_files:
+            splits = dict.fromkeys(file.stem for file in files)
+            raise UserError(f"dataset {path}: has no split {split!r}; its files give {', '.join(splits)}")
+        if len(own_files) > 1:
+            both = " and ".join(file.name for file in own_files)
+            raise UserError(f"dataset {path}: split {split!r} has two files, {both}; keep one, or name one of them")
         # This file alone: all that are named would be read, and their columns have to agree.
-        return {"path": "json", "data_files": {split: str(files[split])}}
+        return {"path": "json", "data_files": {split: str(own_files[0])}}
     return {"path": str(path)}
 
 
