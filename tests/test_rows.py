@@ -474,6 +474,7 @@ def test_a_shuffled_stream_of_several_files_gives_each_row_an_id_of_its_own(work
         ("{folder}", "test", "has no split 'test'; its files give train"),
         ("{folder}/images/red.png", "train", "is none of"),
         ("{folder}", "train[:5", "cannot be loaded"),
+        ("json", "train", "dataset json, split train: cannot be loaded"),
     ],
 )
 def test_datasets_that_cannot_be_opened(messages_folder, name, split, told):

@@ -64,7 +64,7 @@ class Source:
         while isinstance(error, DatasetGenerationError) and error.__cause__:  # which says only that there was one
             error = error.__cause__
         if self.arguments["path"] == "json" and not isinstance(error, OSError):
-            for file in map(Path, self.arguments["data_files"].values()):
+            for file in map(Path, self.arguments.get("data_files", {}).values()):  # none: a Hub id of this name
                 if problem := _problem_of_json(file):
                     return f"{file.name} {problem}"
         return f"in its files {error.details()}" if isinstance(error, CastError) else first_line(error)
@@ -125,11 +125,9 @@ def _problem_of_json(file: Path) -> str | None:
             try:
                 value = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
-                return (
-                    f"is no JSON (line {number}, column {error.colno}: {error.msg})"
-                    if rows
-                    else _problem_of_whole(file)
-                )
+                if not rows:
+                    return _problem_of_whole(file)
+                return f"is no JSON (line {number}, column {error.colno}: {error.msg})"
             if not isinstance(value, dict | list):
                 return f"holds no row in line {number}, but {line.strip()[:40]}"
             rows += 1
