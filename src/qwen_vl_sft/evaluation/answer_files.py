@@ -90,9 +90,7 @@ def check_output_dir(folder: Path, options: Options) -> None:
     """Raise `UserError` when results would land on what is there already and the user has not said what to do."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir: {folder} is a file; name a folder")
-    foreign = [
-        name for name, key in ((SUMMARY_FILE, "scores"), (SETTINGS_FILE, "rows_digest")) if _lacks(folder / name, key)
-    ]
+    foreign = [name for name, key in ((SUMMARY_FILE, "scores"), (SETTINGS_FILE, "arms")) if _lacks(folder / name, key)]
     if foreign:
         raise UserError(f"--output_dir: {folder} holds a {foreign[0]} that no evaluation wrote; name another folder")
     held = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
