@@ -273,17 +273,53 @@ def test_flops_of_the_7b(shared):
     assert counter.per_patch == 2 * vision
     assert counter.per_merged_patch == 2 * (5120 * 5120 + 5120 * 3584) / 4
     row = Work(tokens=610, tokens_squared=610**2, learned=5, images=1, patches=2000, patches_squared=2000**2, rows=1)
-    text = 2 * (28 * 2 * layer * 610 + 28 * 2 * 3584 * 610**2 + 2 * 3584 * 152064 * 5)
+    weights = 28 * 2 * layer * 610 + 2 * 3584 * 152064 * 5
+    attention = 28 * 2 * 3584 * 610**2
     image = (counter.per_patch + counter.per_merged_patch) * 2000 + 32 * 4 * 1280 * 2000**2
-    assert counter.flops(row) == pytest.approx(text + image)
+    assert counter.flops(row) == pytest.approx(2 * weights + 3 * attention + image)
     packed = FlopCounter.of(config, peft=True, trained={"language"}, packed=True)
     assert counter.flops(row) - packed.flops(row) == 2 * 2 * 3 * 3584 * 18944 * (610 - 5)
     merger = FlopCounter.of(config, peft=True, trained={"merger", "language"})
     assert merger.flops(row) - counter.flops(row) == pytest.approx(counter.per_merged_patch * 2000)
     tower = FlopCounter.of(config, peft=False, trained={"vision"})
-    assert tower.flops(row) == pytest.approx(1.5 * text + 3 * image)
-    assert peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("a toaster") is None
+    assert tower.flops(row) == pytest.approx(3 * (weights + attention + image))
+
+
+def test_flops_are_those_that_pytorch_counts():
+    """Of everything frozen but what the gradients must reach; PyTorch counts the whole square of attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = load_model(settings(attn_implementation="eager"), on_cpu=True).requires_grad_(False)
+    model.model.language_model.layers[0].input_layernorm.requires_grad_(True)
+    counter = FlopCounter.of(model.config, peft=True, trained={"vision", "merger", "language"})
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=torch.arange(96)[None]).logits.sum().backward()
+    expected = counter.flops(Work(tokens=96, tokens_squared=2 * 96**2, learned=96))
+    assert counted.get_total_flops() == pytest.approx(expected, rel=1e-2)
+    visual, vision = model.model.visual, model.config.vision_config
+    visual.blocks[0].norm1.requires_grad_(True)
+    values = 3 * vision.temporal_patch_size * vision.patch_size**2
+    with FlopCounterMode(display=False) as counted:
+        visual(torch.randn(64, values), torch.tensor([[1, 8, 8]])).pooler_output.sum().backward()
+    first_layer = 2 * 64 * vision.embed_dim * values
+    expected = counter.flops(Work(images=1, patches=64, patches_squared=64**2)) + first_layer
+    assert counted.get_total_flops() == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A40", 150e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("a toaster", None),
+    ],
+)
+def test_the_peak_of_a_card(name, peak):
+    assert peak_flops(name) == peak
 
 
 def test_flops_of_the_newer_towers():
@@ -294,7 +330,12 @@ def test_flops_of_the_newer_towers():
     width, inner = 3584, 3420
     layers = 2 * 32 * (4 * width * width + 3 * width * inner)
     assert windows.per_patch_squared == 4 * 4 * width
-    assert windows.per_patch == pytest.approx(layers + 4 * 28 * width * 64)
+    assert windows.per_patch == layers
+    assert windows.per_patch_in_window == 4 * 28 * width * 64
+    row = Work(images=1, patches=640, patches_squared=640**2)
+    seen = 4 * 28 * width * 64 * 640 + 4 * 4 * width * 640**2
+    frozen, tower = windows.flops(row), FlopCounter.of(Qwen2_5_VLConfig(), peft=True, trained={"vision"}).flops(row)
+    assert tower - frozen == pytest.approx((layers + windows.per_merged_patch) * 640 + 2 * seen)
     deeper = FlopCounter.of(Qwen3VLConfig(), peft=True, trained={"language"})
     width, inner, text = 1152, 4304, Qwen3VLConfig().text_config.hidden_size
     merger = 2 * (4 * width) * (4 * width + text) / 4

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-# Dense bf16 peak in FLOP/s by a piece of the device's name, from NVIDIA's datasheets (without sparsity).
+# Dense bf16 peak in FLOP/s by words of the device's name, from NVIDIA's datasheets (without sparsity).
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -29,7 +30,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a GPU in FLOP/s, None when it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 @dataclass
@@ -57,14 +58,16 @@ class Work:
 class FlopCounter:
     """FLOPs of training on some work, counted as 2 a multiply-add over the matrix products that must be done.
 
-    A frozen layer costs its forward and the gradient of its input; a trained one also the gradient of its weights; the
-    adapter itself is left out, and so is all recomputation. Attention is counted over the causal half.
+    A frozen layer costs its forward and the gradient of its input; a trained one also the gradient of its weights, and so
+    do attention's products, both factors of which take gradients. The adapter itself is left out, and so is all
+    recomputation. Attention is counted over the causal half.
     """
 
     per_token: float
     per_token_squared: float
     per_learned: float
     per_patch: float
+    per_patch_in_window: float
     per_patch_squared: float
     per_merged_patch: float
     language_passes: float
@@ -97,7 +100,8 @@ class FlopCounter:
             per_token=2 * (text.num_hidden_layers * (attention + mlp) - late),
             per_token_squared=2 * text.num_hidden_layers * queries,
             per_learned=2 * (text.hidden_size * text.vocab_size + late),
-            per_patch=2 * vision.depth * block + 4 * (vision.depth - full) * width * window,
+            per_patch=2 * vision.depth * block,
+            per_patch_in_window=4 * (vision.depth - full) * width * window,
             per_patch_squared=4 * full * width,
             per_merged_patch=2 * merger,
             language_passes=backward,
@@ -107,11 +111,17 @@ class FlopCounter:
 
     def flops(self, work: Work) -> float:
         """FLOPs of forward and backward over `work`."""
-        language = (
-            self.per_token * work.tokens
-            + self.per_token_squared * work.tokens_squared
-            + self.per_learned * work.learned
+        language = self.per_token * work.tokens + self.per_learned * work.learned
+        seen = self.per_patch_in_window * work.patches + self.per_patch_squared * work.patches_squared
+        return (
+            language * self.language_passes
+            + self.per_token_squared * work.tokens_squared * _attention_passes(self.language_passes)
+            + self.per_patch * work.patches * self.vision_passes
+            + seen * _attention_passes(self.vision_passes)
+            + self.per_merged_patch * work.patches * self.merger_passes
         )
-        vision = self.per_patch * work.patches + self.per_patch_squared * work.patches_squared
-        merged = self.per_merged_patch * work.patches
-        return language * self.language_passes + vision * self.vision_passes + merged * self.merger_passes
+
+
+def _attention_passes(passes: float) -> float:
+    """Those of products without weights, where layers with weights have so many."""
+    return 1 if passes == 1 else 3
