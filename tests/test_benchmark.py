@@ -4,11 +4,15 @@ import argparse
 import json
 
 import pytest
-from conftest import run_process
+from conftest import conversation_row, run_process
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.benchmarks.session import FEWEST_ROWS, run_session
+from qwen_vl_sft.benchmarks.variants import repeated
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.preparation.scan import scan
 
 
 def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
@@ -25,6 +29,16 @@ def test_variants_are_read_before_anything_is_made(names, told, tmp_path):
     with pytest.raises(UserError, match=f"--variants: {told}; known are trl, padded"):
         run_session(arguments, [])
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_repeated_share_no_work(tiny_processor, messages_folder):
+    rows, encoder = [conversation_row("<image>Which?"), conversation_row("<image>And now?")], Encoder(tiny_processor)
+    again = repeated(scan(open_rows(str(messages_folder(rows)), "train"), encoder), 2)
+    encoded = [again.rows.encode({"row": index}, encoder) for index in range(4)]
+    one, two, three, four = (row.images[0].key for row in encoded)
+    assert one == two != three == four  # both rows show one image
+    assert again.prefix[0] != again.prefix[2]
+    assert again.rows.conversation({"row": 0}).images[0].digest == one
 
 
 @pytest.mark.long

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 
 from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.data.dataset import Rows
+from qwen_vl_sft.data.encoded_image import ReadImage
+from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.launching import launch
 from qwen_vl_sft.launching.launch import World
@@ -123,6 +126,21 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     return Variant(name, trainer, rows, mean_work(scan), float(scan.tokens.mean()), counter, after - before)
 
 
+@dataclass(frozen=True)
+class RepeatedRows(Rows):
+    """The same `once` rows several times. Images of one time and another go through the tower as if they were not alike."""
+
+    once: int = 1
+
+    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_image: ReadImage | None = None) -> Encoded:
+        """As that of `Rows`, but that an image has another key each time."""
+        row = super().encode(item, encoder, read_image)
+        time = item["row"] // self.once
+        # Those of the first time are the ones that kept features are filed by.
+        images = [dataclasses.replace(image, key=f"{image.key}-{time}") if time else image for image in row.images]
+        return dataclasses.replace(row, images=tuple(images))
+
+
 def repeated(scan: Scan, times: int) -> Scan:
     """The same rows several times, so that an epoch is long; the images of each time count as others."""
     arrays: dict[str, Any] = {
@@ -132,7 +150,9 @@ def repeated(scan: Scan, times: int) -> Scan:
     }
     apart = np.repeat(np.arange(times), len(scan.rows)) * (int(scan.prefix.max()) + 1)
     arrays["prefix"] = np.where(arrays["prefix"] < 0, -1, arrays["prefix"] + apart)
-    return dataclasses.replace(scan, rows=scan.rows.select([*range(len(scan.rows))] * times), **arrays)
+    rows = scan.rows.select([*range(len(scan.rows))] * times)
+    rows = RepeatedRows(rows.dataset, rows.format, rows.name, rows.folder, once=len(scan.rows))
+    return dataclasses.replace(scan, rows=rows, **arrays)
 
 
 def mean_work(scan: Scan) -> Work:
