@@ -313,6 +313,7 @@ def test_flops_are_those_that_pytorch_counts():
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A40", 150e12),
+        ("NVIDIA GB200", 2500e12),
         ("NVIDIA RTX A4000", None),
         ("NVIDIA RTX A1000 Laptop GPU", None),
         ("a toaster", None),
