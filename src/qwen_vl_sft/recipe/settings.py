@@ -31,7 +31,7 @@ class DataSettings:
     system_message: str | None = key(
         None,
         "put before rows that bring none; default: the tutorial's for chartqa, else none; '' for none, where Qwen2-VL's"
-        " and Qwen2.5-VL's chat templates put \"You are a helpful assistant.\"",
+        ' and Qwen2.5-VL\'s chat templates put "You are a helpful assistant."',
     )
     max_train_samples: int | None = key(None, "at most so many training rows (after shuffle_dataset)")
     max_eval_samples: int | None = key(None, "at most so many evaluation rows, evenly over the split")
