@@ -147,8 +147,8 @@ def test_a_resume_from_such_a_checkpoint_is_refused_unless_it_is_asked_for(where
     recipe = SimpleNamespace(output_dir=tmp_path, model=model, get=keys.get)
     told = "checkpoint-3: .* anything else could run code here; if you trust whoever wrote it, set use_safetensors"
     with pytest.raises(UserError, match=told):
-        checkpoint_to_resume(recipe, world, {})
+        checkpoint_to_resume(recipe, world, {"judge": {}})
     model.use_safetensors = False
-    found = checkpoint_to_resume(recipe, world, {})
+    found = checkpoint_to_resume(recipe, world, {"judge": {}})
     assert (found.path, found.best) == (resumed, harmful if where == "in the best" else None)
     assert not (tmp_path / "harm").exists()
