@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import UserError, exits_with_user_errors
 from qwen_vl_sft.recipe.command_line import parse_command_line
 
@@ -49,6 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--report", type=Path, help="write the result as JSON, beside what is there already")
     options, keys = parser.parse_known_args()
+    quiet_libraries(rank=0)
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.benchmarks import kill_and_resume
     from qwen_vl_sft.benchmarks.arguments import make_output_dir

@@ -474,13 +474,21 @@ def test_a_shuffled_stream_of_several_files_gives_each_row_an_id_of_its_own(work
         ("{folder}", "test", "has no split 'test'; its files give train"),
         ("{folder}/images/red.png", "train", "is none of"),
         ("{folder}", "train[:5", "cannot be loaded"),
-        ("json", "train", "dataset json, split train: cannot be loaded"),
     ],
 )
 def test_datasets_that_cannot_be_opened(messages_folder, name, split, told):
     folder = messages_folder([conversation_row()])
     with pytest.raises(UserError, match=told):
         open_rows(name.format(folder=folder), split)
+
+
+def test_a_hub_id_that_is_the_name_of_a_format_is_told_as_any_other(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", no_network)
+    with pytest.raises(UserError, match=r"dataset json, split train: cannot be loaded: no network"):
+        open_rows("json", "train")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
