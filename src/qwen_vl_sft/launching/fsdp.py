@@ -97,7 +97,8 @@ def altered_weights(model: nn.Module) -> list[str]:
             # What lies in layers that are split on their own stays as it is until their turn comes.
             if share is None or isinstance(gathered, DTensor) or gathered.dtype != share.dtype:
                 continue
-            if not torch.equal(_bytes(_own_share(gathered, share)), _bytes(share.to_local())):
+            put_in = share.to_local().to(gathered.device)  # with `fsdp_offload_params` shares lie in the CPU's memory
+            if not torch.equal(_bytes(_own_share(gathered, share)), _bytes(put_in)):
                 altered.append(".".join(filter(None, (prefix, name))))
         module.reshard()
     return altered
