@@ -39,8 +39,10 @@ def installed(monkeypatch):
         monkeypatch.setattr(attention_kernels, "_is_installed", lambda package: package in packages)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+        attention_kernels._capability.cache_clear()
 
-    return install
+    yield install
+    attention_kernels._capability.cache_clear()
 
 
 @pytest.mark.parametrize(

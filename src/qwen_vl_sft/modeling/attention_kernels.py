@@ -91,7 +91,12 @@ def has_varlen_kernel(value: torch.Tensor) -> bool:
 
 
 def _runs(name: str, device: torch.device | None = None) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= _LEAST_CAPABILITY[name]
+    return _capability(device) >= _LEAST_CAPABILITY[name]
+
+
+@functools.cache  # every layer asks in every forward
+def _capability(device: torch.device | None) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _is_installed(package: str) -> bool:
