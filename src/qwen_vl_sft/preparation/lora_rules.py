@@ -59,7 +59,7 @@ def _quantized(recipe: Recipe, wanted: str, matched: list[str], modules: dict[st
 
 def _precision_of_saved_modules(recipe: Recipe, world: World) -> Iterator[str]:
     """They are held in float32, and what passes between them and layers in half precision must be cast."""
-    settings, mixed = recipe.model, recipe.get("bf16") or recipe.get("fp16")
+    settings, mixed = recipe.model, recipe.mixed_precision
     if not settings.use_peft or not settings.lora_modules_to_save:
         return
     if settings.dtype != "float32" and not mixed:

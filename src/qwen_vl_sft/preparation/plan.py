@@ -42,8 +42,8 @@ def describe(recipe: Recipe, world: World, data: PreparedData, global_batch: Glo
 
 def _precision(recipe: Recipe) -> str:
     words = recipe.model.precision
-    if words == "float32" and (recipe.get("bf16") or recipe.get("fp16")):
-        return f"{words}, computed in {'bfloat16' if recipe.get('bf16') else 'float16'}"
+    if words == "float32" and recipe.mixed_precision:
+        return f"{words}, computed in {recipe.mixed_precision}"
     return f"{words}{', what trains is kept in float32' * _keeps_float32(recipe)}"
 
 

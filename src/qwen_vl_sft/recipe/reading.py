@@ -51,6 +51,11 @@ class Recipe:
         return self.get("seed") if stated is None else stated
 
     @property
+    def mixed_precision(self) -> str | None:
+        """The type that layers compute in, whatever type their weights have; None for that of the weights."""
+        return "bfloat16" if self.get("bf16") else "float16" if self.get("fp16") else None
+
+    @property
     def output_dir(self) -> Path:
         """The run folder."""
         return Path(self.training["output_dir"]).expanduser()

@@ -32,7 +32,7 @@ def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
     chosen = choose(recipe, world)
     if recipe.run.packing and chosen.attention != SDPA:
         varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
-    computed_in = torch.bfloat16 if recipe.get("bf16") else torch.float16 if recipe.get("fp16") else None
+    computed_in = getattr(torch, recipe.mixed_precision) if recipe.mixed_precision else None
     model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy, computed_in)
     if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
         freeze_vision_tower(model)
