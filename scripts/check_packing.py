@@ -8,7 +8,7 @@ The shape and the precision are real ones. Losses of every learned token and
 gradients of the adapter are compared with those of float32, one row at a time.
 Packed rows must be as near to them as rows one at a time are in the same
 precision; exit code 1 if they are not. Other `--key value` go to the recipe.
-tests/test_packed.py checks the same with small models in float32.
+tests/integration/test_packed.py checks the same with small models in float32.
 """
 
 from __future__ import annotations

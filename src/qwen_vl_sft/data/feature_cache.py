@@ -35,7 +35,8 @@ class FeatureCache:
     An image has M merged tokens of `width` values: those that the tower's merger gives and, for Qwen3-VL, those of each
     deeper layer beside them, `parts` of equal width in all. `storage` is what a value is written as: "bfloat16" and
     "float32" as they are, "int8" in 255 steps with a float32 scale for each token and part, its largest value. That is
-    0.9% off (root mean square, normally distributed values, width 3,584), bfloat16 0.17% (`tests/test_image_features.py`).
+    0.9% off (root mean square, normally distributed values, width 3,584), bfloat16 0.17%; see
+    `tests/integration/test_image_features.py`.
     """
 
     folder: Path

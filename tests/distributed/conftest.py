@@ -1,0 +1,3 @@
+"""Fixtures of models that train."""
+
+from fixtures.trainers import ragged  # noqa: F401

@@ -1,0 +1,67 @@
+"""scripts/benchmark.py: ways of training side by side."""
+
+import argparse
+import json
+
+import pytest
+
+from fixtures.messages import conversation_row
+from fixtures.processes import run_process
+from qwen_vl_sft import tiny
+from qwen_vl_sft.benchmarks.session import FEWEST_ROWS, run_session
+from qwen_vl_sft.benchmarks.variants import repeated
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.preparation.scan import scan
+
+
+def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
+    words = ["--config", tiny.MODEL_DIR, "--rounds", "0", "--output_dir", tmp_path / "out"]
+    finished = run_process("scripts/benchmark.py", *words)
+    assert (finished.returncode, finished.stderr.count("\n")) == (2, 1), finished.stderr
+    assert "--rounds" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("names", "told"), [("trl,pakced", "unknown variant 'pakced'"), (" ,", "names none")])
+def test_variants_are_read_before_anything_is_made(names, told, tmp_path):
+    arguments = argparse.Namespace(variants=names, rounds=1, repeat=1, model_dir=None, output_dir=tmp_path / "out")
+    with pytest.raises(UserError, match=f"--variants: {told}; known are trl, padded"):
+        run_session(arguments, [])
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_repeated_share_no_work(tiny_processor, messages_folder):
+    rows, encoder = [conversation_row("<image>Which?"), conversation_row("<image>And now?")], Encoder(tiny_processor)
+    again = repeated(scan(open_rows(str(messages_folder(rows)), "train"), encoder), 2)
+    encoded = [again.rows.encode({"row": index}, encoder) for index in range(4)]
+    one, two, three, four = (row.images[0].key for row in encoded)
+    assert one == two != three == four  # both rows show one image
+    assert again.prefix[0] != again.prefix[2]
+    assert again.rows.conversation({"row": 0}).images[0].digest == one
+
+
+@pytest.mark.long
+def test_ways_of_training_are_measured_on_rows_enough(tmp_path):
+    words = [
+        "--recipe",
+        "recipes/quickstart.yaml",
+        "--config",
+        tiny.MODEL_DIR,
+        "--variants",
+        "trl,packed_plain,shared_cached",
+    ]
+    words += ["--rounds", "1", "--seconds", "1", "--use_cpu", "true", "--load_in_4bit", "false"]
+    finished = run_process("scripts/benchmark.py", *words, "--max_train_samples", "64", "--output_dir", tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    about = json.loads((tmp_path / "results.json").read_text())
+    trl, packed, cached = about["results"]
+    assert about["steps"]["trl"] * 4 >= FEWEST_ROWS
+    assert (trl["variant"], trl["ratio"], packed["variant"]) == ("trl", 1.0, "packed_plain")
+    assert packed["ratio"] == packed["rows_per_second"] / trl["rows_per_second"]
+    # Without the vision tower there is less to compute for as many rows.
+    assert cached["tflops"] / cached["rows_per_second"] < packed["tflops"] / packed["rows_per_second"]
+    assert list((tmp_path / "runs" / "image_features").glob("*/*"))
+    assert "| packed_plain  |" in finished.stdout
+    assert (tmp_path / "speed.png").stat().st_size > 5_000

@@ -1,0 +1,346 @@
+"""Packed rows and shared prefixes against the same rows one at a time: per-token losses, gradients, three steps."""
+
+import copy
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fixtures.models import FAMILIES, newer, qwen2_vl
+from fixtures.packed_rows import GROUPS, ROWS, losses_of, one_at_a_time, token_losses
+from fixtures.processes import launch, run_process
+from qwen_vl_sft import tiny
+from qwen_vl_sft.batching.collator import Collator, pad
+from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join, seam
+from qwen_vl_sft.batching.packing import StepPlan, StepSampler
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.modeling.patches import take_packed_batches
+from qwen_vl_sft.preparation.scan import scan
+
+
+def pixels(row):
+    """Of all its images one after another; empty when it shows none."""
+    return torch.cat([torch.zeros(0), *(image.pixel_values.flatten() for image in row.images)])
+
+
+def gradients(model, losses):
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+# Qwen2-VL's losses here come to 19, which float32 itself resolves to 2e-6.
+TOLERATED = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 1e-6, "atol": 1e-5}}
+
+
+@pytest.fixture(params=TOLERATED, ids=["float64", "float32"])
+def tolerated(request, model):
+    """How far losses may be apart in each precision; the model is put into it."""
+    model.to(request.param)
+    yield TOLERATED[request.param]
+    model.double()
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_losses_and_gradients_are_those_of_rows_one_at_a_time(share, model, tolerated, encoded):
+    groups = [[encoded[place] for place in group] for group in GROUPS]
+    if not share:
+        groups = [[row] for group in groups for row in group]
+    batch = join(groups, Positions(model.config))
+    assert ("kv_index" in batch) == share
+    wanted, found = one_at_a_time(model, encoded), token_losses(model, batch)
+    torch.testing.assert_close(found, wanted, **tolerated)
+    assert largest_difference(gradients(model, wanted), gradients(model, found)) < 1e-5
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_an_image_goes_through_the_vision_tower_once(share, model, encoded):
+    """Rows show red three times, red and blue twice, and blue once; a shared group is cut in two."""
+    groups = [[0, 1], [2], [3, 4], [5], [6]] if share else [[place] for place in range(len(ROWS))]
+    batch = join([[encoded[place] for place in group] for group in groups], Positions(model.config))
+    one = encoded[0].images[0].pixel_values
+    assert len(batch["image_grid_thw"]) == batch["work"]["images"] == 2
+    assert len(batch["pixel_values"]) == batch["work"]["patches"] == 2 * len(one)
+    torch.testing.assert_close(batch["pixel_values"][: len(one)], one, rtol=0, atol=0)
+    assert batch["image_places"] == ([0, 0, 0, 1, 1] if share else [0, 0, 0, 0, 1, 0, 1, 1])
+    torch.testing.assert_close(token_losses(model, batch), one_at_a_time(model, encoded), rtol=0, atol=1e-12)
+    wrong = {**batch, "image_places": [1 - place for place in batch["image_places"]]}
+    assert (token_losses(model, wrong) - token_losses(model, batch)).abs().max() > 1e-4
+
+
+def test_images_that_differ_are_not_taken_for_one(model, encoded):
+    batch = join([[encoded[3]]], Positions(model.config))
+    assert len(batch["image_grid_thw"]) == 2
+    assert "image_places" not in batch
+
+
+def test_keys_and_values_are_gathered_in_the_order_of_the_rows(model, encoded):
+    batch = join([[encoded[5]], [encoded[0], encoded[1]]], Positions(model.config))
+    text, shared = len(encoded[5].input_ids), seam(encoded[0])
+    first, second = len(encoded[0].input_ids) - shared, len(encoded[1].input_ids) - shared
+    prefix = list(range(text, text + shared))
+    one = list(range(text + shared, text + shared + first))
+    other = list(range(text + shared + first, text + shared + first + second))
+    assert batch["kv_index"].tolist() == [*range(text), *prefix, *prefix, *one, *prefix, *other]
+
+
+def test_padded_batches_go_on_as_before(model, encoded):
+    batch = pad(encoded, 0)
+    padded = token_losses(model, batch)
+    torch.testing.assert_close(padded, one_at_a_time(model, encoded), rtol=0, atol=1e-12)
+    left = pad(encoded, 0, side="left")
+    torch.testing.assert_close(token_losses(model, left), padded, rtol=0, atol=1e-12)
+
+
+def test_positions_of_the_collator_are_those_that_the_model_works_out(model, encoded):
+    collator = Collator(
+        SimpleNamespace(encode=lambda item, *args: encoded[item["row"]]), SimpleNamespace(pad_token_id=0)
+    )
+    items = [{"row": row} for row in range(len(encoded))]
+    plain = collator(items)
+    collator.positions = Positions(model.config)
+    told = collator(items)
+    assert told["position_ids"].shape == (3, *told["input_ids"].shape)
+    assert {"image_cu_seqlens", "image_position_ids"} <= told.keys() - plain.keys()
+    losses = [token_losses(model, {**batch, "row_ids": None}) for batch in (plain, told)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
+    gradients_of = [gradients(model, found) for found in losses]
+    assert largest_difference(*gradients_of) < 1e-12
+    collator([{"row": 5}])  # shows no image
+
+
+def wrong(name, batch):
+    """The batch with one of the mistakes that raise no error by themselves."""
+    batch = dict(batch)
+    if name == "no boundaries":
+        for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            del batch[key]
+    elif name == "positions of the sequence":
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
+    elif name == "places of what is learned":
+        batch["learned_places"] = batch["learned_places"] + 1
+    return batch
+
+
+def test_boundaries_that_are_lost_in_training_are_an_error(model, encoded):
+    batch = wrong("no boundaries", join([[row] for row in encoded], Positions(model.config)))
+    model.train()
+    try:
+        with pytest.raises(RuntimeError, match="rows would attend to each other"):
+            token_losses(model, batch)
+    finally:
+        model.eval()
+
+
+def test_a_mask_of_ones_joins_no_rows(model, encoded):
+    batch = join([[row] for row in encoded], Positions(model.config))
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    torch.testing.assert_close(token_losses(model, batch), one_at_a_time(model, encoded), rtol=0, atol=1e-12)
+
+
+def test_a_mask_beside_boundaries_is_an_error(model, encoded):
+    batch = join([[row] for row in encoded], Positions(model.config))
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, :3] = 0
+    with pytest.raises(RuntimeError, match="packed rows take no attention mask"):
+        token_losses(model, batch)
+
+
+@pytest.mark.parametrize("name", ["no boundaries", "positions of the sequence", "places of what is learned"])
+def test_the_comparison_above_would_notice(name, model, encoded):
+    batch = wrong(name, join([[row] for row in encoded], Positions(model.config)))
+    difference = (token_losses(model, batch) - one_at_a_time(model, encoded)).abs().max()
+    assert difference > 1e-3
+
+
+def test_generation_on_the_packed_attention_is_that_of_plain_attention(encoded, tiny_processor):
+    from qwen_vl_sft.evaluation.generation import generate_batch
+
+    encoder = Encoder(tiny_processor)
+    plain, packed = qwen2_vl(), qwen2_vl()
+    use_packed_attention(packed)
+    rows = [row for row in encoded if row.images][:3]
+    assert generate_batch(plain, encoder, rows, 8) == generate_batch(packed, encoder, rows, 8)
+
+
+def test_the_seam_is_after_the_last_image_before_an_answer(encoded, tiny_processor):
+    end = tiny_processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    for row, images in ((encoded[0], 1), (encoded[3], 2)):
+        assert int(row.input_ids[seam(row) - 1]) == end
+        assert int((row.input_ids[: seam(row)] == end).sum()) == images
+    assert seam(encoded[5]) == 0
+
+
+def test_scanned_prefixes_are_those_of_the_encoded_rows(tiny_processor):
+    found = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    rows = [found.rows.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(found.rows))]
+    assert found.prefix_tokens.tolist() == [seam(row) for row in rows]
+    by_prefix = {}
+    for number, row in zip(found.prefix.tolist(), rows, strict=True):
+        by_prefix.setdefault(number, []).append(row)
+    assert len(by_prefix) < len(rows)
+    for alike in by_prefix.values():
+        first = alike[0]
+        assert all(torch.equal(row.input_ids[: seam(first)], first.input_ids[: seam(first)]) for row in alike)
+        assert all(torch.equal(pixels(row), pixels(first)) for row in alike)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=6), st.booleans())
+def test_any_mix_of_rows(mixed, picked, share):
+    model, encoded = mixed
+    groups = {}
+    for number, place in enumerate(picked):
+        family = next(index for index, group in enumerate(GROUPS) if place in group)
+        together = share and bool(encoded[place].images)
+        groups.setdefault(family if together else -1 - number, []).append(place)
+    # A row twice in a group is one branch twice.
+    batch = join([[encoded[place] for place in group] for group in groups.values()], Positions(model.config))
+    wanted = one_at_a_time(model, [encoded[place] for group in groups.values() for place in group])
+    torch.testing.assert_close(token_losses(model, batch), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def mixed(encoded):
+    """In float64: the largest losses are near 20, where float32 alone is 1e-5 off after some layers."""
+    model = qwen2_vl().double()
+    use_packed_attention(model)
+    take_packed_batches(model)
+    return model.eval(), encoded
+
+
+def three_steps(start, data, processor, folder, share, budget):
+    """Losses and weights of three packed steps of six rows."""
+    from fixtures.trainers import make_trainer
+
+    model = copy.deepcopy(start)
+    use_packed_attention(model)
+    take_packed_batches(model)
+    trainer = make_trainer(model, data.rows, processor, folder, train_rows=len(data.rows), max_steps=3)
+    plan = StepPlan(data.sizes, GlobalBatch(6), budget, 1, seed=0, share_prefixes=share)
+    trainer._sampler = StepSampler(plan, 0)
+    trainer.data_collator = PackedCollator(Collator(data.rows, Encoder(processor)), Positions(model.config))
+    trainer._train_batch_size = trainer.args.gradient_accumulation_steps = 1
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_optimizer_steps_packed_and_shared(family, tiny_processor, tmp_path):
+    """Each row of the data has a partner on the same chart, so that sharing changes no step's rows."""
+    start = qwen2_vl() if family == "qwen2_vl" else newer(family)
+    everything = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    pairs = [index for index in range(20) if (everything.prefix == everything.prefix[index]).sum() == 2][:6]
+    data = scan(everything.rows.select(pairs), Encoder(tiny_processor))
+    results = [
+        three_steps(start, data, tiny_processor, tmp_path / str(number), share, budget)
+        for number, (share, budget) in enumerate([(False, 200), (False, 100_000), (True, 100_000)])
+    ]
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], abs=1e-5)
+        torch.testing.assert_close(weights, results[0][1], rtol=0, atol=1e-5)
+
+
+def test_a_step_of_the_collator_counts_its_work_once(tiny_processor):
+    data = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    collator = PackedCollator(Collator(data.rows, Encoder(tiny_processor)), Positions(qwen2_vl().config))
+    (step,) = next(iter(StepPlan(data.sizes, GlobalBatch(8), 10_000, 1, 0, share_prefixes=True).steps(0)))
+    (batch,) = collator(step)[MICRO_BATCHES]
+    groups = step[0]
+    assert batch["work"]["rows"] == 8
+    assert batch["work"]["images"] == len(groups) < 8
+    assert batch["work"]["tokens"] == batch["input_ids"].shape[1] == sum(data.sizes.of(group)[0] for group in groups)
+    assert batch["work"]["learned"] == sum(int(data.learned[row]) for group in groups for row in group)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_an_image_is_decoded_once_in_a_micro_batch(share, tiny_processor, monkeypatch):
+    data = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
+    pair = [index for index in range(20) if (data.prefix == data.prefix[index]).sum() == 2][:4]
+    together = np.argsort(data.prefix[pair], kind="stable")
+    rows = [pair[place] for place in together]
+    groups = [rows[:2], rows[2:]] if share else [[row] for row in rows]
+    decoded = []
+    monkeypatch.setattr(ImageFile, "decode", lambda file, decode=ImageFile.decode: decoded.append(file) or decode(file))
+    collator = PackedCollator(Collator(data.rows, Encoder(tiny_processor)), Positions(qwen2_vl().config))
+    (batch,) = collator([groups])[MICRO_BATCHES]
+    assert batch["work"]["images"] == len(decoded) == len({data.prefix[row] for row in rows}) == 2
+
+
+KEYS = {
+    "max_steps": 3,
+    "max_train_samples": 48,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": "false",
+    "logging_steps": 1,
+    "report_to": "none",
+}
+ARGUMENTS = ["scripts/sft.py"]
+ARGUMENTS += [word for key, value in KEYS.items() for word in (f"--{key}", str(value))]
+PACKING = ["--packing", "true", "--tokens_per_batch", "500"]
+
+
+WAYS = {
+    "padded": [],
+    "packed": PACKING,
+    "shared": [*PACKING, "--share_prefixes", "true"],
+    "so many tokens a step": [*PACKING, "--share_prefixes", "true", "--global_batch_tokens", "900"],
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Losses of one process that trains in one of `WAYS`."""
+    folder = tmp_path_factory.mktemp("single")
+
+    @functools.cache
+    def train(way):
+        recipe = folder / f"{way}.yaml"
+        written = yaml.safe_load(Path("recipes/quickstart.yaml").read_text())
+        if "--global_batch_tokens" in WAYS[way]:
+            del written["global_batch_size"]
+        recipe.write_text(yaml.safe_dump(written))
+        arguments = [*ARGUMENTS, "--recipe", recipe, *WAYS[way], "--output_dir", folder / way]
+        done = run_process(*arguments)
+        assert done.returncode == 0, done.stderr
+        return losses_of(folder / way), arguments
+
+    return train
+
+
+def test_packed_training_is_padded_training(one_process):
+    assert one_process("packed")[0] == pytest.approx(one_process("padded")[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("cpu", "shared"),
+        pytest.param("zero3", "shared", marks=pytest.mark.long),
+        pytest.param("cpu", "so many tokens a step", marks=pytest.mark.long),
+        pytest.param("fsdp2", "packed", marks=pytest.mark.long),
+    ],
+)
+def test_two_processes_give_the_losses_of_one(config, name, one_process, tmp_path):
+    losses, arguments = one_process(name)
+    done = launch(config, *arguments[:-1], tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=1e-5)

@@ -1,0 +1,105 @@
+"""Where things are: folders that import one way, in the order of the README, and modules that fit a few screens."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from fixtures.repository import REPOSITORY
+
+PACKAGE = REPOSITORY / "src/qwen_vl_sft"
+ROOT = "(root)"
+MOST_LINES = 260
+
+
+def imported_names(path: Path, package: str) -> Iterator[list[str]]:
+    """What a module imports of its package, split at the dots: also inside functions, and for its types alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: name the whole module, from {package} on"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1:] for name in names if name.split(".")[0] == package)
+
+
+def folder_imports(package: Path) -> dict[str, dict[str, set[str]]]:
+    """For each folder the others that it imports from, and which of its modules do. Modules of the root are one."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package)
+        folder = place.parts[0] if len(place.parts) > 1 else ROOT
+        others = found.setdefault(folder, defaultdict(set))
+        for name in imported_names(path, package.name):
+            other = name[0] if name and (package / name[0]).is_dir() else ROOT
+            if other != folder:
+                others[other].add(str(place))
+    return found
+
+
+def check_no_cycle(imports: dict[str, dict[str, set[str]]]) -> None:
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        # Each folder of the cycle is imported by the next one.
+        cycle = error.args[1]
+        edges = [f"{b} from {a} in {sorted(imports[b][a])}" for a, b in pairwise(cycle)]
+        raise AssertionError("folders import each other: " + "; ".join(edges)) from None
+
+
+def test_folders_import_one_way():
+    check_no_cycle(folder_imports(PACKAGE))
+
+
+def test_a_cycle_is_found_wherever_it_imports(tmp_path):
+    package = tmp_path / "package"
+    modules = {
+        "errors.py": "",
+        "low/one.py": "from package.errors import UserError",
+        "high/two.py": "from package.low import one\nfrom package.high import three",
+    }
+    for name, text in modules.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    imports = folder_imports(package)
+    assert imports == {"high": {"low": {"high/two.py"}}, "low": {ROOT: {"low/one.py"}}, ROOT: {}}
+    check_no_cycle(imports)
+    (package / "low/late.py").write_text("def late():\n    import package.high.two")
+    with pytest.raises(AssertionError, match=r"low from high in \['low/late.py'\]"):
+        check_no_cycle(folder_imports(package))
+
+
+def test_the_readme_lists_the_folders_in_the_order_of_imports():
+    tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("    src/qwen_vl_sft/")[1].split("\n\n")[0]
+    order = [ROOT, *re.findall(r"^      (\w+)/", tree, re.MULTILINE)]
+    imports = folder_imports(PACKAGE)
+    assert sorted(order) == sorted(imports)
+    wrong = {
+        f"{folder} from {other}": sorted(modules)
+        for folder, others in imports.items()
+        for other, modules in others.items()
+        if order.index(other) > order.index(folder)
+    }
+    assert not wrong, "imports that point down the README's list"
+
+
+def test_the_readme_names_the_modules_of_the_root():
+    tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("    src/qwen_vl_sft/")[1].split("\n\n")[0]
+    named = re.findall(r"\w+", tree.splitlines()[1].strip().split("  ")[0])
+    assert sorted(named) == sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_modules_are_short():
+    lengths = {
+        str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
