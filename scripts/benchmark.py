@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 
-from qwen_vl_sft.benchmarks.arguments import add_common_arguments
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors, leave
+from qwen_vl_sft.tools.benchmarks.arguments import add_common_arguments
 
 
 @exits_with_user_errors
@@ -35,7 +35,7 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     quiet_libraries(rank=0)
 
-    from qwen_vl_sft.benchmarks.session import run_session
+    from qwen_vl_sft.tools.benchmarks.session import run_session
 
     print(run_session(arguments, rest))
     # Not waiting for the workers of every variant's data loader, which leave one after the other.

@@ -17,9 +17,9 @@ import argparse
 import json
 import sys
 
-from qwen_vl_sft.benchmarks.arguments import add_common_arguments
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.tools.benchmarks.arguments import add_common_arguments
 
 
 @exits_with_user_errors
@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--precisions", default="float32,bfloat16", help="default: %(default)s")
     arguments, words = parser.parse_known_args()
     quiet_libraries(rank=0)
-    from qwen_vl_sft.benchmarks.exactness import COLUMNS, compare
-    from qwen_vl_sft.benchmarks.session import about_machine
-    from qwen_vl_sft.benchmarks.table import format_table
+    from qwen_vl_sft.tools.benchmarks.exactness import COLUMNS, compare
+    from qwen_vl_sft.tools.benchmarks.session import about_machine
+    from qwen_vl_sft.tools.benchmarks.table import format_table
 
     results, good = compare(arguments, words)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

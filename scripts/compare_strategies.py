@@ -21,9 +21,9 @@ import argparse
 import signal
 import sys
 
-from qwen_vl_sft.benchmarks.arguments import add_common_arguments
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.tools.benchmarks.arguments import add_common_arguments
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -47,8 +47,8 @@ def main() -> None:
     # A queue or `timeout` ends this script with SIGTERM: what it started must end with it, as on Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     quiet_libraries(rank=0)
-    from qwen_vl_sft.benchmarks import comparison
-    from qwen_vl_sft.benchmarks.compare import plan_experiment
+    from qwen_vl_sft.tools.benchmarks import comparison
+    from qwen_vl_sft.tools.benchmarks.compare import plan_experiment
 
     experiment, cases = plan_experiment(arguments, words)
     results = []

@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft.config.command_line import parse_command_line
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import UserError, exits_with_user_errors
-from qwen_vl_sft.recipe.command_line import parse_command_line
 
 # The quickstart in a few seconds: evaluation, the best model at the end and old checkpoints' deletion take part.
 SHORT = (
@@ -52,9 +52,9 @@ def main() -> None:
     options, keys = parser.parse_known_args()
     quiet_libraries(rank=0)
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft.benchmarks import kill_and_resume
-    from qwen_vl_sft.benchmarks.arguments import make_output_dir
-    from qwen_vl_sft.outputs import run_folder
+    from qwen_vl_sft.checkpointing import run_folder
+    from qwen_vl_sft.tools.benchmarks import kill_and_resume
+    from qwen_vl_sft.tools.benchmarks.arguments import make_output_dir
 
     if options.kills < 1 or options.processes < 1:
         raise UserError("--kills, --processes: at least 1")

@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries(rank=0)
 
-    from qwen_vl_sft.modeling.random_model import make_random_model
+    from qwen_vl_sft.tools.random_model import make_random_model
 
     count = make_random_model(**vars(arguments))
     print(f"{count:,} random parameters written to {arguments.output_dir}")

@@ -26,8 +26,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from qwen_vl_sft.tiny import ASSETS_DIR
-    from qwen_vl_sft.tiny.build import BuildConfig, build, differences
-    from qwen_vl_sft.tiny.pretrain import Schedule
+    from qwen_vl_sft.tools.tiny.build import BuildConfig, build, differences
+    from qwen_vl_sft.tools.tiny.pretrain import Schedule
 
     schedule = Schedule() if arguments.steps is None else Schedule(steps=arguments.steps)
     config = BuildConfig(seed=arguments.seed, threads=arguments.threads, schedule=schedule)

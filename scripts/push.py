@@ -12,7 +12,7 @@ import sys
 
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.hub.options import check_options, parse_options, run_push
+from qwen_vl_sft.publishing.options import check_options, parse_options, run_push
 
 
 @exits_with_user_errors

@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import sys
 
+from qwen_vl_sft.config.command_line import format_help, parse_command_line
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.recipe.command_line import format_help, parse_command_line
-from qwen_vl_sft.resilience.preemption import Watch
+from qwen_vl_sft.resilience.signals import Watch
 
 SWITCHES = {
     "dry_run": "check everything, print the resolved recipe, the plan and a row as the model sees it, and stop",
@@ -33,26 +33,26 @@ def main() -> None:
         print(format_help(__doc__ or "", SWITCHES))
         return
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft.hub import push_while_training
-    from qwen_vl_sft.launching import launch
-    from qwen_vl_sft.preparation import batch_rules, feature_filling, plan, prepared_data, preview, resume_check, rules
-    from qwen_vl_sft.recipe.reading import read_recipe
-    from qwen_vl_sft.resilience import safety, shared_folder
-    from qwen_vl_sft.training import sft
+    from qwen_vl_sft.batching import batch_rules
+    from qwen_vl_sft.config.reading import read_recipe
+    from qwen_vl_sft.data import preview
+    from qwen_vl_sft.distributed import launch, shared_folder
+    from qwen_vl_sft.publishing import push_while_training
+    from qwen_vl_sft.training import plan, precompute_features, prepared_data, resume_check, rules, safety, sft
 
     recipe = read_recipe(recipe_file, overrides)
-    world = launch.read_world(use_cpu=recipe.get("use_cpu"))
-    rules.check(recipe, world)
-    global_batch = batch_rules.resolve_batch(recipe, world)
-    publisher = push_while_training.prepare(recipe, world)
+    context = launch.read_context(use_cpu=recipe.get("use_cpu"))
+    rules.check(recipe, context)
+    global_batch = batch_rules.resolve_batch(recipe, context)
+    publisher = push_while_training.prepare(recipe, context)
     watch.folder = recipe.output_dir
 
-    launch.start(world)
-    data = prepared_data.prepare_data(recipe, world)
-    if world.rank == 0:
+    launch.start(context)
+    data = prepared_data.prepare_data(recipe, context)
+    if context.rank == 0:
         if "dry_run" in switches:
             print(recipe.to_yaml())
-        print(plan.describe(recipe, world, data, global_batch), flush=True)
+        print(plan.describe(recipe, context, data, global_batch), flush=True)
         for warning in plan.warnings(recipe):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if "dry_run" in switches:
@@ -60,21 +60,21 @@ def main() -> None:
     if "dry_run" in switches:
         return
 
-    about = resume_check.about_run(recipe, world, data, global_batch)
-    args = sft.sft_config(recipe, world)
-    shared_folder.check_shared(recipe.output_dir, world)
-    resume = resume_check.checkpoint_to_resume(recipe, world, about)
-    trainer = sft.build_trainer(recipe, world, args, data, global_batch)
+    about = resume_check.run_signature(recipe, context, data, global_batch)
+    args = sft.sft_config(recipe, context)
+    shared_folder.check_shared(recipe.output_dir, context)
+    resume = resume_check.checkpoint_to_resume(recipe, context, about)
+    trainer = sft.build_trainer(recipe, context, args, data, global_batch)
     if data.features:
-        feature_filling.fill(trainer, data.features, recipe.data.bad_rows == "skip")
+        precompute_features.fill(trainer, data.features, recipe.data.bad_rows == "skip")
     if publisher:
         trainer.add_callback(publisher)
-    if world.rank == 0:
-        sft.begin_run_folder(recipe, world, data)
-    safety.attach(trainer, recipe, world, watch, about, resume)
+    if context.rank == 0:
+        sft.begin_run_folder(recipe, context, data)
+    safety.attach(trainer, recipe, context, watch, about, resume)
     with watch.while_training():
-        metrics = sft.train(trainer, world, recipe, data, resume.path if resume else None)
-        if world.rank == 0:
+        metrics = sft.train(trainer, context, recipe, data, resume.path if resume else None)
+        if context.rank == 0:
             sft.finish_run_folder(recipe, trainer, metrics)
             print(plan.outcome(recipe, metrics), flush=True)
     trainer.accelerator.end_training()

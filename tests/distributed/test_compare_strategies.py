@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from fixtures.processes import run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
-from qwen_vl_sft.benchmarks import compare, comparison, outcome, strategies
-from qwen_vl_sft.benchmarks.strategies import Case, grid, recipe_of
-from qwen_vl_sft.benchmarks.table import TEXT, format_table
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import forget_unused_renamings
-from qwen_vl_sft.modeling.random_model import make_random_model
+from qwen_vl_sft.tools.benchmarks import compare, comparison, outcome, strategies
+from qwen_vl_sft.tools.benchmarks.strategies import Case, grid, recipe_of
+from qwen_vl_sft.tools.benchmarks.table import TEXT, format_table
+from qwen_vl_sft.tools.random_model import make_random_model
 
 SCRIPT = "scripts/compare_strategies.py"
 FEW_STEPS = ["--recipe", "recipes/quickstart.yaml", "--max_train_samples", "32", "--global_batch_size", "8"]

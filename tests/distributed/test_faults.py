@@ -22,12 +22,12 @@ from fixtures.models import qwen2_vl
 from fixtures.processes import launch
 from fixtures.repository import REPOSITORY
 from fixtures.trainers import make_trainer
+from qwen_vl_sft.checkpointing.checkpoints import folders, problem_of
+from qwen_vl_sft.checkpointing.row_log import read_row_log
+from qwen_vl_sft.distributed.agreement import Agreement
 from qwen_vl_sft.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, exits_with_user_errors
-from qwen_vl_sft.outputs.checkpoints import folders, problem_of
-from qwen_vl_sft.outputs.row_log import read_row_log
-from qwen_vl_sft.resilience.agreement import Agreement
-from qwen_vl_sft.resilience.preemption import Watch
-from qwen_vl_sft.resilience.reporting import guard_loggers
+from qwen_vl_sft.resilience.logger_guard import guard_loggers
+from qwen_vl_sft.resilience.signals import Watch
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 

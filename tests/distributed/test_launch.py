@@ -15,9 +15,9 @@ from accelerate.commands.config import config_args
 from torch import nn
 
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.distributed.launch import DistributedContext, check_running, read_context, training_arguments
+from qwen_vl_sft.distributed.launcher_request import Asked, Process, ancestors, asked_of_launcher
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launching.asked import Asked, Process, ancestors, asked_of_launcher
-from qwen_vl_sft.launching.launch import World, check_running, read_world, training_arguments
 
 CONFIGS = REPOSITORY / "accelerate_configs"
 ALONE: dict[str, str] = {}
@@ -29,11 +29,11 @@ ZERO = RANK_1_OF_2 | {"ACCELERATE_USE_DEEPSPEED": "true"}
 @pytest.fixture(autouse=True)
 def _same_on_every_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "no_default_config.yaml"))
-    monkeypatch.setattr("qwen_vl_sft.launching.world.find_spec", lambda name: "installed")
+    monkeypatch.setattr("qwen_vl_sft.distributed.context.find_spec", lambda name: "installed")
 
 
-def read(env, asked=None, gpus=2, use_cpu=False) -> World:
-    return read_world(use_cpu, env, lambda: asked, lambda: gpus)
+def read(env, asked=None, gpus=2, use_cpu=False) -> DistributedContext:
+    return read_context(use_cpu, env, lambda: asked, lambda: gpus)
 
 
 def refusal(env, asked=None, gpus=2, use_cpu=False) -> str:
@@ -57,11 +57,11 @@ def refusal(env, asked=None, gpus=2, use_cpu=False) -> str:
     ],
 )
 def test_strategy_and_place_come_from_the_environment(env, strategy):
-    assert read(env) == World(strategy, processes=2, rank=1, local_rank=1, on_cpu=False)
+    assert read(env) == DistributedContext(strategy, processes=2, rank=1, local_rank=1, on_cpu=False)
 
 
 def test_one_process_without_a_launcher():
-    assert read(ALONE, gpus=1) == World("single", processes=1, rank=0, local_rank=0, on_cpu=False)
+    assert read(ALONE, gpus=1) == DistributedContext("single", processes=1, rank=0, local_rank=0, on_cpu=False)
 
 
 def test_a_launched_group_of_one_is_wrapped_in_ddp():
@@ -105,7 +105,7 @@ def test_launches_that_cannot_train_are_refused(env, words):
 
 
 def test_deepspeed_must_be_installed(monkeypatch):
-    monkeypatch.setattr("qwen_vl_sft.launching.world.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_vl_sft.distributed.context.find_spec", lambda name: None)
     assert "pip install deepspeed" in refusal(ZERO)
 
 
@@ -233,10 +233,10 @@ class FakeAccelerator:
 
 
 def test_what_runs_is_compared_with_what_was_launched():
-    check_running(World("single", 1, 0, 0, on_cpu=True), FakeAccelerator(), nn.Linear(1, 1))
+    check_running(DistributedContext("single", 1, 0, 0, on_cpu=True), FakeAccelerator(), nn.Linear(1, 1))
     for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
         with pytest.raises(UserError) as error:
-            check_running(World(strategy, 2, 0, 0, on_cpu=False), FakeAccelerator(), nn.Linear(1, 1))
+            check_running(DistributedContext(strategy, 2, 0, 0, on_cpu=False), FakeAccelerator(), nn.Linear(1, 1))
         type_, processes, device, wrapper = error.value.problems
         assert f"launched as {strategy}, but accelerate runs NO" in type_
         assert "1 processes take part, not 2" in processes
@@ -246,12 +246,16 @@ def test_what_runs_is_compared_with_what_was_launched():
 
 def test_data_parallel_is_not_single():
     with pytest.raises(UserError, match="DataParallel"):
-        check_running(World("single", 1, 0, 0, on_cpu=True), FakeAccelerator(), nn.DataParallel(nn.Linear(1, 1)))
+        check_running(
+            DistributedContext("single", 1, 0, 0, on_cpu=True), FakeAccelerator(), nn.DataParallel(nn.Linear(1, 1))
+        )
 
 
 def test_arguments_of_a_gpu_run_are_left_to_the_recipe():
-    assert training_arguments(World("fsdp2", 2, 0, 0, on_cpu=False)) == {"accelerator_config": {"non_blocking": True}}
-    assert training_arguments(World("ddp", 2, 0, 0, on_cpu=True))["use_cpu"]
+    assert training_arguments(DistributedContext("fsdp2", 2, 0, 0, on_cpu=False)) == {
+        "accelerator_config": {"non_blocking": True}
+    }
+    assert training_arguments(DistributedContext("ddp", 2, 0, 0, on_cpu=True))["use_cpu"]
 
 
 # Real launches, about 10 s each
@@ -301,14 +305,14 @@ def test_a_shipped_configuration_runs_what_it_says_on_the_cpu(name, strategy, wr
     code, output = launch(tmp_path, "--config_file", f"accelerate_configs/{name}.yaml")
     assert code == 0, output
     worlds = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("world-*.json"))]
-    assert [world["rank"] for world in worlds] == [0, 1], output
-    for world in worlds:
-        assert (world["strategy"], world["processes"], world["on_cpu"]) == (strategy, 2, True)
-        assert world["wrapper"] == wrapper
-        before, training = world["waits"]
+    assert [context["rank"] for context in worlds] == [0, 1], output
+    for context in worlds:
+        assert (context["strategy"], context["processes"], context["on_cpu"]) == (strategy, 2, True)
+        assert context["wrapper"] == wrapper
+        before, training = context["waits"]
         assert (set(before), set(training)) == ({24 * 3600}, {77})
         if strategy == "fsdp2":
-            assert {"FSDPQwen2VLDecoderLayer", "FSDPQwen2VLVisionBlock"} <= set(world["split"])
+            assert {"FSDPQwen2VLDecoderLayer", "FSDPQwen2VLVisionBlock"} <= set(context["split"])
 
 
 @pytest.mark.timeout(200)

@@ -8,8 +8,8 @@ import pytest
 from fixtures.messages import conversation_row, png
 from fixtures.processes import launch, run_process
 from qwen_vl_sft import tiny
+from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.errors import EXIT_USER_ERROR
-from qwen_vl_sft.outputs.row_log import read_row_log
 
 
 def arguments(data, folder, scope, packing, **other):

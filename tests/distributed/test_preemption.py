@@ -17,13 +17,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fixtures.processes import run_process
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.checkpointing.checkpoints import problem_of
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import EXIT_PREEMPTED, Preempted, UserError
-from qwen_vl_sft.launching.world import World
-from qwen_vl_sft.outputs.checkpoints import problem_of
-from qwen_vl_sft.recipe.reading import read_recipe
-from qwen_vl_sft.resilience import faults, preemption, safety
+from qwen_vl_sft.resilience import faults, signals
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.faults import StepRecord
+from qwen_vl_sft.training import safety
 
 SCRIPT = "scripts/sft.py"
 ENDLESS = {
@@ -107,7 +108,7 @@ def start(tmp_path):
 
 
 def check_stopped(running, reason):
-    mark = json.loads((running.run / preemption.MARK).read_text())
+    mark = json.loads((running.run / signals.MARK).read_text())
     assert mark["reason"] == reason
     assert problem_of(running.run / f"checkpoint-{mark['step']}") is None
     assert mark["checkpoint"] == f"checkpoint-{mark['step']}"
@@ -137,7 +138,7 @@ def test_a_stopped_run_goes_on_and_forgets_that_it_was_stopped(start):
     keys = {**ENDLESS, "output_dir": running.run, "resume_from_checkpoint": "latest", "max_steps": step + 1}
     finished = run_process(SCRIPT, *words(keys))
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert not (running.run / preemption.MARK).exists()
+    assert not (running.run / signals.MARK).exists()
     assert (running.run / "adapter_model.safetensors").is_file()
 
 
@@ -165,7 +166,7 @@ def test_all_processes_agree_under_the_launcher(config, number, whom, reason, st
 
 
 def test_the_first_process_knows_why_though_another_has_noticed_first():
-    watch = preemption.Watch()
+    watch = signals.Watch()
     assert watch.reason_of_all == "a signal to another process"
     watch._launcher = os.getppid()
     assert watch.reason_of_all == "a signal to another process"
@@ -187,7 +188,7 @@ def test_before_training_it_ends_at_once_with_nothing_to_save(start):
 # A mutex that is taken twice: the main thread waits in a library, and no signal wakes it.
 STUCK = """
 import ctypes, os, signal, sys, time
-from qwen_vl_sft.resilience.preemption import Watch
+from qwen_vl_sft.resilience.signals import Watch
 watch = Watch()
 watch.begin()
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -213,7 +214,7 @@ def test_a_process_that_is_stuck_in_a_library_ends_too(number):
         assert process.stdout.readline() == b"ready\n"
         # What its child was told has not ended it.
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=2 * preemption._HANDLER_SECONDS)
+            process.wait(timeout=2 * signals._HANDLER_SECONDS)
         process.send_signal(number)
         _, told = process.communicate(timeout=30)
     finally:
@@ -277,7 +278,7 @@ def test_the_deadline_leaves_time_for_the_save_and_the_evaluation():
 def test_a_stopped_run_is_told_what_can_be_done(streamed, told, tmp_path):
     recipe = read_recipe(None, {"dataset_streaming": streamed, "output_dir": str(tmp_path)})
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
-    watched = safety.Safety(trainer, recipe, World("single", 1, 0, 0, True), preemption.Watch(), None)
+    watched = safety.Safety(trainer, recipe, DistributedContext("single", 1, 0, 0, True), signals.Watch(), None)
     watched.stopping = "SIGTERM"
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(Preempted, match=rf"after step 2 of 9; .*checkpoint-2 is written\. {told}"):
@@ -289,9 +290,9 @@ def test_the_longest_step_is_told_with_its_data_and_without_what_follows_it(tmp_
     monkeypatch.setattr(safety.time, "perf_counter", lambda: now[0])
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), record=StepRecord(), skip_unsound=True)
     trainer.tell, trainer.evaluates_at_epoch_end = (lambda *told: None), (lambda: False)
-    trainer.save_seconds, trainer.stall_watch, trainer.skipped = None, None, []
+    trainer.save_seconds, trainer.watchdog, trainer.skipped = None, None, []
     recipe = read_recipe(None, {"output_dir": str(tmp_path)})
-    watched = safety.Safety(trainer, recipe, World("single", 1, 0, 0, True), preemption.Watch(), None)
+    watched = safety.Safety(trainer, recipe, DistributedContext("single", 1, 0, 0, True), signals.Watch(), None)
     control = SimpleNamespace(should_evaluate=False)
     watched.on_train_begin(None, None, control)
     for step, seconds in enumerate((3.0, 5.0, 4.0), start=1):

@@ -15,11 +15,11 @@ import torch
 from fixtures.processes import launch
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
+from qwen_vl_sft.checkpointing import run_folder
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.outputs import run_folder
-from qwen_vl_sft.recipe.reading import read_recipe
-from qwen_vl_sft.resilience.preemption import Watch
+from qwen_vl_sft.resilience.signals import Watch
 from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
@@ -125,7 +125,7 @@ def test_float32_is_float32_in_convolutions_too(tf32, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     keys = {"model_name_or_path": str(tiny.MODEL_DIR), "dataset_name": "data", "use_cpu": True, "bf16": False}
     recipe = read_recipe(None, {**keys, "output_dir": str(tmp_path), **({} if tf32 is None else {"tf32": tf32})})
-    sft.sft_config(recipe, World(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True))
+    sft.sft_config(recipe, DistributedContext(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True))
     assert torch.backends.cudnn.allow_tf32 == (tf32 is None)
 
 
@@ -184,7 +184,7 @@ def checkout(tmp_path, monkeypatch):
     """A repository with a copy of the module that asks for its commit."""
     package = tmp_path / "repository/src"
     package.mkdir(parents=True)
-    module = package / "outputs/run_folder.py"
+    module = package / "checkpointing/run_folder.py"
     module.parent.mkdir()
     shutil.copy(run_folder.__file__, module)
     monkeypatch.setattr(run_folder, "__file__", str(module))
@@ -212,6 +212,6 @@ def test_the_commit_says_whether_the_code_was_changed(checkout):
     assert run_folder._git_commit() == f"{clean}-dirty"
     (checkout / "new.py").unlink()
     assert run_folder._git_commit() == clean
-    with (checkout / "outputs/run_folder.py").open("a") as file:
+    with (checkout / "checkpointing/run_folder.py").open("a") as file:
         file.write("\n")
     assert run_folder._git_commit() == f"{clean}-dirty"

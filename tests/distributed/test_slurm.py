@@ -121,10 +121,10 @@ def test_every_configuration_starts_one_world(cluster, stub):
     assert [cluster.wait(job).state for job in jobs] == ["COMPLETED"] * len(jobs), output(stub)
     for job, (name, variable) in zip(jobs, shown.items(), strict=True):
         for rank in range(4):
-            world = json.loads((stub / name / f"world-{rank}.json").read_text())
-            place = [world[key] for key in ("RANK", "WORLD_SIZE", "SLURM_NODEID", "LOCAL_RANK", "resume")]
+            context = json.loads((stub / name / f"world-{rank}.json").read_text())
+            place = [context[key] for key in ("RANK", "WORLD_SIZE", "SLURM_NODEID", "LOCAL_RANK", "resume")]
             assert place == [str(rank), "4", str(rank // 2), str(rank % 2), "latest"]
-            assert [key for key in world if key.startswith("ACCELERATE")] == ([variable] if variable else [])
+            assert [key for key in context if key.startswith("ACCELERATE")] == ([variable] if variable else [])
             assert (stub / f"logs/{job}/rank-{rank}.log").read_text() == f"this is process {rank}\n"
 
 

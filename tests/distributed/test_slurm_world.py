@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.distributed.context import read_context
+from qwen_vl_sft.distributed.slurm import unlike_allotted
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launching.slurm import unlike_allotted
-from qwen_vl_sft.launching.world import read_world
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_smaller_world_is_refused(processes, on_cpu, env, words):
 
 def test_reading_the_world_refuses_it():
     with pytest.raises(UserError, match="Slurm allotted 2 nodes"):
-        read_world(True, {"SLURM_JOB_NUM_NODES": "2"}, lambda: None, lambda: 0)
+        read_context(True, {"SLURM_JOB_NUM_NODES": "2"}, lambda: None, lambda: 0)
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def words_of_job(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
-    world = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "JOB_NODELIST": "node1", "CPUS_PER_TASK": "1", "GPUS_ON_NODE": "1"}
-    env = {**os.environ, "PATH": path, **{f"SLURM_{name}": value for name, value in world.items()}}
+    context = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "JOB_NODELIST": "node1", "CPUS_PER_TASK": "1", "GPUS_ON_NODE": "1"}
+    env = {**os.environ, "PATH": path, **{f"SLURM_{name}": value for name, value in context.items()}}
 
     def start(restarts, *words):
         job = ["bash", REPOSITORY / "slurm/sft.sbatch", *words]

@@ -13,9 +13,9 @@ from torch.distributed import TCPStore
 
 from fixtures.faulty_runs import KEYS
 from fixtures.repository import REPOSITORY
-from qwen_vl_sft.outputs.row_log import read_row_log
-from qwen_vl_sft.resilience import stall
-from qwen_vl_sft.resilience.stall import StallWatch, Standing, format_report
+from qwen_vl_sft.checkpointing.row_log import read_row_log
+from qwen_vl_sft.resilience import watchdog
+from qwen_vl_sft.resilience.watchdog import Standing, Watchdog, format_report
 
 TIMEOUT = 20
 
@@ -73,18 +73,18 @@ def watch(monkeypatch, tmp_path):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    monkeypatch.setattr(stall.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
 
-    monkeypatch.setattr(stall.gc, "disable", lambda: None)
+    monkeypatch.setattr(watchdog.gc, "disable", lambda: None)
 
     def leave(code, message, show):
         raise Left(code, message, show)
 
-    monkeypatch.setattr(stall, "leave", leave)
+    monkeypatch.setattr(watchdog, "leave", leave)
 
     def make(rank, timeout, processes=1):
         assert store.port, "the store lives as long as the test"
-        return StallWatch(tmp_path, rank, processes, timeout)
+        return Watchdog(tmp_path, rank, processes, timeout)
 
     return make
 
@@ -95,10 +95,10 @@ def test_who_moves_is_not_ended_and_who_stops_is(watch, tmp_path):
 
     def run():
         with pytest.raises(Left) as left:
-            StallWatch.run(entry)
+            Watchdog.run(entry)
         finished.append(left.value.args)
 
-    thread = stall.threading.Thread(target=run)
+    thread = watchdog.threading.Thread(target=run)
     thread.start()
     for number in range(20):
         entry.move(f"step {number}", (number,))
@@ -113,7 +113,7 @@ def test_who_moves_is_not_ended_and_who_stops_is(watch, tmp_path):
 
 def test_a_suspended_job_is_not_ended_for_the_time_it_did_not_run(watch, monkeypatch):
     entry, clock = watch(0, timeout=100), [0.0]
-    monkeypatch.setattr(stall.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
     ticks = []
 
     def wait(seconds):
@@ -137,10 +137,10 @@ def test_all_processes_end_with_one_report(watch, capsys):
 
     def run(entry):
         with pytest.raises(Left) as end:
-            StallWatch.run(entry)
+            Watchdog.run(entry)
         left.append(end.value.args)
 
-    threads = [stall.threading.Thread(target=run, args=(entry,)) for entry in (first, second)]
+    threads = [watchdog.threading.Thread(target=run, args=(entry,)) for entry in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -8,12 +8,12 @@ import pytest
 from fixtures.messages import conversation_row
 from fixtures.processes import run_process
 from qwen_vl_sft import tiny
-from qwen_vl_sft.benchmarks.session import FEWEST_ROWS, run_session
-from qwen_vl_sft.benchmarks.variants import repeated
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.preparation.scan import scan
+from qwen_vl_sft.tools.benchmarks.session import FEWEST_ROWS, run_session
+from qwen_vl_sft.tools.benchmarks.variants import repeated
 
 
 def test_no_rounds_are_refused_before_anything_is_made(tmp_path):

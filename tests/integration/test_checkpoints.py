@@ -18,19 +18,18 @@ from fixtures.processes import launch, run_process
 from fixtures.repository import REPOSITORY
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import errors, tiny
-from qwen_vl_sft.benchmarks.kill_and_resume import Experiment
+from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing.checkpoints import MARK, Checkpoint
+from qwen_vl_sft.checkpointing.resumed_state import correct_state, take_schedule
+from qwen_vl_sft.checkpointing.rotation import rotate, set_aside
+from qwen_vl_sft.checkpointing.row_log import RowLog, forget_after, read_row_log
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
-from qwen_vl_sft.launching.world import World
 from qwen_vl_sft.modeling.base_identity import identity_of_base
-from qwen_vl_sft.outputs import checkpoints
-from qwen_vl_sft.outputs.checkpoint_rotation import rotate, set_aside
-from qwen_vl_sft.outputs.checkpoints import MARK, Checkpoint
-from qwen_vl_sft.outputs.row_log import RowLog, forget_after, read_row_log
-from qwen_vl_sft.preparation import resume_check
-from qwen_vl_sft.recipe.reading import read_recipe
-from qwen_vl_sft.recipe.settings import ModelSettings
-from qwen_vl_sft.resilience import safety
-from qwen_vl_sft.resilience.resumed_state import correct_state, take_schedule
+from qwen_vl_sft.tools.benchmarks.kill_and_resume import Experiment
+from qwen_vl_sft.training import resume_check, safety
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {
@@ -320,8 +319,8 @@ def test_what_a_mark_does_not_tell_is_not_averaged_over(ragged, tiny_processor, 
 
 
 def written_by(strategy, processes, **same):
-    world = {"strategy": strategy, "processes": processes}
-    return {**ABOUT, "world": world, "same": {**ABOUT["same"], **same}}
+    context = {"strategy": strategy, "processes": processes}
+    return {**ABOUT, "world": context, "same": {**ABOUT["same"], **same}}
 
 
 def check(was, now, dropout=0.0):
@@ -513,8 +512,8 @@ def test_steps_that_were_left_out_are_forgotten_with_what_was_lost(tmp_path):
     trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(device=torch.device("cpu")))
     trainer.go_on_from, trainer.add_callback = (lambda so_far: None), (lambda callback: None)
     (tmp_path / safety.SKIPPED).write_text('{"step": 2, "why": "a"}\n{"step": 5, "why": "b"}\n')
-    watch, world = SimpleNamespace(keep_workers=lambda: None), World("single", 1, 0, 0, True)
-    safety.attach(trainer, recipe, world, watch, {}, Checkpoint(tmp_path / "checkpoint-4", 4, {}))
+    watch, context = SimpleNamespace(keep_workers=lambda: None), DistributedContext("single", 1, 0, 0, True)
+    safety.attach(trainer, recipe, context, watch, {}, Checkpoint(tmp_path / "checkpoint-4", 4, {}))
     assert safety.skipped_steps(tmp_path) == 1
 
 

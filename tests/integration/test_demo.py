@@ -20,12 +20,12 @@ from PIL import Image
 from fixtures.answering import chart, write_builtin_run
 from fixtures.messages import png
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo.examples import collect_examples, load_examples, save_examples
 from qwen_vl_sft.demo.naming import label, model_name, relaxed_accuracy, run_names
 from qwen_vl_sft.demo.options import check_options, parse_options
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.options import Source, TunedModel, read_source
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 MESSAGES = ("Answer with one word.", "Answer in a sentence.")

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from fixtures.evaluation import SYSTEM_MESSAGE, plan, read_rows, write_charts, write_run
 from fixtures.messages import conversation_row, png, write_messages
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.atomic_write import atomic_write
+from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import UserError
@@ -37,9 +39,7 @@ from qwen_vl_sft.evaluation.predictions import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
 from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question, up_to_last_answer
-from qwen_vl_sft.recipe.reading import build
 from qwen_vl_sft.tiny import MODEL_DIR
-from qwen_vl_sft.whole_file import write_whole
 
 FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
 
@@ -205,7 +205,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatc
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_whole(tmp_path / "file", "text")
+        atomic_write(tmp_path / "file", "text")
     assert not list(tmp_path.iterdir())
 
 
@@ -368,15 +368,15 @@ def test_an_adapter_of_another_model_is_refused(run, tmp_path):
     renamed = {name.replace("language_model", "text_model"): value for name, value in weights.items()}
     save_file(renamed, tmp_path / "adapter_model.safetensors")
     ready = plan("--run", run)
-    model = load_arm(ready, "base", None, world())
+    model = load_arm(ready, "base", None, context())
     with pytest.raises(UserError, match="have no counterpart"):
         attach_adapter(model, tmp_path)
 
 
-def world():
-    from qwen_vl_sft.launching.launch import World
+def context():
+    from qwen_vl_sft.distributed.launch import DistributedContext
 
-    return World("single", 1, 0, 0, on_cpu=True)
+    return DistributedContext("single", 1, 0, 0, on_cpu=True)
 
 
 # With the model
@@ -582,7 +582,9 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
     arms, files = ("base", "prompted", "tuned"), AnswerFiles(tmp_path)
     ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse_options([]), tmp_path)
     files.repair(rank=0)
-    answer_all(ready, Task(None, [Question(0, "?", ["1"], None)], [[0]], arms, "", None, ""), arms, {}, files, world())
+    answer_all(
+        ready, Task(None, [Question(0, "?", ["1"], None)], [[0]], arms, "", None, ""), arms, {}, files, context()
+    )
     assert alive == {"base": [], "prompted": ["base"], "tuned": beside_tuned}
 
 

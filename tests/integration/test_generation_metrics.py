@@ -10,15 +10,15 @@ import torch
 from fixtures.messages import conversation_row
 from fixtures.processes import launch, run_process
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.evaluation.generation import generate_answers
 from qwen_vl_sft.evaluation.metrics import METRICS, score
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, load_model
-from qwen_vl_sft.preparation.scan import scan
-from qwen_vl_sft.recipe.settings import ModelSettings
 from qwen_vl_sft.training.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
 from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32
 
@@ -51,11 +51,11 @@ def evaluation(tiny_processor):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
-def test_processes_answer_every_batch_and_where_weights_are_split_as_many_each(count, world):
+def test_processes_answer_every_batch_and_where_weights_are_split_as_many_each(count, context):
     batches = [[number] for number in range(count)]
-    shares = [share(batches, rank, world, equal=False) for rank in range(world)]
+    shares = [share(batches, rank, context, equal=False) for rank in range(context)]
     assert sorted(batch for part in shares for batch in part) == batches
-    equal = [share(batches, rank, world, equal=True) for rank in range(world)]
+    equal = [share(batches, rank, context, equal=True) for rank in range(context)]
     assert {len(part) for part in equal} == {len(equal[0])}
     assert {tuple(batch) for part in equal for batch in part} == {tuple(batch) for batch in batches}
 

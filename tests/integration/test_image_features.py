@@ -18,23 +18,23 @@ from fixtures.packed_rows import GROUPS, losses_of, one_at_a_time, token_losses
 from fixtures.processes import launch, run_process
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import tiny
+from qwen_vl_sft.batching.batch_rules import BATCH_RULES
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoded_image import EncodedImage
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.data.scan import scan
+from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
 from qwen_vl_sft.modeling.patches import run_vision_in_every_batch, take_packed_batches
-from qwen_vl_sft.preparation import feature_filling
-from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
-from qwen_vl_sft.preparation.image_features import plan_features
-from qwen_vl_sft.preparation.scan import scan
-from qwen_vl_sft.recipe.reading import build
+from qwen_vl_sft.training import precompute_features
+from qwen_vl_sft.training.image_features import plan_features
 
 DISTINCT = 16  # different images among the first 24 rows of the tiny charts' val split
 
@@ -51,7 +51,7 @@ def backbone_of(model):
 def stored(model, rows, cache):
     """The rows with features that went through the disk instead of pixels."""
     for image in {image.key: image for row in rows for image in row.images}.values():
-        (values,) = feature_filling.run_tower(backbone_of(model), [image], torch.device("cpu"))
+        (values,) = precompute_features.run_tower(backbone_of(model), [image], torch.device("cpu"))
         cache.write(image.key, values, image.grid)
 
     def read(image):
@@ -171,7 +171,7 @@ class Filling:
     def fill(self, skip_bad_rows=False):
         """Fill the cache; returns how many images went through the tower."""
         self.read.clear()
-        feature_filling.fill(self.trainer, self.features, skip_bad_rows)
+        precompute_features.fill(self.trainer, self.features, skip_bad_rows)
         return sum(self.read)
 
     def batch(self):
@@ -330,10 +330,10 @@ def test_a_tower_that_trains_is_refused(keys, tmp_path, tiny_processor):
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(keys, problem, tmp_path):
-    world = World("single", 1, 0, 0, True)
-    problems = [found for rule in BATCH_RULES for found in rule(recipe(tmp_path, **keys), world)]
+    context = DistributedContext("single", 1, 0, 0, True)
+    problems = [found for rule in BATCH_RULES for found in rule(recipe(tmp_path, **keys), context)]
     assert [found for found in problems if problem in found]
-    assert not [found for rule in BATCH_RULES for found in rule(recipe(tmp_path), world)]
+    assert not [found for rule in BATCH_RULES for found in rule(recipe(tmp_path), context)]
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_computed(filling, monkeypatch):
@@ -346,7 +346,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_computed(filling, mon
 
 
 def test_a_folder_that_others_do_not_see_is_refused(filling, monkeypatch):
-    monkeypatch.setattr(feature_filling, "_SECONDS_TO_APPEAR", 1)
+    monkeypatch.setattr(precompute_features, "_SECONDS_TO_APPEAR", 1)
     monkeypatch.setattr(FeatureCache, "write", lambda *args: None)
     with pytest.raises(
         UserError, match=rf"process 0 does not see {DISTINCT} of {DISTINCT} files .* all machines share"

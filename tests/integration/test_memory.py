@@ -21,8 +21,8 @@ from qwen_vl_sft.batching.largest import largest_micro_batch
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.preparation.scan import scan
 from qwen_vl_sft.random_state import random_state
 from qwen_vl_sft.training.memory import MARGIN, Fit, MemoryProbe, all_layers, choose, largest_batch, room_for
 
@@ -257,7 +257,7 @@ def test_too_little_memory_ends_before_the_first_step_with_the_rows(probed, auto
 )
 def test_room_for_larger_micro_batches(used, peak, room, tokens):
     plan = StepPlan(sizes_of([50] * 40), GlobalBatch(8), 100, 1, seed=0)
-    assert plan.survey().micro_batches == 4
+    assert plan.packing_stats().micro_batches == 4
     assert room_for(plan, used, peak, room) == tokens
     assert room_for(StepPlan(sizes_of([50] * 40), GlobalBatch(8), 100, 4, seed=0), used, peak, room) is None
 

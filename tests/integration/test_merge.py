@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from fixtures.messages import conversation_row, png
 from fixtures.processes import run_process
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging import merge as merging
 from qwen_vl_sft.merging.base import quantized_layers, read_base
@@ -19,8 +21,6 @@ from qwen_vl_sft.merging.merge import merge, prepare, requantized
 from qwen_vl_sft.merging.plan import Options, make_plan, parse_options
 from qwen_vl_sft.merging.samples import read_samples
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_model
-from qwen_vl_sft.recipe.reading import read_recipe
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 
@@ -210,9 +210,9 @@ def test_one_of_two_tied_tensors_trained_in_full_unties_them(tmp_path, trained):
 
 
 def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
+    from qwen_vl_sft.distributed.launch import read_context
     from qwen_vl_sft.evaluation import options
     from qwen_vl_sft.evaluation.arms import load_arm, load_run_processor
-    from qwen_vl_sft.launching.launch import read_world
 
     merged = tmp_path / "merged"
     merged.mkdir()  # an empty folder may be there
@@ -224,7 +224,7 @@ def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
     assert plan.system_message == "Answer with one word."
     assert not plan.recipe.model.load_in_4bit
     load_run_processor(plan)
-    state = load_arm(plan, "tuned", None, read_world(use_cpu=True)).state_dict()
+    state = load_arm(plan, "tuned", None, read_context(use_cpu=True)).state_dict()
     expected = peft_merged(quantized_run)
     assert all(torch.allclose(state[name], expected[name], rtol=0, atol=1e-6) for name in expected)
 

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from fixtures.models import SMALL_SHAPE
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import (
     build_on_meta,
@@ -18,10 +19,9 @@ from qwen_vl_sft.modeling.base_model import (
     load_processor,
     part_of,
 )
-from qwen_vl_sft.modeling.flops import FlopCounter, Work, peak_flops
+from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
 from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope, shortest_targets, trains_language_only
-from qwen_vl_sft.modeling.random_model import make_random_model
-from qwen_vl_sft.recipe.settings import ModelSettings
+from qwen_vl_sft.tools.random_model import make_random_model
 from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32
 
 TINY = str(tiny.MODEL_DIR)
@@ -272,7 +272,9 @@ def test_flops_of_the_7b(shared):
     vision = 32 * (4 * 1280 * 1280 + 2 * 1280 * 5120)
     assert counter.per_patch == 2 * vision
     assert counter.per_merged_patch == 2 * (5120 * 5120 + 5120 * 3584) / 4
-    row = Work(tokens=610, tokens_squared=610**2, learned=5, images=1, patches=2000, patches_squared=2000**2, rows=1)
+    row = BatchStats(
+        tokens=610, tokens_squared=610**2, learned=5, images=1, patches=2000, patches_squared=2000**2, rows=1
+    )
     weights = 28 * 2 * layer * 610 + 2 * 3584 * 152064 * 5
     attention = 28 * 2 * 3584 * 610**2
     image = (counter.per_patch + counter.per_merged_patch) * 2000 + 32 * 4 * 1280 * 2000**2
@@ -294,7 +296,7 @@ def test_flops_are_those_that_pytorch_counts():
     counter = FlopCounter.of(model.config, peft=True, trained={"vision", "merger", "language"})
     with FlopCounterMode(display=False) as counted:
         model(input_ids=torch.arange(96)[None]).logits.sum().backward()
-    expected = counter.flops(Work(tokens=96, tokens_squared=2 * 96**2, learned=96))
+    expected = counter.flops(BatchStats(tokens=96, tokens_squared=2 * 96**2, learned=96))
     assert counted.get_total_flops() == pytest.approx(expected, rel=1e-2)
     visual, vision = model.model.visual, model.config.vision_config
     visual.blocks[0].norm1.requires_grad_(True)
@@ -302,7 +304,7 @@ def test_flops_are_those_that_pytorch_counts():
     with FlopCounterMode(display=False) as counted:
         visual(torch.randn(64, values), torch.tensor([[1, 8, 8]])).pooler_output.sum().backward()
     first_layer = 2 * 64 * vision.embed_dim * values
-    expected = counter.flops(Work(images=1, patches=64, patches_squared=64**2)) + first_layer
+    expected = counter.flops(BatchStats(images=1, patches=64, patches_squared=64**2)) + first_layer
     assert counted.get_total_flops() == pytest.approx(expected, rel=1e-2)
 
 
@@ -333,7 +335,7 @@ def test_flops_of_the_newer_towers():
     assert windows.per_patch_squared == 4 * 4 * width
     assert windows.per_patch == layers
     assert windows.per_patch_in_window == 4 * 28 * width * 64
-    row = Work(images=1, patches=640, patches_squared=640**2)
+    row = BatchStats(images=1, patches=640, patches_squared=640**2)
     seen = 4 * 28 * width * 64 * 640 + 4 * 4 * width * 640**2
     frozen, tower = windows.flops(row), FlopCounter.of(Qwen2_5_VLConfig(), peft=True, trained={"vision"}).flops(row)
     assert tower - frozen == pytest.approx((layers + windows.per_merged_patch) * 640 + 2 * seen)

@@ -32,18 +32,18 @@ from fixtures.publishing import (
 )
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.hub import access, push_while_training
-from qwen_vl_sft.hub.access import Target, check_access, redact
-from qwen_vl_sft.hub.card import make_card
-from qwen_vl_sft.hub.card_training import training_lines
-from qwen_vl_sft.hub.card_usage import python_code
-from qwen_vl_sft.hub.files import collect_files
-from qwen_vl_sft.hub.former_files import files_to_remove
-from qwen_vl_sft.hub.names import public_name, without_paths
-from qwen_vl_sft.hub.options import Options, check_options, run_push
-from qwen_vl_sft.hub.publication import read_publication
-from qwen_vl_sft.recipe.reading import read_recipe
+from qwen_vl_sft.publishing import access, push_while_training
+from qwen_vl_sft.publishing.access import Target, check_access, redact
+from qwen_vl_sft.publishing.card import make_card
+from qwen_vl_sft.publishing.card_training import training_lines
+from qwen_vl_sft.publishing.card_usage import python_code
+from qwen_vl_sft.publishing.files import collect_files
+from qwen_vl_sft.publishing.names import public_name, without_paths
+from qwen_vl_sft.publishing.options import Options, check_options, run_push
+from qwen_vl_sft.publishing.publication import read_publication
+from qwen_vl_sft.publishing.stale_files import files_to_remove
 
 COMMIT = {"method": "POST", "path": "/commit/", "times": 1}
 
@@ -100,7 +100,7 @@ import sys, torch
 from peft import PeftModel
 from qwen_vl_sft import tiny
 from qwen_vl_sft.modeling.base_model import load_model
-from qwen_vl_sft.recipe.settings import ModelSettings
+from qwen_vl_sft.config.settings import ModelSettings
 
 def logits(folder):
     base = load_model(ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), dtype="float32"), on_cpu=True)
@@ -805,8 +805,8 @@ BAD_RECIPES = {
 
 @pytest.mark.parametrize("name", BAD_RECIPES)
 def test_a_recipe_that_cannot_push(name, tmp_path):
-    from qwen_vl_sft.launching.launch import World
-    from qwen_vl_sft.preparation import rules
+    from qwen_vl_sft.distributed.launch import DistributedContext
+    from qwen_vl_sft.training import rules
 
     changes, told = BAD_RECIPES[name]
     keys = {
@@ -820,5 +820,5 @@ def test_a_recipe_that_cannot_push(name, tmp_path):
         **{key: value.format(here=tmp_path) for key, value in changes.items()},
     }
     with pytest.raises(UserError) as problem:
-        rules.check(read_recipe(None, keys), World("single", 1, 0, 0, True))
+        rules.check(read_recipe(None, keys), DistributedContext("single", 1, 0, 0, True))
     assert told in str(problem.value)

@@ -12,7 +12,7 @@ from fixtures.messages import conversation_row, png
 from fixtures.processes import launch, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import errors, tiny
-from qwen_vl_sft.resilience import preemption
+from qwen_vl_sft.resilience import signals
 
 SCRIPT = "scripts/sft.py"
 
@@ -34,7 +34,7 @@ def sft(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(os, "_exit", leave)
-        monkeypatch.setattr(preemption.Watch, "begin", lambda watch: None)
+        monkeypatch.setattr(signals.Watch, "begin", lambda watch: None)
         monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
         monkeypatch.chdir(REPOSITORY)
         spec.loader.exec_module(script)
@@ -326,8 +326,8 @@ def test_the_run_folder_holds_what_the_readme_says(launched_run):
     from PIL import Image
     from transformers import AutoProcessor
 
+    from qwen_vl_sft.config.reading import read_recipe
     from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE
-    from qwen_vl_sft.recipe.reading import read_recipe
 
     run, _ = launched_run
     assert (run / "adapter_model.safetensors").stat().st_mode & 0o044
@@ -385,10 +385,10 @@ def test_the_adapter_loads_back_and_changes_the_output(launched_run, tutorial_ke
     from peft import PeftModel
 
     from qwen_vl_sft.batching.collator import pad
+    from qwen_vl_sft.config.settings import ModelSettings
     from qwen_vl_sft.data.dataset import open_rows
     from qwen_vl_sft.data.encoding import Encoder
     from qwen_vl_sft.modeling.base_model import load_model, load_processor
-    from qwen_vl_sft.recipe.settings import ModelSettings
 
     run, _ = launched_run
     base = ModelSettings(

@@ -10,19 +10,19 @@ from fixtures.models import newer, qwen2_vl
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow
-from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, part_of
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.modeling.patches import run_frozen_vision_without_gradients
-from qwen_vl_sft.recipe.reading import build
-from qwen_vl_sft.training import meter
+from qwen_vl_sft.training import throughput
 from qwen_vl_sft.training.callbacks import format_log
 from qwen_vl_sft.training.model_setup import finish_model
 
-SINGLE = World(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
+SINGLE = DistributedContext(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
 
 
 def token_mean(model, rows, processor):
@@ -75,7 +75,7 @@ def test_an_incomplete_last_step_weighs_its_own_tokens(ragged, tiny_processor, t
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx([token_mean(start, few, tiny_processor)], abs=1e-4)
-    assert trainer.meter.total.rows == 4
+    assert trainer.throughput.total.rows == 4
 
 
 def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, tiny_processor):
@@ -138,15 +138,15 @@ def test_speed_is_logged_and_counted(ragged, tiny_processor, tmp_path):
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["tokens_per_second"] > 0
     assert 0 <= entry["data_wait"] <= 1
-    assert trainer.meter.total.rows == 12
-    assert trainer.meter.total.images == 12
+    assert trainer.throughput.total.rows == 12
+    assert trainer.throughput.total.images == 12
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
 def test_evaluations_and_checkpoints_are_no_time_of_training(strategy, ragged, tiny_processor, tmp_path, monkeypatch):
     """Also an evaluation that a resume makes up for; only the clock of the steps is to go on."""
     now = [0.0]
-    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
     keys = {"eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 1, "save_steps": 1}
     keys |= {"per_device_train_batch_size": 3, "max_steps": 4, "logging_steps": 10}
     trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys)
@@ -164,13 +164,13 @@ def test_evaluations_and_checkpoints_are_no_time_of_training(strategy, ragged, t
     slow("_save_optimizer_and_scheduler", 100.0)
     slow("compute_loss", 1.0)
     trainer.train()
-    trainer.meter.measure(trainer.accelerator)
-    assert trainer.meter.total_seconds == 4
+    trainer.throughput.measure(trainer.accelerator)
+    assert trainer.throughput.total_seconds == 4
     trainer.evaluation_due = True
-    trainer.meter.go_on_from(meter.Meter(trainer.args.device).so_far(trainer.accelerator))
+    trainer.throughput.go_on_from(throughput.ThroughputMeter(trainer.args.device).so_far(trainer.accelerator))
     trainer.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{2 if strategy == 'epoch' else 3}"))
-    trainer.meter.measure(trainer.accelerator)
-    assert trainer.meter.total_seconds == (2 if strategy == "epoch" else 1)
+    trainer.throughput.measure(trainer.accelerator)
+    assert trainer.throughput.total_seconds == (2 if strategy == "epoch" else 1)
 
 
 def test_a_checkpoint_counts_the_rows_left_out_until_then(ragged, tiny_processor, tmp_path, monkeypatch):

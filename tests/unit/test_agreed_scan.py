@@ -8,12 +8,12 @@ import pytest
 import torch.distributed as dist
 
 from fixtures.messages import RED, conversation_row, write_messages
+from qwen_vl_sft.data.agreed_scan import agreed_scan, sample_digest
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.scan import Scan, scan
+from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launching.launch import World
-from qwen_vl_sft.preparation.agreed_scan import agreed_scan, sample_digest
-from qwen_vl_sft.preparation.scan import Scan, scan
 
 ROWS = [conversation_row(f"<image>Which color is {number}?", images=[RED]) for number in range(6)]
 BROKEN = conversation_row(images=["images/nowhere.png"])
@@ -35,8 +35,8 @@ def sent(monkeypatch):
     return box
 
 
-def world(rank, processes=2):
-    return World("ddp", processes, rank, rank, on_cpu=True)
+def context(rank, processes=2):
+    return DistributedContext("ddp", processes, rank, rank, on_cpu=True)
 
 
 def opened(folder, rows, size=(56, 56)):
@@ -50,8 +50,8 @@ def not_twice():
 def test_what_the_first_process_finds_holds_for_all(sent, tmp_path, tiny_processor):
     encoder = Encoder(tiny_processor, None)
     rows = opened(tmp_path, [*ROWS[:2], BROKEN, *ROWS[2:]])
-    first = agreed_scan(world(0), rows, lambda: scan(rows, encoder, skip_bad_rows=True, image_keys=True))
-    second = agreed_scan(world(1), rows, not_twice)
+    first = agreed_scan(context(0), rows, lambda: scan(rows, encoder, skip_bad_rows=True, image_keys=True))
+    second = agreed_scan(context(1), rows, not_twice)
     assert first.kept.tolist() == [0, 1, 3, 4, 5, 6]
     assert list(second.rows.dataset["messages"]) == list(first.rows.dataset["messages"])
     for field in fields(Scan):
@@ -61,7 +61,7 @@ def test_what_the_first_process_finds_holds_for_all(sent, tmp_path, tiny_process
 
 def test_one_process_sends_nothing(sent, tmp_path, tiny_processor):
     rows = opened(tmp_path, ROWS)
-    assert len(agreed_scan(world(0, 1), rows, lambda: scan(rows, Encoder(tiny_processor, None))).rows) == len(ROWS)
+    assert len(agreed_scan(context(0, 1), rows, lambda: scan(rows, Encoder(tiny_processor, None))).rows) == len(ROWS)
     assert sent == []
 
 
@@ -74,9 +74,9 @@ def test_one_process_sends_nothing(sent, tmp_path, tiny_processor):
 )
 def test_a_machine_with_other_data_is_refused(others, told, sent, tmp_path, tiny_processor):
     rows = opened(tmp_path / "one", ROWS)
-    agreed_scan(world(0), rows, lambda: scan(rows, Encoder(tiny_processor, None)))
+    agreed_scan(context(0), rows, lambda: scan(rows, Encoder(tiny_processor, None)))
     with pytest.raises(UserError) as error:
-        agreed_scan(world(1), opened(tmp_path / "other", others), not_twice)
+        agreed_scan(context(1), opened(tmp_path / "other", others), not_twice)
     assert told in str(error.value)
     assert "process 1 on " in str(error.value)
 

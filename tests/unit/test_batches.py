@@ -10,8 +10,8 @@ from qwen_vl_sft.batching.collator import NO_ROW, Collator, pad
 from qwen_vl_sft.batching.sampler import EpochSampler, places
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.preparation.scan import scan
 
 BAD = conversation_row(answer="")
 LONG = conversation_row(question="<image>" + "color " * 200)

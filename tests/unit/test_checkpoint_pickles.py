@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.distributed import checkpoint as distributed
 
+from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
+from qwen_vl_sft.checkpointing.pickles import problem_of_pickles
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launching.world import World
-from qwen_vl_sft.outputs import checkpoints
-from qwen_vl_sft.outputs.checkpoint_pickles import problem_of_pickles
-from qwen_vl_sft.outputs.checkpoints import Checkpoint
-from qwen_vl_sft.preparation.resume_check import checkpoint_to_resume
+from qwen_vl_sft.training.resume_check import checkpoint_to_resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -141,14 +141,14 @@ def test_a_resume_from_such_a_checkpoint_is_refused_unless_it_is_asked_for(where
     resumed = good if where == "in the best" else harmful
     monkeypatch.setattr(checkpoints, "find", lambda *args: Checkpoint(resumed, 9, {}))
     monkeypatch.setattr(checkpoints, "problem_of", lambda folder: None)
-    world = World(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
+    context = DistributedContext(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
     model = SimpleNamespace(use_safetensors=True, use_peft=False)
     keys = {"resume_from_checkpoint": str(resumed), "load_best_model_at_end": where == "in the best"}
     recipe = SimpleNamespace(output_dir=tmp_path, model=model, get=keys.get)
     told = "checkpoint-3: .* anything else could run code here; if you trust whoever wrote it, set use_safetensors"
     with pytest.raises(UserError, match=told):
-        checkpoint_to_resume(recipe, world, {"judge": {}})
+        checkpoint_to_resume(recipe, context, {"judge": {}})
     model.use_safetensors = False
-    found = checkpoint_to_resume(recipe, world, {"judge": {}})
+    found = checkpoint_to_resume(recipe, context, {"judge": {}})
     assert (found.path, found.best) == (resumed, harmful if where == "in the best" else None)
     assert not (tmp_path / "harm").exists()

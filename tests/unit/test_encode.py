@@ -127,8 +127,8 @@ def test_an_overlong_row_is_refused_not_cut(real_processor):
 def test_pixel_limits_hold_and_are_saved(shared, tmp_path):
     from transformers import AutoProcessor
 
+    from qwen_vl_sft.config.settings import ModelSettings
     from qwen_vl_sft.modeling.base_model import load_processor
-    from qwen_vl_sft.recipe.settings import ModelSettings
     from qwen_vl_sft.tiny import MODEL_DIR
 
     processor = load_processor(ModelSettings(model_name_or_path=str(MODEL_DIR)), min_pixels=784, max_pixels=4 * 784)

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from qwen_vl_sft.launching import fsdp
+from qwen_vl_sft.distributed import fsdp
 
 
 def accelerator_with(plugin):

@@ -7,8 +7,8 @@ import pytest
 from fixtures.messages import BLUE, RED, conversation_row, write_messages
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoder
-from qwen_vl_sft.preparation.preview import preview, shown
-from qwen_vl_sft.preparation.scan import scan
+from qwen_vl_sft.data.preview import preview, shown
+from qwen_vl_sft.data.scan import scan
 
 SEVERAL = conversation_row(
     "Between <image> and <image>:\nwhich is first?", "red, " * 40 + "then blue", images=(RED, BLUE)

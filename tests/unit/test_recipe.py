@@ -7,12 +7,12 @@ import pytest
 from trl import SFTConfig
 
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.config.coercion import coerce, load_yaml
+from qwen_vl_sft.config.command_line import format_help, parse_command_line
+from qwen_vl_sft.config.reading import key_hints, read_recipe
+from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.preparation import plan
-from qwen_vl_sft.recipe.coercion import coerce, load_yaml
-from qwen_vl_sft.recipe.command_line import format_help, parse_command_line
-from qwen_vl_sft.recipe.reading import key_hints, read_recipe
-from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
+from qwen_vl_sft.training import plan
 
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))

@@ -8,19 +8,19 @@ from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
+from qwen_vl_sft.batching.batch_rules import BATCH_RULES
 from qwen_vl_sft.batching.sampler import step_loader
-from qwen_vl_sft.launching.world import World
-from qwen_vl_sft.preparation.batch_rules import BATCH_RULES
-from qwen_vl_sft.preparation.lora_rules import LORA_RULES
-from qwen_vl_sft.preparation.nested_rules import NESTED_RULES, OPTIM_ARGS
-from qwen_vl_sft.preparation.range_rules import RANGE_RULES
-from qwen_vl_sft.preparation.rules import _evaluation, _streaming
-from qwen_vl_sft.recipe.reading import key_hints, read_recipe
+from qwen_vl_sft.config.range_rules import RANGE_RULES
+from qwen_vl_sft.config.reading import key_hints, read_recipe
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.modeling.lora_rules import LORA_RULES
+from qwen_vl_sft.training.nested_rules import NESTED_RULES, OPTIM_ARGS
+from qwen_vl_sft.training.rules import _evaluation, _streaming
 
 
 def problems(rules, processes=1, strategy="ddp", **keys):
-    world = World("single" if processes == 1 else strategy, processes, 0, 0, True)
-    return [problem for rule in rules for problem in rule(read_recipe(None, keys), world)]
+    context = DistributedContext("single" if processes == 1 else strategy, processes, 0, 0, True)
+    return [problem for rule in rules for problem in rule(read_recipe(None, keys), context)]
 
 
 @pytest.mark.parametrize(

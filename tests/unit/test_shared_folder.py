@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from qwen_vl_sft.distributed import shared_folder
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.distributed.shared_folder import check_shared
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.launching.world import World
-from qwen_vl_sft.resilience import shared_folder
-from qwen_vl_sft.resilience.shared_folder import check_shared
 
-SINGLE = World("single", 1, 0, 0, on_cpu=True)
+SINGLE = DistributedContext("single", 1, 0, 0, on_cpu=True)
 
 
 class Others:
@@ -44,8 +44,8 @@ def others(monkeypatch):
     return play
 
 
-def world(rank, processes=2):
-    return World("ddp", processes, rank, rank, on_cpu=True)
+def context(rank, processes=2):
+    return DistributedContext("ddp", processes, rank, rank, on_cpu=True)
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -54,7 +54,7 @@ def test_a_folder_that_all_see_is_left_as_it_was(exists, others, tmp_path):
     if exists:
         (tmp_path / "runs/one").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    check_shared(tmp_path / "runs/one", world(0))
+    check_shared(tmp_path / "runs/one", context(0))
     assert played.heard[0].startswith(".seen-by-all-")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -62,7 +62,7 @@ def test_a_folder_that_all_see_is_left_as_it_was(exists, others, tmp_path):
 def test_machines_that_do_not_see_it_are_named(others, tmp_path):
     others(answers=[(platform.node(), True), ("node2", False), ("node2", False)])
     with pytest.raises(UserError) as error:
-        check_shared(tmp_path / "runs/one", world(0, processes=4))
+        check_shared(tmp_path / "runs/one", context(0, processes=4))
     assert f"what process 0 on {platform.node()} writes to {tmp_path / 'runs/one'}" in str(error.value)
     assert "is not seen by process(es) 2, 3 on node2" in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -71,17 +71,17 @@ def test_machines_that_do_not_see_it_are_named(others, tmp_path):
 def test_a_process_that_does_not_see_it_ends_too(others, tmp_path):
     others(told=[".seen-by-all-x", None], answers=[("node1", True)])
     with pytest.raises(UserError, match=f"process 0 on node1 .* not seen by process.es. 1 on {platform.node()}"):
-        check_shared(tmp_path, world(1))
+        check_shared(tmp_path, context(1))
 
 
 def test_all_end_where_the_first_cannot_write(others, tmp_path):
     (tmp_path / "file").touch()
     played = others()
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        check_shared(tmp_path / "file/run", world(0))
+        check_shared(tmp_path / "file/run", context(0))
     others(told=played.heard)
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        check_shared(tmp_path / "file/run", world(1))
+        check_shared(tmp_path / "file/run", context(1))
 
 
 def test_one_process_alone_asks_nobody_but_the_folder(tmp_path):
@@ -95,7 +95,7 @@ def test_one_process_alone_asks_nobody_but_the_folder(tmp_path):
 def test_a_process_that_does_not_see_it_leaves_nothing(others, tmp_path):
     others(told=[".seen-by-all-x", None], answers=[("node1", True)])
     with pytest.raises(UserError, match=r"not seen by process\(es\) 1"):
-        check_shared(tmp_path / "runs/one", world(1))
+        check_shared(tmp_path / "runs/one", context(1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,4 +110,4 @@ def test_a_folder_that_is_remembered_as_missing_is_asked_for(others, tmp_path, m
 
     monkeypatch.setattr(Path, "mkdir", shows)
     (tmp_path / "runs").mkdir()
-    check_shared(tmp_path / "runs/one", world(1))
+    check_shared(tmp_path / "runs/one", context(1))

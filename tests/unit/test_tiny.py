@@ -6,7 +6,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from qwen_vl_sft.tiny import ASSETS_DIR, DATA_DIR, MODEL_DIR, charts, questions
+from qwen_vl_sft.tiny import ASSETS_DIR, DATA_DIR, MODEL_DIR
+from qwen_vl_sft.tools.tiny import charts, questions
 
 
 def sampled_charts(count: int = 60) -> list[charts.Chart]:
@@ -60,8 +61,8 @@ def test_answers_follow_from_the_chart():
 
 
 def test_shipped_rows_are_what_the_generator_gives(tmp_path):
-    from qwen_vl_sft.tiny.build import read_rows
-    from qwen_vl_sft.tiny.dataset import IMAGES, write_dataset
+    from qwen_vl_sft.tools.tiny.build import read_rows
+    from qwen_vl_sft.tools.tiny.dataset import IMAGES, write_dataset
 
     write_dataset(tmp_path)
     images = {}
@@ -114,7 +115,7 @@ def test_model_and_processor_load():
 def test_tokenizer_is_what_the_generator_gives_and_round_trips():
     from transformers import AutoTokenizer
 
-    from qwen_vl_sft.tiny.processor import SPECIAL_TOKENS, build_processor
+    from qwen_vl_sft.tools.tiny.processor import SPECIAL_TOKENS, build_processor
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     assert tokenizer.get_vocab() == build_processor().tokenizer.get_vocab()
@@ -130,7 +131,7 @@ def test_shared_rows_give_the_loss_of_separate_rows():
     """Several questions after one image are computed exactly as if each stood alone."""
     import torch
 
-    from qwen_vl_sft.tiny import batches, model, processor, prompts
+    from qwen_vl_sft.tools.tiny import batches, model, processor, prompts
 
     torch.manual_seed(0)
     tiny_processor = processor.build_processor()
@@ -152,7 +153,7 @@ def test_shared_rows_give_the_loss_of_separate_rows():
 def test_pretraining_repeats_exactly():
     import torch
 
-    from qwen_vl_sft.tiny import model, pretrain, processor
+    from qwen_vl_sft.tools.tiny import model, pretrain, processor
 
     schedule = pretrain.Schedule(steps=3, caption_charts=3, charts=2)
     tiny_processor = processor.build_processor()

@@ -16,7 +16,7 @@ from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoded_image import ReadImage
 from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded, Encoder
 from qwen_vl_sft.errors import BadRow, OverLongRow
-from qwen_vl_sft.modeling.flops import Work
+from qwen_vl_sft.modeling.flops import BatchStats
 
 logger = logging.getLogger(__name__)
 # A place in a batch that holds no row: the last step of an epoch, or of an evaluation, is filled up with these.
@@ -70,7 +70,7 @@ class Collator:
             if "image_grid_thw" in batch:
                 batch |= self.positions.of_patches(batch["image_grid_thw"])
         left_out = sum(item.get("row") != NO_ROW for item in items) - len(encoded)
-        batch["work"] = asdict(sum((work_of(row) for row in encoded), Work(skipped=left_out)))
+        batch["work"] = asdict(sum((row_stats(row) for row in encoded), BatchStats(skipped=left_out)))
         batch["row_ids"] = [row.row_id for row in encoded]
         return batch
 
@@ -105,10 +105,10 @@ class Collator:
         raise BadRow(f"{self.rows.name}: its rows can be read no longer; see the warnings above")
 
 
-def work_of(row: Encoded) -> Work:
+def row_stats(row: Encoded) -> BatchStats:
     """What one row asks of the model."""
     patches = row.image_grid_thw.prod(-1)
-    return Work(
+    return BatchStats(
         tokens=len(row.input_ids),
         tokens_squared=len(row.input_ids) ** 2,
         learned=int((row.labels != IGNORE_INDEX).sum()),

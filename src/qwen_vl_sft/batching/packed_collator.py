@@ -21,7 +21,7 @@ from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.encoded_image import EncodedImage, reading_once
 from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded
 from qwen_vl_sft.data.feature_cache import FeatureCache
-from qwen_vl_sft.modeling.flops import Work
+from qwen_vl_sft.modeling.flops import BatchStats
 
 MICRO_BATCHES = "micro_batches"
 
@@ -75,7 +75,7 @@ class PackedCollator:
                 batch[name] = batch[name].to(self.dtype)
         batch["row_ids"] = [row.row_id for group in encoded for row in group]
         if not any(encoded):
-            batch["work"] = asdict(Work())
+            batch["work"] = asdict(BatchStats())
         batch["work"]["skipped"] = sum(map(len, groups)) - sum(map(len, encoded))
         return batch
 
@@ -203,10 +203,10 @@ def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
 
 def _work(
     groups: Sequence[Sequence[Encoded]], pieces: Sequence[Piece], shown: Sequence[EncodedImage], batch: dict[str, Any]
-) -> Work:
+) -> BatchStats:
     """What the micro-batch asks of the model; a shared prefix is computed once, an image once, and no features at all."""
     patches = batch["image_grid_thw"].prod(-1) if "image_grid_thw" in batch else torch.zeros(0, dtype=torch.long)
-    return Work(
+    return BatchStats(
         tokens=sum(len(piece) for piece in pieces),
         # A piece of n tokens after p others attends to n * p + n * n / 2 of them, a row of n tokens to n * n / 2.
         tokens_squared=sum(len(piece) ** 2 + 2 * len(piece) * len(piece.before) for piece in pieces),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.data.row_lengths import RowLengths
 
 # Rows that are computed on one copy of their prefix; without sharing a single row.
 Group = list[int]
@@ -28,34 +29,7 @@ def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What rows cost: int64 arrays with an entry a row.
-
-    `tokens` and `patches` of the whole row; of its beginning up to the question, which other rows may have too, the
-    number of the `prefix` (-1 for a row without one) and its `prefix_tokens` and `prefix_patches`.
-    """
-
-    tokens: np.ndarray
-    patches: np.ndarray
-    prefix: np.ndarray
-    prefix_tokens: np.ndarray
-    prefix_patches: np.ndarray
-
-    def without_patches(self) -> Sizes:
-        """The same rows where images cost nothing but their tokens."""
-        none = np.zeros_like(self.patches)
-        return replace(self, patches=none, prefix_patches=none)
-
-    def of(self, group: Group) -> np.ndarray:
-        """Tokens and patches of a group: its prefix counts once."""
-        first, repeats = group[0], len(group) - 1
-        tokens = self.tokens[group].sum() - repeats * self.prefix_tokens[first]
-        patches = self.patches[group].sum() - repeats * self.prefix_patches[first]
-        return np.array([tokens, patches], dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Survey:
+class PackingStats:
     """Rows of a step, micro-batches of a process and step, how full of tokens these are, the share that is computed."""
 
     rows: float
@@ -78,7 +52,7 @@ class StepPlan:
 
     def __init__(
         self,
-        sizes: Sizes,
+        sizes: RowLengths,
         batch: GlobalBatch,
         tokens_per_batch: int,
         processes: int,
@@ -118,7 +92,7 @@ class StepPlan:
         for rows in self.batch.split(self.sizes.tokens[order]):
             yield self.split(order[rows].tolist())
 
-    def survey(self, steps: int = 50) -> Survey:
+    def packing_stats(self, steps: int = 50) -> PackingStats:
         """What the first steps of a run look like."""
         found, tokens, rows, rows_alone = [], 0.0, 0, 0
         for step in itertools.islice(self.steps(0), steps):
@@ -128,7 +102,7 @@ class StepPlan:
             rows += sum(len(group) for group in groups)
             rows_alone += int(self.sizes.tokens[[row for group in groups for row in group]].sum())
         room = sum(found) * self.processes * self.tokens_per_batch
-        return Survey(rows / len(found), sum(found) / len(found), tokens / room, tokens / rows_alone)
+        return PackingStats(rows / len(found), sum(found) / len(found), tokens / room, tokens / rows_alone)
 
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
         """Micro-batches by process for the rows of one step: as few as the budget allows, and as equal as they can be."""

@@ -7,7 +7,7 @@ those of generation. Which tokens are learned follows from that construction; no
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from qwen_vl_sft.data.encoded_image import EncodedImage, ReadImage
 from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.row_lengths import RowLength
 from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
 
@@ -58,26 +59,6 @@ class Encoded:
     def without_labels(self) -> Encoded:
         """The same row with nothing to learn, for filling up a micro-batch."""
         return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX))
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """What a row costs, known without its pixels: tokens in all, tokens learned, images, vision patches.
-
-    `prefix` is equal in rows that begin alike up to their last image before any answer (images, text and all), and
-    empty in a row without one; `prefix_tokens` and `prefix_patches` are what that beginning costs. When they were asked
-    for, `image_keys` and `image_patches` have an entry an image (`EncodedImage.key`).
-    """
-
-    tokens: int
-    learned: int
-    images: int
-    patches: int
-    prefix: str
-    prefix_tokens: int
-    prefix_patches: int
-    image_keys: list[str] = field(default_factory=list)
-    image_patches: list[int] = field(default_factory=list)
 
 
 class Encoder:
@@ -131,7 +112,7 @@ class Encoder:
         batch = self.processor.image_processor(images=[file.decode()], return_tensors="pt")
         return EncodedImage(file.digest, batch["image_grid_thw"][0], batch["pixel_values"])
 
-    def measure(self, conversation: Conversation, decode: bool = False, image_keys: bool = False) -> Lengths:
+    def measure(self, conversation: Conversation, decode: bool = False, image_keys: bool = False) -> RowLength:
         """Count tokens and patches from the text and the image headers; `decode` also proves the pixels readable.
 
         `image_keys` reads the images' bytes too, and tells which images there are.
@@ -146,7 +127,7 @@ class Encoder:
         count = int((masked[1:] != IGNORE_INDEX).sum())
         prefix = self._prefix(ids, learned, conversation, patches)
         found = ([file.digest for file in conversation.images], patches) if image_keys else ([], [])
-        return Lengths(tokens, count, len(images), sum(patches), *prefix, *found)
+        return RowLength(tokens, count, len(images), sum(patches), *prefix, *found)
 
     def _prefix(
         self, ids: list[int], learned: list[bool], conversation: Conversation, patches: list[int]

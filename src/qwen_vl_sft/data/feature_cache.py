@@ -15,10 +15,10 @@ import safetensors
 import safetensors.torch
 import torch
 
+from qwen_vl_sft.atomic_write import PARTIAL
 from qwen_vl_sft.data.encoded_image import EncodedImage
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow
-from qwen_vl_sft.whole_file import PARTIAL
 
 BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}
 # Tensors in these files start after a header of about so many bytes.

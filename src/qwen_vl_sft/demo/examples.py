@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_vl_sft.config.reading import BUILTIN
 from qwen_vl_sft.data.dataset import Rows, open_rows, spread
 from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.options import Source
 from qwen_vl_sft.evaluation.task import read_question, up_to_last_answer
-from qwen_vl_sft.recipe.reading import BUILTIN
 
 FILE = "examples.json"
 # Rows of several turns cannot be asked on the page, so more rows are looked at than shown.

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_vl_sft.config.reading import BUILTIN
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.evaluation.metrics import HEADLINE
 from qwen_vl_sft.evaluation.options import Source, TunedModel
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
-from qwen_vl_sft.recipe.reading import BUILTIN
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 EVALUATION = "evaluation"
 

@@ -18,6 +18,9 @@ import yaml
 
 import qwen_vl_sft
 from qwen_vl_sft import tiny
+from qwen_vl_sft.checkpointing import run_folder
+from qwen_vl_sft.config.reading import BUILTIN
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo import examples as example_files
 from qwen_vl_sft.demo.naming import EVALUATION, model_name, relaxed_accuracy, run_names
 from qwen_vl_sft.demo.options import Options
@@ -28,9 +31,6 @@ from qwen_vl_sft.evaluation.options import ADAPTER_FILE, Source
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
 from qwen_vl_sft.merging.folder import PROCESSOR_FILES
 from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters
-from qwen_vl_sft.outputs import run_folder
-from qwen_vl_sft.recipe.reading import BUILTIN
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 BUILTIN_MODEL = "builtin:tiny-qwen2-vl"
 ADAPTER_CONFIG = "adapter_config.json"

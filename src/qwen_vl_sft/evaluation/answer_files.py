@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft.atomic_write import writing_to
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 from qwen_vl_sft.evaluation.options import Options
 from qwen_vl_sft.evaluation.scoring import ROWS_FILE, SUMMARY_FILE
-from qwen_vl_sft.whole_file import writing_to
 
 PARTS_FOLDER = "parts"
 SETTINGS_FILE = "settings.json"

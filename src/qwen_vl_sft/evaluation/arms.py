@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.evaluation.options import ADAPTER_FILE, ARMS, Plan, Source, TunedModel, tuned_settings
-from qwen_vl_sft.launching.world import World
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -53,12 +53,12 @@ def load_run_processor(plan: Source) -> Any:
     return processor
 
 
-def load_arm(plan: Source, arm: str, model: Any, world: World) -> Any:
+def load_arm(plan: Source, arm: str, model: Any, context: DistributedContext) -> Any:
     """The model of an arm. `model` is that of the arm before, or None: base and prompted share one, tuned builds on it."""
     from qwen_vl_sft.modeling.base_model import load_model
 
     def load(settings: ModelSettings) -> Any:
-        return load_model(settings, world.on_cpu, world.local_rank)
+        return load_model(settings, context.on_cpu, context.local_rank)
 
     if arm != "tuned":
         return model if model is not None else load(plan.recipe.model)

@@ -15,7 +15,9 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from qwen_vl_sft.checkpointing.run_folder import environment
 from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.distributed.launch import DistributedContext, join, read_context, start
 from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
 from qwen_vl_sft.evaluation.arms import load_arm, make_encoder, precision_summary
@@ -33,8 +35,6 @@ from qwen_vl_sft.evaluation.scoring import (
     write_results,
 )
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, describe_task, prepare
-from qwen_vl_sft.launching.launch import World, join, read_world, start
-from qwen_vl_sft.outputs.run_folder import environment
 
 
 def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
@@ -43,24 +43,24 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     Until everything has been checked nothing is written. With `report`, the page of the rows is written too.
     """
     began = time.monotonic()
-    world = read_world(bool(plan.recipe.get("use_cpu")))
+    context = read_context(bool(plan.recipe.get("use_cpu")))
     task = prepare(plan)
     files = AnswerFiles(plan.output_dir)
     settings = describe_task(plan, task)
     arms = _arms_with_former(plan, task.arms, files, settings)
-    barrier = join_processes(world)
-    if world.rank == 0:
+    barrier = join_processes(context)
+    if context.rank == 0:
         if plan.options.overwrite:
             files.clear(SUMMARY_FILE, ROWS_FILE, REPORT_FILE)
         files.write_settings(settings | {"arms": arms})
     barrier()
     answered = files.read()
     barrier()  # nobody writes before everybody has read, or the shares would overlap
-    files.repair(world.rank)
-    own_speed = answer_all(plan, task, arms, answered, files, world)
+    files.repair(context.rank)
+    own_speed = answer_all(plan, task, arms, answered, files, context)
     barrier()
-    speeds = gather_object([own_speed]) if world.processes > 1 else [own_speed]
-    if world.rank > 0:
+    speeds = gather_object([own_speed]) if context.processes > 1 else [own_speed]
+    if context.rank > 0:
         return None
     answers = files.read()
     rows = collect(task.questions, answers, arms)
@@ -72,7 +72,9 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
         "precision": precision_summary(plan),
         "speed": speed_of_arms(speeds),
         "seconds": round(time.monotonic() - began, 1),
-        "environment": environment({"processes": world.processes, "strategy": world.strategy}, {}, [_device(world)]),
+        "environment": environment(
+            {"processes": context.processes, "strategy": context.strategy}, {}, [_device(context)]
+        ),
     }
     write_results(plan.output_dir, rows, summary)
     if report:
@@ -87,13 +89,15 @@ def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:
     return lambda row_id: task.conversation(places[row_id]).images
 
 
-def join_processes(world: World) -> Any:
+def join_processes(context: DistributedContext) -> Any:
     """Start the process group of a launched run; returns a function in which all processes wait for each other."""
-    start(world)
+    start(context)
     # Every process holds a whole model here; transformers would load an empty one where FSDP is on.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    state = join(world)
-    assert state.num_processes == world.processes, f"{state.num_processes} processes take part, not {world.processes}"
+    state = join(context)
+    assert state.num_processes == context.processes, (
+        f"{state.num_processes} processes take part, not {context.processes}"
+    )
     return state.wait_for_everyone
 
 
@@ -103,7 +107,7 @@ def answer_all(
     arms: Sequence[str],
     answered: Mapping[str, Mapping[int, GeneratedAnswer | None]],
     files: AnswerFiles,
-    world: World,
+    context: DistributedContext,
 ) -> dict[str, tuple[int, float]]:
     """Answer this process's share of every arm. A model is loaded only where something is left to answer.
 
@@ -113,7 +117,7 @@ def answer_all(
     places = {question.row_id: place for place, question in enumerate(task.questions)}
     for arm in arms:
         done = {places[row_id] for row_id in answered.get(arm, {})}
-        share = deal(task.batches, done, world.rank, world.processes)
+        share = deal(task.batches, done, context.rank, context.processes)
         if not share:
             continue
         if arm == "tuned" and plan.tuned and not plan.tuned.is_adapter:
@@ -121,19 +125,19 @@ def answer_all(
             model = None
             gc.collect()
             torch.cuda.empty_cache()
-        model = _load(plan, arm, model, world)
+        model = _load(plan, arm, model, context)
         encoder = make_encoder(arm, task.processor, task.system_message)
         prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
-        title = arm if world.processes == 1 else f"{arm}, process 0 of {world.processes}"
+        title = arm if context.processes == 1 else f"{arm}, process 0 of {context.processes}"
         began = time.perf_counter()
-        with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=world.rank > 0) as progress:
+        with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=context.rank > 0) as progress:
             for batch, given in _generate(plan, model, prompts, share):
                 new = {
                     task.questions[place].row_id: None if place in prompts.unreadable else answer
                     for place, answer in zip(batch, given, strict=True)
                     if place not in done
                 }
-                files.append(world.rank, arm, new)
+                files.append(context.rank, arm, new)
                 progress.update(len(batch))
         speed[arm] = sum(map(len, share)), time.perf_counter() - began
     return speed
@@ -149,9 +153,9 @@ def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str
     return found
 
 
-def _load(plan: Plan, arm: str, model: Any, world: World) -> Any:
+def _load(plan: Plan, arm: str, model: Any, context: DistributedContext) -> Any:
     try:
-        return load_arm(plan, arm, model, world)
+        return load_arm(plan, arm, model, context)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--arms: the GPU's memory does not hold the model of {arm}; load it with --load_in_4bit and --overwrite, or"
@@ -213,5 +217,5 @@ def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, setti
     return [arm for arm in ARMS if arm in {*former_arms, *arms}]
 
 
-def _device(world: World) -> str:
-    return "cpu" if world.on_cpu else torch.cuda.get_device_name(world.local_rank)
+def _device(context: DistributedContext) -> str:
+    return "cpu" if context.on_cpu else torch.cuda.get_device_name(context.local_rank)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_vl_sft.config.settings import DataSettings, ModelSettings, RunSettings
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.recipe.settings import DataSettings, ModelSettings, RunSettings
 
 if TYPE_CHECKING:
-    from qwen_vl_sft.recipe.reading import Recipe
+    from qwen_vl_sft.config.reading import Recipe
 
 ARMS = {
     "base": "the base model without a system message of ours",
@@ -174,8 +174,8 @@ def make_plan(options: Options) -> Plan:
 
 def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: bool) -> Source:
     """Read a run, if there is one, and put the keys of the command line over its recipe. Raises `UserError`."""
-    from qwen_vl_sft.outputs.run_folder import RECIPE, SYSTEM_MESSAGE
-    from qwen_vl_sft.recipe.reading import read_recipe
+    from qwen_vl_sft.checkpointing.run_folder import RECIPE, SYSTEM_MESSAGE
+    from qwen_vl_sft.config.reading import read_recipe
 
     tuned = find_tuned(run, tuned_needed) if run else None
     path = tuned.home / RECIPE if tuned else None
@@ -207,7 +207,7 @@ def check_text(text: str, what: str) -> None:
 
 def find_tuned(run: Path, needed: bool) -> TunedModel:
     """What is in a run folder, or in a checkpoint inside one. Raises `UserError` when it is no run or not finished."""
-    from qwen_vl_sft.outputs.run_folder import RECIPE
+    from qwen_vl_sft.checkpointing.run_folder import RECIPE
 
     if not run.is_dir():
         near = sorted(str(path.parent) for path in run.parent.glob(f"*/{RECIPE}"))

@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
+from qwen_vl_sft.atomic_write import atomic_write, writing_to
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
 from qwen_vl_sft.evaluation.scoring import REPORT_FILE, SPLIT_COLUMN, describe_cut
-from qwen_vl_sft.whole_file import write_whole, writing_to
 
 # The charts of a row, by its row_id.
 Charts = Callable[[int], Sequence[ImageFile]]
@@ -43,7 +43,7 @@ def write_report(
     """Write `report.html` of scored rows (lines of `rows.jsonl`) and their summary; without `charts`, texts alone."""
     page = render(rows, summary, charts)
     with writing_to(folder):
-        write_whole(folder / REPORT_FILE, page)
+        atomic_write(folder / REPORT_FILE, page)
 
 
 def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts: Charts | None = None) -> str:

@@ -9,8 +9,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft.atomic_write import atomic_write, writing_to
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES, compare, estimate, score
-from qwen_vl_sft.whole_file import write_whole, writing_to
 
 ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -99,8 +99,8 @@ def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapp
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_whole(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+        atomic_write(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        atomic_write(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

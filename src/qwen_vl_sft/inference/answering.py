@@ -23,11 +23,11 @@ from transformers.generation.streamers import BaseStreamer
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.rows import Conversation
+from qwen_vl_sft.distributed.launch import read_context
 from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
 from qwen_vl_sft.evaluation.arms import attach_adapter, check_one_base, load_arm, load_run_processor, make_encoder
 from qwen_vl_sft.evaluation.generation import decode_answer, generate_batch
 from qwen_vl_sft.evaluation.options import Source
-from qwen_vl_sft.launching.launch import read_world
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
 
 # Stands for the bytes of a character whose last token is still to come.
@@ -99,7 +99,7 @@ class Answerer:
         check_one_base(sources)
         self.sources = list(sources)
         self.processors = [load_run_processor(source) for source in sources]
-        self._world = read_world(any(bool(source.recipe.get("use_cpu")) for source in sources))
+        self._world = read_context(any(bool(source.recipe.get("use_cpu")) for source in sources))
         self._base: Any = None
         self._full: dict[int, Any] = {}
         self._lock = threading.Lock()

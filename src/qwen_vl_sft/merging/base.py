@@ -16,11 +16,11 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.evaluation.options import ADAPTER_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, quantization_config
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"

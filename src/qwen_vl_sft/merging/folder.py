@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from qwen_vl_sft.atomic_write import writing_to
+from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
-from qwen_vl_sft.outputs import run_folder
-from qwen_vl_sft.whole_file import writing_to
 
 PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from qwen_vl_sft.atomic_write import writing_to
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.merging.base import (
     HEAD,
@@ -34,8 +36,6 @@ from qwen_vl_sft.merging.base import (
 from qwen_vl_sft.merging.folder import NOTHING_LEFT, staged, write_companions
 from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
 from qwen_vl_sft.modeling.base_model import build_on_meta
-from qwen_vl_sft.recipe.settings import ModelSettings
-from qwen_vl_sft.whole_file import writing_to
 
 
 @dataclass

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.options import FULL_MODEL_FILES, TunedModel, find_tuned
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from qwen_vl_sft.recipe.reading import Recipe
+    from qwen_vl_sft.config.reading import Recipe
 
 REPORT_FILE = "merge.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -89,8 +89,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 
 def make_plan(options: Options) -> Plan:
     """Read the run. Raises `UserError` when there is nothing to merge or nowhere to write; writes nothing."""
-    from qwen_vl_sft.outputs.run_folder import RECIPE
-    from qwen_vl_sft.recipe.reading import read_recipe
+    from qwen_vl_sft.checkpointing.run_folder import RECIPE
+    from qwen_vl_sft.config.reading import read_recipe
 
     check_output_dir(options.output_dir)
     if (options.run / REPORT_FILE).is_file():
@@ -114,7 +114,7 @@ def make_plan(options: Options) -> Plan:
 
 def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
     """The recipe's model settings with the base to merge into: that of --base, else of the adapter and the recipe."""
-    from qwen_vl_sft.recipe.reading import BUILTIN
+    from qwen_vl_sft.config.reading import BUILTIN
 
     if options.base:
         asked = str(BUILTIN.get(options.base, os.path.expanduser(options.base)))

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import AutoProcessor
 
+from qwen_vl_sft.checkpointing.run_folder import SYSTEM_MESSAGE
 from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.rows import Conversation, resolve_system_message
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.task import read_usable
 from qwen_vl_sft.merging.plan import Plan
-from qwen_vl_sft.outputs.run_folder import SYSTEM_MESSAGE
 
 
 @dataclass(frozen=True)

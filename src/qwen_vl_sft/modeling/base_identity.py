@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.modeling.base_model import load_config
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 # Of each file so many pieces, evenly spread: tens of megabytes are read of a model of many gigabytes.
 _PIECES, _PIECE_BYTES = 64, 64 * 1024

@@ -35,7 +35,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 @dataclass
-class Work:
+class BatchStats:
     """What the model had to compute: sums over samples, whatever the padding.
 
     `tokens` and `tokens_squared` (a sample's tokens squared, for attention), `learned` tokens, `images`, `patches` and
@@ -51,8 +51,8 @@ class Work:
     rows: int = 0
     skipped: int = 0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def __add__(self, other: BatchStats) -> BatchStats:
+        return BatchStats(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FlopCounter:
             merger_passes=1 if set(trained) <= {"language"} else backward,
         )
 
-    def flops(self, work: Work) -> float:
+    def flops(self, work: BatchStats) -> float:
         """FLOPs of forward and backward over `work`."""
         language = self.per_token * work.tokens + self.per_learned * work.learned
         seen = self.per_patch_in_window * work.patches + self.per_patch_squared * work.patches_squared

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from peft import LoraConfig
 from torch import nn
 
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import PARTS, build_on_meta, part_of
-from qwen_vl_sft.recipe.settings import ModelSettings
 
 
 def scope_parts(scope: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler
-from qwen_vl_sft.launching.launch import World, check_running
+from qwen_vl_sft.distributed.launch import DistributedContext, check_running
 
 
 class EpochOrder(TrainerCallback):
@@ -26,13 +26,13 @@ class EpochOrder(TrainerCallback):
 class CheckWorld(TrainerCallback):
     """Stops a run whose model was not wrapped as the launcher was asked to."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, context: DistributedContext) -> None:
+        self.context = context
         self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """The Trainer has prepared the model by now."""
-        check_running(self.world, self.trainer.accelerator, self.trainer.model_wrapped)
+        check_running(self.context, self.trainer.accelerator, self.trainer.model_wrapped)
 
 
 class Progress(ProgressCallback):

@@ -12,15 +12,15 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.data.dataset import evenly_spread
 from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.evaluation.generation import generate_batches, plan_batches
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.evaluation.scoring import score_row
 from qwen_vl_sft.evaluation.task import Prompts, read_question, up_to_last_answer
-from qwen_vl_sft.preparation.scan import Scan
-from qwen_vl_sft.whole_file import write_whole
 
 ARM = "tuned"
 ANSWERS_FOLDER = "answers_while_training"
@@ -75,9 +75,9 @@ class GenerationMetrics:
         `model` is the one in training, as the strategy wrapped it. `poll` is called between batches, on all processes
         equally often; what it raises ends the measurement.
         """
-        rank, world = accelerator.process_index, accelerator.num_processes
-        synced = world > 1 and is_split(model)
-        batches = share(self.batches, rank, world, equal=synced)
+        rank, context = accelerator.process_index, accelerator.num_processes
+        synced = context > 1 and is_split(model)
+        batches = share(self.batches, rank, context, equal=synced)
         answerer = answering_model(model, accelerator)
         answers: dict[int, str] = {}
         # In training it wraps the model's own forward, which `generate` of a model with an adapter does not call.
@@ -94,7 +94,7 @@ class GenerationMetrics:
         )
         for number, (places, given) in enumerate(shown):
             answers.update(zip(places, (answer.text for answer in given), strict=True))
-            if poll is not None and number < len(self.batches) // world:
+            if poll is not None and number < len(self.batches) // context:
                 poll()
         read = [place for place in answers if self.sample[place] not in self.prompts.unreadable]
         scored = {place: self._score(place, answers[place]) for place in read}
@@ -130,13 +130,13 @@ class GenerationMetrics:
             folder = self.output_dir / ANSWERS_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(rows[place], ensure_ascii=False) + "\n" for place in sorted(rows)]
-            write_whole(folder / f"step-{step:06d}.jsonl", "".join(lines))
+            atomic_write(folder / f"step-{step:06d}.jsonl", "".join(lines))
 
 
-def share(batches: Sequence[Sequence[int]], rank: int, world: int, equal: bool) -> list[list[int]]:
+def share(batches: Sequence[Sequence[int]], rank: int, context: int, equal: bool) -> list[list[int]]:
     """The batches of one process. With `equal`, all processes get as many, the last ones one that another answers too."""
-    own = [list(batch) for batch in batches[rank::world]]
-    if equal and len(own) < math.ceil(len(batches) / world):
+    own = [list(batch) for batch in batches[rank::context]]
+    if equal and len(own) < math.ceil(len(batches) / context):
         own.append(list(batches[-1]))
     return own
 

@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qwen_vl_sft.batching.largest import largest_micro_batch
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepPlan, StepSampler
+from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.preparation.scan import Scan
 from qwen_vl_sft.random_state import kept_random_state
 from qwen_vl_sft.resilience.faults import describe_micro_batch, explained_out_of_memory
 
@@ -49,7 +49,7 @@ def room_for(plan: StepPlan, used: float, peak: float, room: float) -> int | Non
         room: bytes that may be used.
     """
     more = (room - used) / max(peak - used, 1)
-    times = min(int(more), math.ceil(plan.survey().micro_batches))
+    times = min(int(more), math.ceil(plan.packing_stats().micro_batches))
     return times * plan.tokens_per_batch if times > 1 else None
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from trl import SFTTrainer
 
-from qwen_vl_sft.launching import fsdp
-from qwen_vl_sft.launching.launch import World
+from qwen_vl_sft.config.reading import Recipe
+from qwen_vl_sft.distributed import fsdp
+from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model, trained_parts
+from qwen_vl_sft.modeling.chosen import choose
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.patches import (
     call_head_after_backbone,
@@ -23,17 +25,15 @@ from qwen_vl_sft.modeling.patches import (
     score_places_as_they_come,
     take_packed_batches,
 )
-from qwen_vl_sft.preparation.chosen import choose
-from qwen_vl_sft.recipe.reading import Recipe
 
 
-def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
+def prepare_model(recipe: Recipe, context: DistributedContext, pad_token_id: int) -> Any:
     """Load the base model of a recipe as its trainer takes it."""
-    chosen = choose(recipe, world)
+    chosen = choose(recipe, context)
     if recipe.run.packing and chosen.attention != SDPA:
         varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
     computed_in = getattr(torch, recipe.mixed_precision) if recipe.mixed_precision else None
-    model = load_model(recipe.model, world.on_cpu, world.local_rank, world.strategy, computed_in)
+    model = load_model(recipe.model, context.on_cpu, context.local_rank, context.strategy, computed_in)
     if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
         freeze_vision_tower(model)
     # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
@@ -48,18 +48,18 @@ def prepare_model(recipe: Recipe, world: World, pad_token_id: int) -> Any:
     return model
 
 
-def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> set[str]:
+def finish_model(trainer: SFTTrainer, recipe: Recipe, context: DistributedContext) -> set[str]:
     """What can be done once the model has its adapter; returns the parts in which something trains."""
     model: Any = trainer.model
     if recipe.model.use_peft:
         keep_trained_weights_in_float32(model)
-        if LORA in choose(recipe, world).fused_kernels:
+        if LORA in choose(recipe, context).fused_kernels:
             use_fused_lora(model)
-    elif recipe.get("bf16") and world.strategy in ("single", "ddp"):
+    elif recipe.get("bf16") and context.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
         keep_trained_weights_in_float32(model)
     fsdp.round_as_one_process_does(trainer.accelerator)
-    if world.strategy == "fsdp2" and recipe.model.load_in_4bit:
+    if context.strategy == "fsdp2" and recipe.model.load_in_4bit:
         fsdp.gather_bytes()
     trained, vision_frozen = trained_parts(model), is_vision_frozen(model)
     if vision_frozen:
@@ -69,9 +69,9 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, world: World) -> set[str]:
     base = model.get_base_model() if recipe.model.use_peft else model
     if recipe.run.packing:
         score_places_as_they_come(base)
-    if world.processes > 1 and (world.strategy in ("zero3", "fsdp2") or not vision_frozen):
+    if context.processes > 1 and (context.strategy in ("zero3", "fsdp2") or not vision_frozen):
         run_vision_in_every_batch(base)
-    if world.strategy == "fsdp2":
+    if context.strategy == "fsdp2":
         call_head_after_backbone(base)
     return trained
 

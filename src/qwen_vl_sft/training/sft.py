@@ -19,37 +19,37 @@ from qwen_vl_sft.batching.packed_collator import PackedCollator
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.batching.sampler import EpochSampler, places
+from qwen_vl_sft.checkpointing import checkpoints, run_folder
+from qwen_vl_sft.config.reading import Recipe
+from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.data.dataset import Rows
+from qwen_vl_sft.data.scan import Scan
+from qwen_vl_sft.distributed import fsdp, launch
+from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
-from qwen_vl_sft.launching import fsdp, launch
-from qwen_vl_sft.launching.launch import World
 from qwen_vl_sft.modeling.base_model import count_parameters
+from qwen_vl_sft.modeling.chosen import choose
 from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config, trains_language_only
-from qwen_vl_sft.outputs import checkpoints, run_folder
-from qwen_vl_sft.outputs.plots import plot_loss
-from qwen_vl_sft.preparation.chosen import choose
-from qwen_vl_sft.preparation.prepared_data import PreparedData, step_plan
-from qwen_vl_sft.preparation.rules import EVALUATION_METRICS
-from qwen_vl_sft.preparation.scan import Scan
-from qwen_vl_sft.recipe.reading import Recipe
-from qwen_vl_sft.recipe.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.resilience.faults import explained_save
-from qwen_vl_sft.resilience.reporting import guard_loggers
-from qwen_vl_sft.resilience.safety import skipped_steps
-from qwen_vl_sft.resilience.saving_trainer import save_final_model
+from qwen_vl_sft.resilience.logger_guard import guard_loggers
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, Progress
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
+from qwen_vl_sft.training.loss_plot import plot_loss
 from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
-from qwen_vl_sft.training.meter import Meter
 from qwen_vl_sft.training.model_setup import finish_model, prepare_model
+from qwen_vl_sft.training.prepared_data import PreparedData, step_plan
+from qwen_vl_sft.training.rules import EVALUATION_METRICS
+from qwen_vl_sft.training.safety import skipped_steps
+from qwen_vl_sft.training.saving_trainer import save_final_model
+from qwen_vl_sft.training.throughput import ThroughputMeter
 from qwen_vl_sft.training.trainer import SKIPPED_ROWS, VisionSFTTrainer
 
 
-def sft_config(recipe: Recipe, world: World) -> SFTConfig:
+def sft_config(recipe: Recipe, context: DistributedContext) -> SFTConfig:
     """TRL's configuration of a recipe. Must exist before the model is loaded: ZeRO-3 partitions while loading."""
-    arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(world)}
+    arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(context)}
     arguments["resume_from_checkpoint"] = None
     if recipe.run.packing:
         # The Trainer's batch is then a whole optimizer step; its micro-batches are planned by their tokens.
@@ -76,12 +76,12 @@ def sft_config(recipe: Recipe, world: World) -> SFTConfig:
 
 
 def build_trainer(
-    recipe: Recipe, world: World, args: SFTConfig, data: PreparedData, global_batch: GlobalBatch
+    recipe: Recipe, context: DistributedContext, args: SFTConfig, data: PreparedData, global_batch: GlobalBatch
 ) -> VisionSFTTrainer:
     """Load the model and set up TRL's trainer around it."""
-    model = prepare_model(recipe, world, data.encoder.pad_token_id)
-    meter, check_world = Meter(args.device), CheckWorld(world)
-    train_dataset, sampler = _train_places(recipe, world, data, global_batch)
+    model = prepare_model(recipe, context, data.encoder.pad_token_id)
+    meter, check_world = ThroughputMeter(args.device), CheckWorld(context)
+    train_dataset, sampler = _train_places(recipe, context, data, global_batch)
     train_collator = _collator(recipe, data, data.train)
     evaluation = data.evaluation
     collator = _packed(train_collator, model) if recipe.run.packing else train_collator
@@ -91,7 +91,7 @@ def build_trainer(
         data_collator=collator,
         eval_collator=_collator(recipe, data, evaluation) if evaluation else train_collator,
         train_dataset=train_dataset,
-        eval_dataset=places(len(evaluation.rows), args.eval_batch_size * world.processes) if evaluation else None,
+        eval_dataset=places(len(evaluation.rows), args.eval_batch_size * context.processes) if evaluation else None,
         processing_class=data.encoder.processor,
         peft_config=lora_config(model, recipe.model) if recipe.model.use_peft else None,
         sampler=sampler,
@@ -105,12 +105,12 @@ def build_trainer(
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
     guard_loggers(trainer)
-    trained = finish_model(trainer, recipe, world)
+    trained = finish_model(trainer, recipe, context)
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, trained, recipe.run.packing)
     # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
     stated = recipe.get("gradient_checkpointing_kwargs") or {}
-    reentrant = stated.get("use_reentrant") or world.strategy == "zero3"
-    if isinstance(data.train, Scan) and not world.on_cpu and not reentrant:
+    reentrant = stated.get("use_reentrant") or context.strategy == "zero3"
+    if isinstance(data.train, Scan) and not context.on_cpu and not reentrant:
         largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
         plan = sampler.plan if isinstance(sampler, StepSampler) else None
         trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto", plan))
@@ -118,7 +118,7 @@ def build_trainer(
 
 
 def train(
-    trainer: VisionSFTTrainer, world: World, recipe: Recipe, data: PreparedData, resume: Path | None
+    trainer: VisionSFTTrainer, context: DistributedContext, recipe: Recipe, data: PreparedData, resume: Path | None
 ) -> dict[str, Any]:
     """Train, save the final model, and return the metrics of the run."""
     assert isinstance(trainer.model, nn.Module)
@@ -137,7 +137,7 @@ def train(
         "best_checkpoint": trainer.state.best_model_checkpoint,
         # The commit of a base model from the Hub, None for a folder.
         "base_commit": getattr(trainer.model.config, "_commit_hash", None),
-        **trainer.meter.summary(world.processes),
+        **trainer.meter.summary(context.processes),
         **({"memory": asdict(trainer.memory_fit)} if trainer.memory_fit else {}),
         "work": asdict(trainer.meter.total),
         "skipped_while_training": trainer.meter.total.skipped,
@@ -155,12 +155,12 @@ def train(
     return metrics
 
 
-def begin_run_folder(recipe: Recipe, world: World, data: PreparedData) -> None:
+def begin_run_folder(recipe: Recipe, context: DistributedContext, data: PreparedData) -> None:
     """Write what is known before training; call it on one process only."""
-    devices = [] if world.on_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    environment = run_folder.environment(asdict(world), data.summary(), devices)
+    devices = [] if context.on_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    environment = run_folder.environment(asdict(context), data.summary(), devices)
     # What "auto" came to here; the recipe says only that it was asked.
-    environment["chosen"] = asdict(choose(recipe, world))
+    environment["chosen"] = asdict(choose(recipe, context))
     message = data.encoder.system_message
     run_folder.begin(recipe.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
 
@@ -175,11 +175,11 @@ def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, metrics: dict[s
 
 
 def _train_places(
-    recipe: Recipe, world: World, data: PreparedData, global_batch: GlobalBatch
+    recipe: Recipe, context: DistributedContext, data: PreparedData, global_batch: GlobalBatch
 ) -> tuple[Any, EpochSampler | StepSampler | None]:
     if recipe.run.packing:
-        plan = step_plan(recipe, world, data, global_batch)
-        return places(len(plan.sizes.tokens), 1), StepSampler(plan, world.rank)
+        plan = step_plan(recipe, context, data, global_batch)
+        return places(len(plan.sizes.tokens), 1), StepSampler(plan, context.rank)
     if not isinstance(data.train, Scan):
         # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
         return data.train.dataset.repeat(None), None

@@ -18,12 +18,12 @@ from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.batching.sampler import EpochSampler, end_workers, step_loader
 from qwen_vl_sft.modeling.base_model import load_full_weights
-from qwen_vl_sft.modeling.flops import Work
+from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.patches import already_training
-from qwen_vl_sft.resilience.safe_trainer import ROW_IDS, SafeTrainer
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.memory import Fit
-from qwen_vl_sft.training.meter import Meter, TimedIterator
+from qwen_vl_sft.training.safe_trainer import ROW_IDS, SafeTrainer
+from qwen_vl_sft.training.throughput import ThroughputMeter, TimedIterator
 
 # Of an evaluation's metrics: rows that could not be read.
 SKIPPED_ROWS = "skipped_rows"
@@ -40,7 +40,7 @@ class VisionSFTTrainer(SafeTrainer):
         self,
         *args: Any,
         sampler: EpochSampler | StepSampler | None,
-        meter: Meter,
+        meter: ThroughputMeter,
         eval_collator: Collator,
         generation_metrics: GenerationMetrics | None = None,
         **kwargs: Any,
@@ -156,7 +156,7 @@ class VisionSFTTrainer(SafeTrainer):
         """
         assert not return_outputs, "the logits are never built"
         assert num_items_in_batch is not None, "the loss is a mean over the tokens of the global batch"
-        self.meter.work += Work(**inputs.pop("work"))
+        self.meter.work += BatchStats(**inputs.pop("work"))
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = -outputs.log_probs  # zero where nothing is learned
         if getattr(self.args, "loss_type", "nll") == "dft":  # https://huggingface.co/papers/2508.05629

@@ -1,0 +1,59 @@
+"""Which checkpoints of a run stay: the newest ones and the best; those of a way that the run has left are set aside."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen_vl_sft.checkpointing.checkpoints import MARK, folders, marked, step_of
+
+_ABANDONED = "abandoned-"
+
+
+def rotate(run: Path, keep: int | None, newest: Path, best: str | None) -> None:
+    """Delete the oldest checkpoints but `keep`, and what was never completed. `newest` and the best always stay.
+
+    Call it when `newest`, just written, is marked: at every moment the run has a whole checkpoint then.
+    """
+    if keep is None or keep < 1:
+        return
+    whole = marked(run)
+    protected = {newest.name} | ({Path(best).name} if best else set())
+    spare = [folder for folder in whole if folder.name not in protected]
+    surplus = len(whole) - max(keep, len(protected))
+    for folder in spare[: max(surplus, 0)]:
+        delete(folder)
+    for folder in folders(run):
+        if folder not in whole and folder.name not in protected:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint, its mark first: a deletion that is cut off leaves nothing that looks whole."""
+    (folder / MARK).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> None:
+    """Rename what was saved after the step `after`, from which the run has gone on otherwise, and tell so.
+
+    `latest` would find it, since its steps are higher than those of `new`, which stays. Call it when `new` is written and
+    before it is marked: a run that is killed in between still has the checkpoint that it went on from, and is not taken
+    back to what it had left. Raises `OSError`.
+    """
+    left = [folder for folder in marked(run) if step_of(folder) > after and folder != new]
+    names = [make_room(folder).name for folder in left]
+    if names:
+        tell(
+            f"{run} went on from {f'step {after}' if after else 'the start'}; what an earlier attempt had saved after it"
+            f" is kept as {', '.join(names)}, where latest does not look. Delete what you do not need"
+        )
+
+
+def make_room(folder: Path) -> Path:
+    """Rename a checkpoint so that it is none of the run any more; its new place."""
+    name = f"{_ABANDONED}{folder.name}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))

@@ -1,0 +1,180 @@
+"""A recipe: flat YAML plus `--key value`, read, typed and checked with every problem reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import SFTConfig
+
+from qwen_vl_sft import tiny
+from qwen_vl_sft.config.coercion import coerce, expected, is_text, load_yaml
+from qwen_vl_sft.config.settings import (
+    FORMER_KEYS,
+    GROUPS,
+    REFUSED_KEYS,
+    TRAINING_DEFAULTS,
+    DataSettings,
+    ModelSettings,
+    RunSettings,
+)
+from qwen_vl_sft.errors import UserError, raise_all
+
+# What ships with the package.
+BUILTIN = {"builtin:tiny-qwen2-vl": tiny.MODEL_DIR, "builtin:tiny-charts": tiny.DATA_DIR}
+
+
+@dataclass
+class Recipe:
+    """A checked recipe. `training` holds keyword arguments of `SFTConfig`; `stated` the keys the user wrote."""
+
+    data: DataSettings
+    model: ModelSettings
+    run: RunSettings
+    training: dict[str, Any]
+    stated: frozenset[str] = field(default_factory=frozenset)
+
+    def get(self, name: str) -> Any:
+        """The value of a training key, with TRL's default where the recipe is silent."""
+        return self.training[name] if name in self.training else training_default(name)
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of shuffling: `data_seed`, else `seed`."""
+        stated = self.get("data_seed")
+        return self.get("seed") if stated is None else stated
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """The type that layers compute in, whatever type their weights have; None for that of the weights."""
+        return "bfloat16" if self.get("bf16") else "float16" if self.get("fp16") else None
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.training["output_dir"]).expanduser()
+
+    def values(self) -> dict[str, Any]:
+        """Every key of ours and every training key that was set, as plain values; a valid recipe again."""
+        return {**asdict(self.data), **asdict(self.model), **asdict(self.run), **self.training}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def key_hints() -> dict[str, Any]:
+    """Every key of a recipe with its type: ours first, then those of `SFTConfig`."""
+    hints: dict[str, Any] = {}
+    for group in GROUPS.values():
+        hints |= typing.get_type_hints(group)
+    training = typing.get_type_hints(SFTConfig)
+    allowed = [entry.name for entry in fields(SFTConfig) if entry.init and entry.name not in REFUSED_KEYS]
+    return hints | {name: training[name] for name in allowed if name not in hints}
+
+
+def text_keys() -> set[str]:
+    """The keys whose values are text, also those that look like numbers: names, paths, revisions."""
+    return {name for name, hint in key_hints().items() if is_text(hint)}
+
+
+def training_default(name: str) -> Any:
+    """Our default of a training key, else TRL's."""
+    if name in TRAINING_DEFAULTS:
+        return TRAINING_DEFAULTS[name]
+    entry = next(entry for entry in fields(SFTConfig) if entry.name == name)
+    return entry.default_factory() if callable(entry.default_factory) else entry.default
+
+
+def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Read a recipe file and command-line overrides.
+
+    Only keys and types are checked here; `training.rules.check` checks how they go together. Raises `UserError` with
+    every unknown key and wrong type at once.
+    """
+    written = read_file(Path(path)) if path is not None else {}
+    sources = dict.fromkeys(written, str(path)) | dict.fromkeys(overrides, "command line")
+    merged = {**written, **overrides}
+    hints, problems, values = key_hints(), [], {}
+    for name, value in merged.items():
+        if name not in hints:
+            problems.append(f"{sources[name]}: {_unknown(str(name), list(hints))}")
+            continue
+        try:
+            values[name] = coerce(value, hints[name])
+        except ValueError:
+            problems.append(f"{sources[name]}: {name}: {value!r} is not {expected(hints[name])}")
+    raise_all(problems)
+    return build(values)
+
+
+def build(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from typed values; keys that are not named take their defaults."""
+    values = {
+        name: str(BUILTIN.get(value, value)) if isinstance(value, str) else value for name, value in values.items()
+    }
+    if isinstance(model := values.get("model_name_or_path"), str):
+        # transformers takes a name as it is, and a base in the adapter's configuration must be found from elsewhere too.
+        values["model_name_or_path"] = os.path.expanduser(model)
+    ours = {name for group in GROUPS.values() for name in _names(group)}
+    training = {name: value for name, value in values.items() if name not in ours}
+
+    def section(group: type) -> Any:
+        return group(**{name: value for name, value in values.items() if name in _names(group)})
+
+    return Recipe(
+        section(DataSettings),
+        section(ModelSettings),
+        section(RunSettings),
+        training=_resolved({**TRAINING_DEFAULTS, **training}),
+        stated=frozenset(values),
+    )
+
+
+def _resolved(training: dict[str, Any]) -> dict[str, Any]:
+    """Training keys with the values that will run where those that were written, or left out, come to something else."""
+    if training.get("bf16") is None:
+        # As TRL's configuration makes it of a recipe without one.
+        training["bf16"] = not training.get("fp16", False)
+    if training.get("dataloader_persistent_workers") and not training.get("dataloader_num_workers"):
+        training["dataloader_persistent_workers"] = False  # PyTorch refuses to keep workers where there are none
+    return training
+
+
+def _names(group: type) -> set[str]:
+    return {entry.name for entry in fields(group)}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file as they are written, unchecked. Raises `UserError` for what is no recipe."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        shipped = sorted(str(file) for file in Path("recipes").glob("*.yaml"))
+        raise UserError(
+            f"recipe {path} does not exist" + (f"; here are {', '.join(shipped)}" if shipped else "")
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    try:
+        written = load_yaml(text, text_keys()) if text.strip() else {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(written, dict):
+        raise UserError(f"recipe {path} must hold `key: value` lines, not a {type(written).__name__}")
+    return written
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    if name in REFUSED_KEYS:
+        return f"{name} cannot be set: {REFUSED_KEYS[name]}"
+    if name in FORMER_KEYS:
+        return f"unknown key {name}; write {FORMER_KEYS[name]}"
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"unknown key {name}" + (f"; did you mean {nearest[0]}?" if nearest else "; --help lists all keys")

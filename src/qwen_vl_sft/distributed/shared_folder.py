@@ -1,0 +1,88 @@
+"""Whether all processes see one run folder: each writes its part of a checkpoint there, and the first one marks it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.errors import UserError
+
+# What one machine writes may reach another's view of the storage late: NFS looks anew after 60 s at the latest.
+_SECONDS_TO_SEE = 65.0
+
+
+def check_shared(folder: Path, context: DistributedContext) -> None:
+    """Raise `UserError` on all processes when the first cannot write to `folder`, or one does not see what it writes.
+
+    Call it on all processes when they are joined, before the folder is written to; nothing stays in it.
+    """
+    with contextlib.ExitStack() as stack:
+        name, failure = "", None
+        if context.rank == 0:
+            try:
+                name = stack.enter_context(_written(folder))
+            except OSError as error:
+                failure = error.strerror or str(error)
+        name, failure = launch.from_first(context, (name, failure))
+        if failure:
+            raise UserError(f"output_dir: {folder} cannot be written: {failure}; name another folder")
+        if context.processes == 1:
+            return
+        answers: list[Any] = [None] * context.processes
+        dist.all_gather_object(answers, (platform.node(), _sees(folder / name)))
+    blind = {rank: machine for rank, (machine, sees) in enumerate(answers) if not sees}
+    if blind:
+        machines = ", ".join(sorted(set(blind.values())))
+        raise UserError(
+            f"output_dir: what process 0 on {answers[0][0]} writes to {folder} is not seen by process(es)"
+            f" {', '.join(map(str, blind))} on {machines}, so no checkpoint would be whole; name a folder on storage that"
+            f" all machines share, by the same path"
+        )
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[str]:
+    """The name of a file in `folder`, which is made if need be; nothing is left afterwards."""
+    made = _missing(folder)
+    probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        yield probe.name
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        _remove(made)
+
+
+def _sees(path: Path) -> bool:
+    made, until = _missing(path.parent), time.monotonic() + _SECONDS_TO_SEE
+    # NFS remembers that a folder was missing, and passes on a wish to make it all the same.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    while not path.is_file():
+        if time.monotonic() > until:
+            _remove(made)
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _missing(folder: Path) -> list[Path]:
+    """What must be made for `folder` to be there, itself first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove(folders: list[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -1,1 +1,0 @@
-"""What happens between reading a recipe and the first step: rules, rows, image features, the plan, the resume."""

@@ -1,0 +1,158 @@
+"""How near packed rows and shared prefixes come to rows one at a time, at a real shape and in the precision of training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_vl_sft.batching import batch_rules
+from qwen_vl_sft.batching.collator import Collator
+from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator
+from qwen_vl_sft.batching.packing import StepPlan
+from qwen_vl_sft.config.command_line import parse_command_line
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.data.scan import Scan
+from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE, random_model_of
+from qwen_vl_sft.tools.benchmarks.table import TEXT
+from qwen_vl_sft.training import prepared_data, rules, sft
+from qwen_vl_sft.training.prepared_data import PreparedData
+
+COLUMNS = {
+    "precision": ("precision", TEXT),
+    "kernels": ("kernels", TEXT),
+    "rows": ("rows", TEXT),
+    "loss": ("mean loss", "{:.6f}"),
+    "token_loss_mean": ("a token's loss off by", "{:.1e}"),
+    "token_loss_largest": ("at most", "{:.1e}"),
+    "gradient": ("gradient off by", "{:.1e}"),
+}
+PADDED_ROWS = 4
+# LoRA begins at zero, where half of its gradients are.
+LORA_B_STD = 0.02
+# Computing in another order rounds otherwise; a row that saw its neighbour would be off by far more than all rounding.
+TOLERATED = 1.5
+ROUNDING = 1e-4  # of float32 kernels that add up in another order
+
+Losses = dict[int, list[float]]
+
+
+def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[str, Any]], bool]:
+    """Per-token losses and adapter gradients, in float32 and in bfloat16, of one, padded, packed and shared rows.
+
+    Everything is compared with float32, one row at a time, without fused kernels. With `fused_kernels` each precision
+    runs without and with them. Returns the results, and whether all are no further from float32 than `TOLERATED` times as
+    far as rows one at a time without kernels in the same precision.
+    """
+    model_dir = random_model_of(arguments) if arguments.config else None
+    _, keys, _ = parse_command_line(words, flags=())
+    results: list[dict[str, Any]] = []
+    reference: tuple[Losses, dict[str, torch.Tensor]] | None = None
+    good = True
+    kernels = read_recipe(arguments.recipe, keys).model.fused_kernels
+    limits: dict[str, float] = {}
+    for precision, fused in product(arguments.precisions.split(","), (None, kernels) if kernels else (None,)):
+        own: dict[str, Any] = {"dtype": precision, "bf16": precision == "bfloat16", "packing": True}
+        own |= {"output_dir": str(arguments.output_dir / "runs"), "lora_dropout": 0.0, "gradient_checkpointing": False}
+        own |= {"tf32": False}  # float32 is what all is compared with
+        own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
+        trainer, data = _load(arguments, {**TRAINING_ALONE, **own, **keys, "fused_kernels": fused})
+        for name, batches in _ways(data, trainer.data_collator, arguments.rows, arguments.tokens_per_batch):
+            found = _losses_and_gradients(trainer, batches, data)
+            reference = reference or found
+            result = {"precision": precision, "rows": name, **_differences(found, reference)}
+            result["kernels"] = "fused" if fused else "plain"
+            results.append(result)
+            print(f"compared: {precision}, {name}, {result['kernels']} kernels", flush=True)
+            # That of the first: one row at a time, without kernels.
+            limit = limits.setdefault(precision, max(TOLERATED * result["gradient"], ROUNDING))
+            good = good and result["gradient"] <= limit
+        del trainer
+        torch.cuda.empty_cache()
+    return results, good
+
+
+def _load(arguments: argparse.Namespace, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
+    recipe = read_recipe(arguments.recipe, keys)
+    context = launch.read_context(use_cpu=recipe.get("use_cpu"))
+    rules.check(recipe, context)
+    global_batch = batch_rules.resolve_batch(recipe, context)
+    launch.start(context)
+    data = prepared_data.prepare_data(recipe, context)
+    trainer: Any = sft.build_trainer(recipe, context, sft.sft_config(recipe, context), data, global_batch)
+    numbers = torch.Generator().manual_seed(0)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            drawn = torch.randn(parameter.shape, generator=numbers) * LORA_B_STD
+            parameter.data.copy_(drawn)
+    return trainer, data
+
+
+def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    """The same rows in batches of four kinds."""
+    assert isinstance(data.train, Scan)
+    assert isinstance(collator, PackedCollator)
+    padded: Collator = collator.rows
+    # All rows, so that those of one image are together.
+    sizes, batch = data.train.sizes, GlobalBatch(rows=rows)
+    chosen = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
+    for name, size in (("one at a time", 1), (f"{PADDED_ROWS} padded", PADDED_ROWS)):
+        groups = [chosen[start : start + size] for start in range(0, rows, size)]
+        yield name, (padded([{"row": row} for row in group]) for group in groups)
+    for name, share in (("packed", False), ("packed, shared", True)):
+        (batches,) = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=share).split(chosen)
+        yield name, (batch for micro in batches for batch in collator([[micro]][0])[MICRO_BATCHES])
+
+
+def _losses_and_gradients(
+    trainer: Any, batches: Iterator[dict[str, Any]], data: PreparedData
+) -> tuple[Losses, dict[str, torch.Tensor]]:
+    """The loss of every learned token by row, and the gradient of their sum by tensor of the adapter."""
+    # In training the packed attention refuses a batch without boundaries; dropout and checkpointing are off anyway.
+    model: nn.Module = trainer.model.eval()
+    model.zero_grad(set_to_none=True)
+    losses: Losses = {}
+    assert isinstance(data.train, Scan)
+    learned = {
+        int(row): int(count) for row, count in zip(data.train.rows.dataset["row_id"], data.train.learned, strict=True)
+    }  # type: ignore[index]
+    for batch in batches:
+        del batch["work"]
+        rows = batch.pop("row_ids")
+        with trainer.accelerator.autocast():
+            outputs = model(**trainer._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+        (-outputs.log_probs).sum().backward()
+        found = -outputs.log_probs.detach()[outputs.label_mask.bool()].float().cpu()
+        for row, part in zip(rows, found.split([learned[row] for row in rows]), strict=True):
+            losses[row] = part.tolist()
+    gradients = {
+        name: parameter.grad.float().cpu() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    return losses, gradients
+
+
+def _differences(
+    found: tuple[Losses, dict[str, torch.Tensor]], reference: tuple[Losses, dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """Mean and largest difference of a token's loss in nats; of gradients |a - b| / |b| over all tensors together."""
+    values, wanted = (
+        torch.tensor([loss for row in sorted(part[0]) for loss in part[0][row]]) for part in (found, reference)
+    )
+    apart = (values - wanted).abs()
+    squares = [
+        ((found[1][name] - grad).double().square().sum(), grad.double().square().sum())
+        for name, grad in reference[1].items()
+    ]
+    distance, size = (torch.stack(list(part)).sum().sqrt() for part in zip(*squares, strict=True))
+    return {
+        "loss": float(values.mean()),
+        "token_loss_mean": float(apart.mean()),
+        "token_loss_largest": float(apart.max()),
+        "gradient": float(distance / size),
+    }

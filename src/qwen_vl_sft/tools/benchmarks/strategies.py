@@ -1,0 +1,209 @@
+"""One recipe and one seed on every strategy, through scripts/sft.py: what is run, one run after the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing.row_log import read_row_log
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE
+from qwen_vl_sft.tools.benchmarks.kill_and_resume import kill_family
+from qwen_vl_sft.tools.benchmarks.outcome import differences, finished, machine_of, stopped
+from qwen_vl_sft.training.rules import LORA_KEYS
+
+SCRIPT = Path(__file__).parents[4] / "scripts" / "sft.py"
+CONFIGS = Path("accelerate_configs")
+STRATEGIES = {"single": "single_gpu", **{name: name for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}}
+MODES: dict[str, dict[str, Any]] = {
+    "qlora": {"use_peft": True, "load_in_4bit": True},
+    "lora": {"use_peft": True, "load_in_4bit": False},
+    "full": {"use_peft": False, "load_in_4bit": False},
+}
+EVERY_STEP = {"logging_steps": 1, "log_row_ids": True}
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cell of the grid. `mode` is one of `MODES`, or `recipe` for what the recipe itself says."""
+
+    strategy: str
+    processes: int
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """The name of its folder and its log."""
+        return f"{self.mode}-{self.strategy}-{self.processes}"
+
+
+def grid(strategies: list[str], processes: list[int], modes: list[str]) -> Iterator[Case]:
+    """Every case once, mode by mode. `single` runs on one process. Raises `UserError` for a name that is not known."""
+    for option, names, known in (("strategies", strategies, STRATEGIES), ("modes", modes, {**MODES, "recipe": {}})):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"--{option}: {', '.join(unknown)} is not known; there are {', '.join(known)}")
+    if not strategies or not processes or min(processes) < 1:
+        raise UserError("--strategies and --processes each need one value at least, and processes are counted from 1")
+    for mode in modes:
+        for strategy in strategies:
+            for count in [1] if strategy == "single" else processes:
+                yield Case(strategy, count, mode)
+
+
+def recipe_of(written: Mapping[str, Any], mode: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a mode: `written` with the mode's keys, and `keys` of the command line, which win.
+
+    Raises `UserError` when the batch would depend on the number of processes.
+    """
+    recipe = {**written, **TRAINING_ALONE, **EVERY_STEP, **MODES.get(mode, {})}
+    if mode == "full":
+        recipe = {name: value for name, value in recipe.items() if name not in LORA_KEYS}
+    recipe |= keys
+    if recipe.get("global_batch_size") is None and recipe.get("global_batch_tokens") is None:
+        raise UserError(
+            "the recipe states no global batch, so each number of processes would train on other batches; add"
+            " --global_batch_size N"
+        )
+    recipe.pop("output_dir", None)
+    return recipe
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs of scripts/sft.py in `folder`. `recipes` maps a mode to its file; `timeout` is in seconds and for each run.
+
+    With `kill_step`, each strategy runs once more, is killed once the checkpoint of that step is whole, and resumed.
+    """
+
+    folder: Path
+    recipes: Mapping[str, Path]
+    on_cpu: bool
+    warmup: int
+    timeout: float
+    kill_step: int | None = None
+    keep_models: bool = False
+
+    def run(self, cases: list[Case]) -> Iterator[dict[str, Any]]:
+        """The result of every case, as it comes; those of a mode are compared with the first that ran to its end."""
+        first: dict[str, dict[str, Any]] = {}
+        for case in cases:
+            result = self._run_case(case, first.get(case.mode))
+            if result["outcome"] == "ok":
+                first.setdefault(case.mode, result)
+            yield result
+
+    def about(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the results hold for: the machine and the recipes."""
+        done = next((result["run"] for result in results if result["outcome"] == "ok"), None)
+        recipes = {mode: yaml.safe_load(path.read_text(encoding="utf-8")) for mode, path in self.recipes.items()}
+        return {**(machine_of(self.folder / "runs" / done) if done else {}), "recipes": recipes}
+
+    def run_folder(self, case: Case) -> Path:
+        """Where a case is trained."""
+        return self.folder / "runs" / case.name
+
+    def _run_case(self, case: Case, first: dict[str, Any] | None) -> dict[str, Any]:
+        about = {"run": case.name, "mode": case.mode, "strategy": case.strategy, "processes": case.processes}
+        run, log = self.run_folder(case), self.folder / f"{case.name}.log"
+        shutil.rmtree(run, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        began = time.monotonic()
+        code = self._train(case, run, log, self._saving())
+        about["seconds"] = round(time.monotonic() - began, 1)
+        if code != 0:
+            return {**about, "outcome": stopped(code, run, log, self.timeout)}
+        result = {**about, "outcome": "ok", **finished(run, self.warmup)}
+        if first is not None:
+            result["times_first"] = result["rows_per_second"] / first["rows_per_second"]
+            result |= differences(result, first, run, self.folder / "runs" / first["run"])
+        if self.kill_step is not None:
+            result["resumed"] = self._kill_and_resume(case, result)
+        if first is not None and not self.keep_models:
+            _forget_weights(run)
+        return result
+
+    def _kill_and_resume(self, case: Case, whole: dict[str, Any]) -> dict[str, Any]:
+        """Kill the same run after a checkpoint, go on from it, and compare its end with that of the whole run."""
+        run, log = self.folder / "runs" / f"{case.name}-killed", self.folder / f"{case.name}-killed.log"
+        shutil.rmtree(run, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        mark = run / f"checkpoint-{self.kill_step}" / checkpoints.MARK
+        code = self._train(case, run, log, self._saving(), until=mark.is_file)
+        done = max(read_row_log(run), default=0)
+        if code is not None:
+            return {"outcome": f"failed: ended with exit code {code} before it was killed; see {log}"}
+        if not mark.is_file():
+            return {"outcome": stopped(None, run, log, self.timeout)}
+        code = self._train(case, run, log, {**self._saving(), "resume_from_checkpoint": checkpoints.LATEST})
+        if code != 0:
+            return {"outcome": stopped(code, run, log, self.timeout), "steps_done": done}
+        found = differences(finished(run, self.warmup), whole, run, self.run_folder(case))
+        _forget_weights(run)
+        return {"outcome": "ok", "steps_done": done, "resumed_from": self.kill_step, **found}
+
+    def _saving(self) -> dict[str, Any]:
+        return {} if self.kill_step is None else {"save_strategy": "steps", "save_steps": self.kill_step}
+
+    def _train(
+        self, case: Case, run: Path, log: Path, keys: Mapping[str, Any], until: Callable[[], bool] | None = None
+    ) -> int | None:
+        """Run scripts/sft.py and return its exit code; None when it was killed, by `until` or after the time limit."""
+        words = [word for name, value in {"output_dir": run, **keys}.items() for word in (f"--{name}", str(value))]
+        command = [*self._launcher(case), str(SCRIPT), "--recipe", str(self.recipes[case.mode]), *words]
+        deadline = time.monotonic() + self.timeout
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=self._environment(), start_new_session=True
+            )
+        try:
+            while process.poll() is None:
+                if time.monotonic() > deadline or (until is not None and until()):
+                    return None
+                time.sleep(_POLL_SECONDS)
+            return process.returncode
+        finally:
+            # Also on Ctrl-C; the session of its own keeps that from reaching the run first.
+            kill_family(process.pid)
+            process.wait()
+
+    def _launcher(self, case: Case) -> list[str]:
+        if self.on_cpu and case.strategy == "single":
+            return [sys.executable]
+        name = "cpu" if self.on_cpu and case.strategy == "ddp" else STRATEGIES[case.strategy]
+        options = {"config_file": CONFIGS / f"{name}.yaml", "num_processes": case.processes, "main_process_port": 0}
+        words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+        return [sys.executable, "-m", "accelerate.commands.launch", *words]
+
+    def _environment(self) -> dict[str, str]:
+        if not self.on_cpu:
+            return dict(os.environ)
+        # One thread each, as torch's launcher does for several processes: sums are then taken in the same order.
+        return {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+
+
+def write_recipes(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """Write the recipe of each mode into `folder`, and return their paths."""
+    paths = {mode: folder / f"{mode}.yaml" for mode in recipes}
+    for mode, path in paths.items():
+        path.write_text(yaml.safe_dump(dict(recipes[mode]), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return paths
+
+
+def _forget_weights(run: Path) -> None:
+    """Delete what takes room once it has been compared: the model and the checkpoints."""
+    for checkpoint in checkpoints.folders(run):
+        shutil.rmtree(checkpoint)
+    for weights in run.glob("*.safetensors"):
+        weights.unlink()

@@ -1,0 +1,251 @@
+"""Ways of training that are measured side by side: TRL's own step, and this package's recipes with other keys."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_vl_sft.batching import batch_rules
+from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.config.reading import Recipe, read_recipe
+from qwen_vl_sft.data.dataset import Rows
+from qwen_vl_sft.data.encoded_image import ReadImage
+from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.scan import Scan
+from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.modeling.base_model import quantization_config
+from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter
+from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.training import precompute_features, prepared_data, rules, sft
+from qwen_vl_sft.training.prepared_data import PreparedData
+from qwen_vl_sft.training.throughput import TimedIterator
+
+PACKED = {"packing": True, "gradient_checkpointing": False, "lora_dropout": 0.0}
+KERNELS = {"fused_kernels": "auto"}
+ALL_PROJECTIONS = {"lora_target_modules": None, "lora_scope": "language", "lora_r": 16, "lora_alpha": 32}
+CACHED = {"cache_image_features": "bfloat16"}
+# What each variant changes in the recipe; None is TRL's trainer.
+VARIANTS: dict[str, Mapping[str, Any] | None] = {
+    "trl": None,
+    "padded": {"packing": False, "gradient_checkpointing": True},
+    "packed_checkpointing": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 8192},
+    "packed_plain": {**PACKED, "tokens_per_batch": 8192},
+    "packed": {**PACKED, **KERNELS, "tokens_per_batch": 8192},
+    "packed_16k": {**PACKED, **KERNELS, "tokens_per_batch": 16384},
+    "packed_32k": {**PACKED, **KERNELS, "tokens_per_batch": 32768},
+    "shared": {**PACKED, **KERNELS, "tokens_per_batch": 16384, "share_prefixes": True},
+    "packed_sdpa": {**PACKED, **KERNELS, "tokens_per_batch": 8192, "attn_implementation": "sdpa"},
+    "packed_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192},
+    "cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 32768},
+    "shared_cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 16384, "share_prefixes": True},
+    "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
+}
+TRL_BATCH = 4
+
+
+@dataclass
+class Variant:
+    """A trainer that is ready to run, and the mean work of a row; `counter` counts the useful FLOPs of work."""
+
+    name: str
+    trainer: Any
+    rows_per_step: int
+    row: BatchStats
+    tokens_per_row: float
+    counter: FlopCounter
+    bytes_of_weights: int = 0
+
+    def work_done(self, steps: int) -> BatchStats:
+        """What has been computed so far: as our trainer counts it, for TRL's that of so many rows on average."""
+        meter = getattr(self.trainer, "meter", None)
+        if meter is not None:
+            return meter.total + meter.work
+        rows = steps * self.rows_per_step
+        return BatchStats(*(value * rows for value in vars(self.row).values()))
+
+    def reorder(self, seed: int) -> None:
+        """Have the next run take the rows in another order; a few steps of one order are no fair sample of it."""
+        sampler = getattr(self.trainer, "_sampler", None)
+        if isinstance(sampler, StepSampler):
+            sampler.plan.seed = seed
+        elif sampler is not None:
+            sampler.seed = seed
+        else:
+            self.trainer.args.data_seed = seed
+
+
+def read_names(text: str) -> list[str]:
+    """The variants between commas. Raises `UserError` for one that is not known, and where none is named."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [repr(name) for name in names if name not in VARIANTS]
+    if unknown or not names:
+        what = f"unknown variant {', '.join(unknown)}" if unknown else "names none"
+        raise UserError(f"--variants: {what}; known are {', '.join(VARIANTS)}")
+    return names
+
+
+def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) -> Variant:
+    """Load the model of a variant and set up its trainer on the recipe's rows, each standing `repeat` times.
+
+    Raises `UserError` for a recipe that cannot work.
+    """
+    changed = VARIANTS[name]
+    keys = {**keys, **(changed or {"packing": False})}
+    if "cache_image_features" in keys:
+        keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
+    recipe = read_recipe(recipe_file, keys)
+    context = launch.read_context(use_cpu=recipe.get("use_cpu"))
+    rules.check(recipe, context)
+    global_batch = batch_rules.resolve_batch(recipe, context)
+    launch.start(context)
+    data = prepared_data.prepare_data(recipe, context)
+    assert isinstance(data.train, Scan), "rows are looked up"
+    data = dataclasses.replace(data, train=repeated(data.train, repeat), evaluation=None)
+    scan: Any = data.train
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    if changed is None:
+        trainer, rows = trl_trainer(recipe, context, data), TRL_BATCH
+    else:
+        args = sft.sft_config(recipe, context)
+        trainer = sft.build_trainer(recipe, context, args, data, global_batch)
+        rows = math.ceil(len(scan.rows) / global_batch.steps(scan.tokens))
+        if data.features:
+            precompute_features.fill(trainer, data.features, skip_bad_rows=False)
+    after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    counter = FlopCounter.of(trainer.model.config, peft=True, trained={"language"}, packed=recipe.run.packing)
+    return Variant(name, trainer, rows, mean_work(scan), float(scan.tokens.mean()), counter, after - before)
+
+
+@dataclass(frozen=True)
+class RepeatedRows(Rows):
+    """The same `once` rows several times. Images of one time and another go through the tower as if they were not alike."""
+
+    once: int = 1
+
+    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_image: ReadImage | None = None) -> Encoded:
+        """As that of `Rows`, but that an image has another key each time."""
+        row = super().encode(item, encoder, read_image)
+        time = item["row"] // self.once
+        # Those of the first time are the ones that kept features are filed by.
+        images = [dataclasses.replace(image, key=f"{image.key}-{time}") if time else image for image in row.images]
+        return dataclasses.replace(row, images=tuple(images))
+
+
+def repeated(scan: Scan, times: int) -> Scan:
+    """The same rows several times, so that an epoch is long; the images of each time count as others."""
+    arrays: dict[str, Any] = {
+        field.name: np.tile(value, times)
+        for field in dataclasses.fields(scan)
+        if isinstance(value := getattr(scan, field.name), np.ndarray)
+    }
+    apart = np.repeat(np.arange(times), len(scan.rows)) * (int(scan.prefix.max()) + 1)
+    arrays["prefix"] = np.where(arrays["prefix"] < 0, -1, arrays["prefix"] + apart)
+    rows = scan.rows.select([*range(len(scan.rows))] * times)
+    rows = RepeatedRows(rows.dataset, rows.format, rows.name, rows.folder, once=len(scan.rows))
+    return dataclasses.replace(scan, rows=rows, **arrays)
+
+
+def mean_work(scan: Scan) -> BatchStats:
+    """A row on average; images are taken to be of one size within a row."""
+    images = np.maximum(scan.images, 1)
+    return BatchStats(
+        tokens=round(scan.tokens.mean()),
+        tokens_squared=round((scan.tokens**2).mean()),
+        learned=round(scan.learned.mean()),
+        images=round(scan.images.mean()),
+        patches=round(scan.patches.mean()),
+        patches_squared=round((scan.patches**2 / images).mean()),
+        rows=1,
+    )
+
+
+def trl_trainer(recipe: Recipe, context: DistributedContext, data: PreparedData) -> Any:
+    """TRL's SFTTrainer with its own collator for vision models: batches of 4, padded, checkpointing, loss on everything."""
+    from transformers import AutoModelForImageTextToText
+    from trl import SFTConfig, SFTTrainer
+
+    settings = recipe.model
+    model = AutoModelForImageTextToText.from_pretrained(
+        str(settings.model_name_or_path),
+        dtype=getattr(torch, settings.dtype),
+        quantization_config=quantization_config(settings),
+        attn_implementation="sdpa",
+        device_map=None if context.on_cpu else {"": 0},
+    )
+    args = SFTConfig(
+        output_dir=str(recipe.output_dir),
+        per_device_train_batch_size=TRL_BATCH,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        max_length=None,
+        bf16=recipe.get("bf16"),
+        optim=recipe.get("optim"),
+        learning_rate=recipe.get("learning_rate"),
+        max_grad_norm=recipe.get("max_grad_norm"),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_num_workers=recipe.get("dataloader_num_workers"),
+        dataloader_persistent_workers=recipe.get("dataloader_persistent_workers"),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10_000,
+        **launch.training_arguments(context),
+    )
+    args._n_gpu = min(args.n_gpu, 1)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=as_messages(data),
+        processing_class=data.encoder.processor,
+        peft_config=lora_config(model, settings),
+    )
+
+
+def as_messages(data: PreparedData) -> Any:
+    """Rows as TRL's collator takes them, read when they are asked for: messages with placeholders, and decoded images."""
+    assert isinstance(data.train, Scan)
+    rows, system_message = data.train.rows, data.encoder.system_message
+    start = [{"role": "system", "content": [{"type": "text", "text": system_message}]}] if system_message else []
+
+    def read(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        raw = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        conversations = [rows.conversation(row) for row in raw]
+        return {
+            "messages": [start + conversation.messages for conversation in conversations],
+            "images": [[file.decode() for file in conversation.images] for conversation in conversations],
+        }
+
+    return rows.dataset.with_transform(read)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def timed_fetching(trainer: Any) -> Any:
+    """Counts the seconds a trainer waits for its batches: a list with one number.
+
+    What it does with a batch once it has it, such as counting on the GPU, is no waiting for data.
+    """
+    seconds, fetch = [0.0], trainer.get_batch_samples
+
+    def timed(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        source = TimedIterator(batches)
+        try:
+            return fetch(source, *args, **kwargs)
+        finally:
+            seconds[0] += source.seconds
+
+    trainer.get_batch_samples = timed
+    try:
+        yield seconds
+    finally:
+        del trainer.get_batch_samples

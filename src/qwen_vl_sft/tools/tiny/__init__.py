@@ -1,0 +1,1 @@
+"""Builder of the embedded tiny model and its charts."""

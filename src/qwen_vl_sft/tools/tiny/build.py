@@ -1,0 +1,80 @@
+"""Builds the embedded model and data set from nothing, and compares a build with the shipped one."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from qwen_vl_sft.tools.tiny.dataset import IMAGES, sample_split, write_dataset
+from qwen_vl_sft.tools.tiny.model import build_model
+from qwen_vl_sft.tools.tiny.pretrain import Schedule, pretrain
+from qwen_vl_sft.tools.tiny.processor import build_processor
+
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything the weights depend on besides the code, the library versions and the type of CPU."""
+
+    seed: int = 0
+    threads: int = 1  # sums are split by thread, so another number gives slightly different weights
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+def build(output_dir: Path, config: BuildConfig, report: Callable[[str], None] = print) -> None:
+    """Write `model/` and `data/` into output_dir, which must not hold them yet.
+
+    Errors: ValueError when output_dir already holds a build.
+    """
+    model_dir, data_dir = output_dir / "model", output_dir / "data"
+    for folder in (model_dir, data_dir):
+        if folder.exists():
+            raise ValueError(f"{folder}: exists already; choose another --output_dir or remove it")
+    data_dir.mkdir(parents=True)
+    write_dataset(data_dir)
+
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)
+    processor = build_processor()
+    model = build_model(processor)
+    held_out = {rows.chart for split in IMAGES for rows in sample_split(split)}
+    pretrain(model, processor, config.schedule, held_out, report)
+    model.bfloat16().save_pretrained(model_dir)
+    (model_dir / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+    processor.save_pretrained(model_dir)
+
+
+def differences(built: Path, shipped: Path) -> list[str]:
+    """What differs between two builds, one line each: processor files, data by content, weights bit by bit."""
+    found = [
+        f"model/{name}"
+        for name in PROCESSOR_FILES
+        if (built / "model" / name).read_bytes() != (shipped / "model" / name).read_bytes()
+    ]
+    for split in IMAGES:
+        name = f"{split}-00000-of-00001.parquet"
+        if read_rows(built / "data" / name) != read_rows(shipped / "data" / name):
+            found.append(f"data/{name}")
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (built, shipped))
+    if ours.keys() != theirs.keys():
+        return [*found, "model/model.safetensors: other tensors"]
+    largest = max(float((ours[key].float() - theirs[key].float()).abs().max()) for key in ours)
+    if largest:
+        found.append(f"model/model.safetensors: weights differ by up to {largest:.3g}")
+    return found
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of one parquet file with the decoded pixels for the image: PNG bytes depend on the zlib version."""
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        row["image"] = (row["image"]["path"], image.size, image.tobytes())
+    return rows

@@ -1,0 +1,180 @@
+"""What a run will do, in words: printed before training, and all that --dry_run does."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.config.reading import Recipe
+from qwen_vl_sft.data.dataset import Rows
+from qwen_vl_sft.data.scan import Scan
+from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, format_parameters, freeze_vision_tower
+from qwen_vl_sft.modeling.chosen import Chosen, choose
+from qwen_vl_sft.modeling.kernels import FROM_LIGER
+from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope
+from qwen_vl_sft.training.prepared_data import PreparedData, step_plan
+
+
+def describe(recipe: Recipe, context: DistributedContext, data: PreparedData, global_batch: GlobalBatch) -> str:
+    """The plan of a run: world, batch, steps, rows and trainable parameters, at most 80 columns."""
+    chosen = choose(recipe, context)
+    lines = [
+        f"model       {recipe.model.model_name_or_path}",
+        f"precision   {_precision(recipe)}",
+        f"attention   {chosen.attention}{', inside the boundaries of packed rows' * recipe.run.packing}",
+        *_kernel_lines(recipe, context, chosen),
+        f"strategy    {context.strategy}, {context.processes} process(es) on {'CPU' if context.on_cpu else 'GPU'}",
+        *_batch_lines(recipe, context, data, global_batch),
+        f"steps       {data.steps(recipe, global_batch)}",
+        _rows_line("train", data.train),
+        *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
+        *([_answers_line(recipe, data.evaluation)] if data.evaluation and recipe.run.predict_with_generate else []),
+        *([data.features.describe()] if data.features else []),
+        f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
+        f"output      {recipe.output_dir}",
+        *([_publishing_line(recipe)] if recipe.run.push_to_hub else []),
+        *_trained_lines(recipe),
+    ]
+    return "\n".join(lines)
+
+
+def _precision(recipe: Recipe) -> str:
+    words = recipe.model.precision
+    if words == "float32" and recipe.mixed_precision:
+        return f"{words}, computed in {recipe.mixed_precision}"
+    return f"{words}{', what trains is kept in float32' * _keeps_float32(recipe)}"
+
+
+def _kernel_lines(recipe: Recipe, context: DistributedContext, chosen: Chosen) -> list[str]:
+    wanted, names = recipe.model.fused_kernels, chosen.fused_kernels
+    lines = textwrap.wrap(f"kernels     {', '.join(names)}", width=80, subsequent_indent=" " * 12) if names else []
+    missing = [name for name in FROM_LIGER if name not in names] if wanted == "auto" and not context.on_cpu else []
+    if missing:
+        lines.append(f"            with pip install 'qwen_vl_sft[kernels]' also {', '.join(missing)}")
+    return lines
+
+
+def _batch_lines(
+    recipe: Recipe, context: DistributedContext, data: PreparedData, global_batch: GlobalBatch
+) -> list[str]:
+    if not recipe.run.packing:
+        per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
+        shape = f"{per_device} a device x {context.processes} x {accumulation} accumulated"
+        return [f"batch       {global_batch} a step = {shape}"]
+    found, budget = step_plan(recipe, context, data, global_batch).packing_stats(), recipe.run.tokens_per_batch
+    rows = "" if global_batch.rows is not None else f" in about {found.rows:.0f} rows"
+    text = (
+        f"batch       {global_batch} a step{rows}, packed into {found.micro_batches:.1f} micro-batches a device of at"
+        f" most {budget:,} tokens, {found.filled:.0%} full"
+    )
+    lines = textwrap.wrap(text, width=80, subsequent_indent=" " * 12)
+    if recipe.run.share_prefixes:
+        lines.append(f"sharing     {found.computed:.0%} of the tokens are computed, the others are shared")
+    return lines
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What will work but may not be meant."""
+    found = []
+    if recipe.model.use_peft and recipe.model.lora_target_modules:
+        found += outside_scope(find_targets(build_on_meta(recipe.model), recipe.model), recipe.model)
+    if recipe.get("eval_strategy") == "no":
+        values = recipe.values()
+        skipped = [
+            name
+            for name in ("eval_steps", "max_eval_samples", "eval_on_start", "predict_with_generate")
+            if name in recipe.stated and values[name]
+        ]
+        found += [f"{name} has no effect: eval_strategy is no, so nothing is evaluated" for name in skipped]
+    if not recipe.run.predict_with_generate and "max_predict_samples" in recipe.stated:
+        found.append("max_predict_samples has no effect without predict_with_generate: true")
+    if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
+        found.append("tokens_per_batch has no effect without packing: true; per_device_train_batch_size is the batch")
+    if recipe.data.dataset_streaming and recipe.get("dataloader_num_workers") > 1:
+        found.append("dataloader_num_workers above 1 has no effect: a stream is read by one worker, in its order")
+    if not recipe.run.push_to_hub:
+        idle = [name for name in sorted(recipe.stated) if name.startswith("hub_")]
+        found += [f"{name} has no effect without push_to_hub: true" for name in idle]
+    if _trains_half_precision(recipe) and not _keeps_float32(recipe):
+        found.append(
+            "dtype: bfloat16 without bf16: true loses steps smaller than 0.4% of a weight; bf16: true keeps what trains in"
+            " float32"
+        )
+    if recipe.data.train_on == "all":
+        found.append(
+            "train_on: all also learns the prompt's fixed text; answers usually come out worse than with assistant"
+        )
+    return found
+
+
+def _trains_half_precision(recipe: Recipe) -> bool:
+    return not recipe.model.use_peft and recipe.model.dtype == "bfloat16"
+
+
+def _keeps_float32(recipe: Recipe) -> bool:
+    return _trains_half_precision(recipe) and bool(recipe.get("bf16"))
+
+
+def _publishing_line(recipe: Recipe) -> str:
+    run = recipe.run
+    when = "at the end" if run.hub_strategy == "end" else "with every checkpoint, and at the end"
+    where = f"{run.hub_model_id or recipe.output_dir.name}, {run.hub_revision or 'main'}"
+    return f"publish     {where}, {'private' if run.hub_private_repo else 'public'}, {when}"
+
+
+def _trained_lines(recipe: Recipe) -> list[str]:
+    """What is trained and the table of its parameters, from the model's structure alone: no weight is loaded."""
+    from peft import get_peft_model
+
+    settings, model = recipe.model, build_on_meta(recipe.model)
+    if not settings.use_peft:
+        if settings.freeze_vision_tower:
+            freeze_vision_tower(model)
+        lines = [f"trains      the model's own weights{', but not the vision tower' * settings.freeze_vision_tower}"]
+    else:
+        targets = find_targets(model, settings)
+        names = sorted({name.rsplit(".", 1)[-1] for name in targets})
+        line = f"trains      LoRA r={settings.lora_r} on {len(targets)} layers: {', '.join(names)}"
+        lines = textwrap.wrap(line, width=80, subsequent_indent=" " * 12)
+        model = get_peft_model(model, lora_config(model, settings))
+    return [*lines, "", format_parameters(count_parameters(model))]
+
+
+def _rows_line(name: str, part: Scan | Rows) -> str:
+    if not isinstance(part, Scan):
+        return f"{name:<11} a stream, checked as it comes"
+    left_out = [f"{len(part.bad)} bad skipped"] if part.bad else []
+    left_out += [f"{len(part.overlong)} over-long dropped"] if part.overlong else []
+    mean, longest = part.tokens.mean(), part.tokens.max()
+    note = f" ({', '.join(left_out)})" if left_out else ""
+    return f"{name:<11} {len(part.rows):,} rows{note}, {mean:,.0f} tokens on average, {longest:,} at most"
+
+
+def _answers_line(recipe: Recipe, evaluation: Scan) -> str:
+    count = min(recipe.run.max_predict_samples or len(evaluation.rows), len(evaluation.rows))
+    return f"answers     {count:,} evaluation rows at every evaluation, {recipe.run.max_new_tokens} tokens at most"
+
+
+def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    """What a run did, for its last lines."""
+    lines = [f"finished    {metrics['steps']} steps, training loss {metrics['train_loss']:.4f}"]
+    if "eval_loss" in metrics:
+        right = metrics["eval_mean_token_accuracy"]
+        lines.append(f"evaluation  loss {metrics['eval_loss']:.4f}, {right:.1%} of the learned tokens right")
+    if "eval_relaxed_accuracy" in metrics:
+        lines.append(f"answers     relaxed accuracy {metrics['eval_relaxed_accuracy']:.1%}")
+    if "tokens_per_second" in metrics:
+        speed = f"speed       {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['images_per_second']:.1f} images/s"
+        lines.append(f"{speed}, {metrics['data_wait']:.1%} of the time waiting for data")
+    left_out = metrics["data"]["train"]
+    for count, why in (("skipped_bad_rows", "bad rows left out"), ("dropped_overlong_rows", "over-long rows left out")):
+        if left_out.get(count):
+            lines.append(f"{why:<23} {left_out[count]}")
+    for when in ("training", "evaluating"):
+        if metrics[f"skipped_while_{when}"]:
+            lines.append(f"skipped     {metrics[f'skipped_while_{when}']} rows that could not be read while {when}")
+    lines += [f"report_to   {name} failed: {why}" for name, why in metrics["failed_loggers"].items()]
+    lines.append(f"written     {recipe.output_dir}")
+    return "\n".join(lines)

@@ -1,0 +1,245 @@
+"""Computing the image features that are not on disk yet, before training: each process its share."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from qwen_vl_sft.batching.packed_collator import PackedCollator
+from qwen_vl_sft.data.dataset import Rows
+from qwen_vl_sft.data.encoded_image import EncodedImage
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.modeling.base_model import is_vision_frozen
+from qwen_vl_sft.training.image_features import ImageFeatures, Place, in_words
+
+logger = logging.getLogger(__name__)
+
+# Merged tokens of a call of the tower: enough to fill a GPU.
+_TOKENS_PER_CALL = 4096
+_THREADS = 4
+# How long a folder on a network may take to show a file that another machine has written.
+_SECONDS_TO_APPEAR = 10
+
+
+def fill(trainer: Any, features: ImageFeatures, skip_bad_rows: bool) -> None:
+    """Compute the features that are missing, and have the packed batches of training bring features instead of pixels.
+
+    Files that are damaged are computed again. All processes must call at once, before the strategy wraps the model:
+    each then holds the whole tower, or can gather it, and works through its share alone.
+
+    Raises `UserError` on all processes when the disk has not enough room, or when they do not see each other's files.
+    """
+    collator, accelerator = trainer.data_collator, trainer.accelerator
+    assert isinstance(collator, PackedCollator)
+    assert is_vision_frozen(trainer.model)
+    if accelerator.is_main_process:
+        features.cache.begin(features.about)
+    missing = _missing(features, trainer)
+    _check_room(features, missing, accelerator)
+    left_out = []
+    if missing:
+        share = _share(features, missing, trainer)
+        images = _Images(collator.rows.rows, collator.rows.encoder, features.places, skip_bad_rows)
+        left_out = _compute(trainer, features, images, share) if _shares(trainer) else []
+    _check_all_seen(features, set(_gathered(left_out, accelerator)), accelerator)
+    collator.features = features.cache
+
+
+def _missing(features: ImageFeatures, trainer: Any) -> list[str]:
+    """The images without a sound file, the same list on every process; each looks at its part."""
+    accelerator = trainer.accelerator
+    mine = list(features.places)[accelerator.process_index :: accelerator.num_processes]
+    with ThreadPoolExecutor(_THREADS) as threads, _progress(trainer, len(mine), "checking image features") as bar:
+        sound = []
+        for whole in threads.map(features.cache.is_sound, mine):
+            sound.append(whole)
+            bar.update()
+    found = _gathered([key for key, whole in zip(mine, sound, strict=True) if not whole], accelerator)
+    damaged = sum(features.cache.holds(key) for key in found)
+    if damaged and accelerator.is_main_process:
+        print(f"features    {damaged:,} damaged files are computed again", flush=True)
+    return found
+
+
+def _check_room(features: ImageFeatures, missing: list[str], accelerator: Any) -> None:
+    """Say what will be written, and refuse when it does not fit."""
+    folder, needed = features.cache.folder, features.size(missing)
+    free = shutil.disk_usage(_existing(folder)).free
+    counts = f"{len(missing):,} of {len(features.places):,} images to compute"
+    text = f"{counts}, {in_words(needed)}; {in_words(free)} are free"
+    if accelerator.is_main_process:
+        print(f"features    {text}: {folder}", flush=True)
+    # All decide alike: the first may begin to write before the last has looked.
+    if any(_gathered([needed > free], accelerator)):
+        raise UserError(
+            f"image_features_dir: {folder} has not enough room: {text}; name a folder on another disk, set"
+            f" cache_image_features: int8, lower max_pixels, or leave cache_image_features out"
+        )
+
+
+def _share(features: ImageFeatures, missing: list[str], trainer: Any) -> list[list[str]]:
+    """The images of this process in calls of the tower, alike in size over the processes."""
+    accelerator = trainer.accelerator
+    workers = [rank for rank, able in enumerate(_gathered([_shares(trainer)], accelerator)) if able]
+    if accelerator.process_index not in workers:
+        return []
+    ordered = sorted(missing, key=lambda key: (-features.places[key].tokens, key))
+    calls: list[list[str]] = []
+    room = 0
+    for key in ordered[workers.index(accelerator.process_index) :: len(workers)]:
+        tokens = features.places[key].tokens
+        if tokens > room:
+            calls.append([])
+            room = _TOKENS_PER_CALL
+        calls[-1].append(key)
+        room -= tokens
+    return calls
+
+
+def _shares(trainer: Any) -> bool:
+    """Whether this process has the tower's weights: with FSDP's RAM-efficient loading only the first of a machine has."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return not getattr(plugin, "cpu_ram_efficient_loading", False) or trainer.accelerator.is_local_main_process
+
+
+def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list[list[str]]) -> list[str]:
+    """Compute and write the features of these images; returns those that could not be read."""
+    args, cache = trainer.args, features.cache
+    loader = DataLoader(
+        images,
+        batch_sampler=calls,  # type: ignore[arg-type]
+        collate_fn=list,
+        num_workers=args.dataloader_num_workers,
+        # One of its own: that of training goes on as if nothing had been drawn.
+        generator=torch.Generator(),
+    )
+    name, visual = next((name, module) for name, module in trainer.model.named_modules() if name.endswith("visual"))
+    backbone = trainer.model.get_submodule(name.rpartition(".")[0])
+    bar = _progress(trainer, sum(map(len, calls)), "computing image features")
+    done: set[str] = set()
+    writing: list[Future[None]] = []
+    with bar, ThreadPoolExecutor(_THREADS) as threads, _whole(visual, args.device), trainer.accelerator.autocast():
+        for batch in loader:
+            read = [image for image in batch if image is not None]
+            made = run_tower(backbone, read, args.device) if read else []
+            _wait(writing, cache)
+            writing = [
+                threads.submit(cache.write, image.key, values, image.grid)
+                for image, values in zip(read, made, strict=True)
+            ]
+            done |= {image.key for image in read}
+            bar.update(len(batch))
+        _wait(writing, cache)
+    return [key for call in calls for key in call if key not in done]
+
+
+@torch.no_grad()
+def run_tower(backbone: Any, images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
+    """What the tower makes of each image, on the CPU; deeper layers stand beside the last one."""
+    pixels = torch.cat([image.pixel_values for image in images if image.pixel_values is not None]).to(device)
+    grids = torch.stack([image.grid for image in images]).to(device)
+    found = backbone.get_image_features(pixels, grids, return_dict=True)
+    layers = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+    return [torch.cat(parts, dim=-1).cpu() for parts in zip(*layers, strict=True)]
+
+
+@contextmanager
+def _whole(visual: nn.Module, device: torch.device) -> Iterator[None]:
+    """The whole tower on the device: FSDP has not moved the model yet, and ZeRO-3 has split it."""
+    home, training = next(visual.parameters()).device, visual.training
+    split = [parameter for parameter in visual.parameters() if hasattr(parameter, "ds_id")]
+    gathered = nullcontext()
+    if split:
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(split)
+    # Under ZeRO-3 the weights are there already, but not yet the buffers.
+    visual.to(device)
+    visual.eval()
+    try:
+        with gathered:
+            yield
+    finally:
+        visual.train(training)
+        if home != device:
+            visual.to(home)
+
+
+def _wait(writing: Sequence[Future[None]], cache: FeatureCache) -> None:
+    try:
+        for future in writing:
+            future.result()
+    except OSError as error:
+        raise UserError(
+            f"image_features_dir: features could not be written to {cache.folder}: {error.strerror or error}; what is"
+            f" there stays good, and the same command goes on from it"
+        ) from error
+
+
+def _check_all_seen(features: ImageFeatures, left_out: set[str], accelerator: Any) -> None:
+    """Every process must find every file, or it would notice in the middle of training."""
+    wanted = [key for key in features.places if key not in left_out]
+    for _ in range(_SECONDS_TO_APPEAR):
+        wanted = [key for key in wanted if not features.cache.holds(key)]
+        if not wanted:
+            break
+        time.sleep(1)
+    unseen = _gathered([len(wanted)], accelerator)
+    if any(unseen):
+        worst = max(range(len(unseen)), key=unseen.__getitem__)
+        raise UserError(
+            f"image_features_dir: process {worst} does not see {unseen[worst]:,} of {len(features.places):,} files in"
+            f" {features.cache.folder}; name a folder that all machines share"
+        )
+
+
+def _progress(trainer: Any, total: int, what: str) -> Any:
+    quiet = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    return tqdm(total=total, desc=what, unit=" images", disable=quiet, leave=False)
+
+
+def _gathered(values: list[Any], accelerator: Any) -> list[Any]:
+    """The values of all processes in one list, in the order of the processes."""
+    return gather_object(values) if accelerator.num_processes > 1 else values
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+class _Images(Dataset[Any]):
+    """Images by key, decoded in the loader's workers; None for one that cannot be read, where bad rows are skipped."""
+
+    def __init__(self, rows: Rows, encoder: Encoder, places: dict[str, Place], skip_bad_rows: bool) -> None:
+        self.rows = rows
+        self.encoder = encoder
+        self.places = places
+        self.skip_bad_rows = skip_bad_rows
+
+    def __getitem__(self, key: str) -> EncodedImage | None:
+        place = self.places[key]
+        try:
+            with self.rows.opened({"row": place.row}) as (conversation, _):
+                image = self.encoder.read_image(conversation.images[place.number])
+                if image.key != key:
+                    raise BadRow("shows an image that has changed since the rows were checked")
+                return image
+        except BadRow as error:
+            if not self.skip_bad_rows:
+                raise
+            logger.warning("skipped: %s", error)
+            return None
