@@ -1,4 +1,4 @@
-"""Where things are: folders that import one way, in the order of the README, and modules that fit a few screens."""
+"""Folders of the package import one way, in the order of the README's tree, which names all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from fixtures.repository import REPOSITORY
 
 PACKAGE = REPOSITORY / "src/qwen_vl_sft"
 ROOT = "(root)"
-MOST_LINES = 260
 
 
 def imported_names(path: Path, package: str) -> Iterator[list[str]]:
@@ -95,11 +94,3 @@ def test_the_readme_names_the_modules_of_the_root():
     tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("    src/qwen_vl_sft/")[1].split("\n\n")[0]
     named = re.findall(r"\w+", tree.splitlines()[1].strip().split("  ")[0])
     assert sorted(named) == sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-
-
-def test_modules_are_short():
-    lengths = {
-        str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in PACKAGE.rglob("*.py")
-    }
-    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
