@@ -21,6 +21,7 @@ from typing import Any
 from qwen_vl_sft.config.command_line import parse_command_line
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import UserError, exits_with_user_errors
+from qwen_vl_sft.shipped_files import launch_config
 
 # The quickstart in a few seconds: evaluation, the best model at the end and old checkpoints' deletion take part.
 SHORT = (
@@ -60,8 +61,7 @@ def main() -> None:
         raise UserError("--kills, --processes: at least 1")
     if options.config != "cpu" and options.processes == 1:
         raise UserError(f"config: {options.config} needs several processes; add --processes 2")
-    if not (config := Path(kill_and_resume.CONFIGS, f"{options.config}.yaml")).is_file():
-        raise UserError(f"config: there is no {config}; name one of {kill_and_resume.CONFIGS}/, such as zero2")
+    launch_config(options.config)
     words = words_of(options.packing, keys)
     make_output_dir(options.output_dir)
     if any(options.output_dir.iterdir()):

@@ -281,7 +281,7 @@ def experiment(tmp_path, monkeypatch):
     """Runs a stand-in for scripts/sft.py, one process at a time."""
     script = tmp_path / "sft.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(strategies, "SCRIPT", script)
+    monkeypatch.setattr(strategies, "script", lambda name: script)
     recipes = {}
     for what in ("good", "refused", "sleeps"):
         recipes[what] = tmp_path / f"{what}.yaml"

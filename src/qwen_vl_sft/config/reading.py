@@ -25,6 +25,7 @@ from qwen_vl_sft.config.settings import (
     RunSettings,
 )
 from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.shipped_files import RECIPES, find_file, shipped_names
 
 # What ships with the package.
 BUILTIN = {"builtin:tiny-qwen2-vl": tiny.MODEL_DIR, "builtin:tiny-charts": tiny.DATA_DIR}
@@ -152,11 +153,14 @@ def _names(group: type) -> set[str]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The keys of a recipe file as they are written, unchecked. Raises `UserError` for what is no recipe."""
+    """Return the keys of a recipe file as they are written, unchecked.
+
+    `path` may also name a shipped recipe from any folder. Raises `UserError` for what is no recipe.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (find_file(path, RECIPES) or path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        shipped = sorted(str(file) for file in Path("recipes").glob("*.yaml"))
+        shipped = shipped_names(RECIPES)
         raise UserError(
             f"recipe {path} does not exist" + (f"; here are {', '.join(shipped)}" if shipped else "")
         ) from None

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -15,13 +16,15 @@ import torch
 from qwen_vl_sft.distributed.launcher_request import Asked, asked_of_launcher
 from qwen_vl_sft.distributed.slurm import unlike_allotted
 from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.shipped_files import LAUNCH_CONFIGS, find_file
 
 logger = logging.getLogger(__name__)
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 KINDS: dict[str, str] = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}  # every zero stage: DEEPSPEED
 ACCELERATE_DEFAULT_STAGE = "2"
-CONFIGS = "accelerate_configs"
+CONFIGS = LAUNCH_CONFIGS
+DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,15 @@ def _read_strategy(env: Mapping[str, str]) -> Strategy:
     return "ddp" if distributed else "single"
 
 
+def deepspeed_file(path: str) -> Path:
+    """Return the DeepSpeed JSON that an accelerate configuration names, also the shipped one from another folder.
+
+    The shipped configurations name theirs `accelerate_configs/zero2.json`, which accelerate reads from the folder that
+    the run was launched from.
+    """
+    return find_file(path, CONFIGS) or Path(path)
+
+
 def _read_zero(env: Mapping[str, str]) -> Strategy:
     if find_spec("deepspeed") is None:
         raise UserError(
@@ -146,17 +158,17 @@ def _read_zero(env: Mapping[str, str]) -> Strategy:
             "ACCELERATE_USE_CPU is set together with DeepSpeed: accelerate would run plain DDP. "
             "Unset it, and set `use_cpu: true` in the recipe instead."
         )
-    path = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    path = env.get(DEEPSPEED_FILE, "none")
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", ACCELERATE_DEFAULT_STAGE)
     if path != "none":
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(deepspeed_file(path), encoding="utf-8") as file:
                 stage = str(json.load(file).get("zero_optimization", {}).get("stage", 0))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"deepspeed_config_file: {path} in the accelerate configuration cannot be read ({error}). A relative "
-                f"path starts from the folder that you launch from ({os.getcwd()}): go to the repository, or write an "
-                "absolute path."
+                f"path starts from the folder that you launch from ({os.getcwd()}): write an absolute path, or a shipped "
+                f"one such as {CONFIGS}/zero2.json."
             ) from error
     strategy = f"zero{stage}"
     if strategy not in get_args(Strategy):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from qwen_vl_sft.distributed import fsdp
-from qwen_vl_sft.distributed.context import DistributedContext, Strategy, read_context
+from qwen_vl_sft.distributed.context import DEEPSPEED_FILE, DistributedContext, Strategy, deepspeed_file, read_context
 from qwen_vl_sft.errors import raise_all
 
 __all__ = [
@@ -54,6 +54,8 @@ def start(context: DistributedContext) -> None:
     if context.strategy == "single" and not context.on_cpu:
         # With more than one GPU in sight, Trainer would wrap the model in nn.DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if os.environ.get(DEEPSPEED_FILE, "none") != "none":
+        os.environ[DEEPSPEED_FILE] = str(deepspeed_file(os.environ[DEEPSPEED_FILE]))
     if context.on_cpu:
         # Whatever imports DeepSpeed then need not look for a GPU, and warn that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,15 +10,13 @@ from qwen_vl_sft.config.command_line import parse_command_line
 from qwen_vl_sft.config.reading import read_file
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.tools.benchmarks.arguments import make_output_dir, random_model_of
-from qwen_vl_sft.tools.benchmarks.strategies import CONFIGS, Case, Experiment, grid, recipe_of, write_recipes
+from qwen_vl_sft.tools.benchmarks.strategies import Case, Experiment, grid, recipe_of, write_recipes
 
 STEPS = 20
 
 
 def plan_experiment(arguments: argparse.Namespace, words: list[str]) -> tuple[Experiment, list[Case]]:
     """Check the request, make the random model if one is asked for, and write a recipe a mode. Raises `UserError`."""
-    if not CONFIGS.is_dir():
-        raise UserError(f"{CONFIGS}/ is not here; go to the repository, from where runs are launched")
     cases = list(grid(_listed(arguments.strategies), _counts(arguments.processes), _listed(arguments.modes)))
     _, keys, _ = parse_command_line(words)
     keys = {"max_steps": STEPS, **keys}

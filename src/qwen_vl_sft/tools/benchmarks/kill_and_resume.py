@@ -22,8 +22,7 @@ from qwen_vl_sft.checkpointing import checkpoints
 from qwen_vl_sft.checkpointing.row_log import NAME, read_row_log
 from qwen_vl_sft.checkpointing.run_folder import LOG
 from qwen_vl_sft.errors import UserError
-
-CONFIGS = "accelerate_configs"
+from qwen_vl_sft.shipped_files import launch_config, script
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ class Experiment:
         return trial
 
     def _start(self, folder: Path) -> subprocess.Popen[bytes]:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{CONFIGS}/{self.config}.yaml"]
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch_config(self.config))]
         launcher += ["--num_processes", str(self.processes)]
-        command = [sys.executable, *(launcher if self.processes > 1 else []), "scripts/sft.py", *self.words]
+        command = [sys.executable, *(launcher if self.processes > 1 else []), str(script("sft")), *self.words]
         command += ["--output_dir", str(folder), "--resume_from_checkpoint", checkpoints.LATEST]
         command += ["--log_row_ids", "true"]
         with (self.folder / "output.txt").open("ab") as output:

@@ -17,13 +17,12 @@ import yaml
 from qwen_vl_sft.checkpointing import checkpoints
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.shipped_files import launch_config, script
 from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE
 from qwen_vl_sft.tools.benchmarks.kill_and_resume import kill_family
 from qwen_vl_sft.tools.benchmarks.outcome import differences, finished, machine_of, stopped
 from qwen_vl_sft.training.rules import LORA_KEYS
 
-SCRIPT = Path(__file__).parents[4] / "scripts" / "sft.py"
-CONFIGS = Path("accelerate_configs")
 STRATEGIES = {"single": "single_gpu", **{name: name for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}}
 MODES: dict[str, dict[str, Any]] = {
     "qlora": {"use_peft": True, "load_in_4bit": True},
@@ -161,7 +160,7 @@ class Experiment:
     ) -> int | None:
         """Run scripts/sft.py and return its exit code; None when it was killed, by `until` or after the time limit."""
         words = [word for name, value in {"output_dir": run, **keys}.items() for word in (f"--{name}", str(value))]
-        command = [*self._launcher(case), str(SCRIPT), "--recipe", str(self.recipes[case.mode]), *words]
+        command = [*self._launcher(case), str(script("sft")), "--recipe", str(self.recipes[case.mode]), *words]
         deadline = time.monotonic() + self.timeout
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -182,7 +181,7 @@ class Experiment:
         if self.on_cpu and case.strategy == "single":
             return [sys.executable]
         name = "cpu" if self.on_cpu and case.strategy == "ddp" else STRATEGIES[case.strategy]
-        options = {"config_file": CONFIGS / f"{name}.yaml", "num_processes": case.processes, "main_process_port": 0}
+        options = {"config_file": launch_config(name), "num_processes": case.processes, "main_process_port": 0}
         words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         return [sys.executable, "-m", "accelerate.commands.launch", *words]
 
