@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.cli import split_launch_options
 from qwen_vl_sft.config.reading import key_hints
 from qwen_vl_sft.config.settings_page import settings_page
 
@@ -93,9 +94,9 @@ def test_keys_of_commands_exist(page):
     keys = set(key_hints()) | SWITCHES
     wrong = {}
     for command in commands(page.read_text(encoding="utf-8")):
-        _, found, after = command.partition("scripts/sft.py")
-        if found:
-            words = shlex.split(after, comments=True)
+        _, *after = re.split(r"scripts/sft\.py|qwen_vl_sft sft", command, maxsplit=1)
+        if after:
+            _, words = split_launch_options(shlex.split(after[0], comments=True))
             wrong[command] = [word for word in words if word.startswith("--") and word[2:] not in keys]
     assert not {command: words for command, words in wrong.items() if words}
 
