@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from fixtures.processes import run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
+from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.base_model import forget_unused_renamings
 from qwen_vl_sft.tools.benchmarks import compare, comparison, outcome, strategies
 from qwen_vl_sft.tools.benchmarks.strategies import Case, grid, recipe_of
 from qwen_vl_sft.tools.benchmarks.table import TEXT, format_table

@@ -13,6 +13,7 @@ from fixtures.packed_rows import GROUPS, token_losses
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.packed_collator import join
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling import attention, attention_kernels
@@ -20,7 +21,6 @@ from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_v
 from qwen_vl_sft.modeling.attention_kernels import FLASH, has_varlen_kernel, resolve_attention, varlen_kernel
 from qwen_vl_sft.modeling.base_model import load_model
 from qwen_vl_sft.modeling.kernel_check import TOLERANCE, CheckedKernel, difference
-from qwen_vl_sft.modeling.patches import take_packed_batches
 
 TINY = str(tiny.MODEL_DIR)
 MODULES = {

@@ -22,6 +22,8 @@ from qwen_vl_sft.batching.batch_rules import BATCH_RULES
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat.packed_batches import take_packed_batches
+from qwen_vl_sft.compat.vision_tower import run_vision_in_every_batch
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoded_image import EncodedImage
@@ -32,7 +34,6 @@ from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
-from qwen_vl_sft.modeling.patches import run_vision_in_every_batch, take_packed_batches
 from qwen_vl_sft.training import precompute_features
 from qwen_vl_sft.training.image_features import plan_features
 

@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fixtures.models import newer, qwen2_vl
+from qwen_vl_sft.compat.packed_batches import count_no_placeholders_in_training, take_packed_batches
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.modeling import kernels
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.chosen import Chosen
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels, use_fused_kernels, use_fused_lora
-from qwen_vl_sft.modeling.patches import count_no_placeholders_in_training, take_packed_batches
 from qwen_vl_sft.training.plan import _kernel_lines
 
 

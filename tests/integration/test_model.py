@@ -14,12 +14,12 @@ from qwen_vl_sft.modeling.base_model import (
     format_parameters,
     freeze_vision_tower,
     is_vision_frozen,
-    load_full_weights,
     load_model,
     load_processor,
     part_of,
 )
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
+from qwen_vl_sft.modeling.loaded_weights import load_full_weights
 from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope, shortest_targets, trains_language_only
 from qwen_vl_sft.tools.random_model import make_random_model
 from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32

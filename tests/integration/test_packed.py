@@ -21,12 +21,12 @@ from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join, seam
 from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.modeling.attention import use_packed_attention
-from qwen_vl_sft.modeling.patches import take_packed_batches
 
 
 def pixels(row):

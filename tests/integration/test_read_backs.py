@@ -14,15 +14,12 @@ from fixtures.packed_rows import GROUPS
 from fixtures.trainers import make_trainer
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, join
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat.for_trl import score_places_as_they_come
+from qwen_vl_sft.compat.packed_batches import count_no_placeholders_in_training, take_packed_batches
+from qwen_vl_sft.compat.vision_tower import run_frozen_vision_without_gradients
 from qwen_vl_sft.modeling import attention
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.base_model import part_of
-from qwen_vl_sft.modeling.patches import (
-    count_no_placeholders_in_training,
-    run_frozen_vision_without_gradients,
-    score_places_as_they_come,
-    take_packed_batches,
-)
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 READING = {

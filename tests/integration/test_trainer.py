@@ -10,6 +10,7 @@ from fixtures.models import newer, qwen2_vl
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.compat.vision_tower import run_frozen_vision_without_gradients
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoder
@@ -17,7 +18,6 @@ from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, part_of
 from qwen_vl_sft.modeling.lora import lora_config
-from qwen_vl_sft.modeling.patches import run_frozen_vision_without_gradients
 from qwen_vl_sft.training import throughput
 from qwen_vl_sft.training.callbacks import format_log
 from qwen_vl_sft.training.model_setup import finish_model

@@ -9,6 +9,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from qwen_vl_sft.compat.for_accelerate import round_as_one_process_does
+from qwen_vl_sft.compat.for_torch import gather_bytes
+from qwen_vl_sft.compat.for_transformers import prepare_final_save
 from qwen_vl_sft.distributed import fsdp
 
 
@@ -20,18 +23,18 @@ def test_neither_gradients_nor_what_layers_are_given_are_rounded():
     plugin = SimpleNamespace(
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
     )
-    fsdp.round_as_one_process_does(accelerator_with(plugin))
+    round_as_one_process_does(accelerator_with(plugin))
     changed = plugin.mixed_precision_policy
     assert (changed.param_dtype, changed.reduce_dtype, changed.output_dtype) == (torch.bfloat16, torch.float32, None)
     assert not changed.cast_forward_inputs
-    fsdp.round_as_one_process_does(SimpleNamespace(state=object()))
+    round_as_one_process_does(SimpleNamespace(state=object()))
 
 
 def test_final_save_asks_for_whole_weights():
     kinds = []
-    fsdp.prepare_final_save(accelerator_with(SimpleNamespace(set_state_dict_type=kinds.append)))
+    prepare_final_save(accelerator_with(SimpleNamespace(set_state_dict_type=kinds.append)))
     assert kinds == ["FULL_STATE_DICT"]
-    fsdp.prepare_final_save(SimpleNamespace(state=object()))
+    prepare_final_save(SimpleNamespace(state=object()))
 
 
 def test_a_model_that_is_not_split_is_told():
@@ -40,9 +43,9 @@ def test_a_model_that_is_not_split_is_told():
 
 def test_gathering_bytes_twice_is_as_once(monkeypatch):
     monkeypatch.setattr(collectives, "_get_all_gather_input_metadatas", collectives._get_all_gather_input_metadatas)
-    fsdp.gather_bytes()
+    gather_bytes()
     once = collectives._get_all_gather_input_metadatas
-    fsdp.gather_bytes()
+    gather_bytes()
     assert collectives._get_all_gather_input_metadatas is once
     weight = torch.zeros(6, dtype=torch.bfloat16)
     assert once([[weight]]) == ([[torch.bfloat16]], [[6]], torch.uint8)
@@ -73,7 +76,7 @@ def test_weights_that_look_like_nan_arrive_bit_by_bit(two_processes, monkeypatch
         fully_shard(layer, mesh=two_processes, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     assert fsdp.altered_weights(model) == ["0.weight"]
     assert fsdp.problems(model) == ["1 weights are gathered with other values than they have, the first is 0.weight"]
-    fsdp.gather_bytes()
+    gather_bytes()
     assert fsdp.altered_weights(model) == fsdp.problems(model) == []
     model[0].unshard()
     assert torch.equal(model[0].weight.detach().view(torch.int16).flatten(), patterns.repeat(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -72,16 +72,3 @@ class _AsIs(MapDataset[Any]):
 
     def __getitem__(self, item: Any) -> Any:
         return item
-
-
-def end_workers(loaders: Iterable[Any]) -> None:
-    """End the workers of data loaders, which are kept between epochs.
-
-    Where batches are pinned, PyTorch would wait five seconds for each when the process ends. May go when
-    https://github.com/pytorch/pytorch/issues/81794 is closed.
-    """
-    for loader in loaders:
-        # accelerate's loaders hold the one that has the workers.
-        iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()

@@ -1,62 +1,11 @@
-"""FSDP2, held to what one process computes: it rounds nothing but weights, and 4-bit weights arrive bit by bit."""
+"""Check that FSDP2 has split a model, and that the weights it gathers are bit for bit those that were split."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
-
-
-def round_as_one_process_does(accelerator: Any) -> None:
-    """Have FSDP2 round nothing but weights; call it before training. `accelerator` is the trainer's.
-
-    accelerate takes `bf16: true` to mean that gradients are added up in bfloat16, and what enters a layer or leaves the
-    model is rounded to it as well: the vision tower's rotation angles lose all but three digits, and so do
-    log-probabilities. Its configuration files cannot say otherwise. May go when accelerate lets its users choose
-    `reduce_dtype`, `output_dtype` and `cast_forward_inputs` there
-    (FullyShardedDataParallelPlugin.set_mixed_precision).
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
-        )
-
-
-def gather_bytes() -> None:
-    """Have FSDP2 gather weights as bytes from now on, in this process.
-
-    4-bit values lie in tensors of floats, since FSDP2 splits no others, and one in a thousand of these looks like NaN. On
-    GPUs each process lays its share of a layer out with an operation that makes one NaN of all
-    (https://github.com/pytorch/pytorch/issues/159333): QLoRA on more than one GPU trained on other weights than it had
-    loaded, by 0.5% of a 7B's first loss (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945). Weights of
-    several types are gathered as bytes by FSDP2 itself; here all are. May go when the first of the two is closed in the
-    oldest PyTorch that this package runs with; `altered_weights` tells.
-    """
-    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
-
-    describe = collectives._get_all_gather_input_metadatas
-    if describe.__module__ == __name__:
-        return  # done before
-
-    def described_as_bytes(param_all_gather_inputs: list[list[torch.Tensor]]) -> tuple[Any, Any, torch.dtype]:
-        types, sizes, _ = describe(param_all_gather_inputs)
-        return types, sizes, torch.uint8
-
-    collectives._get_all_gather_input_metadatas = described_as_bytes
-
-
-def prepare_final_save(accelerator: Any) -> None:
-    """Have `trainer.save_model` write whole weights; call it on every rank after training, and save no checkpoint then.
-
-    Under FSDP with SHARDED_STATE_DICT, `save_model` writes nothing and says nothing
-    (https://github.com/huggingface/transformers/issues/30491). Checkpoints need SHARDED_STATE_DICT for QLoRA to resume.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None:
-        plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def problems(model: nn.Module) -> list[str]:

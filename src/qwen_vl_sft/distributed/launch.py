@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.distributed import distributed_c10d
 
+from qwen_vl_sft.compat.for_accelerate import run_fsdp_on_cpu
+from qwen_vl_sft.compat.for_deepspeed import compile_no_shared_memory_reduce
 from qwen_vl_sft.distributed import fsdp
 from qwen_vl_sft.distributed.context import DEEPSPEED_FILE, DistributedContext, Strategy, deepspeed_file, read_context
 from qwen_vl_sft.errors import raise_all
@@ -60,18 +62,9 @@ def start(context: DistributedContext) -> None:
         # Whatever imports DeepSpeed then need not look for a GPU, and warn that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if context.on_cpu and context.zero_stage:
-        import deepspeed
-
-        # On a CPU, DeepSpeed's torch backend compiles a shared-memory all-reduce at first use, 40 to 70 s, which only
-        # tensor-parallel inference calls. It came with https://github.com/deepspeedai/DeepSpeed/pull/5391; this can go
-        # when DeepSpeed compiles it in `inference_all_reduce`.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        compile_no_shared_memory_reduce()
     if context.on_cpu and context.strategy == "fsdp2":
-        from accelerate.utils import DistributedType
-
-        # AcceleratorState turns on FSDP only for MULTI_GPU and its like; MULTI_CPU stays plain DDP although the plugin
-        # was built. This can go when its list of types includes MULTI_CPU.
-        join(context)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        run_fsdp_on_cpu(join(context))
 
 
 def join(context: DistributedContext, backend: str | None = None) -> Any:

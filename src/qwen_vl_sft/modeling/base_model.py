@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from qwen_vl_sft.compat.for_bitsandbytes import keep_4bit_weights_unpacked
+from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
@@ -124,18 +126,6 @@ def load_model(
     return model
 
 
-def load_full_weights(model: Any, checkpoint: str) -> None:
-    """Load a checkpoint's weights strictly, by the names that `save_pretrained` gave them.
-
-    The Trainer looks for the names in memory, finds none, and goes on with the base weights, with a warning alone
-    (https://github.com/huggingface/transformers/issues/43701). May go when that is closed.
-    """
-    # Weights that train are in float32, frozen ones may be in less; each is copied into its own type.
-    saved, loading = type(model).from_pretrained(checkpoint, dtype=torch.float32, **CHECKED)
-    check_loaded(loading, f"checkpoint {checkpoint}")
-    model.load_state_dict(saved.state_dict(), strict=True)
-
-
 def build_on_meta(settings: ModelSettings) -> Any:
     """The model's structure without weights, for counting and for finding layers before anything is loaded."""
     with torch.device("meta"):
@@ -159,32 +149,6 @@ def quantization_config(settings: ModelSettings, storage: torch.dtype = torch.ui
         bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=NOT_QUANTIZED,
     )
-
-
-def forget_unused_renamings(model: Any) -> None:
-    """Have a model that ZeRO-3 loaded saved under the names of the checkpoint it came from.
-
-    transformers keeps the renamings that a load used, to undo them when it saves; on ZeRO-3's way it keeps all that it
-    knows, and the saved weights are named model.model.layers, which few other tools read. May go when
-    `_load_state_dict_into_zero3_model` of transformers' integrations/deepspeed.py asks `was_used` as
-    core_model_loading.py does.
-    """
-    known = getattr(model, "_weight_conversions", None)
-    if known is not None:
-        model._weight_conversions = [renaming for renaming in known if renaming.was_used()]
-
-
-def keep_4bit_weights_unpacked(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place in an evaluation forward on CPUs with AVX512-BF16.
-
-    Training after it fails and a merge is corrupt. Related: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078.
-    May go when bitsandbytes unpacks before every use that is not its fused CPU kernel.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def count_parameters(model: nn.Module) -> dict[str, PartCount]:

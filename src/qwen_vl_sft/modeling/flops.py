@@ -80,7 +80,7 @@ class FlopCounter:
         """Count from a Qwen-VL configuration: `peft` when only adapters train, `trained` the parts in which something does.
 
         Nothing is computed backwards before the first of vision, merger and language that trains. `packed` batches take
-        the last layer's MLP for learned tokens alone (`patches.take_packed_batches`).
+        the last layer's MLP for learned tokens alone (`compat.packed_batches`).
         """
         text, vision = config.get_text_config(), config.vision_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+
 from qwen_vl_sft.errors import UserError
 
 # What `from_pretrained` must be given. A weight of another shape is then in its report, else a `RuntimeError`.
@@ -38,3 +40,14 @@ def loading_problems(loading: Mapping[str, Collection[Any]]) -> list[str]:
         for kind, problem in KINDS.items()
         for key in sorted(loading[kind])
     ]
+
+
+def load_full_weights(model: Any, checkpoint: str) -> None:
+    """Load a checkpoint's weights strictly, by the names that `save_pretrained` gave them.
+
+    The Trainer looks for the names in memory, finds none, and goes on with the base weights, with a warning alone.
+    """
+    # Weights that train are in float32, frozen ones may be in less; each is copied into its own type.
+    saved, loading = type(model).from_pretrained(checkpoint, dtype=torch.float32, **CHECKED)
+    check_loaded(loading, f"checkpoint {checkpoint}")
+    model.load_state_dict(saved.state_dict(), strict=True)

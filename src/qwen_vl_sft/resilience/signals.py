@@ -82,16 +82,9 @@ class Watch:
 
         Call it before any data loader is read.
         """
-        from torch.utils.data._utils import signal_handling
+        from qwen_vl_sft.compat.for_torch import handle_sigterm_in_workers
 
-        original = signal_handling._set_worker_signal_handlers
-
-        def set_handlers() -> None:
-            original()
-            # PyTorch's own handler ends a worker on a SIGTERM that is not from its parent, and training with it.
-            signal.signal(signal.SIGTERM, self._handle)
-
-        signal_handling._set_worker_signal_handlers = set_handlers
+        handle_sigterm_in_workers(self._handle)
 
     @contextlib.contextmanager
     def while_training(self) -> Iterator[None]:

@@ -8,23 +8,22 @@ import torch
 from torch import nn
 from trl import SFTTrainer
 
+from qwen_vl_sft.compat.for_accelerate import round_as_one_process_does
+from qwen_vl_sft.compat.for_torch import gather_bytes
+from qwen_vl_sft.compat.for_trl import call_head_after_backbone, score_places_as_they_come
+from qwen_vl_sft.compat.packed_batches import count_no_placeholders_in_training, take_packed_batches
+from qwen_vl_sft.compat.vision_tower import (
+    run_frozen_blocks_without_gradients,
+    run_frozen_vision_without_gradients,
+    run_vision_in_every_batch,
+)
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed import fsdp
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model, trained_parts
 from qwen_vl_sft.modeling.chosen import choose
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
-from qwen_vl_sft.modeling.patches import (
-    call_head_after_backbone,
-    count_no_placeholders_in_training,
-    run_frozen_blocks_without_gradients,
-    run_frozen_vision_without_gradients,
-    run_vision_in_every_batch,
-    score_places_as_they_come,
-    take_packed_batches,
-)
 
 
 def prepare_model(recipe: Recipe, context: DistributedContext, pad_token_id: int) -> Any:
@@ -58,9 +57,9 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, context: DistributedContex
     elif recipe.get("bf16") and context.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
         keep_trained_weights_in_float32(model)
-    fsdp.round_as_one_process_does(trainer.accelerator)
+    round_as_one_process_does(trainer.accelerator)
     if context.strategy == "fsdp2" and recipe.model.load_in_4bit:
-        fsdp.gather_bytes()
+        gather_bytes()
     trained, vision_frozen = trained_parts(model), is_vision_frozen(model)
     if vision_frozen:
         run_frozen_vision_without_gradients(model)

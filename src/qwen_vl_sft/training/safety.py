@@ -14,6 +14,7 @@ from qwen_vl_sft.checkpointing import checkpoints, row_log
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.resumed_state import correct_state
 from qwen_vl_sft.checkpointing.row_log import RowLog
+from qwen_vl_sft.compat.for_python import settle_before_forks
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.agreement import Agreement
@@ -22,7 +23,6 @@ from qwen_vl_sft.errors import Preempted
 from qwen_vl_sft.resilience import signals
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.faults import StepRecord
-from qwen_vl_sft.resilience.forking import settle_before_forks
 from qwen_vl_sft.resilience.signals import Watch
 from qwen_vl_sft.resilience.watchdog import STACKS, Watchdog
 from qwen_vl_sft.training.safe_trainer import SafeTrainer

@@ -20,11 +20,13 @@ from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.batching.sampler import EpochSampler, places
 from qwen_vl_sft.checkpointing import checkpoints, run_folder
+from qwen_vl_sft.compat.for_torch import turn_off_tf32_in_convolutions
+from qwen_vl_sft.compat.for_transformers import prepare_final_save, use_one_gpu
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.distributed import fsdp, launch
+from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
@@ -64,14 +66,11 @@ def sft_config(recipe: Recipe, context: DistributedContext) -> SFTConfig:
         arguments.setdefault("ddp_find_unused_parameters", False)
     try:
         config = SFTConfig(**arguments)
-        # A process drives one GPU, however many it sees; the Trainer would spread over all of them with DataParallel.
-        config._n_gpu = min(config.n_gpu, 1)
+        use_one_gpu(config)
     except ValueError as error:
         raise UserError(f"recipe: {error}") from None
     if config.tf32 is False:
-        # What transformers sets does not reach convolutions, of which the vision tower's first layer is one. May go with
-        # a PyTorch that has https://github.com/pytorch/pytorch/issues/179445 closed by its change.
-        torch.backends.cudnn.allow_tf32 = False
+        turn_off_tf32_in_convolutions()
     return config
 
 
@@ -147,7 +146,7 @@ def train(
         "data": data.summary(),
         "parameters": {part: asdict(count) for part, count in parameters.items()},
     }
-    fsdp.prepare_final_save(trainer.accelerator)
+    prepare_final_save(trainer.accelerator)
     if not recipe.model.use_peft and not trainer.is_deepspeed_enabled:
         # DeepSpeed saves the copy that it computes with.
         trainer.model.to(getattr(torch, recipe.model.dtype))

@@ -16,10 +16,11 @@ from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
-from qwen_vl_sft.batching.sampler import EpochSampler, end_workers, step_loader
-from qwen_vl_sft.modeling.base_model import load_full_weights
+from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
+from qwen_vl_sft.compat.for_torch import end_workers
+from qwen_vl_sft.compat.packed_batches import already_training
 from qwen_vl_sft.modeling.flops import BatchStats
-from qwen_vl_sft.modeling.patches import already_training
+from qwen_vl_sft.modeling.loaded_weights import load_full_weights
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.memory import Fit
 from qwen_vl_sft.training.safe_trainer import ROW_IDS, SafeTrainer

@@ -1,0 +1,1 @@
+"""Changes made to libraries at run time."""

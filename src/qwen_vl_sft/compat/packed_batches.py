@@ -1,0 +1,116 @@
+"""Have a transformers Qwen-VL model train on batches of the packed collator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def take_packed_batches(model: Any) -> None:
+    """Have a model take batches of the packed collator; all others go on as before.
+
+    `image_places`, a list, names for each image that is shown the one of `pixel_values` that it is: the vision tower runs
+    once on each, and its gradients add up. `image_features` [image tokens, values] are what the tower and its merger made
+    of the images before, for Qwen3-VL with the features of the deeper layers beside them; the tower does not run then,
+    also when there are none. `visual_places` [image tokens] say where Qwen3-VL adds the features of the deeper layers to
+    its first hidden states; by a mask it would wait for the GPU in each. `learned_places` [N] names the places that
+    predict something: the last hidden state is then [1, N, D], for no other place is read behind the last attention.
+    """
+    _take_images(model)
+    if hasattr(model.model.language_model, "_deepstack_process"):
+        _take_visual_places(model.model.language_model)
+    layer = model.model.language_model.layers[-1]
+    layer.forward = MethodType(_last_layer, layer)
+
+
+def count_no_placeholders_in_training(model: Any) -> None:
+    """Have a model not count the image tokens of a batch in training: it would wait for the GPU in every micro-batch.
+
+    The packed collator has counted them. transformers also writes the count into an error message that nobody sees.
+    """
+    counted = type(model.model).get_placeholder_mask
+
+    @functools.wraps(counted)
+    def get_placeholder_mask(
+        backbone: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not backbone.training or input_ids is None:
+            return counted(backbone, input_ids, inputs_embeds, *args, **kwargs)
+        tokens = (backbone.config.image_token_id, backbone.config.video_token_id)
+        return tuple((input_ids == token).unsqueeze(-1) for token in tokens)
+
+    model.model.get_placeholder_mask = MethodType(get_placeholder_mask, model.model)
+
+
+@contextmanager
+def already_training(model: Any) -> Iterator[None]:
+    """`model.train()` does nothing here: the Trainer calls it in every micro-batch, and there are thousands of modules."""
+    model.train = lambda mode=True: model
+    try:
+        yield
+    finally:
+        del model.train
+
+
+def _last_layer(
+    layer: Any, hidden_states: torch.Tensor, learned_places: torch.Tensor | None = None, **kwargs: Any
+) -> Any:
+    """A layer [1, T, D] -> [1, N, D] that spares its widest products on all but the N places that are named.
+
+    Losses and gradients are the same; answers are a few tokens of hundreds.
+    """
+    if learned_places is None:
+        return type(layer).forward(layer, hidden_states, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    reached = (hidden_states + attended).index_select(1, learned_places)
+    return reached + layer.mlp(layer.post_attention_layernorm(reached))
+
+
+def _take_images(model: Any) -> None:
+    backbone = model.model
+    computed = type(backbone).get_image_features
+    width = model.config.get_text_config().hidden_size
+
+    @functools.wraps(computed)
+    def get_image_features(*args: Any, image_places: list[int] | None = None, **kwargs: Any) -> Any:
+        found = computed(*args, **kwargs)
+        if image_places is not None:
+            found.pooler_output = tuple(found.pooler_output[place] for place in image_places)
+            deeper = getattr(found, "deepstack_features", None) or []
+            if deeper:
+                found.deepstack_features = [tuple(layer[place] for place in image_places) for layer in deeper]
+        return found
+
+    def bring(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        features = keywords.pop("image_features", None)
+        if features is None:
+            return None
+        last, *deeper = features.split(width, dim=-1)
+        found = SimpleNamespace(pooler_output=(last,), deepstack_features=[(layer,) for layer in deeper])
+        return arguments, {**keywords, "mm_encoder_outputs": {"image": found} if len(features) else {}}
+
+    # Bound, as below: in a copy of the model it is the copy's.
+    backbone.get_image_features = MethodType(get_image_features, backbone)
+    backbone.register_forward_pre_hook(bring, with_kwargs=True)
+
+
+def _take_visual_places(language_model: Any) -> None:
+    by_mask = type(language_model)._deepstack_process
+
+    def add(model: Any, hidden_states: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if where.dtype == torch.bool:
+            return by_mask(model, hidden_states, where, features)
+        return hidden_states.index_add(1, where, features.to(hidden_states.dtype)[None])
+
+    def name_places(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        places = keywords.pop("visual_places", None)
+        return None if places is None else (arguments, {**keywords, "visual_pos_masks": places})
+
+    language_model._deepstack_process = MethodType(add, language_model)
+    language_model.register_forward_pre_hook(name_places, with_kwargs=True)
