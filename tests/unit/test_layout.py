@@ -78,7 +78,7 @@ def test_a_cycle_is_found_wherever_it_imports(tmp_path):
 
 def test_the_readme_lists_the_folders_in_the_order_of_imports():
     tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("    src/qwen_vl_sft/")[1].split("\n\n")[0]
-    order = [ROOT, *re.findall(r"^      (\w+)/", tree, re.MULTILINE)]
+    order = [ROOT, *re.findall(r"^      (\w+)/ +\S", tree, re.MULTILINE)]
     imports = folder_imports(PACKAGE)
     assert sorted(order) == sorted(imports)
     wrong = {
