@@ -104,6 +104,20 @@ def test_keys_of_commands_exist(page):
 
 
 @every_page
+def test_options_of_commands_exist(page):
+    sources = [*(REPOSITORY / "scripts").glob("*.py"), *PACKAGE.rglob("*.py")]
+    options = {name for path in sources for name in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))}
+    wrong = {}
+    for command in commands(page.read_text(encoding="utf-8")):
+        found = re.search(r"(?:scripts/|qwen_vl_sft )(\w+)(?:\.py)? (.*)", command)
+        if found and found[1] != "sft":
+            _, words = split_launch_options(shlex.split(found[2], comments=True))
+            # Scripts that measure pass other keys on to the recipe.
+            wrong[command] = {word[2:] for word in words if word.startswith("--")} - options - set(key_hints())
+    assert not {command: names for command, names in wrong.items() if names}
+
+
+@every_page
 def test_named_recipe_keys_exist(page):
     text = page.read_text(encoding="utf-8")
     stated = {match[1] for code in inline_code(text) if (match := re.match(r"([a-z_]\w+): ", code))}
