@@ -33,50 +33,44 @@ def main() -> None:
         print(format_help(__doc__ or "", SWITCHES))
         return
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft.batching import batch_rules
+    from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
     from qwen_vl_sft.config.reading import read_recipe
-    from qwen_vl_sft.data import preview
     from qwen_vl_sft.distributed import launch, shared_folder
     from qwen_vl_sft.publishing import push_while_training
-    from qwen_vl_sft.training import plan, precompute_features, prepared_data, resume_check, rules, safety, sft
+    from qwen_vl_sft.training import plan, precompute_features, safety, sft
+    from qwen_vl_sft.training.prepared_data import prepare_data
+    from qwen_vl_sft.training.resolve import resolve
+    from qwen_vl_sft.training.run_signature import run_signature
 
     recipe = read_recipe(recipe_file, overrides)
-    context = launch.read_context(use_cpu=recipe.get("use_cpu"))
-    rules.check(recipe, context)
-    global_batch = batch_rules.resolve_batch(recipe, context)
+    run = resolve(recipe, launch.read_context(use_cpu=recipe.get("use_cpu")))
+    recipe, context = run.recipe, run.context
     publisher = push_while_training.prepare(recipe, context)
     watch.folder = recipe.output_dir
 
     launch.start(context)
-    data = prepared_data.prepare_data(recipe, context)
-    if context.rank == 0:
-        if "dry_run" in switches:
-            print(recipe.to_yaml())
-        print(plan.describe(recipe, context, data, global_batch), flush=True)
-        for warning in plan.warnings(recipe):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if "dry_run" in switches:
-            print(f"\n{preview.preview(data.train, data.encoder)}", flush=True)
+    data = prepare_data(run)
+    plan.show(run, data, dry_run="dry_run" in switches)
     if "dry_run" in switches:
         return
 
-    about = resume_check.run_signature(recipe, context, data, global_batch)
-    args = sft.sft_config(recipe, context)
+    about = run_signature(run, data)
+    args = sft.sft_config(run)
     shared_folder.check_shared(recipe.output_dir, context)
-    resume = resume_check.checkpoint_to_resume(recipe, context, about)
-    trainer = sft.build_trainer(recipe, context, args, data, global_batch)
+    resume = checkpoint_to_resume(recipe, context, about)
+    trainer = sft.build_trainer(run, args, data)
     if data.features:
         precompute_features.fill(trainer, data.features, recipe.data.bad_rows == "skip")
     if publisher:
         trainer.add_callback(publisher)
     if context.rank == 0:
-        sft.begin_run_folder(recipe, context, data)
+        sft.begin_run_folder(run, data)
     safety.attach(trainer, recipe, context, watch, about, resume)
     with watch.while_training():
-        metrics = sft.train(trainer, context, recipe, data, resume.path if resume else None)
+        metrics = sft.train(run, data, trainer, resume.path if resume else None)
         if context.rank == 0:
-            sft.finish_run_folder(recipe, trainer, metrics)
-            print(plan.outcome(recipe, metrics), flush=True)
+            sft.finish_run_folder(trainer, run.output_dir, metrics)
+            print(plan.outcome(metrics, run.output_dir), flush=True)
     trainer.accelerator.end_training()
     if publisher:
         # The run folder is complete, and no process waits for this one any more.

@@ -18,7 +18,7 @@ from fixtures.processes import launch, run_process
 from fixtures.repository import REPOSITORY
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import errors, tiny
-from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing import checkpoints, resume_check
 from qwen_vl_sft.checkpointing.checkpoints import MARK, Checkpoint
 from qwen_vl_sft.checkpointing.resumed_state import correct_state, take_schedule
 from qwen_vl_sft.checkpointing.rotation import rotate, set_aside
@@ -29,7 +29,7 @@ from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.tools.benchmarks.kill_and_resume import Experiment
-from qwen_vl_sft.training import resume_check, safety
+from qwen_vl_sft.training import run_signature, safety
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {
@@ -453,7 +453,7 @@ def test_the_best_checkpoint_until_then_is_the_one_beside_it(there, tmp_path, ca
 
 def test_a_mark_tells_by_what_the_best_was_found():
     def judge(**keys):
-        return resume_check._judge(read_recipe(None, keys), SimpleNamespace(evaluation=None))
+        return run_signature._judge(read_recipe(None, keys), None)
 
     assert judge() == judge(metric_for_best_model="eval_loss") == {"metric_for_best_model": "loss", "evaluation": None}
     answers = judge(metric_for_best_model="relaxed_accuracy", max_predict_samples=9)

@@ -33,11 +33,16 @@ from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.modeling.attention import use_packed_attention
-from qwen_vl_sft.modeling.base_model import set_pixel_limits
+from qwen_vl_sft.modeling.base_model import build_on_meta, set_pixel_limits
+from qwen_vl_sft.modeling.structure import build_structure
 from qwen_vl_sft.training import precompute_features
 from qwen_vl_sft.training.image_features import plan_features
 
 DISTINCT = 16  # different images among the first 24 rows of the tiny charts' val split
+
+
+def planned(recipe, rows, encoder):
+    return plan_features(recipe, build_structure(build_on_meta(recipe.model), recipe.model), rows, encoder)
 
 
 def cache_of(model, folder, storage="float32"):
@@ -154,7 +159,7 @@ class Filling:
     def __init__(self, tmp_path, processor, rows, **keys):
         encoder = Encoder(processor)
         self.scan = scan(rows, encoder, verify_images=False, image_keys=True)
-        self.features = plan_features(recipe(tmp_path, **keys), self.scan, encoder)
+        self.features = planned(recipe(tmp_path, **keys), self.scan, encoder)
         model = qwen2_vl()
         use_packed_attention(model)
         take_packed_batches(model)
@@ -276,7 +281,7 @@ def test_another_tower_precision_or_pixel_limit_has_a_folder_of_its_own(tmp_path
     found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, image_keys=True)
 
     def folder(encoder=encoder, **keys):
-        return plan_features(recipe(tmp_path, **keys), found, encoder).cache.folder.name.rpartition("-")[2]
+        return planned(recipe(tmp_path, **keys), found, encoder).cache.folder.name.rpartition("-")[2]
 
     wider = copy.deepcopy(tiny_processor)
     set_pixel_limits(wider, None, 50176)
@@ -300,7 +305,7 @@ def test_the_default_folder_is_in_the_users_cache(tmp_path, tiny_processor, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     encoder = Encoder(tiny_processor)
     found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, image_keys=True)
-    features = plan_features(recipe(tmp_path, image_features_dir=None), found, encoder)
+    features = planned(recipe(tmp_path, image_features_dir=None), found, encoder)
     assert features.cache.folder.parent == tmp_path / "home/qwen_vl_sft/image_features"
     assert len(features.describe()) <= 80
 
@@ -319,7 +324,7 @@ def test_a_tower_that_trains_is_refused(keys, tmp_path, tiny_processor):
     encoder = Encoder(tiny_processor)
     found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, image_keys=True)
     with pytest.raises(UserError, match=r"cache_image_features needs a vision tower .* lora_scope: language"):
-        plan_features(recipe(tmp_path, **keys), found, encoder)
+        planned(recipe(tmp_path, **keys), found, encoder)
 
 
 @pytest.mark.parametrize(

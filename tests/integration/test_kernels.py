@@ -12,10 +12,8 @@ from torch import nn
 from fixtures.models import newer, qwen2_vl
 from qwen_vl_sft.compat.packed_batches import count_no_placeholders_in_training, take_packed_batches
 from qwen_vl_sft.config.reading import read_recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.modeling import kernels
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
-from qwen_vl_sft.modeling.chosen import Chosen
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.training.plan import _kernel_lines
 
@@ -182,8 +180,7 @@ def test_automatic_kernels_are_all_that_can_run_here_and_the_plan_names_them(
     assert chosen_kernels("auto", on_cpu) == chosen
     assert not list(problems_of_kernels(chosen, on_cpu))
     recipe = read_recipe(None, {"model_name_or_path": "some/model", "dataset_name": "data", "fused_kernels": "auto"})
-    context = DistributedContext(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=on_cpu)
-    lines = _kernel_lines(recipe, context, Chosen("sdpa", chosen))
+    lines = _kernel_lines(recipe.model.fused_kernels, on_cpu, chosen)
     assert max(map(len, lines)) <= 80
     assert " ".join(lines).startswith(f"kernels     {', '.join(chosen)}")
     assert (told in lines[-1]) if told else len(lines) == 1

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from qwen_vl_sft.modeling.base_model import (
 )
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
 from qwen_vl_sft.modeling.loaded_weights import load_full_weights
-from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope, shortest_targets, trains_language_only
+from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope, shortest_targets
+from qwen_vl_sft.modeling.structure import build_structure
 from qwen_vl_sft.tools.random_model import make_random_model
 from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32
 
@@ -62,7 +64,7 @@ def qwen_2_5_and_3(tied=False):
 def test_the_tutorials_parameter_counts(seven_b):
     from peft import get_peft_model
 
-    seven_b.lora_target_modules, seven_b.lora_r = ["q_proj", "v_proj"], 8
+    seven_b = replace(seven_b, lora_target_modules=["q_proj", "v_proj"], lora_r=8)
     model = build_on_meta(seven_b)
     config = lora_config(model, seven_b)
     assert config.target_modules == {"q_proj", "v_proj"}
@@ -80,7 +82,7 @@ def test_the_tutorials_parameter_counts(seven_b):
     ("scope", "layers"), [("language", 28 * 7), ("vision", 32 * 4), ("merger", 2), ("all", 28 * 7 + 32 * 4 + 2)]
 )
 def test_scopes_of_qwen2_vl(seven_b, scope, layers):
-    seven_b.lora_target_modules, seven_b.lora_scope = None, scope
+    seven_b = replace(seven_b, lora_target_modules=None, lora_scope=scope)
     model = build_on_meta(seven_b)
     targets = find_targets(model, seven_b)
     assert len(targets) == layers
@@ -128,8 +130,8 @@ def test_targets_outside_the_scope_are_told():
     wanted = settings(lora_target_modules=["q_proj", "qkv"])
     (warning,) = outside_scope(find_targets(model, wanted), wanted)
     assert "of the vision part, outside lora_scope language" in warning
-    assert not trains_language_only(wanted)
     assert outside_scope(find_targets(model, wanted), settings(lora_scope="all")) == []
+    assert not build_structure(model, wanted).adapts_language_only
 
 
 def test_the_patch_embedding_never_gets_lora():

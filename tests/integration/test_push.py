@@ -519,8 +519,8 @@ def test_the_card_of_chartqa_without_evaluation(tmp_path):
     assert "Not evaluated" in text
     assert "`HuggingFaceM4/ChartQA` is licensed GPL-3.0." in text
     assert "bnb_4bit_quant_type=" in python_code(publication, "alice/name", "main")
-    publication.recipe.run.max_new_tokens = 300
-    assert "max_new_tokens=300" in python_code(publication, "alice/name", "main")
+    longer = replace(publication.recipe, run=replace(publication.recipe.run, max_new_tokens=300))
+    assert "max_new_tokens=300" in python_code(replace(publication, recipe=longer), "alice/name", "main")
     assert "scripts/merge.py --nf4_aware" in text
     published = {file.path: file for file in collect_files(publication, text)}
     config = json.loads(published["adapter_config.json"].content)
@@ -806,7 +806,7 @@ BAD_RECIPES = {
 @pytest.mark.parametrize("name", BAD_RECIPES)
 def test_a_recipe_that_cannot_push(name, tmp_path):
     from qwen_vl_sft.distributed.launch import DistributedContext
-    from qwen_vl_sft.training import rules
+    from qwen_vl_sft.training.resolve import resolve
 
     changes, told = BAD_RECIPES[name]
     keys = {
@@ -820,5 +820,5 @@ def test_a_recipe_that_cannot_push(name, tmp_path):
         **{key: value.format(here=tmp_path) for key, value in changes.items()},
     }
     with pytest.raises(UserError) as problem:
-        rules.check(read_recipe(None, keys), DistributedContext("single", 1, 0, 0, True))
+        resolve(read_recipe(None, keys), DistributedContext("single", 1, 0, 0, True))
     assert told in str(problem.value)

@@ -12,9 +12,9 @@ from torch.distributed import checkpoint as distributed
 from qwen_vl_sft.checkpointing import checkpoints
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.pickles import problem_of_pickles
+from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.training.resume_check import checkpoint_to_resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

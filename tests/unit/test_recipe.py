@@ -36,7 +36,7 @@ def write(tmp_path: Path, text: str) -> Path:
 )
 def test_keys_without_an_effect_are_told(keys, told):
     others = {"model_name_or_path": "some/model", "dataset_name": "data", "use_peft": False, "dtype": "float32"}
-    found = plan.warnings(read_recipe(None, {**others, **keys}))
+    found = plan.warnings(read_recipe(None, {**others, **keys}), [])
     assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
 
 

@@ -10,12 +10,14 @@ from trl import SFTConfig
 
 from qwen_vl_sft.batching.batch_rules import BATCH_RULES
 from qwen_vl_sft.batching.sampler import step_loader
+from qwen_vl_sft.checkpointing.resume_rules import _resume
 from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import key_hints, read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.modeling.lora_rules import LORA_RULES
+from qwen_vl_sft.modeling.base_model import build_on_meta
+from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
 from qwen_vl_sft.training.nested_rules import NESTED_RULES, OPTIM_ARGS
-from qwen_vl_sft.training.rules import _evaluation, _streaming
+from qwen_vl_sft.training.rules import _evaluation
 
 
 def problems(rules, processes=1, strategy="ddp", **keys):
@@ -81,7 +83,8 @@ def test_numbers_in_range(keys):
 )
 def test_layers_that_train_in_full_beside_an_adapter(keys, told):
     keys = {"model_name_or_path": "builtin:tiny-qwen2-vl", "lora_modules_to_save": ["norm"], **keys}
-    found = problems(LORA_RULES, processes=2, **keys)
+    settings = read_recipe(None, {name: value for name, value in keys.items() if name != "strategy"}).model
+    found = problems(MODEL_RULES, processes=2, **keys) + list(problems_of_structure(build_on_meta(settings), settings))
     assert len(found) == (told is not None)
     assert told is None or re.search(re.escape(told).replace(r"\.\*", ".*"), found[0])
 
@@ -272,5 +275,5 @@ def test_a_stream_begins_where_there_is_no_checkpoint_yet(resume, saved, told, t
         (tmp_path / "checkpoint-4").mkdir()
         (tmp_path / "checkpoint-4/complete.json").touch()
     keys = {"dataset_streaming": True, "max_steps": 4, "resume_from_checkpoint": resume, "output_dir": str(tmp_path)}
-    found = problems((_streaming,), **keys)
+    found = problems((_resume,), **keys)
     assert [text[: len(told or "")] for text in found] == ([told] if told else [])

@@ -13,16 +13,27 @@ Rule = Callable[[Recipe, DistributedContext], Iterator[str]]
 _TOKENS_SEEN = ("all", "non_padding", "no")
 
 
-def resolve_batch(recipe: Recipe, context: DistributedContext) -> GlobalBatch:
-    """Set gradient accumulation from `global_batch_size` and return what one optimizer step takes."""
-    run, per_step = recipe.run, recipe.get("per_device_train_batch_size") * context.processes
+def resolve_batch(recipe: Recipe, processes: int) -> GlobalBatch:
+    """Return what one optimizer step takes over all processes."""
+    run = recipe.run
     if run.global_batch_tokens is not None:
         return GlobalBatch(tokens=run.global_batch_tokens)
-    if run.packing and run.global_batch_size is not None:
-        return GlobalBatch(rows=run.global_batch_size)
     if run.global_batch_size is not None:
-        recipe.training["gradient_accumulation_steps"] = run.global_batch_size // per_step
+        return GlobalBatch(rows=run.global_batch_size)
+    per_step = recipe.get("per_device_train_batch_size") * processes
     return GlobalBatch(rows=per_step * recipe.get("gradient_accumulation_steps"))
+
+
+def with_accumulation(recipe: Recipe, processes: int) -> Recipe:
+    """Return the recipe with the gradient accumulation that `global_batch_size` comes to, where that decides.
+
+    Packed steps are planned by their tokens instead.
+    """
+    rows = recipe.run.global_batch_size
+    if recipe.run.packing or rows is None:
+        return recipe
+    per_step = recipe.get("per_device_train_batch_size") * processes
+    return recipe.with_training(gradient_accumulation_steps=rows // per_step)
 
 
 def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
@@ -55,7 +66,7 @@ def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
 
 
 def _that_divides(whole: int, per_device: int, processes: int) -> str:
-    """What can be written instead: the nearest whole batch, and if there is one, the largest part of it that fits."""
+    """Return what can be written instead: the nearest whole batch, and if there is one, the largest part of it that fits."""
     per_step = per_device * processes
     ways = [f"global_batch_size {max(1, round(whole / per_step)) * per_step}"]
     if whole % processes == 0:
@@ -97,11 +108,11 @@ def _packing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
 
 
 def _loader(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    context, known = recipe.get("dataloader_multiprocessing_context"), multiprocessing.get_all_start_methods()
-    if context is None:
+    method, known = recipe.get("dataloader_multiprocessing_context"), multiprocessing.get_all_start_methods()
+    if method is None:
         return
-    if context not in known:
-        yield f"dataloader_multiprocessing_context: {context!r} is unknown; one of {', '.join(known)}"
+    if method not in known:
+        yield f"dataloader_multiprocessing_context: {method!r} is unknown; one of {', '.join(known)}"
     elif recipe.get("dataloader_num_workers") == 0:
         yield "dataloader_multiprocessing_context is set but dataloader_num_workers is 0; remove one of the two"
 

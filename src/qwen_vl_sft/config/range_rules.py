@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
 
 _AT_LEAST_ONE = (
     "max_train_samples",
@@ -46,7 +45,7 @@ _INTERVALS = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy"
 _MOST_SEED = 2**32 - 1
 
 
-def _ranges(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+def _ranges(recipe: Recipe, context: object) -> Iterator[str]:
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
             value = _value(recipe, name)

@@ -6,8 +6,9 @@ import difflib
 import os
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -31,47 +32,51 @@ from qwen_vl_sft.shipped_files import RECIPES, find_file, shipped_names
 BUILTIN = {"builtin:tiny-qwen2-vl": tiny.MODEL_DIR, "builtin:tiny-charts": tiny.DATA_DIR}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `training` holds keyword arguments of `SFTConfig`; `stated` the keys the user wrote."""
+    """A typed recipe. `training` holds keyword arguments of `SFTConfig`; `stated` the keys that the user wrote."""
 
     data: DataSettings
     model: ModelSettings
     run: RunSettings
-    training: dict[str, Any]
+    training: Mapping[str, Any]
     stated: frozenset[str] = field(default_factory=frozenset)
 
     def get(self, name: str) -> Any:
-        """The value of a training key, with TRL's default where the recipe is silent."""
+        """Return the value of a training key, with TRL's default where the recipe is silent."""
         return self.training[name] if name in self.training else training_default(name)
 
     @property
     def data_seed(self) -> int:
-        """The seed of shuffling: `data_seed`, else `seed`."""
+        """Return the seed of shuffling: `data_seed`, else `seed`."""
         stated = self.get("data_seed")
         return self.get("seed") if stated is None else stated
 
     @property
     def mixed_precision(self) -> str | None:
-        """The type that layers compute in, whatever type their weights have; None for that of the weights."""
+        """Return the type that layers compute in, whatever type their weights have; None for that of the weights."""
         return "bfloat16" if self.get("bf16") else "float16" if self.get("fp16") else None
 
     @property
     def output_dir(self) -> Path:
-        """The run folder."""
+        """Return the run folder."""
         return Path(self.training["output_dir"]).expanduser()
 
     def values(self) -> dict[str, Any]:
-        """Every key of ours and every training key that was set, as plain values; a valid recipe again."""
+        """Return every key of ours and every training key that was set, as plain values; a valid recipe again."""
         return {**asdict(self.data), **asdict(self.model), **asdict(self.run), **self.training}
 
+    def with_training(self, **values: Any) -> Recipe:
+        """Return this recipe with other values of training keys; what the user stated stays as it was."""
+        return replace(self, training=MappingProxyType({**self.training, **values}))
+
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML."""
+        """Return the recipe as YAML."""
         return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True, width=100)
 
 
 def key_hints() -> dict[str, Any]:
-    """Every key of a recipe with its type: ours first, then those of `SFTConfig`."""
+    """Return every key of a recipe with its type: ours first, then those of `SFTConfig`."""
     hints: dict[str, Any] = {}
     for group in GROUPS.values():
         hints |= typing.get_type_hints(group)
@@ -81,12 +86,12 @@ def key_hints() -> dict[str, Any]:
 
 
 def text_keys() -> set[str]:
-    """The keys whose values are text, also those that look like numbers: names, paths, revisions."""
+    """Return the keys whose values are text, also those that look like numbers: names, paths, revisions."""
     return {name for name, hint in key_hints().items() if is_text(hint)}
 
 
 def training_default(name: str) -> Any:
-    """Our default of a training key, else TRL's."""
+    """Return our default of a training key, else TRL's."""
     if name in TRAINING_DEFAULTS:
         return TRAINING_DEFAULTS[name]
     entry = next(entry for entry in fields(SFTConfig) if entry.name == name)
@@ -96,7 +101,7 @@ def training_default(name: str) -> Any:
 def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe file and command-line overrides.
 
-    Only keys and types are checked here; `training.rules.check` checks how they go together. Raises `UserError` with
+    Only keys and types are checked here; `training.resolve` checks how they go together. Raises `UserError` with
     every unknown key and wrong type at once.
     """
     written = read_file(Path(path)) if path is not None else {}
@@ -116,7 +121,7 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
 
 
 def build(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from typed values; keys that are not named take their defaults."""
+    """Build a recipe from typed values; keys that are not named take their defaults."""
     values = {
         name: str(BUILTIN.get(value, value)) if isinstance(value, str) else value for name, value in values.items()
     }
@@ -133,13 +138,13 @@ def build(values: Mapping[str, Any]) -> Recipe:
         section(DataSettings),
         section(ModelSettings),
         section(RunSettings),
-        training=_resolved({**TRAINING_DEFAULTS, **training}),
+        training=MappingProxyType(_resolved({**TRAINING_DEFAULTS, **training})),
         stated=frozenset(values),
     )
 
 
 def _resolved(training: dict[str, Any]) -> dict[str, Any]:
-    """Training keys with the values that will run where those that were written, or left out, come to something else."""
+    """Return training keys with the values that will run, where what was written or left out comes to others."""
     if training.get("bf16") is None:
         # As TRL's configuration makes it of a recipe without one.
         training["bf16"] = not training.get("fp16", False)

@@ -14,7 +14,7 @@ def key(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataSettings:
     """What is read and how it is encoded."""
 
@@ -48,7 +48,7 @@ class DataSettings:
     max_pixels: int | None = key(None, "larger images are reduced to so many pixels; default: the processor's")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelSettings:
     """The base model and what of it is trained."""
 
@@ -95,7 +95,7 @@ class ModelSettings:
         return self.dtype
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunSettings:
     """The run as a whole."""
 

@@ -1,11 +1,10 @@
-"""What the keys of a recipe that may say "auto" come to on this machine."""
+"""What keys of a recipe that may say "auto" come to on this machine: attention and fused kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.modeling.attention_kernels import resolve_attention
 from qwen_vl_sft.modeling.kernels import chosen_kernels
 
@@ -18,8 +17,7 @@ class Chosen:
     fused_kernels: list[str]
 
 
-def choose(recipe: Recipe, context: DistributedContext) -> Chosen:
-    """The same on all processes of a run. Raises `UserError` for an attention that cannot be used here."""
-    model = recipe.model
-    attention = resolve_attention(model.attn_implementation, context.on_cpu, model.dtype, recipe.run.packing)
-    return Chosen(attention, chosen_kernels(model.fused_kernels, context.on_cpu))
+def choose(settings: ModelSettings, packing: bool, on_cpu: bool) -> Chosen:
+    """Choose attention and kernels, alike on all processes. Raises `UserError` for an attention that cannot be used."""
+    attention = resolve_attention(settings.attn_implementation, on_cpu, settings.dtype, packing)
+    return Chosen(attention, chosen_kernels(settings.fused_kernels, on_cpu))

@@ -10,21 +10,21 @@ from torch import nn
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.base_model import PARTS, build_on_meta, part_of
+from qwen_vl_sft.modeling.base_model import PARTS, part_of
 
 
 def scope_parts(scope: str) -> tuple[str, ...]:
-    """The parts of the model that a scope names."""
+    """Return the parts of the model that a scope names."""
     return PARTS if scope == "all" else (scope,)
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """Names of all layers that LoRA may wrap: linear ones, except the output head, which TRL's fused loss reads raw."""
+    """Return the names of the layers that LoRA may wrap: linear ones but the output head, which the fused loss reads raw."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
 
 
 def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
-    """Full names of the layers that get LoRA.
+    """Return the full names of the layers that get LoRA.
 
     Raises `UserError` for a target that matches no linear layer, with the names there are.
     """
@@ -43,12 +43,12 @@ def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
 
 
 def trained_in_full(model: nn.Module, suffix: str) -> list[str]:
-    """Names of the modules that an entry of `lora_modules_to_save` means: as PEFT matches, by how the whole name ends."""
+    """Return the modules that an entry of `lora_modules_to_save` means: as PEFT matches, by how the whole name ends."""
     return [name for name, _ in model.named_modules() if name and name.endswith(suffix)]
 
 
 def outside_scope(targets: Iterable[str], settings: ModelSettings) -> list[str]:
-    """A warning for each part of the model where explicit targets put LoRA although the scope does not name it."""
+    """Return a warning for each part of the model where explicit targets put LoRA although the scope does not name it."""
     counts = {part: 0 for part in PARTS if part not in scope_parts(settings.lora_scope)}
     for name in targets:
         if part_of(name) in counts:
@@ -61,13 +61,8 @@ def outside_scope(targets: Iterable[str], settings: ModelSettings) -> list[str]:
     ]
 
 
-def trains_language_only(settings: ModelSettings) -> bool:
-    """Whether every layer with LoRA is in the language model; no weight is loaded to tell."""
-    return all(part_of(name) == "language" for name in find_targets(build_on_meta(settings), settings))
-
-
 def lora_config(model: nn.Module, settings: ModelSettings) -> LoraConfig:
-    """PEFT's configuration of the adapter, for exactly the layers of `find_targets`."""
+    """Build PEFT's configuration of the adapter, for exactly the layers of `find_targets`."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -82,7 +77,7 @@ def lora_config(model: nn.Module, settings: ModelSettings) -> LoraConfig:
 
 
 def shortest_targets(model: nn.Module, targets: list[str]) -> list[str] | str:
-    """`targets` as PEFT's suffixes when these hit nothing else, else as one regular expression.
+    """Return `targets` as PEFT's suffixes when these hit nothing else, else as one regular expression.
 
     Suffixes are what other tools that read the adapter, such as vLLM, understand best.
     """
@@ -99,5 +94,5 @@ def shortest_targets(model: nn.Module, targets: list[str]) -> list[str] | str:
 
 
 def _matches(names: list[str], suffixes: list[str]) -> list[str]:
-    """Names that end in one of the suffixes, as PEFT matches them."""
+    """Return the names that end in one of the suffixes, as PEFT matches them."""
     return [name for name in names if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)]

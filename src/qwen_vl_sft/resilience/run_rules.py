@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.resilience.deadline import parse_duration
 
 
@@ -30,22 +30,4 @@ def _nonfinite(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         )
 
 
-def _checkpoints(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    if recipe.get("save_only_model"):
-        yield (
-            "save_only_model: true leaves out what a run needs to go on, so that one that is stopped would start anew;"
-            " leave it out: the finished model is saved whole in any case, and save_total_limit bounds the disk"
-        )
-    if recipe.get("save_on_each_node"):
-        yield (
-            "save_on_each_node: true has every machine write the same files; leave it out, with output_dir on storage that"
-            " all machines share"
-        )
-
-
-def _keeps(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    if recipe.get("resume_from_checkpoint") and recipe.get("ignore_data_skip"):
-        yield "ignore_data_skip with resume_from_checkpoint would train rows twice; leave ignore_data_skip out"
-
-
-RUN_RULES = (_time, _nonfinite, _checkpoints, _keeps)
+RUN_RULES = (_time, _nonfinite)

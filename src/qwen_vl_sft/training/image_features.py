@@ -1,4 +1,4 @@
-"""Which features of images a run keeps on disk: the different images of its training rows, and the folder for them."""
+"""The features of images that a run keeps on disk: the different images of its training rows, and the folder for them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache, add_to_digest
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.base_model import build_on_meta, load_config, part_of
-from qwen_vl_sft.modeling.lora import find_targets, trained_in_full
+from qwen_vl_sft.modeling.base_model import load_config, part_of
+from qwen_vl_sft.modeling.structure import ModelStructure
 
 # Raise it when images are decoded, resized, stored or filed otherwise than before: old folders are then not used.
 _FORMAT = 3
@@ -44,29 +44,29 @@ class ImageFeatures:
     places: dict[str, Place]
 
     def size(self, keys: Iterable[str]) -> int:
-        """Bytes that these images take on disk."""
+        """Return the bytes that these images take on disk."""
         return sum(self.cache.size(self.places[key].tokens) for key in keys)
 
     def describe(self) -> str:
-        """A line of the plan, at most 80 columns."""
+        """Describe them in a line of the plan, at most 80 columns."""
         missing = [key for key in self.places if not self.cache.holds(key)]
         whole = f"{len(self.places):,} images in {self.cache.storage}, {in_words(self.size(self.places))}"
         return f"features    {whole}; {len(missing):,} to compute, {in_words(self.size(missing))}"
 
 
 def in_words(size: int) -> str:
-    """Bytes as a person reads them."""
+    """Format bytes as a person reads them."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
-def plan_features(recipe: Recipe, train: Scan, encoder: Encoder) -> ImageFeatures | None:
-    """What `cache_image_features` asks for, None when it does not. The rows must have been scanned for their images.
+def plan_features(recipe: Recipe, structure: ModelStructure, train: Scan, encoder: Encoder) -> ImageFeatures | None:
+    """Plan what `cache_image_features` asks for, None when it does not. The rows must have been scanned for their images.
 
     Raises `UserError` when something in the vision tower or its merger trains.
     """
     if recipe.run.cache_image_features is None:
         return None
-    _check_frozen(recipe.model)
+    _check_frozen(structure)
     image_processor = encoder.processor.image_processor
     about = _about(recipe, image_processor)
     name = re.sub(r"[^\w.-]+", "_", Path(str(recipe.model.model_name_or_path)).name)
@@ -85,11 +85,8 @@ def plan_features(recipe: Recipe, train: Scan, encoder: Encoder) -> ImageFeature
     return ImageFeatures(cache, about, places)
 
 
-def _check_frozen(settings: ModelSettings) -> None:
-    model = build_on_meta(settings)
-    trained = find_targets(model, settings)
-    for suffix in settings.lora_modules_to_save or []:
-        trained += trained_in_full(model, suffix)
+def _check_frozen(structure: ModelStructure) -> None:
+    trained = (*structure.lora_targets, *structure.in_full)
     seeing = [name for name in trained if part_of(name) != "language"]
     if seeing:
         raise UserError(
@@ -100,7 +97,7 @@ def _check_frozen(settings: ModelSettings) -> None:
 
 
 def _about(recipe: Recipe, image_processor: Any) -> dict[str, Any]:
-    """Everything that features depend on but the image: other values make another folder."""
+    """Return everything that features depend on but the image: other values make another folder."""
     settings = recipe.model
     # What the weights are computed in; a tower in half precision is not autocast (`patches`).
     autocast = [name for name in ("bf16", "fp16") if recipe.get(name)] if settings.dtype == "float32" else []
@@ -115,7 +112,7 @@ def _about(recipe: Recipe, image_processor: Any) -> dict[str, Any]:
 
 
 def _weights(settings: ModelSettings) -> dict[str, Any]:
-    """What tells the tower's weights apart: the commit of a Hub model, a digest of them in a local folder."""
+    """Return what tells the tower's weights apart: the commit of a Hub model, a digest of them in a local folder."""
     config = load_config(settings)
     folder = Path(str(settings.model_name_or_path)).expanduser()
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What is done to a model before it trains: as it comes from the disk, and once the trainer has given it its adapter."""
+"""Set up a model before it trains: as it comes from the disk, and once the trainer has given it its adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import SFTTrainer
 
 from qwen_vl_sft.compat.for_accelerate import round_as_one_process_does
 from qwen_vl_sft.compat.for_torch import gather_bytes
@@ -17,18 +16,16 @@ from qwen_vl_sft.compat.vision_tower import (
     run_frozen_vision_without_gradients,
     run_vision_in_every_batch,
 )
-from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model, trained_parts
-from qwen_vl_sft.modeling.chosen import choose
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.training.resolve import Run
 
 
-def prepare_model(recipe: Recipe, context: DistributedContext, pad_token_id: int) -> Any:
-    """Load the base model of a recipe as its trainer takes it."""
-    chosen = choose(recipe, context)
+def prepare_model(run: Run, pad_token_id: int) -> Any:
+    """Load the base model of a run as its trainer takes it."""
+    recipe, context, chosen = run.recipe, run.context, run.chosen
     if recipe.run.packing and chosen.attention != SDPA:
         varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
     computed_in = getattr(torch, recipe.mixed_precision) if recipe.mixed_precision else None
@@ -47,17 +44,17 @@ def prepare_model(recipe: Recipe, context: DistributedContext, pad_token_id: int
     return model
 
 
-def finish_model(trainer: SFTTrainer, recipe: Recipe, context: DistributedContext) -> set[str]:
-    """What can be done once the model has its adapter; returns the parts in which something trains."""
-    model: Any = trainer.model
+def finish_model(model: Any, accelerator: Any, run: Run) -> None:
+    """Do what can be done once the model has its adapter, before a strategy wraps it."""
+    recipe, context = run.recipe, run.context
     if recipe.model.use_peft:
         keep_trained_weights_in_float32(model)
-        if LORA in choose(recipe, context).fused_kernels:
+        if LORA in run.chosen.fused_kernels:
             use_fused_lora(model)
     elif recipe.get("bf16") and context.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
         keep_trained_weights_in_float32(model)
-    round_as_one_process_does(trainer.accelerator)
+    round_as_one_process_does(accelerator)
     if context.strategy == "fsdp2" and recipe.model.load_in_4bit:
         gather_bytes()
     trained, vision_frozen = trained_parts(model), is_vision_frozen(model)
@@ -72,7 +69,6 @@ def finish_model(trainer: SFTTrainer, recipe: Recipe, context: DistributedContex
         run_vision_in_every_batch(base)
     if context.strategy == "fsdp2":
         call_head_after_backbone(base)
-    return trained
 
 
 def keep_trained_weights_in_float32(model: nn.Module) -> None:

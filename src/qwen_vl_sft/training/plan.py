@@ -1,33 +1,51 @@
-"""What a run will do, in words: printed before training, and all that --dry_run does."""
+"""A run in words: its plan, which is printed before training and is all that --dry_run does, and its outcome."""
 
 from __future__ import annotations
 
+import sys
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.reading import Recipe
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.dataset import Rows
+from qwen_vl_sft.data.preview import preview
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.distributed.launch import DistributedContext
-from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, format_parameters, freeze_vision_tower
-from qwen_vl_sft.modeling.chosen import Chosen, choose
+from qwen_vl_sft.modeling.base_model import format_parameters
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
-from qwen_vl_sft.modeling.lora import find_targets, lora_config, outside_scope
-from qwen_vl_sft.training.prepared_data import PreparedData, step_plan
+from qwen_vl_sft.modeling.lora import outside_scope
+from qwen_vl_sft.modeling.structure import ModelStructure
+from qwen_vl_sft.training.prepared_data import PreparedData
+from qwen_vl_sft.training.resolve import Run
 
 
-def describe(recipe: Recipe, context: DistributedContext, data: PreparedData, global_batch: GlobalBatch) -> str:
-    """The plan of a run: world, batch, steps, rows and trainable parameters, at most 80 columns."""
-    chosen = choose(recipe, context)
+def show(run: Run, data: PreparedData, dry_run: bool) -> None:
+    """Print the plan and its warnings, on the first process; with `dry_run` also the settings and a row."""
+    if run.context.rank != 0:
+        return
+    if dry_run:
+        print(run.recipe.to_yaml())
+    print(describe(run, data), flush=True)
+    for warning in warnings(run.recipe, run.structure.lora_targets):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if dry_run:
+        print(f"\n{preview(data.train, data.encoder)}", flush=True)
+
+
+def describe(run: Run, data: PreparedData) -> str:
+    """Describe a run: world, batch, steps, rows and trainable parameters, at most 80 columns."""
+    recipe, context, chosen = run.recipe, run.context, run.chosen
     lines = [
         f"model       {recipe.model.model_name_or_path}",
         f"precision   {_precision(recipe)}",
         f"attention   {chosen.attention}{', inside the boundaries of packed rows' * recipe.run.packing}",
-        *_kernel_lines(recipe, context, chosen),
+        *_kernel_lines(recipe.model.fused_kernels, context.on_cpu, chosen.fused_kernels),
         f"strategy    {context.strategy}, {context.processes} process(es) on {'CPU' if context.on_cpu else 'GPU'}",
-        *_batch_lines(recipe, context, data, global_batch),
-        f"steps       {data.steps(recipe, global_batch)}",
+        *_batch_lines(run, data.step_plan),
+        f"steps       {data.steps}",
         _rows_line("train", data.train),
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
         *([_answers_line(recipe, data.evaluation)] if data.evaluation and recipe.run.predict_with_generate else []),
@@ -35,7 +53,7 @@ def describe(recipe: Recipe, context: DistributedContext, data: PreparedData, gl
         f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
         f"output      {recipe.output_dir}",
         *([_publishing_line(recipe)] if recipe.run.push_to_hub else []),
-        *_trained_lines(recipe),
+        *_trained_lines(recipe.model, run.structure),
     ]
     return "\n".join(lines)
 
@@ -47,23 +65,21 @@ def _precision(recipe: Recipe) -> str:
     return f"{words}{', what trains is kept in float32' * _keeps_float32(recipe)}"
 
 
-def _kernel_lines(recipe: Recipe, context: DistributedContext, chosen: Chosen) -> list[str]:
-    wanted, names = recipe.model.fused_kernels, chosen.fused_kernels
+def _kernel_lines(wanted: str | list[str] | None, on_cpu: bool, names: list[str]) -> list[str]:
     lines = textwrap.wrap(f"kernels     {', '.join(names)}", width=80, subsequent_indent=" " * 12) if names else []
-    missing = [name for name in FROM_LIGER if name not in names] if wanted == "auto" and not context.on_cpu else []
+    missing = [name for name in FROM_LIGER if name not in names] if wanted == "auto" and not on_cpu else []
     if missing:
         lines.append(f"            with pip install 'qwen_vl_sft[kernels]' also {', '.join(missing)}")
     return lines
 
 
-def _batch_lines(
-    recipe: Recipe, context: DistributedContext, data: PreparedData, global_batch: GlobalBatch
-) -> list[str]:
-    if not recipe.run.packing:
+def _batch_lines(run: Run, plan: StepPlan | None) -> list[str]:
+    recipe, context, global_batch = run.recipe, run.context, run.global_batch
+    if plan is None:
         per_device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
         shape = f"{per_device} a device x {context.processes} x {accumulation} accumulated"
         return [f"batch       {global_batch} a step = {shape}"]
-    found, budget = step_plan(recipe, context, data, global_batch).packing_stats(), recipe.run.tokens_per_batch
+    found, budget = plan.packing_stats(), recipe.run.tokens_per_batch
     rows = "" if global_batch.rows is not None else f" in about {found.rows:.0f} rows"
     text = (
         f"batch       {global_batch} a step{rows}, packed into {found.micro_batches:.1f} micro-batches a device of at"
@@ -75,11 +91,11 @@ def _batch_lines(
     return lines
 
 
-def warnings(recipe: Recipe) -> list[str]:
-    """What will work but may not be meant."""
+def warnings(recipe: Recipe, lora_targets: Sequence[str]) -> list[str]:
+    """Return what will work but may not be meant."""
     found = []
     if recipe.model.use_peft and recipe.model.lora_target_modules:
-        found += outside_scope(find_targets(build_on_meta(recipe.model), recipe.model), recipe.model)
+        found += outside_scope(lora_targets, recipe.model)
     if recipe.get("eval_strategy") == "no":
         values = recipe.values()
         skipped = [
@@ -124,22 +140,15 @@ def _publishing_line(recipe: Recipe) -> str:
     return f"publish     {where}, {'private' if run.hub_private_repo else 'public'}, {when}"
 
 
-def _trained_lines(recipe: Recipe) -> list[str]:
-    """What is trained and the table of its parameters, from the model's structure alone: no weight is loaded."""
-    from peft import get_peft_model
-
-    settings, model = recipe.model, build_on_meta(recipe.model)
+def _trained_lines(settings: ModelSettings, structure: ModelStructure) -> list[str]:
+    """Tell what is trained, and the table of its parameters."""
     if not settings.use_peft:
-        if settings.freeze_vision_tower:
-            freeze_vision_tower(model)
         lines = [f"trains      the model's own weights{', but not the vision tower' * settings.freeze_vision_tower}"]
     else:
-        targets = find_targets(model, settings)
-        names = sorted({name.rsplit(".", 1)[-1] for name in targets})
-        line = f"trains      LoRA r={settings.lora_r} on {len(targets)} layers: {', '.join(names)}"
+        names = sorted({name.rsplit(".", 1)[-1] for name in structure.lora_targets})
+        line = f"trains      LoRA r={settings.lora_r} on {len(structure.lora_targets)} layers: {', '.join(names)}"
         lines = textwrap.wrap(line, width=80, subsequent_indent=" " * 12)
-        model = get_peft_model(model, lora_config(model, settings))
-    return [*lines, "", format_parameters(count_parameters(model))]
+    return [*lines, "", format_parameters(dict(structure.parameters))]
 
 
 def _rows_line(name: str, part: Scan | Rows) -> str:
@@ -157,8 +166,8 @@ def _answers_line(recipe: Recipe, evaluation: Scan) -> str:
     return f"answers     {count:,} evaluation rows at every evaluation, {recipe.run.max_new_tokens} tokens at most"
 
 
-def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    """What a run did, for its last lines."""
+def outcome(metrics: dict[str, Any], output_dir: Path) -> str:
+    """Describe what a run did, for its last lines."""
     lines = [f"finished    {metrics['steps']} steps, training loss {metrics['train_loss']:.4f}"]
     if "eval_loss" in metrics:
         right = metrics["eval_mean_token_accuracy"]
@@ -176,5 +185,5 @@ def outcome(recipe: Recipe, metrics: dict[str, Any]) -> str:
         if metrics[f"skipped_while_{when}"]:
             lines.append(f"skipped     {metrics[f'skipped_while_{when}']} rows that could not be read while {when}")
     lines += [f"report_to   {name} failed: {why}" for name, why in metrics["failed_loggers"].items()]
-    lines.append(f"written     {recipe.output_dir}")
+    lines.append(f"written     {output_dir}")
     return "\n".join(lines)

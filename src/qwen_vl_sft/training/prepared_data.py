@@ -1,47 +1,48 @@
-"""From a recipe to checked data: processor, encoder, and rows that are known to be good."""
+"""From a resolved run to checked data: processor, encoder, rows that are known to be good, and the plan of steps."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packing import StepPlan
-from qwen_vl_sft.config.reading import Recipe
+from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.agreed_scan import agreed_scan
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.rows import resolve_system_message
 from qwen_vl_sft.data.scan import Scan, scan
 from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import load_processor
 from qwen_vl_sft.training.image_features import ImageFeatures, plan_features
+from qwen_vl_sft.training.resolve import Run
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run trains and evaluates on. `train` is checked (`Scan`), or a stream that is checked as it comes.
+    """What a run trains and evaluates on.
 
-    `features`: what is kept on disk of the training rows' images.
+    Args:
+        encoder: makes tensors of conversations.
+        train: checked rows, or a stream that is checked as it comes.
+        evaluation: checked rows, None when nothing is evaluated.
+        features: the image features that are kept on disk, None for none.
+        step_plan: which rows are packed together, None for padded batches.
+        steps: optimizer steps of the whole run.
     """
 
     encoder: Encoder
     train: Scan | Rows
     evaluation: Scan | None
-    features: ImageFeatures | None = None
-
-    def steps(self, recipe: Recipe, global_batch: GlobalBatch) -> int:
-        """Optimizer steps of the whole run."""
-        if recipe.get("max_steps") > 0:
-            return recipe.get("max_steps")
-        assert isinstance(self.train, Scan), "recipe rules require max_steps for a stream"
-        return math.ceil(recipe.get("num_train_epochs") * global_batch.steps(self.train.tokens))
+    features: ImageFeatures | None
+    step_plan: StepPlan | None
+    steps: int
 
     def summary(self) -> dict[str, Any]:
-        """Names, counts and fingerprints for the run's files."""
+        """Return names, counts and fingerprints for the run's files."""
         found: dict[str, Any] = {}
         for name, part in (("train", self.train), ("evaluation", self.evaluation)):
             if isinstance(part, Scan):
@@ -52,26 +53,52 @@ class PreparedData:
         return found
 
 
-def prepare_data(recipe: Recipe, context: DistributedContext) -> PreparedData:
-    """Open and check the rows. Raises `UserError` for everything that cannot be trained on."""
-    data = recipe.data
+def prepare_data(run: Run) -> PreparedData:
+    """Open and check the rows, and plan the steps. Raises `UserError` for everything that cannot be trained on.
+
+    Call it on all processes.
+    """
+    recipe, context, data = run.recipe, run.context, run.recipe.data
     processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
     # One process of a machine downloads and prepares; the others then read its caches.
     with launch.join(context, recipe.get("ddp_backend")).local_main_process_first():
-        train_rows = _open(recipe, data.dataset_train_split, data.max_train_samples, shuffle=data.shuffle_dataset)
-        evaluation_rows = _evaluation_rows(recipe) if recipe.get("eval_strategy") != "no" else None
+        seed = recipe.data_seed if data.shuffle_dataset else None
+        train_rows = _open(data, data.dataset_train_split, data.max_train_samples, seed)
+        evaluation_rows = _evaluation_rows(data) if recipe.get("eval_strategy") != "no" else None
     message = resolve_system_message(data.system_message, train_rows.format)
     encoder = Encoder(processor, message, data.train_on, data.max_length)
     image_keys = recipe.run.cache_image_features is not None
-    train = train_rows if train_rows.streamed else _scan(recipe, context, train_rows, encoder, image_keys)
-    evaluation = _scan(recipe, context, evaluation_rows, encoder) if evaluation_rows else None
+    train = train_rows if train_rows.streamed else _scan(data, context, train_rows, encoder, image_keys)
+    evaluation = _scan(data, context, evaluation_rows, encoder) if evaluation_rows else None
+    if not isinstance(train, Scan):
+        assert recipe.get("max_steps") > 0, "recipe rules require max_steps for a stream"
+        return PreparedData(encoder, train, evaluation, None, None, recipe.get("max_steps"))
     if recipe.run.packing:
-        assert isinstance(train, Scan), "recipe rules refuse packing of a stream"
         _check_rows_fit(train, recipe.run.tokens_per_batch)
         if recipe.run.global_batch_tokens is not None:
             _check_steps_hold_rows(train, recipe.run.global_batch_tokens, context.processes)
-    features = plan_features(recipe, train, encoder) if isinstance(train, Scan) else None
-    return PreparedData(encoder, train, evaluation, features)
+    features = plan_features(recipe, run.structure, train, encoder)
+    return PreparedData(encoder, train, evaluation, features, *_plan_steps(run, train, features is not None))
+
+
+def with_train_rows(run: Run, data: PreparedData, train: Scan) -> PreparedData:
+    """Return the same data with other training rows, and without evaluation."""
+    plan, steps = _plan_steps(run, train, data.features is not None)
+    return replace(data, train=train, evaluation=None, step_plan=plan, steps=steps)
+
+
+def _plan_steps(run: Run, train: Scan, has_features: bool) -> tuple[StepPlan | None, int]:
+    """Plan which rows are packed together, and count the optimizer steps of the whole run."""
+    recipe, batch = run.recipe, run.global_batch
+    steps = recipe.get("max_steps")
+    if steps <= 0:
+        steps = math.ceil(recipe.get("num_train_epochs") * batch.steps(train.tokens))
+    if not recipe.run.packing:
+        return None, steps
+    # Where the vision tower does not run, nobody waits for another's large images.
+    sizes = train.sizes.without_patches() if has_features else train.sizes
+    budget, share = recipe.run.tokens_per_batch, recipe.run.share_prefixes
+    return StepPlan(sizes, batch, budget, run.context.processes, recipe.data_seed, share), steps
 
 
 def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
@@ -86,7 +113,7 @@ def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
 
 
 def _check_steps_hold_rows(train: Scan, tokens: int, processes: int) -> None:
-    """Every step must have a row for each process, and two at least: else some would have none."""
+    """Refuse steps too small: each must have a row for each process, and two at least."""
     longest, rows = int(train.tokens.max()), max(2, processes)
     if tokens < rows * longest:
         why = f"for {processes:,} processes" if processes > 2 else "so that no step is empty"
@@ -96,18 +123,7 @@ def _check_steps_hold_rows(train: Scan, tokens: int, processes: int) -> None:
         )
 
 
-def step_plan(recipe: Recipe, context: DistributedContext, data: PreparedData, global_batch: GlobalBatch) -> StepPlan:
-    """Which rows a packed run trains on together."""
-    assert isinstance(data.train, Scan), "recipe rules refuse packing of a stream"
-    run = recipe.run
-    budget, share = run.tokens_per_batch, run.share_prefixes
-    # Where the vision tower does not run, nobody waits for another's large images.
-    sizes = data.train.sizes.without_patches() if data.features else data.train.sizes
-    return StepPlan(sizes, global_batch, budget, context.processes, recipe.data_seed, share)
-
-
-def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Rows:
-    data = recipe.data
+def _open(data: DataSettings, split: str, max_rows: int | None, shuffle_seed: int | None = None) -> Rows:
     assert data.dataset_name is not None
     return open_rows(
         data.dataset_name,
@@ -115,21 +131,22 @@ def _open(recipe: Recipe, split: str, max_rows: int | None, shuffle: bool) -> Ro
         data.dataset_config,
         data.dataset_streaming,
         data.dataset_format,
-        shuffle_seed=recipe.data_seed if shuffle else None,
+        shuffle_seed=shuffle_seed,
         max_rows=max_rows,
     )
 
 
-def _evaluation_rows(recipe: Recipe) -> Rows:
-    split, cap = recipe.data.dataset_test_split, recipe.data.max_eval_samples
+def _evaluation_rows(data: DataSettings) -> Rows:
+    split, cap = data.dataset_test_split, data.max_eval_samples
     assert split is not None
-    if recipe.data.dataset_streaming:
-        return in_memory(_open(recipe, split, cap, shuffle=False))
-    return spread(_open(recipe, split, None, shuffle=False), cap)
+    if data.dataset_streaming:
+        return in_memory(_open(data, split, cap))
+    return spread(_open(data, split, None), cap)
 
 
-def _scan(recipe: Recipe, context: DistributedContext, rows: Rows, encoder: Encoder, image_keys: bool = False) -> Scan:
-    data = recipe.data
+def _scan(
+    data: DataSettings, context: DistributedContext, rows: Rows, encoder: Encoder, image_keys: bool = False
+) -> Scan:
     return agreed_scan(
         context,
         rows,

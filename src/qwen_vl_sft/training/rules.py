@@ -1,4 +1,4 @@
-"""How the keys of a recipe go together: one small rule a concern, all of their problems reported at once."""
+"""Rules of a recipe on training as a whole, and all rules of the package in one list; all problems are told at once."""
 
 from __future__ import annotations
 
@@ -11,38 +11,23 @@ from pathlib import Path
 from transformers.training_args import trainer_log_levels
 
 from qwen_vl_sft.batching.batch_rules import BATCH_RULES, Rule
-from qwen_vl_sft.checkpointing.checkpoints import LATEST, marked
-from qwen_vl_sft.checkpointing.run_folder import problems_of_output_dir
+from qwen_vl_sft.checkpointing.resume_rules import RESUME_RULES
 from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
-from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.evaluation.metrics import METRICS
-from qwen_vl_sft.modeling.chosen import choose
-from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
-from qwen_vl_sft.modeling.lora_rules import LORA_RULES
-from qwen_vl_sft.publishing.names import problem_of_branch, problem_of_repo_id
-from qwen_vl_sft.publishing.publication import problem_of_base
+from qwen_vl_sft.modeling.model_rules import MODEL_RULES
+from qwen_vl_sft.publishing.hub_rules import HUB_RULES
 from qwen_vl_sft.resilience.run_rules import RUN_RULES
 from qwen_vl_sft.training.nested_rules import NESTED_RULES
 
 # What every evaluation measures while training; those of `METRICS` come with predict_with_generate.
 EVALUATION_METRICS = ("loss", "mean_token_accuracy")
-LORA_KEYS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_scope",
-    "lora_target_modules",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
 
 
-def check(recipe: Recipe, context: DistributedContext) -> None:
-    """Raise one `UserError` with everything that cannot work in this recipe, on this world."""
-    raise_all([problem for rule in RULES for problem in rule(recipe, context)])
+def problems_of(recipe: Recipe, context: DistributedContext) -> list[str]:
+    """Return everything that cannot work in this recipe as launched, as far as neither model nor data are needed."""
+    return [problem for rule in RULES for problem in rule(recipe, context)]
 
 
 def _required(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
@@ -60,35 +45,6 @@ def _required(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     data = recipe.data.dataset_name or ""
     if data.startswith((".", "/", "~")) and not Path(data).expanduser().exists():
         yield f"dataset_name: {data} does not exist here"
-
-
-def _training_kind(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    model = recipe.model
-    if model.load_in_4bit and model.load_in_8bit:
-        yield "load_in_4bit and load_in_8bit are both true; keep one"
-    quantized = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
-    if quantized and not model.use_peft:
-        yield f"{quantized} with use_peft: false: quantized weights cannot be trained; set use_peft: true (QLoRA)"
-    if not model.use_peft:
-        for name in LORA_KEYS:
-            if name in recipe.stated:
-                yield f"{name} is set but use_peft is false, so there is no adapter; remove one of the two"
-    elif model.freeze_vision_tower:
-        yield "freeze_vision_tower is for full fine-tuning: with use_peft the base is frozen, and lora_scope says the rest"
-    if recipe.get("fp16") and recipe.get("bf16"):
-        yield "fp16 and bf16 are both true; keep one"
-    if model.dtype == "float16" and not model.use_peft:
-        yield "dtype: float16 with use_peft: false: float16 weights cannot be trained; use bfloat16 or float32"
-    yield from problems_of_kernels(chosen_kernels(model.fused_kernels, context.on_cpu), context.on_cpu)
-    try:
-        choose(recipe, context)
-    except UserError as error:
-        yield str(error)
-
-
-def _strategy(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    if recipe.model.load_in_8bit and context.strategy in ("zero3", "fsdp2"):
-        yield f"load_in_8bit does not run under {context.strategy}: 8-bit weights cannot be sharded; use load_in_4bit, or ddp"
 
 
 def _evaluation(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
@@ -112,7 +68,7 @@ def _evaluation(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
 
 
 def _intervals_of_best(save: float, every: float) -> Iterator[str]:
-    """As transformers would refuse them. Below 1 they are shares of all steps."""
+    """Refuse intervals as transformers would. Below 1 they are shares of all steps."""
     if every <= 0:
         return
     if (save < 1) != (every < 1):
@@ -152,14 +108,6 @@ def _streaming(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         yield "dataset_streaming needs max_steps: the length of a stream is not known"
     if recipe.get("eval_strategy") != "no" and recipe.data.max_eval_samples is None:
         yield "dataset_streaming with evaluation needs max_eval_samples: evaluation rows are kept in memory"
-    resume = recipe.get("resume_from_checkpoint")
-    saved = [folder.name for folder in marked(recipe.output_dir)] if recipe.training.get("output_dir") else []
-    # A queued job is always told `latest`; where there is none yet, it starts anew.
-    if resume and (resume != LATEST or saved):
-        yield (
-            f"dataset_streaming cannot go on from {saved[-1] if resume == LATEST else resume}: where in the stream that was"
-            f" is not known; start anew in another output_dir, or set dataset_streaming: false there, which can be resumed"
-        )
 
 
 def _reporting(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
@@ -183,42 +131,17 @@ def _loss(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         yield f"loss_type: {recipe.get('loss_type')!r} is unknown; nll or dft"
 
 
-def _publishing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    run = recipe.run
-    if not run.push_to_hub:
-        return
-    if run.hub_model_id and (problem := problem_of_repo_id(run.hub_model_id)):
-        yield f"hub_model_id: {problem}"
-    if run.hub_revision and (problem := problem_of_branch(run.hub_revision)):
-        yield f"hub_revision: {problem}"
-    if problem := problem_of_base(recipe.model.model_name_or_path, recipe.model.use_peft):
-        yield problem
-    if run.hub_strategy == "every_save" and recipe.get("save_strategy") == "no":
-        yield "hub_strategy: every_save publishes checkpoints, and save_strategy is no; set it, or hub_strategy: end"
-    if run.hub_strategy == "every_save" and context.strategy == "fsdp2":
-        yield "hub_strategy: every_save cannot run under fsdp2: its checkpoints hold no whole weights; set hub_strategy: end"
-
-
-def _output(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    if recipe.training.get("output_dir"):
-        yield from problems_of_output_dir(
-            recipe.output_dir, recipe.run.overwrite_output_dir, recipe.get("resume_from_checkpoint")
-        )
-
-
 RULES: tuple[Rule, ...] = (
     _required,
     *RANGE_RULES,
     *NESTED_RULES,
-    _training_kind,
-    *LORA_RULES,
-    _strategy,
+    *MODEL_RULES,
     *BATCH_RULES,
     _evaluation,
     _streaming,
     _reporting,
     _loss,
-    _publishing,
+    *HUB_RULES,
     *RUN_RULES,
-    _output,
+    *RESUME_RULES,
 )

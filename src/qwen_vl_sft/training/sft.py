@@ -14,7 +14,6 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
 
 from qwen_vl_sft.batching.collator import Collator
-from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packed_collator import PackedCollator
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
@@ -27,13 +26,11 @@ from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.modeling.base_model import count_parameters
-from qwen_vl_sft.modeling.chosen import choose
 from qwen_vl_sft.modeling.flops import FlopCounter
-from qwen_vl_sft.modeling.lora import lora_config, trains_language_only
+from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.resilience.faults import explained_save
 from qwen_vl_sft.resilience.logger_guard import guard_loggers
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, Progress
@@ -41,7 +38,8 @@ from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.loss_plot import plot_loss
 from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
 from qwen_vl_sft.training.model_setup import finish_model, prepare_model
-from qwen_vl_sft.training.prepared_data import PreparedData, step_plan
+from qwen_vl_sft.training.prepared_data import PreparedData
+from qwen_vl_sft.training.resolve import Run
 from qwen_vl_sft.training.rules import EVALUATION_METRICS
 from qwen_vl_sft.training.safety import skipped_steps
 from qwen_vl_sft.training.saving_trainer import save_final_model
@@ -49,8 +47,9 @@ from qwen_vl_sft.training.throughput import ThroughputMeter
 from qwen_vl_sft.training.trainer import SKIPPED_ROWS, VisionSFTTrainer
 
 
-def sft_config(recipe: Recipe, context: DistributedContext) -> SFTConfig:
-    """TRL's configuration of a recipe. Must exist before the model is loaded: ZeRO-3 partitions while loading."""
+def sft_config(run: Run) -> SFTConfig:
+    """Build TRL's configuration of a run. It must exist before the model is loaded: ZeRO-3 partitions while loading."""
+    recipe, context = run.recipe, run.context
     arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(context)}
     arguments["resume_from_checkpoint"] = None
     if recipe.run.packing:
@@ -61,7 +60,7 @@ def sft_config(recipe: Recipe, context: DistributedContext) -> SFTConfig:
     arguments["activation_checkpointing"] = recipe.run.gradient_checkpointing is not False
     kwargs = arguments.pop("gradient_checkpointing_kwargs", recipe.get("gradient_checkpointing_kwargs"))
     arguments["activation_checkpointing_kwargs"] = kwargs
-    if recipe.model.use_peft and trains_language_only(recipe.model):
+    if recipe.model.use_peft and run.structure.adapts_language_only:
         # Every language adapter takes part in every batch, so DDP need not look for those that do not.
         arguments.setdefault("ddp_find_unused_parameters", False)
     try:
@@ -74,13 +73,12 @@ def sft_config(recipe: Recipe, context: DistributedContext) -> SFTConfig:
     return config
 
 
-def build_trainer(
-    recipe: Recipe, context: DistributedContext, args: SFTConfig, data: PreparedData, global_batch: GlobalBatch
-) -> VisionSFTTrainer:
+def build_trainer(run: Run, args: SFTConfig, data: PreparedData) -> VisionSFTTrainer:
     """Load the model and set up TRL's trainer around it."""
-    model = prepare_model(recipe, context, data.encoder.pad_token_id)
+    recipe, context = run.recipe, run.context
+    model = prepare_model(run, data.encoder.pad_token_id)
     meter, check_world = ThroughputMeter(args.device), CheckWorld(context)
-    train_dataset, sampler = _train_places(recipe, context, data, global_batch)
+    train_dataset, sampler = _train_places(run, data)
     train_collator = _collator(recipe, data, data.train)
     evaluation = data.evaluation
     collator = _packed(train_collator, model) if recipe.run.packing else train_collator
@@ -104,7 +102,8 @@ def build_trainer(
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
     guard_loggers(trainer)
-    trained = finish_model(trainer, recipe, context)
+    finish_model(trainer.model, trainer.accelerator, run)
+    trained = run.structure.trained_parts
     meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, trained, recipe.run.packing)
     # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
     stated = recipe.get("gradient_checkpointing_kwargs") or {}
@@ -116,10 +115,9 @@ def build_trainer(
     return trainer
 
 
-def train(
-    trainer: VisionSFTTrainer, context: DistributedContext, recipe: Recipe, data: PreparedData, resume: Path | None
-) -> dict[str, Any]:
+def train(run: Run, data: PreparedData, trainer: VisionSFTTrainer, resume: Path | None) -> dict[str, Any]:
     """Train, save the final model, and return the metrics of the run."""
+    recipe, context = run.recipe, run.context
     assert isinstance(trainer.model, nn.Module)
     parameters = count_parameters(trainer.model)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -154,37 +152,35 @@ def train(
     return metrics
 
 
-def begin_run_folder(recipe: Recipe, context: DistributedContext, data: PreparedData) -> None:
+def begin_run_folder(run: Run, data: PreparedData) -> None:
     """Write what is known before training; call it on one process only."""
+    recipe, context = run.recipe, run.context
     devices = [] if context.on_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     environment = run_folder.environment(asdict(context), data.summary(), devices)
     # What "auto" came to here; the recipe says only that it was asked.
-    environment["chosen"] = asdict(choose(recipe, context))
+    environment["chosen"] = asdict(run.chosen)
     message = data.encoder.system_message
     run_folder.begin(recipe.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
 
 
-def finish_run_folder(recipe: Recipe, trainer: VisionSFTTrainer, metrics: dict[str, Any]) -> None:
+def finish_run_folder(trainer: VisionSFTTrainer, folder: Path, metrics: dict[str, Any]) -> None:
     """Write metrics, log and plot; call it on one process only. Raises `UserError` when they cannot be written."""
-    history, folder = trainer.state.log_history, recipe.output_dir
+    history = trainer.state.log_history
     last = checkpoints.newest_marked(folder, trainer.kept_step)
     with explained_save("the metrics of the finished model", folder, last, remove=False):
         run_folder.finish(folder, metrics, history)
         plot_loss(history, folder / run_folder.LOSS_PLOT)
 
 
-def _train_places(
-    recipe: Recipe, context: DistributedContext, data: PreparedData, global_batch: GlobalBatch
-) -> tuple[Any, EpochSampler | StepSampler | None]:
-    if recipe.run.packing:
-        plan = step_plan(recipe, context, data, global_batch)
-        return places(len(plan.sizes.tokens), 1), StepSampler(plan, context.rank)
+def _train_places(run: Run, data: PreparedData) -> tuple[Any, EpochSampler | StepSampler | None]:
+    if data.step_plan is not None:
+        return places(len(data.step_plan.sizes.tokens), 1), StepSampler(data.step_plan, run.context.rank)
     if not isinstance(data.train, Scan):
         # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
         return data.train.dataset.repeat(None), None
-    assert global_batch.rows is not None, "recipe rules refuse padded steps of so many tokens"
-    items = places(len(data.train.rows), global_batch.rows)
-    return items, EpochSampler(len(data.train.rows), len(items), recipe.data_seed)
+    assert run.global_batch.rows is not None, "recipe rules refuse padded steps of so many tokens"
+    items = places(len(data.train.rows), run.global_batch.rows)
+    return items, EpochSampler(len(data.train.rows), len(items), run.recipe.data_seed)
 
 
 def _packed(collator: Collator, model: Any) -> PackedCollator:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vl_sft.batching import batch_rules
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator
@@ -21,8 +20,9 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE, random_model_of
 from qwen_vl_sft.tools.benchmarks.table import TEXT
-from qwen_vl_sft.training import prepared_data, rules, sft
-from qwen_vl_sft.training.prepared_data import PreparedData
+from qwen_vl_sft.training import sft
+from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data
+from qwen_vl_sft.training.resolve import resolve
 
 COLUMNS = {
     "precision": ("precision", TEXT),
@@ -81,11 +81,10 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[
 def _load(arguments: argparse.Namespace, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
     recipe = read_recipe(arguments.recipe, keys)
     context = launch.read_context(use_cpu=recipe.get("use_cpu"))
-    rules.check(recipe, context)
-    global_batch = batch_rules.resolve_batch(recipe, context)
+    run = resolve(recipe, context)
     launch.start(context)
-    data = prepared_data.prepare_data(recipe, context)
-    trainer: Any = sft.build_trainer(recipe, context, sft.sft_config(recipe, context), data, global_batch)
+    data = prepare_data(run)
+    trainer: Any = sft.build_trainer(run, sft.sft_config(run), data)
     numbers = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:

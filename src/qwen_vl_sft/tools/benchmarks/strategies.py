@@ -17,11 +17,11 @@ import yaml
 from qwen_vl_sft.checkpointing import checkpoints
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.modeling.model_rules import LORA_KEYS
 from qwen_vl_sft.shipped_files import launch_config, script
 from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE
 from qwen_vl_sft.tools.benchmarks.kill_and_resume import kill_family
 from qwen_vl_sft.tools.benchmarks.outcome import differences, finished, machine_of, stopped
-from qwen_vl_sft.training.rules import LORA_KEYS
 
 STRATEGIES = {"single": "single_gpu", **{name: name for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}}
 MODES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_vl_sft.batching import batch_rules
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.data.dataset import Rows
@@ -26,8 +25,9 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import quantization_config
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config
-from qwen_vl_sft.training import precompute_features, prepared_data, rules, sft
-from qwen_vl_sft.training.prepared_data import PreparedData
+from qwen_vl_sft.training import precompute_features, sft
+from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data, with_train_rows
+from qwen_vl_sft.training.resolve import resolve
 from qwen_vl_sft.training.throughput import TimedIterator
 
 PACKED = {"packing": True, "gradient_checkpointing": False, "lora_dropout": 0.0}
@@ -105,20 +105,18 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
         keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
     recipe = read_recipe(recipe_file, keys)
     context = launch.read_context(use_cpu=recipe.get("use_cpu"))
-    rules.check(recipe, context)
-    global_batch = batch_rules.resolve_batch(recipe, context)
+    run = resolve(recipe, context)
     launch.start(context)
-    data = prepared_data.prepare_data(recipe, context)
+    data = prepare_data(run)
     assert isinstance(data.train, Scan), "rows are looked up"
-    data = dataclasses.replace(data, train=repeated(data.train, repeat), evaluation=None)
+    data = with_train_rows(run, data, repeated(data.train, repeat))
     scan: Any = data.train
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     if changed is None:
         trainer, rows = trl_trainer(recipe, context, data), TRL_BATCH
     else:
-        args = sft.sft_config(recipe, context)
-        trainer = sft.build_trainer(recipe, context, args, data, global_batch)
-        rows = math.ceil(len(scan.rows) / global_batch.steps(scan.tokens))
+        trainer = sft.build_trainer(run, sft.sft_config(run), data)
+        rows = math.ceil(len(scan.rows) / run.global_batch.steps(scan.tokens))
         if data.features:
             precompute_features.fill(trainer, data.features, skip_bad_rows=False)
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0

@@ -1,0 +1,123 @@
+"""Rules of a recipe on the model: quantization and precision, what trains, fused kernels, layers that train in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from qwen_vl_sft.config.reading import Recipe
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.modeling.base_model import NOT_QUANTIZED
+from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
+from qwen_vl_sft.modeling.lora import trained_in_full
+
+LORA_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_scope",
+    "lora_target_modules",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
+
+
+def _quantization(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    model = recipe.model
+    if model.load_in_4bit and model.load_in_8bit:
+        yield "load_in_4bit and load_in_8bit are both true; keep one"
+    quantized = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    if quantized and not model.use_peft:
+        yield f"{quantized} with use_peft: false: quantized weights cannot be trained; set use_peft: true (QLoRA)"
+    if model.load_in_8bit and context.strategy in ("zero3", "fsdp2"):
+        yield f"load_in_8bit does not run under {context.strategy}: 8-bit weights cannot be sharded; use load_in_4bit, or ddp"
+
+
+def _what_trains(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    model = recipe.model
+    if not model.use_peft:
+        for name in LORA_KEYS:
+            if name in recipe.stated:
+                yield f"{name} is set but use_peft is false, so there is no adapter; remove one of the two"
+    elif model.freeze_vision_tower:
+        yield "freeze_vision_tower is for full fine-tuning: with use_peft the base is frozen, and lora_scope says the rest"
+
+
+def _precision(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    if recipe.get("fp16") and recipe.get("bf16"):
+        yield "fp16 and bf16 are both true; keep one"
+    if recipe.model.dtype == "float16" and not recipe.model.use_peft:
+        yield "dtype: float16 with use_peft: false: float16 weights cannot be trained; use bfloat16 or float32"
+
+
+def _kernels(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    yield from problems_of_kernels(chosen_kernels(recipe.model.fused_kernels, context.on_cpu), context.on_cpu)
+
+
+def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    """Refuse what cannot compute with layers in float32: those that train in full are held so, others in less."""
+    settings, mixed = recipe.model, recipe.mixed_precision
+    if not settings.use_peft or not settings.lora_modules_to_save:
+        return
+    if settings.dtype != "float32" and not mixed:
+        yield (
+            f"lora_modules_to_save with dtype: {settings.dtype} needs bf16: true or fp16: true, under which layers in"
+            f" float32 and in {settings.dtype} compute together; set one, or dtype: float32"
+        )
+    elif mixed and context.strategy == "zero3" and not (settings.load_in_4bit or settings.load_in_8bit):
+        # 4-bit layers cast what comes to them.
+        yield (
+            "lora_modules_to_save in half precision does not run under zero3: DeepSpeed casts nothing between layers in"
+            " float32 and others; launch ddp, zero2 or fsdp2, or set dtype: float32 and bf16: false"
+        )
+
+
+MODEL_RULES = (_quantization, _what_trains, _precision, _kernels, _precision_in_full)
+
+
+def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
+    """Tell the entries of `lora_modules_to_save` that cannot train in full, of a base model built on the meta device.
+
+    PEFT passes over a name that matches nothing; and FSDP2 would train 4-bit values as the numbers they are stored in.
+    """
+    if not settings.use_peft or not settings.lora_modules_to_save:
+        return
+    modules = {name: module for name, module in model.named_modules() if name}
+    endings = sorted({part for name in modules for part in name.split(".") if not part.isdigit()})
+    for wanted in settings.lora_modules_to_save:
+        matched = trained_in_full(model, wanted)
+        if not matched:
+            near = get_close_matches(wanted, endings, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its layers are named {', '.join(endings)}"
+            yield f"lora_modules_to_save: {wanted} matches no layer of the model; {hint}"
+        elif lists := [name for name in matched if isinstance(modules[name], nn.ModuleList | nn.ModuleDict)]:
+            yield (
+                f"lora_modules_to_save: {wanted} is a list of layers ({lists[0]}), which PEFT cannot train as one; name"
+                f" what holds it ({lists[0].split('.')[-2]}) or layers in it"
+            )
+        elif settings.load_in_4bit or settings.load_in_8bit:
+            yield from _quantized(settings, wanted, matched, modules)
+
+
+def _quantized(
+    settings: ModelSettings, wanted: str, matched: list[str], modules: dict[str, nn.Module]
+) -> Iterator[str]:
+    inside = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear)
+        and name not in NOT_QUANTIZED
+        and any(name == whole or name.startswith(f"{whole}.") for whole in matched)
+    ]
+    if inside:
+        key = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+        yield (
+            f"lora_modules_to_save: {wanted} holds {len(inside)} linear layer(s), such as {inside[0]}, which {key}"
+            f" quantizes, and quantized weights cannot be trained in full; reach them with LoRA instead (lora_scope,"
+            f" lora_target_modules), name layers without linear ones (norm, embed_tokens), or set {key}: false"
+        )

@@ -1,0 +1,52 @@
+"""A model's structure as it will train, worked out before any weight is loaded: adapted layers and parameter counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import get_peft_model
+
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.modeling.base_model import PartCount, count_parameters, freeze_vision_tower, part_of
+from qwen_vl_sft.modeling.lora import find_targets, lora_config, trained_in_full
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """What of a model trains.
+
+    Args:
+        lora_targets: full names of the layers with LoRA, none without an adapter.
+        in_full: full names of the modules that train in full beside an adapter.
+        parameters: parameters of each part, in all and trainable.
+    """
+
+    lora_targets: tuple[str, ...]
+    in_full: tuple[str, ...]
+    parameters: Mapping[str, PartCount]
+
+    @property
+    def adapts_language_only(self) -> bool:
+        """Return whether every layer with LoRA is in the language model."""
+        return all(part_of(name) == "language" for name in self.lora_targets)
+
+    @property
+    def trained_parts(self) -> set[str]:
+        """Return the parts of the model in which something trains."""
+        return {part for part, count in self.parameters.items() if count.trainable}
+
+
+def build_structure(model: Any, settings: ModelSettings) -> ModelStructure:
+    """Work out what trains of a base model that was built on the meta device; the model gets its adapter here.
+
+    Raises `UserError` for a name in `lora_target_modules` that matches no linear layer.
+    """
+    if not settings.use_peft:
+        if settings.freeze_vision_tower:
+            freeze_vision_tower(model)
+        return ModelStructure((), (), count_parameters(model))
+    targets = tuple(find_targets(model, settings))
+    in_full = tuple(name for suffix in settings.lora_modules_to_save or () for name in trained_in_full(model, suffix))
+    return ModelStructure(targets, in_full, count_parameters(get_peft_model(model, lora_config(model, settings))))
