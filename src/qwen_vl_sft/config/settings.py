@@ -10,19 +10,19 @@ from typing import Any, Literal
 
 
 def key(default: Any, text: str) -> Any:
-    """A recipe key: its default and its line in --help."""
+    """Return the field of a recipe key with its default and its line in --help."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read and how it is encoded."""
+    """The data and how its rows are encoded."""
 
     dataset_name: str | None = key(None, "Hub id, local folder (parquet, JSONL, images) or local file")
     dataset_config: str | None = key(None, "configuration of the Hub dataset")
     dataset_train_split: str = key("train", "split to train on; slices such as train[:10%] are allowed")
     dataset_test_split: str | None = key(None, "split to evaluate on while training")
-    dataset_streaming: bool = key(False, "read rows as they come; needs max_steps, and cannot be resumed")
+    dataset_streaming: bool = key(False, "read rows one by one; needs max_steps, and cannot be resumed")
     dataset_format: Literal["auto", "chartqa", "messages", "conversations"] = key(
         "auto",
         "chartqa: image, query, label; messages: messages and images; conversations: the same as from and value;"
@@ -30,40 +30,42 @@ class DataSettings:
     )
     system_message: str | None = key(
         None,
-        "put before rows that bring none; default: the tutorial's for chartqa, else none; '' for none, where Qwen2-VL's"
-        ' and Qwen2.5-VL\'s chat templates put "You are a helpful assistant."',
+        "system message of rows that have none; default: the tutorial's for chartqa, else none; '' for none, where the"
+        ' chat templates of Qwen2-VL and Qwen2.5-VL put "You are a helpful assistant."',
     )
-    max_train_samples: int | None = key(None, "at most so many training rows (after shuffle_dataset)")
-    max_eval_samples: int | None = key(None, "at most so many evaluation rows, evenly over the split")
-    shuffle_dataset: bool = key(False, "shuffle by data_seed (or seed) before the cap; epochs are always shuffled")
-    bad_rows: Literal["error", "skip"] = key("error", "rows that cannot be used: stop, or leave out and count")
-    overlong: Literal["error", "drop"] = key("error", "rows longer than max_length: stop, or leave out and count")
-    max_length: int | None = key(None, "most tokens of a row, images included; an image is never cut")
-    verify_images: bool = key(True, "decode every image once before training instead of reading its header only")
+    max_train_samples: int | None = key(None, "limit of training rows, applied after shuffle_dataset")
+    max_eval_samples: int | None = key(None, "limit of evaluation rows, taken evenly over the split")
+    shuffle_dataset: bool = key(
+        False, "shuffle by data_seed (or seed) before max_train_samples; epochs are always shuffled"
+    )
+    bad_rows: Literal["error", "skip"] = key("error", "unusable rows: stop, or leave them out and count them")
+    overlong: Literal["error", "drop"] = key(
+        "error", "rows longer than max_length: stop, or leave them out and count them"
+    )
+    max_length: int | None = key(None, "limit of tokens of a row, images included; an image is never cut")
+    verify_images: bool = key(True, "decode every image once before training; false reads only its header")
     dataset_num_proc: int | None = key(None, "processes that check the rows before training")
     train_on: Literal["assistant", "all"] = key(
-        "assistant", "loss on answers and their end-of-turn, or on every token but images and padding"
+        "assistant", "loss on answers and their end-of-turn, or on every token except images and padding"
     )
-    min_pixels: int | None = key(None, "smaller images are enlarged to so many pixels; default: the processor's")
-    max_pixels: int | None = key(None, "larger images are reduced to so many pixels; default: the processor's")
+    min_pixels: int | None = key(None, "smaller images are enlarged to this many pixels; default: the processor's")
+    max_pixels: int | None = key(None, "larger images are reduced to this many pixels; default: the processor's")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The base model and what of it is trained."""
+    """The base model and which of its weights are trained."""
 
     model_name_or_path: str | None = key(None, "Hub id or local folder")
     model_revision: str = key("main", "branch, tag or commit of the Hub model")
-    dtype: Literal["bfloat16", "float16", "float32"] = key(
-        "bfloat16", "precision of the weights that are not 4 or 8 bit"
-    )
+    dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "precision of weights that are not quantized")
     attn_implementation: str = key(
         "auto", "auto picks flash_attention_3, 4 (packing) or 2 when installed on CUDA, else sdpa"
     )
     fused_kernels: Literal["auto"] | list[str] | None = key(
         None,
-        "auto for all that can run here, or any of rms_norm, swiglu, rope (these need liger-kernel), quick_gelu,"
-        " patch_embed, lora; all but the last two need CUDA",
+        "auto for all that can run here, or a list of rms_norm, swiglu, rope (these need liger-kernel), quick_gelu,"
+        " patch_embed, lora; all but the last two need CUDA; unset disables them",
     )
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights and states, which can run code")
@@ -76,17 +78,17 @@ class ModelSettings:
     lora_alpha: int = key(32, "scale: the adapter is multiplied by alpha / r")
     lora_dropout: float = key(0.0, "dropout on the adapter's input")
     lora_scope: Literal["language", "vision", "merger", "all"] = key(
-        "language", "part of the model that gets LoRA: all linear layers there, unless lora_target_modules says which"
+        "language", "part of the model that gets LoRA, in all its linear layers unless lora_target_modules is set"
     )
     lora_target_modules: list[str] | None = key(None, "names of layers, e.g. [q_proj, v_proj]; default: by lora_scope")
     lora_modules_to_save: list[str] | None = key(None, "layers trained in full beside the adapter")
     use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
     use_dora: bool = key(False, "weight-decomposed LoRA")
-    freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) leaves the vision tower as it is")
+    freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) does not train the vision tower")
 
     @property
     def precision(self) -> str:
-        """The precision of weights and computing, in words."""
+        """Return the precision of weights and computation, in words."""
         if self.load_in_8bit:
             return f"8-bit weights, computed in {self.dtype}"
         if self.load_in_4bit:
@@ -100,52 +102,54 @@ class RunSettings:
     """The run as a whole."""
 
     global_batch_size: int | None = key(
-        None, "rows of one optimizer step over all processes; gradient_accumulation_steps follows from it"
+        None, "rows of an optimizer step over all processes; sets gradient_accumulation_steps"
     )
     global_batch_tokens: int | None = key(
-        None, "packing: whole rows of about so many tokens in one optimizer step, in place of global_batch_size"
+        None, "packing: about this many tokens in an optimizer step, in whole rows; replaces global_batch_size"
     )
-    packing: bool = key(
-        False, "train on rows packed into sequences of tokens_per_batch tokens instead of padded batches"
-    )
+    packing: bool = key(False, "pack rows into sequences of tokens_per_batch tokens instead of padding them")
     tokens_per_batch: int = key(
-        8192, "packing: most tokens of a micro-batch; what an optimizer step takes does not change with it"
+        8192, "packing: limit of tokens of a micro-batch; the rows of an optimizer step do not depend on it"
     )
-    share_prefixes: bool = key(False, "packing: questions on the same images are trained on one copy of them; exact")
+    share_prefixes: bool = key(False, "packing: train questions on the same images on one copy of them; exact")
     gradient_checkpointing: bool | Literal["auto"] = key(
-        True, "compute activations again instead of keeping them; auto: only in as many layers as memory needs it (GPU)"
+        True, "recompute activations instead of keeping them; auto: in as few layers as GPU memory allows"
     )
     cache_image_features: Literal["bfloat16", "int8", "float32"] | None = key(
-        None, "packing: compute what the frozen vision tower makes of each training image once, keep it on disk as this"
+        None, "packing: cache the frozen vision tower's output for each training image on disk, in this precision"
     )
     image_features_dir: str | None = key(
-        None, "where cache_image_features keeps them; default: qwen_vl_sft/image_features in the user's cache folder"
+        None, "folder of cache_image_features; default: qwen_vl_sft/image_features in the user's cache folder"
     )
     nonfinite: Literal["error", "skip"] = key(
-        "error", "a step with a NaN or infinite loss or gradient: stop and name its rows, or leave it out and count it"
+        "error", "a step with a NaN or infinite loss or gradient: stop and name its rows, or skip and count it"
     )
     max_run_time: str | None = key(
-        None, "save and stop (exit code 75) before so much time has passed: 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
+        None, "save and stop (exit code 75) within this time: 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
     )
     log_row_ids: bool = key(False, "write the row ids of every step to row_ids-RANK.jsonl")
-    overwrite_output_dir: bool = key(False, "delete what a former run left in output_dir")
+    overwrite_output_dir: bool = key(False, "delete the files of an earlier run in output_dir")
     predict_with_generate: bool = key(
         False, "at every evaluation also answer rows and log relaxed_accuracy, exact_match and the other metrics"
     )
-    max_predict_samples: int | None = key(128, "rows that predict_with_generate answers, evenly over the split")
+    max_predict_samples: int | None = key(128, "rows that predict_with_generate answers, taken evenly over the split")
     max_new_tokens: int = key(
-        64, "most tokens of an answer: of predict_with_generate, and when the run is evaluated or asked"
+        64, "limit of tokens of an answer, in predict_with_generate and when the run is evaluated or asked"
     )
     push_to_hub: bool = key(
         False, "publish the finished run with a model card; the token's rights are checked before anything starts"
     )
-    hub_model_id: str | None = key(None, "repository, user/name or a name of yours; default: the name of output_dir")
-    hub_private_repo: bool = key(True, "a new repository is private; an existing one must be, or set this to false")
-    hub_revision: str | None = key(None, "branch to publish to, made if missing; default: main")
-    hub_strategy: Literal["end", "every_save"] = key(
-        "end", "when to publish: the finished run only, or also each checkpoint's model in the background"
+    hub_model_id: str | None = key(
+        None, "repository, as user/name or as a name of your own; default: the name of output_dir"
     )
-    hub_always_push: bool = key(False, "every_save: queue a checkpoint also while the one before is still being sent")
+    hub_private_repo: bool = key(
+        True, "a new repository is private, and an existing one must be; false allows public ones"
+    )
+    hub_revision: str | None = key(None, "branch to publish to, created if missing; default: main")
+    hub_strategy: Literal["end", "every_save"] = key(
+        "end", "end: publish the finished run; every_save: also each checkpoint's model, in the background"
+    )
+    hub_always_push: bool = key(False, "every_save: also queue a checkpoint while the one before is still being sent")
 
 
 GROUPS: dict[str, type] = {"Data": DataSettings, "Model and LoRA": ModelSettings, "Run": RunSettings}
@@ -167,10 +171,10 @@ FIXED_TRAINING_ARGUMENTS: dict[str, Any] = {
     "average_tokens_across_devices": True,
 }
 
-_STRATEGY = "the strategy is the launcher's: accelerate launch --config_file accelerate_configs/..."
-_LOSS = "which tokens are learned is set by train_on"
+_STRATEGY = "the launcher sets the strategy: accelerate launch --config_file accelerate_configs/..."
+_LOSS = "train_on sets which tokens the loss covers"
 _COMPILING = (
-    "lengths and images differ from batch to batch, so it would compile for minutes, again and again; see fused_kernels"
+    "lengths and images differ from batch to batch, so it would recompile for minutes each time; see fused_kernels"
 )
 _ENCODING = "rows are encoded by this package; see dataset_format, system_message and max_length"
 # Fields of SFTConfig that a recipe may not set, and why.
@@ -191,17 +195,17 @@ REFUSED_KEYS: dict[str, str] = {
     "pad_token": _ENCODING,
     "truncation_mode": "nothing is ever truncated; see overlong",
     "pad_to_multiple_of": _ENCODING,
-    "packing_strategy": "packing: true packs each optimizer step by itself, as evenly as it goes",
+    "packing_strategy": "packing: true packs each optimizer step on its own, as evenly as possible",
     "padding_free": "packing: true pads nothing",
     "eval_packing": "the evaluation loss is the same packed or padded; it is computed on padded batches",
     "model_init_kwargs": "the model has keys of its own: dtype, attn_implementation, load_in_4bit, ...",
     "remove_unused_columns": "columns are read by dataset_format",
     "label_names": "the labels are this package's",
     "average_tokens_across_devices": "the loss is always the token mean of the global batch",
-    "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
-    "train_sampling_strategy": "every epoch visits each row once, in an order that follows from the seed",
-    "length_column_name": "every epoch visits each row once, in an order that follows from the seed",
-    "dataloader_in_order": "every epoch visits each row once, in an order that follows from the seed",
+    "auto_find_batch_size": "it would silently change the global batch; set per_device_train_batch_size",
+    "train_sampling_strategy": "every epoch visits each row once, in an order that depends on the seed",
+    "length_column_name": "every epoch visits each row once, in an order that depends on the seed",
+    "dataloader_in_order": "every epoch visits each row once, in an order that depends on the seed",
     "dataloader_drop_last": "every epoch visits each row once",
     "do_train": "scripts/sft.py always trains",
     "do_eval": "use eval_strategy",
@@ -220,7 +224,7 @@ REFUSED_KEYS: dict[str, str] = {
     "torch_compile": _COMPILING,
     "torch_compile_backend": _COMPILING,
     "torch_compile_mode": _COMPILING,
-    "enable_jit_checkpoint": "it can save in the middle of a step, from which a resume is not exact",
+    "enable_jit_checkpoint": "it can save in the middle of a step, where a resume is not exact",
     "use_cache": "it is always off while training",
     "hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",
 }
