@@ -1,1 +1,1 @@
-"""From rows to batches: their order, padded batches, and packed ones."""
+"""Put rows into batches: their order, padded batches, and packed micro-batches."""

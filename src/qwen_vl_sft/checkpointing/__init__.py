@@ -1,1 +1,1 @@
-"""What a run writes: its folder, its checkpoints, the rows of its steps and the picture of its loss."""
+"""Write and read run folders and checkpoints: manifests, rotation, and what a resume must check."""

@@ -1,1 +1,1 @@
-"""From YAML and the command line to a typed recipe."""
+"""Read recipes and command lines into typed settings."""

@@ -1,1 +1,1 @@
-"""From a dataset to conversations, and from these to token ids, labels and pixels."""
+"""Turn datasets into conversations, and these into token ids, labels and pixels."""

@@ -1,1 +1,1 @@
-"""The page of `scripts/demo.py`: images and a question, answered by the base model and by a tuned one, side by side."""
+"""The page of `scripts/demo.py`: a base model and a tuned one answer side by side."""

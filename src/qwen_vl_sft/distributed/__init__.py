@@ -1,1 +1,1 @@
-"""The world a run was launched into: what was asked for, what was found, started and checked."""
+"""Read, start and check what was launched: processes, strategies, Slurm jobs."""

@@ -1,1 +1,1 @@
-"""Base, prompted and tuned on the same rows: their answers, their scores and the report."""
+"""Score base, prompted and tuned on the same rows, and report."""

@@ -1,1 +1,1 @@
-"""Adapter and base into one model, and the proofs that it is the one that was trained."""
+"""Merge an adapter into its base model, and verify the result."""

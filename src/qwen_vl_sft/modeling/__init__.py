@@ -1,1 +1,1 @@
-"""The base model: loaded, adapted, patched, and what it costs to compute."""
+"""Load and adapt the base model: quantization, LoRA, attention, kernels, FLOPs."""

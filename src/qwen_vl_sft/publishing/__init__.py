@@ -1,1 +1,1 @@
-"""What goes to the Hub: the files, the model card, the push and its comparison."""
+"""Publish on the Hub: files, model card, push, and comparison afterwards."""

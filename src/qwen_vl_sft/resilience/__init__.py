@@ -1,1 +1,1 @@
-"""Runs that stop, fail or hang: together, with what is needed to go on, and with words that say why."""
+"""Handle runs that are stopped, fail or hang: signals, deadlines, faults, the watchdog."""

@@ -1,1 +1,1 @@
-"""What measures this package and what makes models for tests; nothing that trains or evaluates imports it."""
+"""Measure this package, and make models for tests. Nothing that trains or evaluates imports it."""

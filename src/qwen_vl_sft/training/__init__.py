@@ -1,1 +1,1 @@
-"""TRL's trainer around model and data: built, run and measured."""
+"""Resolve a run, and train it with TRL's trainer."""

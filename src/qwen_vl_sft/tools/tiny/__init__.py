@@ -1,1 +1,1 @@
-"""Builder of the embedded tiny model and its charts."""
+"""Build the embedded tiny model and its charts."""
