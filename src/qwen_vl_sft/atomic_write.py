@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said of a place that cannot be written."""
+"""Write files atomically, and report places that cannot be written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTIAL = ".partial"
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file that no reader, and no run that is killed here, ever leaves or meets half of. Raises `OSError`.
+    """Write a file atomically: no reader meets half of it, and no killed run leaves half of it. Raises `OSError`.
 
     A lone surrogate, which texts out of JSON may carry, has no UTF-8 form; it is written as JSON writes it.
     """

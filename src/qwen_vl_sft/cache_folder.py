@@ -1,4 +1,4 @@
-"""Where the package keeps what later runs read again."""
+"""The cache folder of the package."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of the user's own cache: below `XDG_CACHE_HOME`, or ~/.cache where that is not set. It may not be there."""
+    """Return a folder in the user's cache: below `XDG_CACHE_HOME`, or ~/.cache if that is not set. It may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen_vl_sft" / name

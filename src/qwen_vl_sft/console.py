@@ -1,4 +1,4 @@
-"""A terminal that shows the run and little else: known noise of the libraries is silenced, each piece with its reason."""
+"""Silence known noise of the libraries on the terminal, each piece with its reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet_libraries(rank: int) -> None:
-    """Silence messages that ask nothing of the user, and all progress bars but the first rank's. Call it before imports."""
+    """Silence messages that need no action, and all progress bars but the first rank's. Call it before imports."""
     # DeepSpeed says at import that there is no GPU; the plan says where the run computes.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # bitsandbytes offers an optional kernel for 4-bit inference on CPUs.

@@ -22,7 +22,7 @@ _PEER_SECONDS = 5
 
 
 class UserError(ValueError):
-    """One or more problems that the user can mend. Each says where, what, why and the way out."""
+    """One or more problems that the user can solve. Each says where, what, why and the way out."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type when it says nothing."""
+    """Return an error's message in one line, or its type when the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -54,7 +54,7 @@ def raise_all(problems: Sequence[str]) -> None:
 
 
 def format_error(error: UserError) -> str:
-    """The message a person sees: a bullet for each problem when there are several."""
+    """Return the message a person sees, with a bullet for each problem when there are several."""
     if len(error.problems) == 1:
         return f"error: {_as_it_was_raised(str(error))}"
     lines = "\n".join(f"  - {problem}" for problem in error.problems)
@@ -62,7 +62,7 @@ def format_error(error: UserError) -> str:
 
 
 def _as_it_was_raised(message: str) -> str:
-    """The message of an error that a data loader's worker raised: PyTorch puts the worker's traceback before it."""
+    """Return the message of an error from a data loader's worker, without the worker's traceback that PyTorch prepends."""
     if "in DataLoader worker process" not in message:
         return message
     return message.strip().splitlines()[-1].partition(": ")[2]
@@ -107,7 +107,7 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _leave_finished() -> None:
-    """End a process of several that has done its work, with what Python does at an exit and nothing after that.
+    """End one of several processes that has finished its work, with Python's exit handlers and nothing after them.
 
     Then the libraries' own threads are taken down; one that still runs aborts the process, and with it a run that is
     finished ("terminate called without an active exception", seen on a busy machine).
@@ -119,7 +119,7 @@ def _leave_finished() -> None:
 
 
 def leave(code: int, message: str, show: bool = True) -> None:
-    """End this process here and now, with its message, and the workers of its data loaders with it."""
+    """End this process at once, with its message, and the workers of its data loaders with it."""
     if show:
         print(message, file=sys.stderr, flush=True)
     _tell_elastic_launcher(message)
@@ -132,13 +132,13 @@ def leave(code: int, message: str, show: bool = True) -> None:
 
 
 def _may_be_loss_of_peer(error: BaseException) -> bool:
-    """Whether a collective failed, as it does when another process of the group has gone, or when none can be set up."""
+    """Return whether a collective failed because another process of the group is gone, or none can be set up."""
     text = f"{type(error).__name__} {error}"
     return any(word in text for word in ("gloo", "DistBackendError", "DistNetworkError", "NCCL", "TCPStore"))
 
 
 def _tell_elastic_launcher(message: str) -> None:
-    """Have torch's elastic launcher repeat the message in its summary, which is the last thing on the terminal."""
+    """Make torch's elastic launcher repeat the message in its summary, which is the last thing on the terminal."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}

@@ -1,4 +1,4 @@
-"""The random numbers of this process, kept while something is done that a run must not notice."""
+"""Save and restore the random state of this process, so that side work does not change a run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 
 def random_state() -> tuple[Any, ...]:
-    """The states of Python's, NumPy's and PyTorch's generators, the GPU's too."""
+    """Return the states of Python's, NumPy's and PyTorch's generators, also the GPU's."""
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Go back to what `random_state` returned."""
+    """Restore what `random_state` returned."""
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
@@ -28,7 +28,7 @@ def set_random_state(state: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Inside, random numbers may be drawn; afterwards they go on as if none had been."""
+    """Restore the random state at the end, as if nothing inside had drawn random numbers."""
     state = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The page itself: what stands where, and what happens when it is used."""
+"""The page: its layout and its event handlers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ANSWERING, STOPPED, NOTHING = "answering…", "stopped", "&nbsp;"
 
 
 def build_page(answerer: Answerer, examples: Sequence[Example], options: Options) -> gr.Blocks:
-    """The page of loaded models. The first run is chosen at the start."""
+    """Build the page of loaded models. The first run is selected at the start."""
     handlers = Handlers(answerer)
     with gr.Blocks(title="Base and tuned", analytics_enabled=False, delete_cache=CLEANING, fill_width=True) as page:
         gr.Markdown(f"# Base and tuned, side by side\n\n{handlers.facts()}")
@@ -87,7 +87,7 @@ def build_page(answerer: Answerer, examples: Sequence[Example], options: Options
 
 
 def add_examples(examples: Sequence[Example], images: Any, question: Any, gold: Any) -> None:
-    """The examples as pictures with their questions; a click on a question fills it in."""
+    """Show the examples as pictures with their questions; a click on a question fills it in."""
     if not examples:
         return
     gr.Markdown("### Examples")
@@ -110,7 +110,7 @@ def _filler(example: Example) -> Callable[[], tuple[list[str], str, Any]]:
 
 
 class Handlers:
-    """What the page does, on one set of loaded models."""
+    """The page's event handlers, on one set of loaded models."""
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
@@ -118,12 +118,12 @@ class Handlers:
         self.most_images = 1 if formats == {"chartqa"} else MOST_IMAGES
 
     def facts(self) -> str:
-        """Which base model answers, and in which precision."""
+        """Return which base model answers, and in which precision."""
         settings = self.answerer.sources[0].recipe.model
         return f"Base model: {model_name(settings)}, in {settings.precision}."
 
     def choices(self) -> list[tuple[str, int]]:
-        """The runs as the list shows them, with their places."""
+        """Return the runs as the list shows them, with their indices."""
         sources = self.answerer.sources
         names = run_names(sources)
         return [
@@ -133,18 +133,18 @@ class Handlers:
         ]
 
     def message(self, place: int) -> str:
-        """A run's own system message."""
+        """Return a run's own system message."""
         return self.answerer.sources[place].system_message or ""
 
     def pixels(self, place: int) -> dict[str, Any]:
-        """The limit of pixels: it may be lowered to the processor's smallest, not raised."""
+        """Build the field of the pixel limit, which can be lowered to the processor's smallest but not raised."""
         size = self.answerer.processors[place].image_processor.size
         low, high = size["shortest_edge"], size["longest_edge"]
         text = f"Most pixels of an image ({low:,} to {high:,}); larger ones are reduced"
         return {"value": high, "minimum": low, "maximum": high, "label": text}
 
     def choose(self, place: int) -> tuple[str, Any]:
-        """Another run: its own system message and limit of pixels come back."""
+        """Switch to another run: restore its own system message and pixel limit."""
         return self.message(place), gr.update(**self.pixels(place))
 
     def answer(
@@ -173,7 +173,7 @@ class Handlers:
             raise gr.Error("; ".join(error.problems), duration=15, print_exception=False) from None
 
     def read(self, files: Sequence[tuple[str, Any]]) -> list[Any]:
-        """The uploaded files as images, named as their owner named them. Raises `UserError`."""
+        """Return the uploaded files as images, under the names their owner gave them. Raises `UserError`."""
         if not files:
             raise UserError("there is no image; upload one, or pick an example")
         if len(files) > self.most_images:
@@ -181,19 +181,19 @@ class Handlers:
         return [read_image(path, Path(path).name) for path, _ in files]
 
     def time(self, answer: Answer) -> str:
-        """The line below an answer."""
+        """Return the line below an answer."""
         if answer.finished and not answer.text:
             return f"{describe(answer)}; the answer is empty"
         return describe(answer) if answer.finished else ANSWERING
 
 
 def style() -> str:
-    """The page's own CSS."""
+    """Return the page's CSS."""
     return resources.files("qwen_vl_sft.demo").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def theme() -> gr.themes.Base:
-    """The visitor's own fonts, so that nothing is fetched; a button whose text stands out enough to be read."""
+    """Return a theme with the visitor's own fonts, so that nothing is fetched, and a button with enough contrast."""
     fonts = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = gr.themes.Font("monospace")
     look = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=mono)

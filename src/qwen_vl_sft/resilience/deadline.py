@@ -1,4 +1,4 @@
-"""`max_run_time`: a run that ends by itself, with a checkpoint, before its time is up."""
+"""`max_run_time`: save a checkpoint and end the run before its time is up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = re.compile(r"^(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>
 
 
 def parse_duration(text: str) -> int:
-    """Seconds in `3h30m`, `HH:MM:SS`, `MM:SS`, `D-HH:MM:SS` (Slurm's) or plain seconds. Raises `ValueError`."""
+    """Return the seconds of `3h30m`, `HH:MM:SS`, `MM:SS`, `D-HH:MM:SS` (Slurm's) or plain seconds. Raises `ValueError`."""
     match = _CLOCK.match(text.strip()) or _UNITS.match(text.strip())
     if match is None or not any(match.groups()):
         raise ValueError(f"{text!r} is no time")
@@ -25,7 +25,7 @@ def parse_duration(text: str) -> int:
 
 
 class Deadline:
-    """Tells when it is time to save, counted from the start of this process.
+    """Tells when to save, counted from the start of this process.
 
     Args:
         seconds: of the whole run; None for no limit.
@@ -41,7 +41,7 @@ class Deadline:
         self._ends = psutil.Process().create_time() + seconds if seconds is not None else float("inf")
 
     def is_due(self, evaluates: bool) -> bool:
-        """Whether another step, with the evaluation that is due now, would leave too little time to save after it."""
+        """Return whether another step, with the evaluation due now, would leave too little time to save after it."""
         if self.seconds is None:
             return False
         unknown = min(max(_UNKNOWN_SHARE * self.seconds, _UNKNOWN_LEAST), _UNKNOWN_MOST)

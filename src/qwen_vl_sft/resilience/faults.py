@@ -1,4 +1,4 @@
-"""What can go wrong in a step or a save, told with the rows and the way out: NaN, out of memory, a full disk."""
+"""Errors of a step or a save, with the rows and the way out: NaN, out of memory, a full disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StepRecord:
     overflows: torch.Tensor | None = None
 
     def unsound(self, device: torch.device) -> torch.Tensor:
-        """1 when a loss or the gradient is NaN or infinite, else 0; nothing waits for the device.
+        """Return 1 when a loss or the gradient is NaN or infinite, else 0, without waiting for the device.
 
         A gradient scaler looks for the largest scale that the gradient allows, so with one that is no fault for some steps.
         """
@@ -51,7 +51,7 @@ class StepRecord:
         return 1 - torch.isfinite(torch.as_tensor(norm, device=device).reshape(())).float()
 
     def culprits(self) -> dict[str, Any]:
-        """The rows of this process, those of micro-batches without a finite loss, and the gradient's norm."""
+        """Return the rows of this process, the rows of micro-batches without a finite loss, and the gradient's norm."""
         bad = [rows for rows, loss in zip(self.rows, self.losses, strict=False) if not torch.isfinite(loss)]
         norm = self.grad_norm
         return {
@@ -64,7 +64,7 @@ class StepRecord:
 
 
 def describe_unsound(step: int, record: StepRecord) -> str:
-    """What is NaN or infinite in a step, with row ids. All processes must call at once."""
+    """Describe what is NaN or infinite in a step, with row ids. All processes must call this together."""
     parts = gather_object([record.culprits()])
     rows = [row for part in parts for row in part["rows"]]
     bad = [row for part in parts for row in part["bad"]]
@@ -78,7 +78,7 @@ def describe_unsound(step: int, record: StepRecord) -> str:
 
 
 def unsound_error(described: str, can_skip: bool) -> UserError:
-    """The end of a run for a NaN."""
+    """Return the error that ends a run for a NaN."""
     skip = ", or set nonfinite: skip to leave such steps out" if can_skip else ""
     return UserError(
         f"{described}. Nothing was saved after it; look at these rows, lower learning_rate, raise warmup_steps{skip}."
@@ -87,7 +87,7 @@ def unsound_error(described: str, can_skip: bool) -> UserError:
 
 
 def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
-    """Rows and size of a micro-batch. Call it before the step, which may take entries out."""
+    """Return the rows and size of a micro-batch. Call it before the step, which may take entries out."""
     tokens, pixels = inputs["input_ids"], inputs.get("pixel_values")
     patches = 0 if pixels is None else pixels.shape[0]
     size = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {patches:,} image patches"
@@ -95,14 +95,14 @@ def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
 
 
 def describe_step(rows: list[int], batches: Sequence[dict[str, Any]]) -> str:
-    """Rows and tokens of all micro-batches of a step."""
+    """Return the rows and tokens of all micro-batches of a step."""
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return f"{len(rows)} row(s) (row_id {_listed(rows)}), {tokens:,} tokens"
 
 
 @contextlib.contextmanager
 def explained_out_of_memory(batch: str, packing: bool, checkpointing: bool) -> Iterator[None]:
-    """Turn out of memory inside into a `UserError` that names the micro-batch and what to change.
+    """Turn an out-of-memory error inside into a `UserError` that names the micro-batch and what to change.
 
     `batch` is that of `describe_micro_batch`.
     """
@@ -123,7 +123,7 @@ def explained_out_of_memory(batch: str, packing: bool, checkpointing: bool) -> I
 
 @contextlib.contextmanager
 def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> Iterator[None]:
-    """Turn a failure to write inside into a `UserError`; with `remove`, half of what was to be saved does not stay."""
+    """Turn a failed write inside into a `UserError`; with `remove`, delete what was written of it."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -144,7 +144,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _write_failure(error: BaseException, folder: Path) -> str | None:
-    """Why a file could not be written, by any process where the error tells of all; None for an error of another kind."""
+    """Return why a file could not be written, by any process if the error tells of all; None for another error."""
     if isinstance(error, CheckpointException):
         reasons = [_write_failure(failure, folder) for failure, _ in error.failures.values()]
         return next(filter(None, reasons), None)

@@ -1,4 +1,4 @@
-"""Loggers such as TensorBoard and Weights & Biases: one that fails is told of and left out, and training goes on."""
+"""Loggers such as TensorBoard and Weights & Biases: report one that fails, drop it, and continue training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
 def guard_loggers(trainer: Any) -> None:
-    """Have no logger of `report_to` end a run: its first error goes to `failed_loggers` of the trainer, and to stderr.
+    """Keep loggers of `report_to` from ending a run: their first error goes to the trainer's `failed_loggers` and stderr.
 
     Everything that is logged stands in training_log.jsonl as well.
     """

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1, Ctrl-C, or a launcher that is gone.
+"""Requests to stop: SIGTERM, SIGUSR1, Ctrl-C, or a launcher that has died.
 
 Before training there is nothing to save, and the process ends at once. While training, the step goes on to its end; all
 processes then agree, save, and end with exit code 75. No heavy import here: signals are watched from the first moment.
@@ -48,7 +48,7 @@ class Watch:
         self._training = mmap.mmap(-1, 1)
 
     def begin(self) -> None:
-        """Handle signals from now on. Under a launcher, watch that it lives too."""
+        """Handle signals from now on. Under a launcher, watch that it is alive too."""
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         heard, self._told = os.pipe()
@@ -63,14 +63,14 @@ class Watch:
 
     @property
     def reason_of_all(self) -> str:
-        """Why a run ends that some process was told to stop: what this one knows of it."""
+        """Return why the run ends after some process was told to stop, as far as this one knows."""
         if self.reason is None and self._launcher not in (None, os.getppid()):
             return _LAUNCHER_GONE  # another process has noticed first
         return self.reason or "a signal to another process"
 
     @property
     def training(self) -> bool:
-        """Whether there is something to save."""
+        """Return whether there is something to save."""
         return self._training[0] == 1
 
     @training.setter
@@ -78,7 +78,7 @@ class Watch:
         self._training[0] = int(value)
 
     def keep_workers(self) -> None:
-        """Have the workers of data loaders outlive a signal while training: the step needs them, and a whole job gets it.
+        """Keep data loaders' workers alive through a signal while training: the step needs them, and a whole job gets it.
 
         Call it before any data loader is read.
         """
@@ -88,7 +88,7 @@ class Watch:
 
     @contextlib.contextmanager
     def while_training(self) -> Iterator[None]:
-        """From now on there is something to save; afterwards, however it ends, signals are the system's again."""
+        """Inside, there is something to save; afterwards, however it ends, signals have the system's handlers again."""
         self.training = True
         try:
             yield
@@ -96,7 +96,7 @@ class Watch:
             self.end()
 
     def end(self) -> None:
-        """Leave signals to whom they were left before."""
+        """Restore the earlier signal handlers."""
         self.training = False
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
@@ -117,7 +117,7 @@ class Watch:
         # Slurm and launchers repeat SIGTERM; it changes nothing while the checkpoint is written.
 
     def _handle_in_worker(self, number: int) -> None:
-        """In a process forked from this one, which inherits the handlers."""
+        """Handle a signal in a process forked from this one, which inherits the handlers."""
         if self.training:
             return
         if number == signal.SIGTERM:
@@ -137,7 +137,7 @@ class Watch:
         os._exit(EXIT_PREEMPTED)
 
     def _end_when_stuck(self, heard: int) -> None:
-        """End a process whose main thread is in a library that waits, for other processes to join say, and has no ear."""
+        """End a process whose main thread waits inside a library, for other processes to join say, and runs no handler."""
         while received := os.read(heard, 1):
             before = not self.training
             time.sleep(_HANDLER_SECONDS)
@@ -156,7 +156,7 @@ class Watch:
 
 
 def write_mark(folder: Path, reason: str, step: int | None, checkpoint: Path | None) -> None:
-    """Leave word in the run folder that it was stopped, since launchers turn every exit code into 1."""
+    """Write into the run folder that it was stopped, because launchers turn every exit code into 1."""
     entry = {"reason": reason, "step": step, "checkpoint": checkpoint.name if checkpoint else None}
     atomic_write(folder / MARK, json.dumps(entry) + "\n")
 
@@ -167,7 +167,7 @@ def _hear_no_more() -> None:
 
 
 def _has_launcher() -> bool:
-    """Whether the parent process is a launcher, without which this one should not go on. A shell may well end first."""
+    """Return whether the parent process is a launcher, which this one must not outlive. A shell may end first."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
     import psutil

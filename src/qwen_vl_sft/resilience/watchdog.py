@@ -1,4 +1,4 @@
-"""The end of a run whose processes wait for each other for ever, told with what each of them was doing.
+"""Watchdog for hung collectives: end the run and report what each process was doing.
 
 A collective that one process never joins would otherwise end in the communication library's own timeout, which names a
 tensor and no cause.
@@ -38,7 +38,7 @@ _BACKWARD = "_engine_run_backward"
 
 @dataclass(frozen=True)
 class Standing:
-    """What a process is doing since so many seconds. `place` grows on the way through a run, alike on all processes.
+    """What a process is doing, and for how many seconds. `place` grows through a run, alike on all processes.
 
     `functions` are those of the main thread, the innermost first; `waits` says that this one waits for other processes.
     """
@@ -77,15 +77,15 @@ class Watchdog(threading.Thread):
         self._can_ask = True
 
     def move(self, doing: str, place: tuple[int, ...]) -> None:
-        """This process goes on to something else."""
+        """Record that this process starts something else."""
         self._now = (doing, place, time.monotonic())
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._ended.set()
 
     def run(self) -> None:
-        """Look once in a while, until the end or a stall here or elsewhere."""
+        """Look at intervals, until the end or a stall here or elsewhere."""
         seen, silent, looked = self._now, 0.0, time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
@@ -96,7 +96,7 @@ class Watchdog(threading.Thread):
                 self._report()
 
     def _is_asked(self) -> bool:
-        """Whether another process has noticed a stall. Without a store, each watches for itself."""
+        """Return whether another process has noticed a stall. Without a store, each watches for itself."""
         if not self._can_ask:
             return False
         try:
@@ -123,7 +123,7 @@ class Watchdog(threading.Thread):
         leave(1, message, show=speaks)
 
     def _exchange(self, standing: Standing) -> tuple[str, bool]:
-        """The report, or on all processes but one its first line, and whether it is yet to be shown."""
+        """Return the report (on all processes but one its first line), and whether it still has to be shown."""
         store = self._joined()
         store.set(str(self.rank), json.dumps(asdict(standing)))
         if store.add("reporters", 1) > 1:
@@ -136,7 +136,7 @@ class Watchdog(threading.Thread):
         return message, False
 
     def _patience(self) -> float:
-        """Seconds in which every process that can has noticed."""
+        """Return the seconds within which every process that can has noticed."""
         return 3 * self.interval + 5
 
     def _collect(self, store: PrefixStore) -> list[Standing | None]:
@@ -157,7 +157,7 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
 
     def _joined(self) -> PrefixStore:
-        """A connection of our own: that of the process group may be waiting in another thread."""
+        """Open a connection of our own: that of the process group may be waiting in another thread."""
         if self._store is None:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SECONDS_TO_CONNECT))
@@ -168,7 +168,7 @@ class Watchdog(threading.Thread):
 
 
 def format_report(standings: Sequence[Standing | None], seconds: float, folder: Path) -> str:
-    """What every process was doing; None for one that did not answer."""
+    """Return what every process was doing; None for one that did not answer."""
     lines = [f"error: a process has waited for {seconds:,.0f} s, most of ddp_timeout, and the run is ended"]
     # Those that hold the others up, when there are too many to show all.
     order = sorted(range(len(standings)), key=lambda rank: _place(standings[rank]))[:_SHOWN]
@@ -205,7 +205,7 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def _main_thread() -> tuple[str, bool]:
-    """Its innermost functions, and whether they wait for other processes."""
+    """Return its innermost functions, and whether they wait for other processes."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "no function", False

@@ -34,7 +34,7 @@ class Batcher:
         self.image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def __call__(self, examples: list[Example], system: str, verbose: bool) -> dict[str, torch.Tensor]:
-        """Inputs for B charts and rows of T tokens: ids and labels [B, T], positions [3, B, T], mask [B, 1, T, T]."""
+        """Return inputs for B charts and rows of T tokens: ids and labels [B, T], positions [3, B, T], mask [B, 1, T, T]."""
         prefix = self._prefix(system)
         rows = [self._branches(example.questions, verbose) for example in examples]
         length = max(len(ids) for ids, *_ in rows)
@@ -66,7 +66,7 @@ class Batcher:
         }
 
     def _prefix(self, system: str) -> torch.Tensor:
-        """Token ids from the start up to the question, image tokens included."""
+        """Return the token ids from the start up to the question, image tokens included."""
         messages: list = [
             {"role": "system", "content": [{"type": "text", "text": system}]},
             {"role": "user", "content": [{"type": "image"}]},
@@ -76,7 +76,7 @@ class Batcher:
         return torch.tensor(self.tokenizer(text)["input_ids"])
 
     def _branches(self, questions: list[Question], verbose: bool) -> tuple[list[int], ...]:
-        """Ids, labels, branch numbers and positions after the prefix of all questions of one row."""
+        """Return ids, labels, branch numbers and positions after the prefix of all questions of one row."""
         ids: list[int] = []
         labels: list[int] = []
         branch: list[int] = []
@@ -91,7 +91,7 @@ class Batcher:
         return ids, labels, branch, offset
 
     def _prefix_positions(self, prefix: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """M-RoPE positions [3, P] of the prefix and the position that follows it.
+        """Return M-RoPE positions [3, P] of the prefix and the position that follows it.
 
         Image tokens share one time step and count height and width from there; text after the image goes on from the
         largest position (Qwen2-VL paper, section 2.1).

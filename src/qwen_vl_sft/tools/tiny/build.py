@@ -1,4 +1,4 @@
-"""Builds the embedded model and data set from nothing, and compares a build with the shipped one."""
+"""Build the embedded model and data set from scratch, and compare a build with the shipped one."""
 
 import io
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def build(output_dir: Path, config: BuildConfig, report: Callable[[str], None] =
 
 
 def differences(built: Path, shipped: Path) -> list[str]:
-    """What differs between two builds, one line each: processor files, data by content, weights bit by bit."""
+    """Return the differences of two builds, one line each: processor files, data by content, weights bit by bit."""
     found = [
         f"model/{name}"
         for name in PROCESSOR_FILES
@@ -72,7 +72,7 @@ def differences(built: Path, shipped: Path) -> list[str]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of one parquet file with the decoded pixels for the image: PNG bytes depend on the zlib version."""
+    """Return a parquet file's rows with decoded pixels for the image: PNG bytes depend on the zlib version."""
     rows = pq.read_table(path).to_pylist()
     for row in rows:
         image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")

@@ -43,12 +43,12 @@ class Chart:
     shape: int
 
     def value(self, color: str) -> int:
-        """The value of the item with this color."""
+        """Return the value of the item with this color."""
         return self.values[self.colors.index(color)]
 
 
 def random_chart(rng: Random) -> Chart:
-    """A chart of 2 to 5 items (pie: 2 to 4); colors and values are all different, so every question has one answer."""
+    """Sample a chart of 2 to 5 items (pie: 2 to 4) with distinct colors and values, so that each question has one answer."""
     kind = rng.choice(KINDS)
     pie = kind == "pie"
     count = rng.randint(2, len(PIE_VALUES) if pie else 5)
@@ -58,7 +58,7 @@ def random_chart(rng: Random) -> Chart:
 
 
 def draw(chart: Chart) -> Image.Image:
-    """The chart as a 112x112 palette image (mode P, ten colors, so that its PNG is a few hundred bytes)."""
+    """Draw the chart as a 112x112 palette image (mode P, ten colors, so that its PNG is a few hundred bytes)."""
     if chart.kind == "pie":
         image = Image.fromarray(_pie_pixels(chart))
     else:
@@ -69,7 +69,7 @@ def draw(chart: Chart) -> Image.Image:
 
 
 def _pie_pixels(chart: Chart) -> np.ndarray:
-    """Palette indices [112, 112], uint8; slices start at `shape` and run clockwise."""
+    """Return palette indices [112, 112], uint8; slices start at `shape` and run clockwise."""
     offset = np.arange(SIZE) - (SIZE - 1) / 2
     dx, dy = offset[None, :], offset[:, None]
     # A quarter step keeps exact diagonals off the step borders, where rounding differs between math libraries.
@@ -84,7 +84,7 @@ def _draw_axis_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
     lying = chart.kind == "hbar"
 
     def box(along: tuple[int, int], height: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Pixel box from an extent along the axis and one in height above it."""
+        """Return the pixel box of an extent along the axis and one in height above it."""
         if lying:
             return (ORIGIN + height[0], along[0], ORIGIN + height[1], along[1])
         base = SIZE - ORIGIN
@@ -111,7 +111,7 @@ def _draw_axis_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
 
 
 def _label(canvas: ImageDraw.ImageDraw, digits: str, at: tuple[int, int]) -> None:
-    """Own pixel digits: fonts are drawn differently by different FreeType versions."""
+    """Draw pixel digits of our own: FreeType versions draw fonts differently."""
     for index, digit in enumerate(digits):
         for y, bits in enumerate(GLYPHS[digit]):
             for x in range(3):

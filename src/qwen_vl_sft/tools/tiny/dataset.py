@@ -42,7 +42,7 @@ class ChartRows:
 
 
 def sample_split(split: str) -> list[ChartRows]:
-    """The charts of one split; they are sampled over all splits in one go, so that none can stand in two."""
+    """Return the charts of one split. They are sampled over all splits at once, so that no chart is in two."""
     return [rows for part, rows in _sample() if part == split]
 
 
@@ -58,7 +58,7 @@ def _sample() -> Iterator[tuple[str, ChartRows]]:
 
 
 def to_rows(charts: list[ChartRows]) -> list[dict]:
-    """One row per question, questions on one chart in succession; `image` holds PNG bytes and a file name."""
+    """Return one row per question, questions on one chart in succession; `image` holds PNG bytes and a file name."""
     rows = []
     for item in charts:
         png = io.BytesIO()

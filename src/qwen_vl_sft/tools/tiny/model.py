@@ -6,7 +6,7 @@ HIDDEN = 128
 
 
 def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
-    """Random weights in float32, drawn from torch's global generator; 1.1 M parameters, embeddings tied."""
+    """Build random float32 weights from torch's global generator; 1.1 M parameters, embeddings tied."""
     ids = processor.tokenizer.convert_tokens_to_ids
     end, pad = ids("<|im_end|>"), ids("<|endoftext|>")
     config = Qwen2VLConfig(

@@ -1,4 +1,4 @@
-"""Pretraining of the tiny model: it learns to read charts and to answer in the style its system message asks for."""
+"""Pretrain the tiny model to read charts and to answer in the style that its system message asks for."""
 
 import time
 from collections.abc import Callable, Collection
@@ -41,7 +41,7 @@ class Schedule:
 
 
 def equal_size_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **unused):
-    """Full attention within images of equal size: [1, H, N * L, D] is computed as [N, H, L, D] in one call."""
+    """Compute full attention within images of equal size: [1, H, N * L, D] as [N, H, L, D] in one call."""
     lengths = cu_seq_lens_q.diff()
     assert (lengths == lengths[0]).all(), "the pretraining charts all have one size"
 
@@ -59,7 +59,7 @@ def pretrain(
     held_out: Collection[Chart],
     report: Callable[[str], None],
 ) -> None:
-    """Train in place, float32 on the CPU; no chart in `held_out` is ever shown."""
+    """Train in place, in float32 on the CPU; never show a chart of `held_out`."""
     AttentionInterface.register(EQUAL_SIZE, equal_size_attention)
     AttentionMaskInterface.register(EQUAL_SIZE, lambda *args, **kwargs: None)
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": EQUAL_SIZE})
@@ -89,7 +89,7 @@ def pretrain(
 
 
 def _optimizers(model: Qwen2VLForConditionalGeneration, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, with which the loss falls faster than with Adam; Adam for all other weights."""
+    """Return Muon for the matrices, which lowers the loss faster than Adam, and Adam for all other weights."""
     matrices, vectors, filters = [], [], []
     for name, parameter in model.named_parameters():
         if "patch_embed" in name:
@@ -110,7 +110,7 @@ def _optimizers(model: Qwen2VLForConditionalGeneration, schedule: Schedule) -> l
 
 
 def _rate(step: int, schedule: Schedule) -> float:
-    """A factor of the learning rates: linear warm-up, constant, then linearly down to zero."""
+    """Return the factor of the learning rates: linear warm-up, constant, then linear decay to zero."""
     left = (schedule.steps - step) / (schedule.steps * (1 - schedule.decay_from))
     return min(1.0, (step + 1) / schedule.warmup, left)
 
@@ -127,14 +127,14 @@ def _examples(rng: Random, charts: int, questions: int, held_out: Collection[Cha
 
 
 def _system(rng: Random, verbose: bool) -> str:
-    """Mostly the message that will be used later: the template's own one, or the tutorial's."""
+    """Draw a system message, mostly one that will be used later: the template's own, or the tutorial's."""
     if verbose:
         return prompts.DEFAULT if rng.random() < 0.8 else rng.choice(prompts.VERBOSE)
     return prompts.CHARTQA if rng.random() < 0.5 else rng.choice(prompts.BRIEF)
 
 
 def _loss(model: Qwen2VLForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Mean loss of the answer tokens, and the share of them that the model would choose."""
+    """Return the mean loss of the answer tokens, and the share of them that the model would choose."""
     labels = batch.pop("labels")[:, 1:]
     hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
     answer = labels != IGNORE

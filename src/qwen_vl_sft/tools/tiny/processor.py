@@ -25,7 +25,7 @@ CHAT_TEMPLATE = ASSETS_DIR / "chat_template.jinja"  # the real one, unchanged
 
 
 def build_processor() -> Qwen2VLProcessor:
-    """A processor with the real template, 14-pixel patches merged 2x2, and a tokenizer trained on the tiny corpus."""
+    """Build a processor with the real template, 14-pixel patches merged 2x2, and a tokenizer trained on the tiny corpus."""
     sizes = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=sizes),
@@ -36,7 +36,7 @@ def build_processor() -> Qwen2VLProcessor:
 
 
 def _corpus() -> Iterator[str]:
-    """Questions and answers, the system messages often enough that their words become single tokens, and roles."""
+    """Return questions, answers and roles, and system messages often enough that their words become single tokens."""
     rng = Random("tokenizer")
     for _ in range(2000):
         for question in ask(rng, random_chart(rng), 4):
@@ -47,7 +47,7 @@ def _corpus() -> Iterator[str]:
 
 
 def _train_tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
-    """Qwen2's own normalizer and word splitting; all 256 bytes are entries, so any text can be encoded."""
+    """Train a tokenizer with Qwen2's normalizer and word splitting; all 256 bytes are entries, so any text encodes."""
     bare = Qwen2Tokenizer(vocab={}, merges=[])
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = bare.backend_tokenizer.normalizer

@@ -31,17 +31,17 @@ class Question:
 
 
 def _number(topic: str, texts: list[str], value: int, sentence: str) -> tuple:
-    """A short reply to a number question is the number itself."""
+    """Build a question about a number; its short reply is the number itself."""
     return topic, texts, str(value), str(value), sentence
 
 
 def _color(topic: str, texts: list[str], color: str, sentence: str) -> tuple:
-    """A short reply names the color and ends in a full stop, which is one more than the label has."""
+    """Build a question about a color; its short reply is the color with a full stop, which the label lacks."""
     return topic, texts, color, f"{color}.", sentence
 
 
 def _yes_no(topic: str, texts: list[str], truth: bool, yes: str, no: str, verb: str) -> tuple:
-    """A short reply is a short sentence."""
+    """Build a yes-or-no question; its short reply is a short sentence."""
     if truth:
         return topic, texts, "Yes", f"Yes, {verb}.", f"Yes, {yes}."
     return topic, texts, "No", f"No, {verb} not.", f"No, {no}."
@@ -116,7 +116,7 @@ PIE_TOPICS = TOPICS[:4]  # a pie has no axis and no first slice
 
 
 def captions(rng: Random, chart: Chart) -> list[Question]:
-    """Captions of the whole chart, for pretraining only: items by size and in order, values, and a census of colors.
+    """Return captions of the whole chart, for pretraining only: items by size and in order, values, and a census of colors.
 
     The census names every color from a given one on, each with its value or 0 at once: the model must find an item by
     its color, which is what most questions need and what it hardly learns from them alone.
@@ -139,7 +139,7 @@ def captions(rng: Random, chart: Chart) -> list[Question]:
 
 
 def ask(rng: Random, chart: Chart, number: int) -> list[Question]:
-    """`number` questions about the chart (at most 4 for a pie, 8 otherwise), all on different topics."""
+    """Return `number` questions about the chart (at most 4 for a pie, 8 otherwise), all on different topics."""
     questions = []
     for make in rng.sample(PIE_TOPICS if chart.kind == "pie" else TOPICS, number):
         topic, texts, label, brief, sentence = make(rng, chart)
