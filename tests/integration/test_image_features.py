@@ -77,8 +77,8 @@ def test_losses_are_those_of_rows_one_at_a_time(share, model, encoded, tmp_path)
     groups = [[cached[place] for place in group] for group in GROUPS]
     batch = join(groups if share else [[row] for row in cached], Positions(model.config))
     assert not {"pixel_values", "image_grid_thw"} & batch.keys()
-    assert batch["work"]["patches"] == 0
-    assert batch["work"]["images"] == 2
+    assert batch["stats"]["patches"] == 0
+    assert batch["stats"]["images"] == 2
     wanted = one_at_a_time(model, encoded)
     hook = backbone_of(model).visual.register_forward_pre_hook(refuse_to_run)
     try:
@@ -202,7 +202,7 @@ def test_every_image_is_computed_once_and_found_again(filling, tmp_path, tiny_pr
     cached = filling.batch()
     filling.collator.features = None
     plain = filling.batch()
-    assert plain["work"]["patches"] > cached["work"]["patches"] == 0
+    assert plain["stats"]["patches"] > cached["stats"]["patches"] == 0
     weights = filling.trainer.model.eval()
     torch.testing.assert_close(*(losses(weights, batch) for batch in (plain, cached)), rtol=0, atol=1e-5)
     before = [(path, path.stat().st_mtime_ns) for path in filling.files()]
@@ -373,7 +373,7 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_leaves_its_rows_out(tm
     filling.fill(skip_bad_rows=True)
     (batch,) = filling.collator([[[0], [1]]])[MICRO_BATCHES]
     assert batch["row_ids"] == [0]
-    assert batch["work"]["skipped"] == 1
+    assert batch["stats"]["skipped"] == 1
 
 
 def test_a_micro_batch_of_text_alone_brings_no_features_and_says_so(tmp_path, tiny_processor, messages_folder):

@@ -12,10 +12,13 @@ from torch import nn
 from fixtures.models import newer, qwen2_vl
 from qwen_vl_sft.compat.packed_batches import count_no_placeholders_in_training, take_packed_batches
 from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.families.base import RopeFunctions
 from qwen_vl_sft.modeling import kernels
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.training.plan import _kernel_lines
+
+ROPE = RopeFunctions()
 
 
 def adapted(dtype=torch.float32, **options):
@@ -101,20 +104,20 @@ def test_a_model_without_the_kernel_rotates_as_before(monkeypatch):
     plain = qwen2_vl()
     fused = copy.deepcopy(plain)
     modeling = sys.modules[type(fused).__module__]
-    for name in (kernels.TEXT_ROPE, kernels.VISION_ROPE):
+    for name in (ROPE.language, ROPE.vision):
         monkeypatch.setattr(modeling, name, getattr(modeling, name))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     counts = use_fused_kernels(fused, ["rope"])
     layers = len(fused.model.language_model.layers) + len(fused.model.visual.blocks)
     assert counts == {"rope": layers}
     called = []
-    rotate = getattr(modeling, kernels.TEXT_ROPE).without_kernel
+    rotate = getattr(modeling, ROPE.language).without_kernel
 
     def record(*args):
         called.append(True)
         return rotate(*args)
 
-    monkeypatch.setattr(modeling, kernels.TEXT_ROPE, kernels._fused_or_not(record, rotate))
+    monkeypatch.setattr(modeling, ROPE.language, kernels._fused_or_not(record, rotate))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -129,7 +132,7 @@ def test_a_copy_of_a_patched_model_computes_with_its_own_weights(family, monkeyp
     """PEFT copies the layers of `lora_modules_to_save`, and trains the copies."""
     model = qwen2_vl() if family == "qwen2_vl" else newer(family)
     modeling = sys.modules[type(model).__module__]
-    for name in (kernels.TEXT_ROPE, kernels.VISION_ROPE):
+    for name in (ROPE.language, ROPE.vision):
         monkeypatch.setattr(modeling, name, getattr(modeling, name))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     use_segmented_vision_attention(model)

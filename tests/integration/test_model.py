@@ -9,6 +9,7 @@ from fixtures.models import SMALL_SHAPE
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import (
     build_on_meta,
     count_parameters,
@@ -17,7 +18,6 @@ from qwen_vl_sft.modeling.base_model import (
     is_vision_frozen,
     load_model,
     load_processor,
-    part_of,
 )
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
 from qwen_vl_sft.modeling.loaded_weights import load_full_weights
@@ -86,7 +86,9 @@ def test_scopes_of_qwen2_vl(seven_b, scope, layers):
     model = build_on_meta(seven_b)
     targets = find_targets(model, seven_b)
     assert len(targets) == layers
-    assert {part_of(name) for name in targets} == ({"language", "vision", "merger"} if scope == "all" else {scope})
+    assert {family_of(model.config).part_of(name) for name in targets} == (
+        {"language", "vision", "merger"} if scope == "all" else {scope}
+    )
     assert _hit(model, shortest_targets(model, targets)) == targets
 
 
@@ -97,7 +99,7 @@ def test_scopes_of_the_newer_models():
         for model in qwen_2_5_and_3():
             wanted = settings(lora_scope=scope)
             targets = find_targets(model, wanted)
-            assert {part_of(name) for name in targets} == (
+            assert {family_of(model.config).part_of(name) for name in targets} == (
                 {"language", "vision", "merger"} if scope == "all" else {scope}
             )
             assert _hit(model, shortest_targets(model, targets)) == targets
@@ -127,11 +129,12 @@ def test_a_target_that_matches_nothing_is_refused():
 
 def test_targets_outside_the_scope_are_told():
     model = build_on_meta(settings())
-    wanted = settings(lora_target_modules=["q_proj", "qkv"])
-    (warning,) = outside_scope(find_targets(model, wanted), wanted)
+    wanted, part_of = settings(lora_target_modules=["q_proj", "qkv"]), family_of(model.config).part_of
+    parts = [part_of(name) for name in find_targets(model, wanted)]
+    (warning,) = outside_scope(parts, wanted)
     assert "of the vision part, outside lora_scope language" in warning
-    assert outside_scope(find_targets(model, wanted), settings(lora_scope="all")) == []
     assert not build_structure(model, wanted).adapts_language_only
+    assert outside_scope(parts, settings(lora_scope="all")) == []
 
 
 def test_the_patch_embedding_never_gets_lora():
@@ -270,21 +273,21 @@ def test_flops_of_the_7b(shared):
     config = AutoConfig.from_pretrained(shared / "qwen2vl/config-7b")
     counter = FlopCounter.of(config, peft=True, trained={"language"})
     layer = 3584 * (3584 * 2 + 2 * 512) + 3 * 3584 * 18944
-    assert counter.per_token == 2 * 28 * layer
+    assert counter.forward.per_token == 2 * 28 * layer
     vision = 32 * (4 * 1280 * 1280 + 2 * 1280 * 5120)
-    assert counter.per_patch == 2 * vision
-    assert counter.per_merged_patch == 2 * (5120 * 5120 + 5120 * 3584) / 4
+    assert counter.forward.per_patch == 2 * vision
+    assert counter.forward.per_merged_patch == 2 * (5120 * 5120 + 5120 * 3584) / 4
     row = BatchStats(
-        tokens=610, tokens_squared=610**2, learned=5, images=1, patches=2000, patches_squared=2000**2, rows=1
+        tokens=610, tokens_squared=610**2, target_tokens=5, images=1, patches=2000, patches_squared=2000**2, rows=1
     )
     weights = 28 * 2 * layer * 610 + 2 * 3584 * 152064 * 5
     attention = 28 * 2 * 3584 * 610**2
-    image = (counter.per_patch + counter.per_merged_patch) * 2000 + 32 * 4 * 1280 * 2000**2
+    image = (counter.forward.per_patch + counter.forward.per_merged_patch) * 2000 + 32 * 4 * 1280 * 2000**2
     assert counter.flops(row) == pytest.approx(2 * weights + 3 * attention + image)
     packed = FlopCounter.of(config, peft=True, trained={"language"}, packed=True)
     assert counter.flops(row) - packed.flops(row) == 2 * 2 * 3 * 3584 * 18944 * (610 - 5)
     merger = FlopCounter.of(config, peft=True, trained={"merger", "language"})
-    assert merger.flops(row) - counter.flops(row) == pytest.approx(counter.per_merged_patch * 2000)
+    assert merger.flops(row) - counter.flops(row) == pytest.approx(counter.forward.per_merged_patch * 2000)
     tower = FlopCounter.of(config, peft=False, trained={"vision"})
     assert tower.flops(row) == pytest.approx(3 * (weights + attention + image))
 
@@ -298,7 +301,7 @@ def test_flops_are_those_that_pytorch_counts():
     counter = FlopCounter.of(model.config, peft=True, trained={"vision", "merger", "language"})
     with FlopCounterMode(display=False) as counted:
         model(input_ids=torch.arange(96)[None]).logits.sum().backward()
-    expected = counter.flops(BatchStats(tokens=96, tokens_squared=2 * 96**2, learned=96))
+    expected = counter.flops(BatchStats(tokens=96, tokens_squared=2 * 96**2, target_tokens=96))
     assert counted.get_total_flops() == pytest.approx(expected, rel=1e-2)
     visual, vision = model.model.visual, model.config.vision_config
     visual.blocks[0].norm1.requires_grad_(True)
@@ -334,19 +337,19 @@ def test_flops_of_the_newer_towers():
     windows = FlopCounter.of(Qwen2_5_VLConfig(), peft=True, trained={"language"})
     width, inner = 3584, 3420
     layers = 2 * 32 * (4 * width * width + 3 * width * inner)
-    assert windows.per_patch_squared == 4 * 4 * width
-    assert windows.per_patch == layers
-    assert windows.per_patch_in_window == 4 * 28 * width * 64
+    assert windows.forward.per_patch_squared == 4 * 4 * width
+    assert windows.forward.per_patch == layers
+    assert windows.forward.per_patch_products == 4 * 28 * width * 64
     row = BatchStats(images=1, patches=640, patches_squared=640**2)
     seen = 4 * 28 * width * 64 * 640 + 4 * 4 * width * 640**2
     frozen, tower = windows.flops(row), FlopCounter.of(Qwen2_5_VLConfig(), peft=True, trained={"vision"}).flops(row)
-    assert tower - frozen == pytest.approx((layers + windows.per_merged_patch) * 640 + 2 * seen)
+    assert tower - frozen == pytest.approx((layers + windows.forward.per_merged_patch) * 640 + 2 * seen)
     deeper = FlopCounter.of(Qwen3VLConfig(), peft=True, trained={"language"})
     width, inner, text = 1152, 4304, Qwen3VLConfig().text_config.hidden_size
     merger = 2 * (4 * width) * (4 * width + text) / 4
-    assert deeper.per_patch_squared == 4 * 27 * width
-    assert deeper.per_patch == 2 * 27 * (4 * width * width + 2 * width * inner)
-    assert deeper.per_merged_patch == pytest.approx(4 * merger)
+    assert deeper.forward.per_patch_squared == 4 * 27 * width
+    assert deeper.forward.per_patch == 2 * 27 * (4 * width * width + 2 * width * inner)
+    assert deeper.forward.per_merged_patch == pytest.approx(4 * merger)
 
 
 def test_random_models_refuse_a_used_folder_and_unknown_overrides(shared, tmp_path):

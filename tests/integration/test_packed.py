@@ -75,8 +75,8 @@ def test_an_image_goes_through_the_vision_tower_once(share, model, encoded):
     groups = [[0, 1], [2], [3, 4], [5], [6]] if share else [[place] for place in range(len(ROWS))]
     batch = join([[encoded[place] for place in group] for group in groups], Positions(model.config))
     one = encoded[0].images[0].pixel_values
-    assert len(batch["image_grid_thw"]) == batch["work"]["images"] == 2
-    assert len(batch["pixel_values"]) == batch["work"]["patches"] == 2 * len(one)
+    assert len(batch["image_grid_thw"]) == batch["stats"]["images"] == 2
+    assert len(batch["pixel_values"]) == batch["stats"]["patches"] == 2 * len(one)
     torch.testing.assert_close(batch["pixel_values"][: len(one)], one, rtol=0, atol=0)
     assert batch["image_places"] == ([0, 0, 0, 1, 1] if share else [0, 0, 0, 0, 1, 0, 1, 1])
     torch.testing.assert_close(token_losses(model, batch), one_at_a_time(model, encoded), rtol=0, atol=1e-12)
@@ -264,10 +264,10 @@ def test_a_step_of_the_collator_counts_its_work_once(tiny_processor):
     (step,) = next(iter(StepPlan(data.sizes, GlobalBatch(8), 10_000, 1, 0, share_prefixes=True).steps(0)))
     (batch,) = collator(step)[MICRO_BATCHES]
     groups = step[0]
-    assert batch["work"]["rows"] == 8
-    assert batch["work"]["images"] == len(groups) < 8
-    assert batch["work"]["tokens"] == batch["input_ids"].shape[1] == sum(data.sizes.of(group)[0] for group in groups)
-    assert batch["work"]["learned"] == sum(int(data.learned[row]) for group in groups for row in group)
+    assert batch["stats"]["rows"] == 8
+    assert batch["stats"]["images"] == len(groups) < 8
+    assert batch["stats"]["tokens"] == batch["input_ids"].shape[1] == sum(data.sizes.of(group)[0] for group in groups)
+    assert batch["stats"]["target_tokens"] == sum(int(data.learned[row]) for group in groups for row in group)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -281,7 +281,7 @@ def test_an_image_is_decoded_once_in_a_micro_batch(share, tiny_processor, monkey
     monkeypatch.setattr(ImageFile, "decode", lambda file, decode=ImageFile.decode: decoded.append(file) or decode(file))
     collator = PackedCollator(Collator(data.rows, Encoder(tiny_processor)), Positions(qwen2_vl().config))
     (batch,) = collator([groups])[MICRO_BATCHES]
-    assert batch["work"]["images"] == len(decoded) == len({data.prefix[row] for row in rows}) == 2
+    assert batch["stats"]["images"] == len(decoded) == len({data.prefix[row] for row in rows}) == 2
 
 
 KEYS = {

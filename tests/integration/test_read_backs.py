@@ -17,9 +17,9 @@ from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.for_trl import score_places_as_they_come
 from qwen_vl_sft.compat.packed_batches import count_no_placeholders_in_training, take_packed_batches
 from qwen_vl_sft.compat.vision_tower import run_frozen_vision_without_gradients
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling import attention
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
-from qwen_vl_sft.modeling.base_model import part_of
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 READING = {
@@ -75,7 +75,7 @@ class ReadBacks(TorchDispatchMode):
 
 def frozen_but(model, trains):
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trains)
+        parameter.requires_grad_(family_of(model.config).part_of(name) in trains)
     use_segmented_vision_attention(model)
     if "vision" not in trains:
         run_frozen_vision_without_gradients(model)
@@ -101,7 +101,7 @@ def read_backs(trainer, model, batch, monkeypatch):
     monkeypatch.setattr(attention, "has_varlen_kernel", lambda value: True)
     monkeypatch.setattr(attention, "varlen_kernel", lambda name: kernel)
     inputs = trainer._prepare_inputs(batch)
-    learned = torch.tensor(batch["work"]["learned"])
+    learned = torch.tensor(batch["stats"]["target_tokens"])
     model.train()
     with counting:
         trainer.compute_loss(model, inputs, num_items_in_batch=learned).backward()

@@ -16,7 +16,8 @@ from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow
-from qwen_vl_sft.modeling.base_model import freeze_vision_tower, part_of
+from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.base_model import freeze_vision_tower
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.training import throughput
 from qwen_vl_sft.training.callbacks import format_log
@@ -84,7 +85,7 @@ def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, t
     for freeze in (False, True):
         model = qwen2_vl()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(name) == "language")
+            parameter.requires_grad_(family_of(model.config).part_of(name) == "language")
         model.enable_input_require_grads()
         if freeze:
             run_frozen_vision_without_gradients(model)
@@ -125,7 +126,7 @@ def test_a_tower_of_which_the_merger_trains_is_not_run_backwards(family, keys, r
         # transformers does not make the input of Qwen3-VL's tower require gradients.
         assert graphs == [not finish and "Qwen3" not in family] * len(base.model.visual.blocks)
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        assert {part_of(name) for name in found} >= {"merger"}
+        assert {family_of(model.config).part_of(name) for name in found} >= {"merger"}
         gradients.append(found)
     assert gradients[0].keys() == gradients[1].keys()
     for name, wanted in gradients[0].items():

@@ -53,14 +53,14 @@ def test_empty_places_hold_nothing_to_learn(mixed, encoder):
     empty = collator([{"row": NO_ROW}, {"row": NO_ROW}])
     assert (empty["labels"] == -100).all()
     assert "pixel_values" in empty
-    assert set(empty["work"].values()) == {0}
+    assert set(empty["stats"].values()) == {0}
 
 
 def test_work_is_counted_without_padding(mixed, encoder):
     batch = Collator(mixed, encoder)([{"row": 0}, {"row": 1}, {"row": 2}])
-    work = batch["work"]
+    work = batch["stats"]
     assert work["tokens"] == int(batch["attention_mask"].sum())
-    assert work["learned"] == int((batch["labels"] != -100).sum())
+    assert work["target_tokens"] == int((batch["labels"] != -100).sum())
     assert (work["images"], work["patches"], work["rows"]) == (3, len(batch["pixel_values"]), 3)
 
 
@@ -72,13 +72,13 @@ def test_a_row_that_turns_bad_later_is_skipped_and_counted_or_refused(mixed, enc
     one, none = collator([{"row": 0}, {"row": 2}]), collator([{"row": 2}, {"row": NO_ROW}])
     assert len(one["input_ids"]) == 1
     assert (none["labels"] == -100).all()
-    assert (one["work"]["skipped"], none["work"]["skipped"]) == (1, 1)
+    assert (one["stats"]["skipped"], none["stats"]["skipped"]) == (1, 1)
     # The row that stands in for a batch without any may be the one that has turned bad.
     collator = Collator(mixed, encoder, skip_bad_rows=True, filler=2)
     for _ in range(2):
         batch = collator([{"row": 2}])
         assert (batch["labels"] == -100).all()
-        assert (batch["row_ids"], batch["work"]["rows"], batch["work"]["skipped"]) == ([], 0, 1)
+        assert (batch["row_ids"], batch["stats"]["rows"], batch["stats"]["skipped"]) == ([], 0, 1)
     for color in ("red", "blue"):
         (mixed.folder / f"images/{color}.png").write_bytes(b"gone bad")
     with pytest.raises(BadRow, match="its rows can be read no longer"):

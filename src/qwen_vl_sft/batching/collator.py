@@ -57,9 +57,9 @@ class Collator:
         self.positions: Positions | None = None
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch as `pad` makes it; under "work" what it asks of the model, and its "row_ids", as plain numbers.
+        """A batch as `pad` makes it; under "stats" what it asks of the model, and its "row_ids", as plain numbers.
 
-        With `positions` also `position_ids` [3, B, T] and what `Positions.of_patches` knows of the images.
+        With `positions` also `position_ids` [3, B, T] and what `Positions.patch_inputs` knows of the images.
         """
         encoded = self.encode_all(items)
         rows = encoded or [self.filler_row(items)]
@@ -68,9 +68,9 @@ class Collator:
             by_row = [self.positions(row).T for row in rows]
             batch["position_ids"] = pad_sequence(by_row, batch_first=True).permute(2, 0, 1).contiguous()
             if "image_grid_thw" in batch:
-                batch |= self.positions.of_patches(batch["image_grid_thw"])
+                batch |= self.positions.patch_inputs(batch["image_grid_thw"])
         left_out = sum(item.get("row") != NO_ROW for item in items) - len(encoded)
-        batch["work"] = asdict(sum((row_stats(row) for row in encoded), BatchStats(skipped=left_out)))
+        batch["stats"] = asdict(sum((row_stats(row) for row in encoded), BatchStats(skipped=left_out)))
         batch["row_ids"] = [row.row_id for row in encoded]
         return batch
 
@@ -111,7 +111,7 @@ def row_stats(row: Encoded) -> BatchStats:
     return BatchStats(
         tokens=len(row.input_ids),
         tokens_squared=len(row.input_ids) ** 2,
-        learned=int((row.labels != IGNORE_INDEX).sum()),
+        target_tokens=int((row.labels != IGNORE_INDEX).sum()),
         images=len(patches),
         patches=int(patches.sum()),
         patches_squared=int((patches**2).sum()),

@@ -21,6 +21,7 @@ from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.encoded_image import EncodedImage, reading_once
 from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded
 from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.families.base import PackedLayout
 from qwen_vl_sft.modeling.flops import BatchStats
 
 MICRO_BATCHES = "micro_batches"
@@ -75,21 +76,21 @@ class PackedCollator:
                 batch[name] = batch[name].to(self.dtype)
         batch["row_ids"] = [row.row_id for group in encoded for row in group]
         if not any(encoded):
-            batch["work"] = asdict(BatchStats())
-        batch["work"]["skipped"] = sum(map(len, groups)) - sum(map(len, encoded))
+            batch["stats"] = asdict(BatchStats())
+        batch["stats"]["skipped"] = sum(map(len, groups)) - sum(map(len, encoded))
         return batch
 
 
 def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str, Any]:
     """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
 
-    Returns `input_ids` [1, T]; `shift_labels` [1, N], the learned tokens, and `learned_places` [N], the places of the
-    sequence that predict them; `position_ids` [3, 1, T]; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the boundaries of
-    the pieces and of what they attend to; their largest lengths `max_length_q`, `max_length_k`; `kv_index` [K], for
-    prefixes that are shared, the keys and values of each piece one after another; what the images bring, as
-    `_vision_inputs` puts it together, for Qwen3-VL with `visual_places` [image tokens], where they stand in the sequence;
-    and `work`. There is no attention mask, and no place in the text among the positions: transformers would look there for
-    where rows begin, waiting for the GPU, to make a mask that nothing reads.
+    Returns `input_ids` [1, T]; `shift_labels` [1, N], the target tokens, and `learned_places` [N], the positions that
+    predict them; `position_ids` [3, 1, T], without a row of text positions, in which transformers would look for the
+    beginnings of rows, waiting for the GPU; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the boundaries of the pieces
+    and of what they attend to; their largest lengths `max_length_q`, `max_length_k`; `kv_index` [K], for prefixes that
+    are shared, the keys and values of each piece one after another; what the images bring (`_vision_inputs`) and what
+    the model's family adds (`ModelFamily.packed_entries`); and `stats`, a `BatchStats` as a dictionary. There is no
+    attention mask.
     """
     pieces: list[Piece] = []
     total = 0
@@ -99,6 +100,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
             total += len(piece)
     lengths = [len(piece) for piece in pieces]
     reach = [len(piece) + len(piece.before) for piece in pieces]
+    starts = [0, *itertools.accumulate(lengths)]
     batch: dict[str, Any] = {
         "input_ids": torch.cat([piece.row.input_ids[piece.start : piece.stop] for piece in pieces])[None],
         **_learned(torch.cat([_labels(piece) for piece in pieces])),
@@ -109,7 +111,6 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
         "max_length_k": max(reach),
     }
     if lengths != reach:
-        starts = [0, *itertools.accumulate(lengths)]
         runs = [
             run
             for piece, start in zip(pieces, starts, strict=False)
@@ -119,12 +120,13 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     shown = [image for piece in pieces for image in _images(piece)]
     if shown:
         batch |= _vision_inputs(shown, positions)
-        merged = sum(int(image.grid.prod()) for image in shown) // positions.config.vision_config.spatial_merge_size**2
-        places = torch.cat([piece.row.mm_token_type_ids[piece.start : piece.stop] for piece in pieces]).nonzero()[:, 0]
-        assert len(places) == merged, f"{len(places)} image tokens stand for {merged} merged patches"
-        if positions.config.model_type == "qwen3_vl":
-            batch["visual_places"] = places
-    batch["work"] = asdict(_work(groups, pieces, shown, batch))
+    merged = sum(int(image.grid.prod()) for image in shown) // positions.config.vision_config.spatial_merge_size**2
+    visual = torch.cat([piece.row.mm_token_type_ids[piece.start : piece.stop] for piece in pieces]).nonzero()[:, 0]
+    assert len(visual) == merged, f"{len(visual)} image tokens stand for {merged} merged patches"
+    by_start = {start: number for number, start in enumerate(starts[:-1])}
+    parents = [by_start[piece.before.start] if piece.before else None for piece in pieces]
+    batch |= positions.packed_entries(PackedLayout(lengths, parents, visual))
+    batch["stats"] = asdict(_stats(groups, pieces, shown, batch))
     return batch
 
 
@@ -132,7 +134,7 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[
     """What images bring, one after another as they are shown.
 
     Returns `pixel_values` and `image_grid_thw` as in a padded batch, each different image once, with what
-    `Positions.of_patches` knows of them, and `image_places`, for each image shown which of the different ones it is,
+    `Positions.patch_inputs` knows of them, and `image_places`, for each image shown which of the different ones it is,
     when an image is shown twice. Images that bring features give `image_features` [image tokens, values] alone.
     """
     if shown[0].features is not None:
@@ -140,7 +142,7 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[
     different = {image.key: image for image in shown}
     grids = torch.stack([image.grid for image in different.values()])
     pixels = [image.pixel_values for image in different.values() if image.pixel_values is not None]
-    found = {"pixel_values": torch.cat(pixels), "image_grid_thw": grids, **positions.of_patches(grids)}
+    found = {"pixel_values": torch.cat(pixels), "image_grid_thw": grids, **positions.patch_inputs(grids)}
     if len(different) < len(shown):
         numbers = {key: number for number, key in enumerate(different)}
         found["image_places"] = [numbers[image.key] for image in shown]
@@ -201,7 +203,7 @@ def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
     return pad_tensor(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
 
-def _work(
+def _stats(
     groups: Sequence[Sequence[Encoded]], pieces: Sequence[Piece], shown: Sequence[EncodedImage], batch: dict[str, Any]
 ) -> BatchStats:
     """What the micro-batch asks of the model; a shared prefix is computed once, an image once, and no features at all."""
@@ -210,7 +212,7 @@ def _work(
         tokens=sum(len(piece) for piece in pieces),
         # A piece of n tokens after p others attends to n * p + n * n / 2 of them, a row of n tokens to n * n / 2.
         tokens_squared=sum(len(piece) ** 2 + 2 * len(piece) * len(piece.before) for piece in pieces),
-        learned=int((batch["shift_labels"] != IGNORE_INDEX).sum()),
+        target_tokens=int((batch["shift_labels"] != IGNORE_INDEX).sum()),
         images=len({image.key for image in shown}),
         patches=int(patches.sum()),
         patches_squared=int((patches**2).sum()),

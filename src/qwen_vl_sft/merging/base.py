@@ -20,7 +20,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.evaluation.options import ADAPTER_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
-from qwen_vl_sft.modeling.base_model import build_on_meta, quantization_config
+from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -176,7 +176,7 @@ def quantized_layers(settings: ModelSettings) -> set[str]:
     from bitsandbytes.nn import Linear4bit
     from transformers.quantizers import AutoHfQuantizer
 
-    config = quantization_config(settings)
+    config = quantization_config(settings, load_family(settings))
     assert config is not None
     model = build_on_meta(settings)
     AutoHfQuantizer.from_config(config, pre_quantized=False).preprocess_model(

@@ -1,4 +1,4 @@
-"""Loading the base model and its processor, quantized or not, and telling its parts apart."""
+"""Load the base model and its processor, quantized or not, and count and freeze its parts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from qwen_vl_sft.compat.for_bitsandbytes import keep_4bit_weights_unpacked
 from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.families.base import PARTS, ModelFamily
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
 from qwen_vl_sft.modeling.loaded_weights import CHECKED, check_loaded
-
-SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
-PARTS = ("vision", "merger", "language")
-# Left in full precision by quantization: bitsandbytes would quantize the output head too when it is not tied.
-NOT_QUANTIZED = ["lm_head"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +30,8 @@ class PartCount:
     trainable: int = 0
 
 
-def part_of(name: str) -> str:
-    """The part of a Qwen-VL model that a parameter or module belongs to: "vision", "merger" or "language"."""
-    if ".merger" in name or "deepstack_merger" in name:
-        return "merger"
-    return "vision" if "visual." in name else "language"
-
-
 def load_processor(settings: ModelSettings, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
-    """The model's processor with the recipe's pixel limits, which are saved with it and so hold everywhere after."""
+    """Load the model's processor with the recipe's pixel limits, which are saved with it and so hold everywhere after."""
     config = load_config(settings)
     processor = _from_hub(AutoProcessor, settings)
     set_pixel_limits(processor, min_pixels, max_pixels)
@@ -64,14 +54,15 @@ def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | N
     processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
 
 
+def load_family(settings: ModelSettings) -> ModelFamily:
+    """Return the family of a recipe's model. Raises `UserError` as `load_config` does."""
+    return family_of(load_config(settings))
+
+
 def load_config(settings: ModelSettings) -> Any:
-    """The model's configuration. Raises `UserError` for a model outside the Qwen-VL family, or of quantized weights."""
+    """Load the model's configuration. Raises `UserError` for a model outside the Qwen-VL family, or of quantized weights."""
     config = _from_hub(AutoConfig, settings)
-    if config.model_type not in SUPPORTED_MODELS:
-        raise UserError(
-            f"model_name_or_path: {settings.model_name_or_path} is a {config.model_type} model; this package trains"
-            f" {', '.join(SUPPORTED_MODELS.values())}"
-        )
+    family_of(config, f"model_name_or_path: {settings.model_name_or_path}")
     # transformers would take this over the recipe's own quantization, or load the numbers as if they were weights.
     stored = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
@@ -92,7 +83,7 @@ def load_model(
     strategy: str = "single",
     computed_in: torch.dtype | None = None,
 ) -> Any:
-    """The base model, ready for an adapter or for training in full. Raises `UserError` when its files hold another one.
+    """Load the base model, ready for an adapter or for training in full. Raises `UserError` when its files hold another one.
 
     Args:
         settings: the recipe's model keys.
@@ -101,11 +92,11 @@ def load_model(
         strategy: how the run is launched. ZeRO-3 and FSDP2 place the weights themselves.
         computed_in: what FSDP2 turns weights of floats into before it computes; None leaves them as they are.
     """
-    load_config(settings)
+    family = load_family(settings)
     attention = resolve_attention(settings.attn_implementation, on_cpu, settings.dtype)
     dtype = getattr(torch, settings.dtype)
     # FSDP2 splits tensors of floats alone, and would round 4-bit values that lie in another type than it computes in.
-    quantization = quantization_config(settings, (computed_in or dtype) if strategy == "fsdp2" else torch.uint8)
+    quantization = quantization_config(settings, family, (computed_in or dtype) if strategy == "fsdp2" else torch.uint8)
     model, loading = _from_hub(
         AutoModelForImageTextToText,
         settings,
@@ -127,18 +118,20 @@ def load_model(
 
 
 def build_on_meta(settings: ModelSettings) -> Any:
-    """The model's structure without weights, for counting and for finding layers before anything is loaded."""
+    """Build the model's structure without weights, for counting and for finding layers before anything is loaded."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(load_config(settings))
 
 
-def quantization_config(settings: ModelSettings, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings for the recipe's model keys, None when nothing is quantized.
+def quantization_config(
+    settings: ModelSettings, family: ModelFamily, storage: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig | None:
+    """Return bitsandbytes' settings for the recipe's model keys, None when nothing is quantized.
 
     `storage` is the type of the tensors that hold the 4-bit values, which makes no difference to them.
     """
     if settings.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(family.keep_16bit))
     if not settings.load_in_4bit:
         return None
     return BitsAndBytesConfig(
@@ -147,24 +140,24 @@ def quantization_config(settings: ModelSettings, storage: torch.dtype = torch.ui
         bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
         bnb_4bit_quant_storage=storage,
-        llm_int8_skip_modules=NOT_QUANTIZED,
+        llm_int8_skip_modules=list(family.keep_16bit),
     )
 
 
 def count_parameters(model: nn.Module) -> dict[str, PartCount]:
-    """Parameters of each part; a 4-bit weight counts as the weights it stands for."""
-    counts = {part: [0, 0] for part in PARTS}
+    """Count the parameters of each part; a 4-bit weight counts as the weights it stands for."""
+    counts, family = {part: [0, 0] for part in PARTS}, family_of(model.config)
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
         if type(parameter).__name__ == "Params4bit":
             size *= 2 * parameter.element_size()
-        counts[part_of(name)][0] += size
-        counts[part_of(name)][1] += size if parameter.requires_grad else 0
+        counts[family.part_of(name)][0] += size
+        counts[family.part_of(name)][1] += size if parameter.requires_grad else 0
     return {part: PartCount(*count) for part, count in counts.items()}
 
 
 def format_parameters(counts: dict[str, PartCount]) -> str:
-    """A table of parameters per part, at most 60 columns wide."""
+    """Return a table of parameters per part, at most 60 columns wide."""
     lines = [f"{'part':<10}{'parameters':>16}{'trainable':>16}{'share':>10}"]
     total = PartCount(*(sum(getattr(count, name) for count in counts.values()) for name in ("total", "trainable")))
     for part, count in {**counts, "all": total}.items():
@@ -175,18 +168,20 @@ def format_parameters(counts: dict[str, PartCount]) -> str:
 
 def freeze_vision_tower(model: nn.Module) -> None:
     """Leave the vision tower out of full fine-tuning; the merger behind it stays trainable."""
+    family = family_of(model.config)
     for name, parameter in model.named_parameters():
-        if part_of(name) == "vision":
+        if family.part_of(name) == "vision":
             parameter.requires_grad_(False)
 
 
 def trained_parts(model: nn.Module) -> set[str]:
-    """Those of `PARTS` in which something trains."""
-    return {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Return those of `PARTS` in which something trains."""
+    family = family_of(model.config)
+    return {family.part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def is_vision_frozen(model: nn.Module) -> bool:
-    """Whether nothing in the vision tower or its merger trains."""
+    """Return whether nothing in the vision tower or its mergers trains."""
     return trained_parts(model) <= {"language"}
 
 

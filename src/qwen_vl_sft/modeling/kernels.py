@@ -1,4 +1,4 @@
-"""Fused kernels in place of chains of small operations, each on its own switch.
+"""Put fused kernels in place of chains of small operations, each on its own switch.
 
 liger-kernel's own patch of Qwen2-VL does not import with transformers 5.23 (it looks for an output class that is gone,
 https://github.com/linkedin/Liger-Kernel), so its single kernels are put in here. May go when that patch imports.
@@ -18,7 +18,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from qwen_vl_sft.modeling.base_model import part_of
+from qwen_vl_sft.families.base import RopeFunctions
+from qwen_vl_sft.families.registry import family_of
 
 LORA = "lora"
 KERNELS = {
@@ -33,12 +34,10 @@ FROM_LIGER = ("rms_norm", "swiglu", "rope")
 PLAIN_PYTORCH = ("patch_embed", LORA)
 # Set while an attention layer computes that has the kernel.
 _ROTATES_FUSED: ContextVar[bool] = ContextVar("rotates_fused", default=False)
-SILU = ("SiLU", "SiLUActivation")
-TEXT_ROPE, VISION_ROPE = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
 
 
 def chosen_kernels(wanted: str | list[str] | None, on_cpu: bool) -> list[str]:
-    """The kernels that a recipe names; for "auto" all that can be used with this device and what is installed."""
+    """Return the kernels that a recipe names; for "auto" all that can be used with this device and what is installed."""
     if wanted != "auto":
         return list(wanted or ())
     if on_cpu:
@@ -47,7 +46,7 @@ def chosen_kernels(wanted: str | list[str] | None, on_cpu: bool) -> list[str]:
 
 
 def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
-    """Why these kernels cannot be used; nothing when they can."""
+    """Yield why these kernels cannot be used; nothing when they can."""
     unknown = [name for name in wanted if name not in KERNELS]
     compiled = [name for name in wanted if name not in PLAIN_PYTORCH]
     if unknown:
@@ -66,37 +65,27 @@ def _has_liger() -> bool:
 
 
 def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:
-    """Put the kernels into a base model; returns of each how many layers (or functions) have it now.
+    """Put the kernels into a base model, where its family says that they fit; return how many layers have each.
 
     `lora` needs a model with its adapter: `use_fused_lora` puts that in. PEFT copies layers that train in full: what is
     put in here belongs to the layer that it is called on, as a bound method does and a closure over a layer does not.
     """
+    family = family_of(model.config)
+    fitting = [name for name in wanted if name in family.fused_layers and name not in family.unfit_kernels]
     counts = {name: 0 for name in wanted if name != LORA}
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        language = part_of(name) == "language"
-        if "rms_norm" in wanted and language and kind.endswith("RMSNorm"):
-            module.forward = types.MethodType(_rms_norm, module)
-            counts["rms_norm"] += 1
-        elif "swiglu" in wanted and language and kind.endswith("MLP") and type(module.act_fn).__name__ in SILU:
-            module.forward = types.MethodType(_swiglu, module)
-            counts["swiglu"] += 1
-        elif "quick_gelu" in wanted and not language and kind == "QuickGELUActivation":
-            module.forward = _quick_gelu()
-            counts["quick_gelu"] += 1
-        elif "patch_embed" in wanted and isinstance(module, nn.Conv3d) and name.endswith("visual.patch_embed.proj"):
-            module.forward = types.MethodType(_patch_embed, module)  # type: ignore[method-assign]
-            counts["patch_embed"] += 1
-        if "rope" in wanted and kind.endswith("Attention"):
-            module.forward = types.MethodType(_attend, module)
-            counts["rope"] += 1
-    if "rope" in wanted:
-        _offer_fused_rope(sys.modules[type(model).__module__])
+        part = family.part_of(name)
+        for kernel in fitting:
+            if family.fused_layers[kernel].holds(name, part, module):
+                module.forward = _FORWARDS[kernel](module)
+                counts[kernel] += 1
+    if "rope" in fitting:
+        _offer_fused_rope(sys.modules[type(model).__module__], family.rope_functions)
     return counts
 
 
 def use_fused_lora(model: nn.Module) -> int:
-    """Have the layers of a model with an adapter add the adapter's part in one call; returns how many do."""
+    """Have the layers of a model with an adapter add the adapter's part in one call; return how many do."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     for layer in layers:
         fused = functools.wraps(layer.forward)(functools.partial(_lora, layer, layer.forward))
@@ -119,13 +108,13 @@ def _swiglu(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _quick_gelu() -> Any:
+def _compiled_quick_gelu() -> Any:
     # Written out, it reads and writes the widest activations of the tower three times.
     return _compiled(lambda hidden_states: hidden_states * torch.sigmoid(1.702 * hidden_states))
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled when it is first called, for any sizes."""
+    """Compile a function when it is first called, for any sizes."""
     from torch._inductor import config
 
     # Else a process for each core imports PyTorch, beside every process of the run, to compile a handful of lines.
@@ -134,7 +123,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_embed(layer: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
-    """Patches [N, channels, time, height, width], each as large as the kernel -> [N, values, 1, 1, 1].
+    """Embed patches [N, channels, time, height, width], each as large as the kernel -> [N, values, 1, 1, 1].
 
     cuDNN has no fast convolution in bfloat16 for a kernel that is never moved.
     """
@@ -143,7 +132,7 @@ def _patch_embed(layer: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    """Whether an adapter adds scaling * B A x to the output of a linear layer, and nothing else."""
+    """Return whether an adapter adds scaling * B A x to the output of a linear layer, and nothing else."""
     is_linear = isinstance(layer.get_base_layer(), nn.Linear)
     return is_linear and not layer.lora_variant and not any(layer.lora_bias.values())
 
@@ -151,7 +140,7 @@ def _is_plain(layer: LoraLayer) -> bool:
 def _lora(
     layer: Any, otherwise: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """`x` [..., in] -> [..., out] of a layer with one adapter; `otherwise` for all else.
+    """Compute a layer with one adapter, `x` [..., in] -> [..., out]; call `otherwise` for all else.
 
     PEFT copies the layer's output, scales the product and adds both: each a pass over the widest activations. Here the
     matrix product adds to the output, which is rounded once and not three times.
@@ -179,13 +168,13 @@ def _attend(layer: Any, *args: Any, **kwargs: Any) -> Any:
         _ROTATES_FUSED.reset(token)
 
 
-def _offer_fused_rope(modeling: Any) -> None:
+def _offer_fused_rope(modeling: Any, functions: RopeFunctions) -> None:
     """Have the functions that attention layers call choose: all models of a family share them."""
-    for name in (TEXT_ROPE, VISION_ROPE):
+    for name in (functions.language, functions.vision):
         original = getattr(modeling, name)
         if not hasattr(original, "without_kernel"):
             # liger's kernel works in place, on what the vision tower would first have to copy.
-            fused = _text_rope if name == TEXT_ROPE else _compiled(original)
+            fused = _text_rope if name == functions.language else _compiled(original)
             setattr(modeling, name, _fused_or_not(fused, original))
 
 
@@ -203,3 +192,13 @@ def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: t
     from liger_kernel.ops.rope import LigerRopeFunction
 
     return LigerRopeFunction.apply(query, key, cos, sin)
+
+
+# Makes the forward of a layer that a kernel replaces.
+_FORWARDS: dict[str, Callable[[Any], Any]] = {
+    "rms_norm": lambda layer: types.MethodType(_rms_norm, layer),
+    "swiglu": lambda layer: types.MethodType(_swiglu, layer),
+    "rope": lambda layer: types.MethodType(_attend, layer),
+    "quick_gelu": lambda layer: _compiled_quick_gelu(),
+    "patch_embed": lambda layer: types.MethodType(_patch_embed, layer),
+}

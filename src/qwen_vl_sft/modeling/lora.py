@@ -10,7 +10,8 @@ from torch import nn
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.base_model import PARTS, part_of
+from qwen_vl_sft.families.base import PARTS
+from qwen_vl_sft.families.registry import family_of
 
 
 def scope_parts(scope: str) -> tuple[str, ...]:
@@ -20,7 +21,8 @@ def scope_parts(scope: str) -> tuple[str, ...]:
 
 def linear_layers(model: nn.Module) -> list[str]:
     """Return the names of the layers that LoRA may wrap: linear ones but the output head, which the fused loss reads raw."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    head = family_of(model.config).output_head
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
 
 
 def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
@@ -31,7 +33,7 @@ def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
     layers = linear_layers(model)
     if settings.lora_target_modules is None:
         parts = scope_parts(settings.lora_scope)
-        return [name for name in layers if part_of(name) in parts]
+        return [name for name in layers if family_of(model.config).part_of(name) in parts]
     unmatched = [target for target in settings.lora_target_modules if not _matches(layers, [target])]
     if unmatched:
         known = sorted({name.rsplit(".", 1)[-1] for name in layers} - {str(number) for number in range(10)})
@@ -47,12 +49,12 @@ def trained_in_full(model: nn.Module, suffix: str) -> list[str]:
     return [name for name, _ in model.named_modules() if name and name.endswith(suffix)]
 
 
-def outside_scope(targets: Iterable[str], settings: ModelSettings) -> list[str]:
+def outside_scope(parts: Iterable[str], settings: ModelSettings) -> list[str]:
     """Return a warning for each part of the model where explicit targets put LoRA although the scope does not name it."""
     counts = {part: 0 for part in PARTS if part not in scope_parts(settings.lora_scope)}
-    for name in targets:
-        if part_of(name) in counts:
-            counts[part_of(name)] += 1
+    for part in parts:
+        if part in counts:
+            counts[part] += 1
     return [
         f"lora_target_modules puts LoRA on {count} layers of the {part} part, outside lora_scope {settings.lora_scope};"
         f" set lora_scope to all if that is meant, or name the layers more fully"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.modeling.base_model import NOT_QUANTIZED
+from qwen_vl_sft.families.base import ModelFamily
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
 from qwen_vl_sft.modeling.lora import trained_in_full
 
@@ -80,6 +81,22 @@ def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[
 MODEL_RULES = (_quantization, _what_trains, _precision, _kernels, _precision_in_full)
 
 
+def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
+    """Tell what a recipe asks for and a family cannot do, with the family's reason."""
+    run, kernels = recipe.run, recipe.model.fused_kernels
+    asked = {
+        "packing": (run.packing, family.packing, "set packing: false"),
+        "share_prefixes": (run.share_prefixes, family.shared_prefixes, "set share_prefixes: false"),
+        "cache_image_features": (run.cache_image_features, family.feature_cache, "leave cache_image_features out"),
+    }
+    for key, (wanted, can, instead) in asked.items():
+        if wanted and can is not True:
+            yield f"{key} does not work with {family.name}: {can}; {instead}"
+    for name in kernels if isinstance(kernels, list) else ():
+        if name in family.unfit_kernels:
+            yield f"fused_kernels: {name} does not fit {family.name}: {family.unfit_kernels[name]}; leave it out"
+
+
 def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
     """Tell the entries of `lora_modules_to_save` that cannot train in full, of a base model built on the meta device.
 
@@ -101,17 +118,17 @@ def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
                 f" what holds it ({lists[0].split('.')[-2]}) or layers in it"
             )
         elif settings.load_in_4bit or settings.load_in_8bit:
-            yield from _quantized(settings, wanted, matched, modules)
+            yield from _quantized(settings, wanted, matched, modules, family_of(model.config).keep_16bit)
 
 
 def _quantized(
-    settings: ModelSettings, wanted: str, matched: list[str], modules: dict[str, nn.Module]
+    settings: ModelSettings, wanted: str, matched: list[str], modules: dict[str, nn.Module], keep_16bit: Collection[str]
 ) -> Iterator[str]:
     inside = [
         name
         for name, module in modules.items()
         if isinstance(module, nn.Linear)
-        and name not in NOT_QUANTIZED
+        and name not in keep_16bit
         and any(name == whole or name.startswith(f"{whole}.") for whole in matched)
     ]
     if inside:

@@ -9,7 +9,9 @@ from typing import Any
 from peft import get_peft_model
 
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.modeling.base_model import PartCount, count_parameters, freeze_vision_tower, part_of
+from qwen_vl_sft.families.base import ModelFamily
+from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.base_model import PartCount, count_parameters, freeze_vision_tower
 from qwen_vl_sft.modeling.lora import find_targets, lora_config, trained_in_full
 
 
@@ -18,11 +20,13 @@ class ModelStructure:
     """What of a model trains.
 
     Args:
+        family: the model's family.
         lora_targets: full names of the layers with LoRA, none without an adapter.
         in_full: full names of the modules that train in full beside an adapter.
         parameters: parameters of each part, in all and trainable.
     """
 
+    family: ModelFamily
     lora_targets: tuple[str, ...]
     in_full: tuple[str, ...]
     parameters: Mapping[str, PartCount]
@@ -30,7 +34,12 @@ class ModelStructure:
     @property
     def adapts_language_only(self) -> bool:
         """Return whether every layer with LoRA is in the language model."""
-        return all(part_of(name) == "language" for name in self.lora_targets)
+        return set(self.lora_parts) <= {"language"}
+
+    @property
+    def lora_parts(self) -> list[str]:
+        """Return the part of the model that each layer with LoRA is in."""
+        return [self.family.part_of(name) for name in self.lora_targets]
 
     @property
     def trained_parts(self) -> set[str]:
@@ -43,10 +52,12 @@ def build_structure(model: Any, settings: ModelSettings) -> ModelStructure:
 
     Raises `UserError` for a name in `lora_target_modules` that matches no linear layer.
     """
+    family = family_of(model.config)
     if not settings.use_peft:
         if settings.freeze_vision_tower:
             freeze_vision_tower(model)
-        return ModelStructure((), (), count_parameters(model))
+        return ModelStructure(family, (), (), count_parameters(model))
     targets = tuple(find_targets(model, settings))
     in_full = tuple(name for suffix in settings.lora_modules_to_save or () for name in trained_in_full(model, suffix))
-    return ModelStructure(targets, in_full, count_parameters(get_peft_model(model, lora_config(model, settings))))
+    parameters = count_parameters(get_peft_model(model, lora_config(model, settings)))
+    return ModelStructure(family, targets, in_full, parameters)

@@ -80,11 +80,13 @@ def _outcome(publication: Publication) -> dict[str, str]:
     metrics = publication.metrics
     if metrics is None:
         return {}
-    work, rows = metrics.get("work") or {}, {}
+    stats, rows = metrics.get("work") or {}, {}
     if "steps" in metrics:
         rows["steps"] = f"{metrics['steps']:,}, {metrics.get('epochs') or 0:.2f} epochs"
-    if work.get("tokens"):
-        rows["tokens read"] = f"{work['tokens']:,}, of them {work.get('learned', 0):,} learned"
+    if stats.get("tokens"):
+        # Runs of an earlier version have the second number as `learned`.
+        targets = stats.get("target_tokens", stats.get("learned", 0))
+        rows["tokens read"] = f"{stats['tokens']:,}, of them {targets:,} learned"
     if "train_runtime" in metrics:
         minutes = metrics["train_runtime"] / 60
         rows["time"] = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"

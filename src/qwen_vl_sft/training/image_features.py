@@ -19,7 +19,8 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache, add_to_digest
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.base_model import load_config, part_of
+from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.base_model import load_config
 from qwen_vl_sft.modeling.structure import ModelStructure
 
 # Raise it when images are decoded, resized, stored or filed otherwise than before: old folders are then not used.
@@ -72,7 +73,7 @@ def plan_features(recipe: Recipe, structure: ModelStructure, train: Scan, encode
     name = re.sub(r"[^\w.-]+", "_", Path(str(recipe.model.model_name_or_path)).name)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     config = load_config(recipe.model)
-    parts = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", None) or [])
+    parts = family_of(config).count_feature_layers(config)
     width = parts * config.get_text_config().hidden_size
     folder = _home(recipe.run.image_features_dir) / f"{name}-{recipe.run.cache_image_features}-{digest}"
     cache = FeatureCache(folder, recipe.run.cache_image_features, width, parts)
@@ -87,7 +88,7 @@ def plan_features(recipe: Recipe, structure: ModelStructure, train: Scan, encode
 
 def _check_frozen(structure: ModelStructure) -> None:
     trained = (*structure.lora_targets, *structure.in_full)
-    seeing = [name for name in trained if part_of(name) != "language"]
+    seeing = [name for name in trained if structure.family.part_of(name) != "language"]
     if seeing:
         raise UserError(
             f"cache_image_features needs a vision tower and merger that do not change, and {len(seeing)} of their layers"
@@ -119,11 +120,11 @@ def _weights(settings: ModelSettings) -> dict[str, Any]:
         commit = getattr(config, "_commit_hash", None)
         return {"name": str(settings.model_name_or_path), "commit": commit or settings.model_revision}
     vision = json.dumps(config.vision_config.to_dict(), sort_keys=True, default=str)
-    digest = hashlib.sha256(vision.encode())
+    digest, family = hashlib.sha256(vision.encode()), family_of(config)
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
         with safetensors.safe_open(path, "pt") as file:
-            for name in sorted(name for name in file.keys() if "visual." in name):  # noqa: SIM118
+            for name in sorted(name for name in file.keys() if family.part_of(name) != "language"):  # noqa: SIM118
                 add_to_digest(digest, name, file.get_tensor(name))
     if not files:
         for path in sorted(folder.glob("*.bin")):

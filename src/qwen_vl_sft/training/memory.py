@@ -18,6 +18,7 @@ from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.random_state import kept_random_state
 from qwen_vl_sft.resilience.faults import describe_micro_batch, explained_out_of_memory
 
@@ -116,7 +117,7 @@ class MemoryProbe(TrainerCallback):
         layers = checkpointed_layers(model)
         batch = self.largest()
         rows = batch.pop("row_ids")
-        del batch["work"]
+        del batch["stats"]
         to_come = bytes_to_come(model, trainer.optimizer, trainer.is_deepspeed_enabled)
         used = self.memory.used() + to_come
 
@@ -188,11 +189,12 @@ def _next_trial(known: dict[int, float], fits: int, above: int, room: float) -> 
 
 
 def all_layers(model: nn.Module) -> list[Any]:
-    """The layers of the model that a gradient passes, in the order of computation."""
+    """Return the layers of the model that a gradient passes, in the order of computation."""
+    part_of = family_of(model.config).part_of
     return [
         module
-        for name, module in sorted(model.named_modules(), key=lambda entry: "visual." not in entry[0])
-        if isinstance(module, GradientCheckpointingLayer) and ("visual." not in name or _trains(module))
+        for name, module in sorted(model.named_modules(), key=lambda entry: part_of(entry[0]) == "language")
+        if isinstance(module, GradientCheckpointingLayer) and (part_of(name) == "language" or _trains(module))
     ]
 
 

@@ -29,7 +29,7 @@ def show(run: Run, data: PreparedData, dry_run: bool) -> None:
     if dry_run:
         print(run.recipe.to_yaml())
     print(describe(run, data), flush=True)
-    for warning in warnings(run.recipe, run.structure.lora_targets):
+    for warning in warnings(run.recipe, run.structure.lora_parts):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     if dry_run:
         print(f"\n{preview(data.train, data.encoder)}", flush=True)
@@ -91,11 +91,11 @@ def _batch_lines(run: Run, plan: StepPlan | None) -> list[str]:
     return lines
 
 
-def warnings(recipe: Recipe, lora_targets: Sequence[str]) -> list[str]:
+def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
     """Return what will work but may not be meant."""
     found = []
     if recipe.model.use_peft and recipe.model.lora_target_modules:
-        found += outside_scope(lora_targets, recipe.model)
+        found += outside_scope(lora_parts, recipe.model)
     if recipe.get("eval_strategy") == "no":
         values = recipe.values()
         skipped = [

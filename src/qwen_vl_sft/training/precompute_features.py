@@ -23,6 +23,7 @@ from qwen_vl_sft.data.encoded_image import EncodedImage
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import is_vision_frozen
 from qwen_vl_sft.training.image_features import ImageFeatures, Place, in_words
 
@@ -127,7 +128,7 @@ def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list
         # One of its own: that of training goes on as if nothing had been drawn.
         generator=torch.Generator(),
     )
-    name, visual = next((name, module) for name, module in trainer.model.named_modules() if name.endswith("visual"))
+    name, visual = family_of(trainer.model.config).tower_of(trainer.model)
     backbone = trainer.model.get_submodule(name.rpartition(".")[0])
     bar = _progress(trainer, sum(map(len, calls)), "computing image features")
     done: set[str] = set()
@@ -149,11 +150,11 @@ def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list
 
 @torch.no_grad()
 def run_tower(backbone: Any, images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
-    """What the tower makes of each image, on the CPU; deeper layers stand beside the last one."""
+    """Return what the tower makes of each image, on the CPU; deeper layers stand beside the last one."""
     pixels = torch.cat([image.pixel_values for image in images if image.pixel_values is not None]).to(device)
     grids = torch.stack([image.grid for image in images]).to(device)
     found = backbone.get_image_features(pixels, grids, return_dict=True)
-    layers = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+    layers = family_of(backbone.config).feature_layers(found)
     return [torch.cat(parts, dim=-1).cpu() for parts in zip(*layers, strict=True)]
 
 

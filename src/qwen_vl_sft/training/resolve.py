@@ -11,9 +11,10 @@ from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.chosen import Chosen, choose
-from qwen_vl_sft.modeling.model_rules import problems_of_structure
+from qwen_vl_sft.modeling.model_rules import problems_of_family, problems_of_structure
 from qwen_vl_sft.modeling.structure import ModelStructure, build_structure
 from qwen_vl_sft.training.rules import problems_of
 
@@ -60,6 +61,7 @@ def resolve(recipe: Recipe, context: DistributedContext) -> Run:
         try:
             model = build_on_meta(recipe.model)
             problems += problems_of_structure(model, recipe.model)
+            problems += problems_of_family(recipe, family_of(model.config))
         except UserError as error:
             unbuilt = error
     raise_all(problems)

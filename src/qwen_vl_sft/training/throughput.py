@@ -80,7 +80,7 @@ class ThroughputMeter:
 
     def go_on_from(self, so_far: Mapping[str, Any]) -> None:
         """Count on from what `so_far` said at the checkpoint that a run goes on from."""
-        self.total, self.peak_memory = BatchStats(**so_far["work"]), so_far["peak_memory"]
+        self.total, self.peak_memory = BatchStats.read(so_far["work"]), so_far["peak_memory"]
         self.total_seconds, self.total_waited = so_far["seconds"], so_far["waited"]
 
     def summary(self, processes: int) -> dict[str, float]:

@@ -88,7 +88,7 @@ class VisionSFTTrainer(SafeTrainer):
 
     def _count_learned(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """The learned tokens of a step on all processes, without waiting for the GPU: the workers have counted them."""
-        count = torch.tensor(sum(batch["work"]["learned"] for batch in batches))
+        count = torch.tensor(sum(batch["stats"]["target_tokens"] for batch in batches))
         if device.type == "cuda":
             count = count.pin_memory().to(device, non_blocking=True)
         summed: torch.Tensor = self.accelerator.reduce(count, reduction="sum")
@@ -157,7 +157,7 @@ class VisionSFTTrainer(SafeTrainer):
         """
         assert not return_outputs, "the logits are never built"
         assert num_items_in_batch is not None, "the loss is a mean over the tokens of the global batch"
-        self.meter.work += BatchStats(**inputs.pop("work"))
+        self.meter.work += BatchStats(**inputs.pop("stats"))
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = -outputs.log_probs  # zero where nothing is learned
         if getattr(self.args, "loss_type", "nll") == "dft":  # https://huggingface.co/papers/2508.05629
@@ -175,7 +175,7 @@ class VisionSFTTrainer(SafeTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Sum loss, right tokens and learned tokens; the loss returned is that of the batch alone."""
         inputs = self._prepare_inputs(inputs)
-        self._eval_skipped += inputs.pop("work")["skipped"]
+        self._eval_skipped += inputs.pop("stats")["skipped"]
         inputs.pop(ROW_IDS)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)

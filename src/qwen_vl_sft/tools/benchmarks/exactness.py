@@ -122,7 +122,7 @@ def _losses_and_gradients(
         int(row): int(count) for row, count in zip(data.train.rows.dataset["row_id"], data.train.learned, strict=True)
     }  # type: ignore[index]
     for batch in batches:
-        del batch["work"]
+        del batch["stats"]
         rows = batch.pop("row_ids")
         with trainer.accelerator.autocast():
             outputs = model(**trainer._prepare_inputs(batch), use_cache=False, fused_lm_head=True)

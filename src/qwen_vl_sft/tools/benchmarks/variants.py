@@ -22,7 +22,7 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling.base_model import quantization_config
+from qwen_vl_sft.modeling.base_model import load_family, quantization_config
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.training import precompute_features, sft
@@ -159,7 +159,7 @@ def mean_work(scan: Scan) -> BatchStats:
     return BatchStats(
         tokens=round(scan.tokens.mean()),
         tokens_squared=round((scan.tokens**2).mean()),
-        learned=round(scan.learned.mean()),
+        target_tokens=round(scan.learned.mean()),
         images=round(scan.images.mean()),
         patches=round(scan.patches.mean()),
         patches_squared=round((scan.patches**2 / images).mean()),
@@ -176,7 +176,7 @@ def trl_trainer(recipe: Recipe, context: DistributedContext, data: PreparedData)
     model = AutoModelForImageTextToText.from_pretrained(
         str(settings.model_name_or_path),
         dtype=getattr(torch, settings.dtype),
-        quantization_config=quantization_config(settings),
+        quantization_config=quantization_config(settings, load_family(settings)),
         attn_implementation="sdpa",
         device_map=None if context.on_cpu else {"": 0},
     )

@@ -1,0 +1,295 @@
+"""The record that describes a model family, and what all Qwen-VL families share.
+
+Everything that differs between families is a field of `ModelFamily`; the defaults are those of Qwen2-VL, from which
+the others were made. The rest of the package asks the family of a model's configuration (`registry.family_of`) and
+compares no model type itself.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+
+PARTS = ("vision", "merger", "language")
+# True, or the reason why a family cannot do it, as a user reads it after "... does not work with NAME: ".
+Capability = Literal[True] | str
+# Features of a batch of images: for each layer that the language model takes, a tensor [merged tokens, D] an image.
+FeatureLayers = list[Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The tokens that give a conversation its structure, and the options of its chat template.
+
+    Attributes:
+        image: stands for one merged patch; the template writes one an image.
+        video: the same for videos.
+        vision_start: opens an image.
+        vision_end: closes an image; the tokenizer merges no text into it.
+        end_of_turn: ends every message.
+        end_of_thought: closes the thought of templates that open one before an answer.
+        structural: tokens that would forge a turn or an image inside a text.
+        template_options: arguments of `apply_chat_template` for training and generation alike.
+    """
+
+    image: str = "<|image_pad|>"
+    video: str = "<|video_pad|>"
+    vision_start: str = "<|vision_start|>"
+    vision_end: str = "<|vision_end|>"
+    end_of_turn: str = "<|im_end|>"
+    end_of_thought: str = "</think>"
+    structural: tuple[str, ...] = (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    )
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def visual(self) -> tuple[str, ...]:
+        """Tokens of images and videos, which are never a target."""
+        return (self.vision_start, self.vision_end, self.image, self.video)
+
+
+@dataclass(frozen=True)
+class FusedLayers:
+    """The layers whose forward a fused kernel replaces.
+
+    Attributes:
+        kind: how the names of their classes end.
+        parts: the parts of the model in which they are replaced.
+        path: how their names in the model end.
+        activations: class names of `act_fn`, of which one must be the layer's; empty for any.
+    """
+
+    kind: str
+    parts: tuple[str, ...]
+    path: str = ""
+    activations: tuple[str, ...] = ()
+
+    def holds(self, name: str, part: str, module: nn.Module) -> bool:
+        """Return whether `module`, called `name`, in this `part` of a model, is one of these layers."""
+        if part not in self.parts or not type(module).__name__.endswith(self.kind) or not name.endswith(self.path):
+            return False
+        return not self.activations or type(getattr(module, "act_fn", None)).__name__ in self.activations
+
+
+@dataclass(frozen=True)
+class RopeFunctions:
+    """Names of the functions in the model's module that rotate queries and keys, in each of the two."""
+
+    language: str = "apply_rotary_pos_emb"
+    vision: str = "apply_rotary_pos_emb_vision"
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of one forward, counted as 2 a multiply-add, by what they grow with.
+
+    Those with weights cost a trained layer three times as much in training, those of two activations (`..._products`)
+    as soon as a gradient passes. Attention is counted over its causal half.
+
+    Attributes:
+        per_token: layers of the language model.
+        per_token_products: products of activations that grow with the tokens: attention of linear kind.
+        per_token_squared: attention over a sample's tokens squared.
+        per_target_token: the output head, and what else is computed for target tokens alone.
+        per_patch: layers of the vision tower.
+        per_patch_products: attention in windows of a fixed number of patches.
+        per_patch_squared: attention over an image's patches squared.
+        per_merged_patch: mergers, by patch.
+    """
+
+    per_token: float
+    per_token_squared: float
+    per_target_token: float
+    per_patch: float
+    per_patch_squared: float
+    per_merged_patch: float
+    per_token_products: float = 0
+    per_patch_products: float = 0
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where the pieces of a packed sequence of T tokens are.
+
+    A piece is a run of tokens of one row. It sees itself and the piece before it in its row, its `parent`: the shared
+    prefix of a branch. A state that is carried from token to token must begin anew in each piece, from its parent's.
+
+    Attributes:
+        lengths: tokens of each piece, in the order of the sequence.
+        parents: for each piece the number of its parent, None for none.
+        visual_positions: [image tokens] int64, positions of image tokens in the sequence.
+    """
+
+    lengths: Sequence[int]
+    parents: Sequence[int | None]
+    visual_positions: torch.Tensor
+
+
+def image_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
+    """Return what every vision tower would work out from `grids` [I, 3], waiting for the GPU image by image.
+
+    Returns `image_position_ids` [P, 2], `image_cu_seqlens` [I + 1] int32 and `image_max_seqlen`.
+    """
+    boundaries = get_vision_cu_seqlens(grids)
+    return {
+        "image_position_ids": get_vision_position_ids(grids, config.vision_config.spatial_merge_size),
+        "image_cu_seqlens": boundaries,
+        "image_max_seqlen": int(boundaries.diff().max()),
+    }
+
+
+def rope_index_of_class(config: Any) -> Callable[..., Any]:
+    """Return the model class's own `get_rope_index`, bound to an object that holds the configuration and no weights."""
+    backbone: Any = MODEL_MAPPING[type(config)]
+    stub = types.SimpleNamespace(config=config)
+    stub.get_vision_position_ids = types.MethodType(backbone.get_vision_position_ids, stub)
+    return types.MethodType(backbone.get_rope_index, stub)
+
+
+def dense_language_flops(config: Any, packed: bool) -> dict[str, float]:
+    """Count a language model of attention and gated MLPs, as fields of `ForwardFlops`.
+
+    `packed` batches take the last layer's MLP for target tokens alone.
+    """
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    attention, mlp = text.hidden_size * (2 * queries + 2 * keys), 3 * text.hidden_size * text.intermediate_size
+    late = mlp if packed else 0
+    return {
+        "per_token": 2 * (text.num_hidden_layers * (attention + mlp) - late),
+        "per_token_squared": 2 * text.num_hidden_layers * queries,
+        "per_target_token": 2 * (text.hidden_size * text.vocab_size + late),
+    }
+
+
+def vision_flops(
+    config: Any, width: int, mlp: int, full: int | None = None, window: int = 0, mergers: int = 1
+) -> dict[str, float]:
+    """Count a vision tower and its mergers, as fields of `ForwardFlops`.
+
+    Args:
+        config: the model's configuration.
+        width: values of a patch between blocks.
+        mlp: weights of a block's MLP.
+        full: blocks whose attention sees the whole image; None for all. The others see `window` patches, also at the
+            edge of an image, where a window has fewer.
+        window: patches of a window.
+        mergers: number of mergers.
+    """
+    vision = config.vision_config
+    full = vision.depth if full is None else full
+    merged = width * vision.spatial_merge_size**2
+    merger = mergers * (merged * merged + merged * config.get_text_config().hidden_size) / vision.spatial_merge_size**2
+    return {
+        "per_patch": 2 * vision.depth * (4 * width * width + mlp),
+        "per_patch_products": 4 * (vision.depth - full) * width * window,
+        "per_patch_squared": 4 * full * width,
+        "per_merged_patch": 2 * merger,
+    }
+
+
+def last_layer_features(output: Any) -> FeatureLayers:
+    """Return what a tower gave in `get_image_features`: the merged features of its last layer."""
+    return [output.pooler_output]
+
+
+def last_layer_output(layers: FeatureLayers) -> Any:
+    """Return `layers` as `get_image_features` would: the opposite of `last_layer_features`."""
+    return types.SimpleNamespace(pooler_output=tuple(layers[0]))
+
+
+# Classes of one activation: transformers' and PyTorch's.
+_SILU = ("SiLU", "SiLUActivation")
+FUSED_LAYERS: Mapping[str, FusedLayers] = {
+    "rms_norm": FusedLayers("RMSNorm", ("language",)),
+    "swiglu": FusedLayers("MLP", ("language",), activations=_SILU),
+    "rope": FusedLayers("Attention", PARTS),
+    "quick_gelu": FusedLayers("QuickGELUActivation", ("vision", "merger")),
+    "patch_embed": FusedLayers("Conv3d", ("vision",), path="patch_embed.proj"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What the package must know of one family of models.
+
+    Paths are those of modules inside the backbone (`model.model`), wherever in an adapted model that stands.
+
+    Attributes:
+        model_type: `model_type` of the configuration.
+        name: how people write it.
+        flops: counts one forward of a configuration; the flag says that batches are packed.
+        tower: path of the vision tower.
+        mergers: paths of what turns patches into tokens of the language model.
+        language: path of the language model.
+        output_head: name of the output head in the whole model.
+        chat: tokens and chat template.
+        rope_index: gives for a configuration `get_rope_index`, which computes M-RoPE positions.
+        patch_inputs: gives for a configuration and `grids` [I, 3] what the tower would work out from them.
+        packed_entries: gives what a packed batch brings beside what every family takes.
+        prepare_packing: changes a loaded model so that it takes `packed_entries`, layers with a state among them.
+        feature_layers: gives the features in an output of `get_image_features`, layer by layer.
+        feature_output: makes such an output of features.
+        count_feature_layers: gives for a configuration the number of these layers.
+        fused_layers: for each fused kernel the layers that it can replace.
+        unfit_kernels: for each fused kernel that would compute something else, the reason.
+        rope_functions: the functions that the kernel for rotary embeddings replaces.
+        keep_16bit: modules that are not quantized, by name or by the end of it.
+        packing: whether rows can be packed.
+        shared_prefixes: whether packed rows can share their prefix.
+        feature_cache: whether features of a frozen tower can be kept on disk.
+    """
+
+    model_type: str
+    name: str
+    flops: Callable[[Any, bool], ForwardFlops]
+    tower: str = "visual"
+    mergers: tuple[str, ...] = ("visual.merger",)
+    language: str = "language_model"
+    output_head: str = "lm_head"
+    chat: ChatFormat = field(default_factory=ChatFormat)
+    rope_index: Callable[[Any], Callable[..., Any]] = rope_index_of_class
+    patch_inputs: Callable[[Any, torch.Tensor], dict[str, Any]] = image_inputs
+    packed_entries: Callable[[PackedLayout], dict[str, Any]] = lambda layout: {}
+    prepare_packing: Callable[[Any], None] = lambda model: None
+    feature_layers: Callable[[Any], FeatureLayers] = last_layer_features
+    feature_output: Callable[[FeatureLayers], Any] = last_layer_output
+    count_feature_layers: Callable[[Any], int] = lambda config: 1
+    fused_layers: Mapping[str, FusedLayers] = field(default_factory=lambda: FUSED_LAYERS)
+    unfit_kernels: Mapping[str, str] = field(default_factory=dict)
+    rope_functions: RopeFunctions = field(default_factory=RopeFunctions)
+    # bitsandbytes would quantize the output head too when it is not tied.
+    keep_16bit: tuple[str, ...] = ("lm_head",)
+    packing: Capability = True
+    shared_prefixes: Capability = True
+    feature_cache: Capability = True
+
+    def part_of(self, name: str) -> str:
+        """Return which of `PARTS` a parameter, module or stored tensor belongs to, by its name under any prefix."""
+        if any(_holds(name, merger) for merger in self.mergers):
+            return "merger"
+        return "vision" if _holds(name, self.tower) else "language"
+
+    def tower_of(self, model: nn.Module) -> tuple[str, Any]:
+        """Return the name and the module of the vision tower of a model, with or without an adapter."""
+        return next((name, module) for name, module in model.named_modules() if f".{name}".endswith(f".{self.tower}"))
+
+
+def _holds(name: str, path: str) -> bool:
+    return f".{path}." in f".{name}."

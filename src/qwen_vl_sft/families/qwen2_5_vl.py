@@ -1,0 +1,34 @@
+"""Qwen2.5-VL: in most blocks of its vision tower a patch sees its window alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.vision_utils import get_vision_window_index
+
+from qwen_vl_sft.families.base import ForwardFlops, ModelFamily, dense_language_flops, image_inputs, vision_flops
+
+
+def _flops(config: Any, packed: bool) -> ForwardFlops:
+    vision = config.vision_config
+    mlp = 3 * vision.hidden_size * vision.intermediate_size  # gated
+    full = sum(index < vision.depth for index in vision.fullatt_block_indexes)
+    window = (vision.window_size // vision.patch_size) ** 2
+    language = dense_language_flops(config, packed)
+    return ForwardFlops(**language, **vision_flops(config, vision.hidden_size, mlp, full=full, window=window))
+
+
+def _patch_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
+    """Add `image_window_index` [image tokens], `image_cu_window_seqlens` [windows + 1], `image_max_window_seqlen`."""
+    vision = config.vision_config
+    index, windows = get_vision_window_index(grids, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    return {
+        **image_inputs(config, grids),
+        "image_window_index": index,
+        "image_cu_window_seqlens": windows,
+        "image_max_window_seqlen": int(windows.diff().max()),
+    }
+
+
+FAMILY = ModelFamily(model_type="qwen2_5_vl", name="Qwen2.5-VL", flops=_flops, patch_inputs=_patch_inputs)

@@ -1,0 +1,75 @@
+"""Qwen3-VL: features of deeper vision layers (DeepStack) and position embeddings that are interpolated.
+
+Some blocks of the tower have a merger of their own, whose features are added to image tokens behind the first layers
+of the language model.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+from qwen_vl_sft.families.base import (
+    FeatureLayers,
+    ForwardFlops,
+    ModelFamily,
+    PackedLayout,
+    dense_language_flops,
+    image_inputs,
+    vision_flops,
+)
+
+
+def _flops(config: Any, packed: bool) -> ForwardFlops:
+    vision = config.vision_config
+    mlp = 2 * vision.hidden_size * vision.intermediate_size
+    language = dense_language_flops(config, packed)
+    return ForwardFlops(**language, **vision_flops(config, vision.hidden_size, mlp, mergers=_layers(config)))
+
+
+def _layers(config: Any) -> int:
+    return 1 + len(config.vision_config.deepstack_visual_indexes or ())
+
+
+def _patch_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
+    """Add `image_interp_indices` [P, 4] and `image_interp_weights` [P, 4] float32 of the learned positions."""
+    vision = config.vision_config
+    # The mode is that of its vision model, which no configuration names.
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grids,
+        int(vision.num_position_embeddings**0.5),
+        "bilinear",
+        align_corners=True,
+        spatial_merge_size=vision.spatial_merge_size,
+    )
+    return {**image_inputs(config, grids), "image_interp_indices": indices, "image_interp_weights": weights}
+
+
+def _packed_entries(layout: PackedLayout) -> dict[str, Any]:
+    """Return `visual_places` [image tokens], where the features of deeper layers are added."""
+    return {"visual_places": layout.visual_positions} if len(layout.visual_positions) else {}
+
+
+def _feature_layers(output: Any) -> FeatureLayers:
+    return [output.pooler_output, *(output.deepstack_features or ())]
+
+
+def _feature_output(layers: FeatureLayers) -> Any:
+    last, *deeper = layers
+    return types.SimpleNamespace(pooler_output=tuple(last), deepstack_features=[tuple(layer) for layer in deeper])
+
+
+FAMILY = ModelFamily(
+    model_type="qwen3_vl",
+    name="Qwen3-VL",
+    flops=_flops,
+    mergers=("visual.merger", "visual.deepstack_merger_list"),
+    patch_inputs=_patch_inputs,
+    packed_entries=_packed_entries,
+    feature_layers=_feature_layers,
+    feature_output=_feature_output,
+    count_feature_layers=_layers,
+)
