@@ -1,4 +1,4 @@
-"""Values of YAML and the command line as the types that dataclass fields declare."""
+"""Convert values of YAML and the command line to the types that dataclass fields declare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 
 def coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`. Raises `ValueError` whose text says what was expected."""
+    """Return `value` as the type `hint`. Raises `ValueError` whose text says what was expected."""
     origin = typing.get_origin(hint)
     if hint is Any:
         return value
@@ -36,7 +36,7 @@ def coerce(value: Any, hint: Any) -> Any:
 
 
 def expected(hint: Any) -> str:
-    """How a message names the values that `hint` takes."""
+    """Return how a message names the values that `hint` takes."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         members = _told_apart(typing.get_args(hint))
@@ -53,13 +53,13 @@ def expected(hint: Any) -> str:
 
 
 def is_text(hint: Any) -> bool:
-    """Whether `hint` takes text and nothing else."""
+    """Return whether `hint` takes text and nothing else."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return str in members and set(members) <= {str, type(None)}
 
 
 def load_yaml(text: str, text_keys: Collection[str] = ()) -> Any:
-    """Parse YAML, refusing a key that stands twice, which plain YAML would silently let win.
+    """Parse YAML, refusing a key that is given twice: plain YAML silently keeps the last.
 
     A number under one of `text_keys` stays text as it is written: 010, 1.10 and 2024_05_01 are names there. Raises
     `ValueError` and `yaml.YAMLError`.
@@ -118,7 +118,7 @@ def _one_of(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _told_apart(members: tuple[Any, ...]) -> list[Any]:
-    """The types of a union that say something: `Enum | str` and `dict | str` only say that text may stand for the first."""
+    """Return the types of a union that matter: in `Enum | str` and `dict | str` text only stands for the first."""
     members = tuple(member for member in members if member is not type(None))
     written = any(
         _is_mapping(member) or (isinstance(member, type) and issubclass(member, enum.Enum)) for member in members

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 class Agreement:
-    """The largest of each flag over all processes.
+    """Share the largest of each flag over all processes.
 
     On a GPU the result of a step is read at the end of the next one: the host, which runs ahead of the device, then
     finds it there. On a CPU it is read at once.
@@ -22,7 +22,7 @@ class Agreement:
         self._copied = torch.cuda.Event() if self.on_gpu else None
 
     def post(self, flags: torch.Tensor) -> None:
-        """Share the flags of this process, a tensor on its device. All processes must call at once."""
+        """Post the flags of this process, a tensor on its device. All processes must call this together."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if self._copied is None:
@@ -33,7 +33,7 @@ class Agreement:
         self._copied.record()
 
     def read(self) -> list[float] | None:
-        """The flags posted last and not read yet, or None."""
+        """Return the flags posted last and not read yet, or None."""
         result, self._result = self._result, None
         if result is None:
             return None

@@ -1,4 +1,4 @@
-"""What the user asked `accelerate launch` for, read from the command line of the process that started this one.
+"""The request to `accelerate launch`, read from the command line of the process that started this one.
 
 The launcher passes on only what it made of the request; that it was asked for something else shows nowhere else.
 """
@@ -41,7 +41,7 @@ class Asked:
 
 
 def ancestors() -> Iterator[Process]:
-    """The processes above this one, nearest first; those that may not be looked at are left out."""
+    """Return the processes above this one, nearest first, without those that may not be inspected."""
     try:
         parents = psutil.Process().parents()
     except psutil.Error:
@@ -54,7 +54,7 @@ def ancestors() -> Iterator[Process]:
 
 
 def asked_of_launcher(chain: Iterable[Process] | None = None) -> Asked | None:
-    """The request to the `accelerate launch` above this process; `None` if there is none, or a nearer launcher."""
+    """Return the request to the `accelerate launch` above this process; `None` if there is none, or a nearer launcher."""
     for process in ancestors() if chain is None else chain:
         arguments = _launch_arguments(process.argv)
         if arguments is not None:
@@ -65,7 +65,7 @@ def asked_of_launcher(chain: Iterable[Process] | None = None) -> Asked | None:
 
 
 def _launch_arguments(argv: tuple[str, ...]) -> list[str] | None:
-    """What follows `accelerate launch` in a command line, also behind `python -m`, `uv run`, `timeout` and the like."""
+    """Return what follows `accelerate launch` in a command line, also behind `python -m`, `uv run`, `timeout` and such."""
     for index, word in enumerate(argv):
         name = Path(word).name
         if name == "accelerate-launch" or word == "accelerate.commands.launch":
@@ -77,7 +77,7 @@ def _launch_arguments(argv: tuple[str, ...]) -> list[str] | None:
 
 
 def _read_request(arguments: list[str], folder: Path) -> Asked | None:
-    """Flags first, then the configuration file, as in accelerate's own `_validate_launch_command`."""
+    """Resolve flags first, then the configuration file, as in accelerate's own `_validate_launch_command`."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 

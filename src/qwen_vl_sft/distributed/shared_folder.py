@@ -1,4 +1,4 @@
-"""Whether all processes see one run folder: each writes its part of a checkpoint there, and the first one marks it."""
+"""Check that all processes see one run folder: each writes its part of a checkpoint there."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_shared(folder: Path, context: DistributedContext) -> None:
 
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[str]:
-    """The name of a file in `folder`, which is made if need be; nothing is left afterwards."""
+    """Yield the name of a file in `folder`, which is created if needed; leave nothing afterwards."""
     made = _missing(folder)
     probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
     try:
@@ -78,7 +78,7 @@ def _sees(path: Path) -> bool:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """What must be made for `folder` to be there, itself first."""
+    """Return the folders that must be created for `folder` to exist, itself first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 

@@ -1,4 +1,4 @@
-"""What Slurm allotted to a job, compared with the world of its run."""
+"""Compare the processes of a run with what Slurm allotted to its job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ UNCHECKED = "any"
 
 
 def unlike_allotted(processes: int, on_cpu: bool, env: Mapping[str, str]) -> list[str]:
-    """Why a world of so many processes is not what the Slurm job was given; empty outside of Slurm.
+    """Return why this number of processes is not what the Slurm job was given; empty outside of Slurm.
 
     `QWEN_VL_SFT_EXPECTED_PROCESSES` says how many there must be, as slurm/sft.sbatch does. Without it, a run on GPUs must
     take all of the job's, and one on the CPU must at least be spread over the job's nodes.
@@ -40,6 +40,6 @@ def unlike_allotted(processes: int, on_cpu: bool, env: Mapping[str, str]) -> lis
 
 
 def _number(value: str | None) -> int:
-    """The count in a Slurm variable such as `4`, `a100:4` or `gpu:a100:4`; 0 for none."""
+    """Return the count in a Slurm variable such as `4`, `a100:4` or `gpu:a100:4`; 0 for none."""
     count = (value or "").partition("(")[0].rpartition(":")[2]
     return int(count) if count.isdecimal() else 0

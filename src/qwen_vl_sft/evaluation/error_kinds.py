@@ -1,4 +1,4 @@
-"""How a wrong answer is wrong, so that a person can look through one kind of mistake at a time."""
+"""Kinds of wrong answers, so that a person can look through one kind of mistake at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CURRENCIES = "$€£¥"
 
 
 def error_kind(answer: str, golds: Sequence[str]) -> str:
-    """The kind of an answer that is wrong, a key of `KINDS`; of several gold answers the one it comes nearest to.
+    """Return the kind of a wrong answer, a key of `KINDS`, against the nearest of several gold answers.
 
     An answer that holds the gold answer is `verbose`, also where it is a number with its unit. Where the gold answer is
     a number, the last number of the answer is held against it, `12%` both as 12 and as 0.12.

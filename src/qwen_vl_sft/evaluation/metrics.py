@@ -1,4 +1,4 @@
-"""Scores of one answer, means with intervals over rows, and the paired comparison of two arms. Needs no model.
+"""Scores of an answer, means with intervals over rows, and the paired comparison of two arms. Needs no model.
 
 Every score lies in [0, 1]. `METRICS` gives them by name: the published ChartQA metric is the headline, because it is
 what others report; the others stand beside it under names of their own.
@@ -26,7 +26,7 @@ _SEPARATED = re.compile(r"[+-]?\d{1,3}(?P<separator>[,\u00a0\u2009\u202f])\d{3}(
 
 
 def relaxed_accuracy(prediction: str, target: str) -> float:
-    """ChartQA's relaxed accuracy (Masry et al. 2022, section 5.1), as pix2struct and lmms-eval compute it.
+    """Score by ChartQA's relaxed accuracy (Masry et al. 2022, section 5.1), as pix2struct and lmms-eval compute it.
 
     Numbers within 5% of the target (`|prediction - target| / |target|`) are right; everything else must be equal in
     lower case. `5%` is the number 0.05. Years get the 5% too, and thousands separators make a text: the metric's own
@@ -40,7 +40,7 @@ def relaxed_accuracy(prediction: str, target: str) -> float:
 
 
 def strict_relaxed_accuracy(prediction: str, target: str) -> float:
-    """Relaxed accuracy without its known mistakes: years are exact, zero is a number, and notation does not count.
+    """Score by relaxed accuracy without its known mistakes: years are exact, zero is a number, and notation does not count.
 
     A target year (1500 to 2099) must be met exactly. On both sides thousands separators and one trailing full stop
     are dropped, and surrounding whitespace.
@@ -53,12 +53,12 @@ def strict_relaxed_accuracy(prediction: str, target: str) -> float:
 
 
 def exact_match(prediction: str, target: str) -> float:
-    """Equal texts, upper and lower case told apart, surrounding whitespace aside."""
+    """Score 1 for equal texts, case-sensitive, ignoring surrounding whitespace."""
     return float(prediction.strip() == target.strip())
 
 
 def anls(prediction: str, target: str) -> float:
-    """Normalised Levenshtein similarity in lower case, 0 below a half (Biten et al. 2019): for answers in sentences.
+    """Score by normalised Levenshtein similarity in lower case, 0 below a half (Biten et al. 2019): for answers in sentences.
 
     Its mean over rows is ANLS.
     """
@@ -86,7 +86,7 @@ NOTES = {
 
 
 def score(prediction: str, targets: Sequence[str]) -> dict[str, float]:
-    """Every metric of one prediction; the best of the accepted targets counts, for each metric by itself."""
+    """Return every metric of one prediction; the best of the accepted targets counts, for each metric on its own."""
     assert not isinstance(targets, str)
     return {name: max(metric(prediction, target) for target in targets) for name, metric in METRICS.items()}
 
@@ -117,7 +117,7 @@ class Comparison:
 
 
 def estimate(scores: Sequence[float], resamples: int = BOOTSTRAP_RESAMPLES) -> Estimate:
-    """The mean of N scores with its 95% percentile bootstrap interval; the order of the scores does not matter.
+    """Estimate the mean of N scores with its 95% percentile bootstrap interval, whatever their order.
 
     Rows are resampled as if independent, though several questions may share an image. When all scores are equal, the
     interval has no width, which says nothing about rows that were not seen.
@@ -148,7 +148,7 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
 
 
 def sign_test(first_wins: int, second_wins: int) -> float:
-    """The exact two-sided sign test; for scores of 0 and 1 it is McNemar's exact test.
+    """Return the p-value of the exact two-sided sign test; for scores of 0 and 1 it is McNemar's exact test.
 
     `2 * P(X <= min(wins))` for X binomial over all wins with probability 1/2, at most 1. Integers keep it exact.
     """
@@ -161,7 +161,7 @@ def sign_test(first_wins: int, second_wins: int) -> float:
 
 
 def _to_number(text: str) -> float | None:
-    """`float(text)`, or its hundredth when the text ends in `%`; None for everything else."""
+    """Return `float(text)`, or its hundredth when the text ends in `%`; None for everything else."""
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -176,7 +176,7 @@ def _normalise(text: str) -> str:
 
 
 def _edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance, a row of the table at a time: O(len(first)) numpy operations on len(second) values."""
+    """Return the Levenshtein distance, by len(first) numpy operations on len(second) values."""
     letters = np.array([ord(letter) for letter in second], dtype=np.int64)
     places = np.arange(len(second) + 1)
     previous = places

@@ -1,4 +1,4 @@
-"""Scores of answers that another program wrote to a file."""
+"""Score answers that another program wrote to a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROBLEMS_SHOWN = 5
 
 
 def score_predictions(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Scored rows and summary of a file: JSONL, or JSON with a list. Raises `UserError` that names the bad rows."""
+    """Return the scored rows and summary of a file: JSONL, or JSON with a list. Raises `UserError` with the bad rows."""
     rows, problems = [], []
     for row_id, (where, entry) in enumerate(_entries(path)):
         try:
@@ -37,7 +37,7 @@ def score_predictions(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of the file, each with its place for messages."""
+    """Return the rows of the file, each with its location for messages."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -81,7 +81,7 @@ def _score_entry(row_id: int, entry: Any) -> dict[str, Any]:
 
 
 def _text(value: Any, name: str) -> str:
-    """A text as it is, a number as Python writes it."""
+    """Return a text as it is, a number as Python writes it."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"has a {name} that is neither text nor a number: {value!r}")
     return str(value)

@@ -47,7 +47,7 @@ def write_report(
 
 
 def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts: Charts | None = None) -> str:
-    """The whole page as HTML. Texts of rows reach it only escaped or as JSON that the script shows as text."""
+    """Return the page as HTML. Texts of rows reach it only escaped, or as JSON that the script shows as text."""
     data = page_data(rows, list(summary["scores"]), charts)
     parts = {
         "title": escape(_title(summary)),
@@ -64,7 +64,7 @@ def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts
 
 
 def page_data(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], charts: Charts | None) -> dict[str, Any]:
-    """What the page's script shows: `arms`, `kinds`, `rows`, and `images`, in which rows share an equal chart.
+    """Return what the page's script shows: `arms`, `kinds`, `rows`, and `images`, in which rows share an equal chart.
 
     A row's `arms` are `[answer, right, kind]` in the order of `arms`; `kind` is None when the answer is right.
     """
@@ -95,7 +95,7 @@ def page_data(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], charts: Ch
 
 
 def embed(image: Image.Image) -> tuple[str, int, int]:
-    """An RGB image as a data URI with its width, at most 480 pixels, and height; in the format of the fewest bytes."""
+    """Return an RGB image as the smallest data URI, with its width (at most 480 pixels) and height."""
     scale = min(1.0, MAX_WIDTH / image.width, MAX_HEIGHT / image.height)
     if scale < 1:
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -110,7 +110,7 @@ def embed(image: Image.Image) -> tuple[str, int, int]:
 
 
 def to_script_json(value: Any) -> str:
-    """JSON that may stand inside `<script>`: none of its texts can close the element or open a comment."""
+    """Return JSON that is safe inside `<script>`: none of its texts can close the element or open a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     # A lone surrogate, which JSON answers may carry, has no UTF-8 form.
     return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
@@ -127,7 +127,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
-    """What was evaluated, as far as the summary says: predictions of another program come without model or dataset."""
+    """Return what was evaluated, from the summary: predictions of another program have no model or dataset."""
     settings, precision = summary.get("settings", {}), summary.get("precision", {})
     scored = precision.get("scored")
     if scored and not precision["scored_as_trained"]:
@@ -165,7 +165,7 @@ def _metric(scores: Mapping[str, Any], metric: str) -> str:
 
 
 def _bar(cell: Mapping[str, float]) -> str:
-    """The percentage with its interval, in figures and drawn on a line from 0 to 100."""
+    """Return the percentage with its interval, in figures and drawn on a line from 0 to 100."""
     mean, low, high = (100 * cell[name] for name in ("mean", "low", "high"))
     drawn = f'<i class="bar" style="--low:{low:.1f}%;--mean:{mean:.1f}%;--width:{high - low:.1f}%"></i>'
     return f"<b>{mean:.1f}</b> <small>[{low:.1f}, {high:.1f}]</small>{drawn}"
@@ -194,7 +194,7 @@ def _comparisons(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _errors(data: Mapping[str, Any]) -> str:
-    """How many wrong answers of each kind every arm gave."""
+    """Return how many wrong answers of each kind every arm gave."""
     body = []
     for place, arm in enumerate(data["arms"]):
         counts = Counter(row["arms"][place][2] for row in data["rows"])
@@ -203,7 +203,7 @@ def _errors(data: Mapping[str, Any]) -> str:
 
 
 def _table(label: str, headings: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table of HTML cells; what is wider than the page scrolls, also by keyboard."""
+    """Return a table of HTML cells; what is wider than the page scrolls, also by keyboard."""
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
     lines = "".join(
         f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"

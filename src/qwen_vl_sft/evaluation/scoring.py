@@ -1,4 +1,4 @@
-"""From answers to scores: scored rows, the summary of all arms and splits, and its table for a terminal."""
+"""Score answers: scored rows, the summary of all arms and splits, and its table for a terminal."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Question:
 
 
 def split_name(value: Any) -> str | None:
-    """The part of the data that a value of the split column stands for; None when the row has none."""
+    """Return the part of the data that a value of the split column stands for; None when the row has none."""
     return None if value is None else HALVES.get(str(value), str(value))
 
 
 def score_row(question: Question, predictions: Mapping[str, str]) -> dict[str, Any]:
-    """A line of `rows.jsonl`: the row, and of each arm its answer and every metric of it."""
+    """Return a line of `rows.jsonl`: the row, and for each arm its answer and every metric of it."""
     return {
         "row_id": question.row_id,
         "question": question.question,
@@ -50,7 +50,7 @@ def score_row(question: Question, predictions: Mapping[str, str]) -> dict[str, A
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
-    """Means and paired comparisons of scored rows, which all hold every one of `arms`.
+    """Return means and paired comparisons of scored rows, each of which holds all `arms`.
 
     Returns `scores[arm][split][metric]`, an `Estimate`, and `comparisons`, a list with every pair of arms for each split
     and metric. Splits are "all" and those the rows name. The order of the rows does not matter.
@@ -73,7 +73,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[st
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """The summary as a table of at most 80 columns: percentages with their 95% intervals, rows in the headings."""
+    """Return the summary as a table of at most 80 columns: percentages with 95% intervals, rows in the headings."""
     lines = ["in % with 95% intervals; in brackets after a heading its number of rows", ""]
     for metric in METRICS:
         lines += [f"{metric} ({NOTES[metric]})", *_metric_table(summary["scores"], metric), ""]
@@ -85,7 +85,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 def describe_cut(summary: Mapping[str, Any]) -> str | None:
-    """How many answers of which arms were cut, in a line; None where none was, or where it is not known."""
+    """Return a line that counts the truncated answers of each arm; None if there are none, or it is not known."""
     cut = [f"{arm} {count:,}" for arm, count in summary.get("cut_answers", {}).items() if count]
     return (
         f"at {summary['settings']['max_new_tokens']:,} tokens: {', '.join(cut)} of {summary['rows']:,}" if cut else None
