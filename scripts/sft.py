@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
+from qwen_vl_sft.compat.tested_versions import warn_of_untested_versions
 from qwen_vl_sft.config.command_line import format_help, parse_command_line
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
@@ -27,11 +28,13 @@ def main() -> None:
     """Check the recipe, the data and the launch; load the model; train; write the run folder."""
     watch = Watch()
     watch.begin()
-    quiet_libraries(rank=int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    quiet_libraries(rank)
     recipe_file, overrides, switches = parse_command_line(sys.argv[1:], flags=tuple(SWITCHES))
     if "help" in switches:
         print(format_help(__doc__ or "", SWITCHES))
         return
+    warn_of_untested_versions(rank)
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
     from qwen_vl_sft.config.reading import read_recipe

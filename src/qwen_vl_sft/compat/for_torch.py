@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from qwen_vl_sft.compat.registry import Patch
+
+_COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 
 
 def gather_bytes() -> None:
@@ -65,3 +71,126 @@ def end_workers(loaders: Iterable[Any]) -> None:
         iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
+
+
+def _copies_change_nans() -> bool:
+    """Whether a copy of bfloat16 values on a GPU, as FSDP2 makes it, changes bits of those that look like NaN."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16)
+    copied = torch.empty_like(bits).view(torch.bfloat16)
+    torch._foreach_copy_([copied], [bits.view(torch.bfloat16)])
+    return not torch.equal(copied.view(torch.int16), bits)
+
+
+def _convolutions_keep_tf32() -> bool:
+    """Whether convolutions may compute in TF32 when all float32 is to be computed as such."""
+    backends: Any = torch.backends
+    before = backends.fp32_precision
+    try:
+        backends.fp32_precision = "ieee"
+        return bool(backends.cudnn.conv.fp32_precision == "tf32")
+    finally:
+        backends.fp32_precision = before
+
+
+def _sigterm_ends_workers() -> bool:
+    """Whether a process with PyTorch's handlers of workers ends by a SIGTERM from another process than its parent."""
+    import subprocess
+
+    ready, tell = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+        torch._C._set_worker_signal_handlers()
+        os.write(tell, b".")
+        time.sleep(10)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(tell)
+    subprocess.run(["kill", "-TERM", str(worker)], check=True)
+    return os.WIFSIGNALED(os.waitpid(worker, 0)[1])
+
+
+def _ends_late() -> bool:
+    """Whether a process that keeps the worker of a loader of pinned batches takes seconds to end."""
+    import subprocess
+    import sys
+
+    script = """
+import time, torch
+loader = torch.utils.data.DataLoader(range(2), num_workers=1, persistent_workers=True, pin_memory=True)
+list(loader)
+print(time.time())
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return time.time() - float(ended.stdout) > 4
+
+
+PATCHES = (
+    Patch(
+        name="gather_bytes",
+        package="torch",
+        broken="<=2.11",
+        without="FSDP2 corrupts 4-bit weights during all-gather on GPUs: all NaN patterns become one.",
+        applied_by="compat.for_torch.gather_bytes",
+        links=(
+            "https://github.com/pytorch/pytorch/issues/159333",
+            "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945",
+        ),
+        needs="cuda",
+        still_needed=_copies_change_nans,
+        relies_on={f"{_COLLECTIVES}._get_all_gather_input_metadatas": ("param_all_gather_inputs",)},
+        reads={f"{_COLLECTIVES}.foreach_all_gather": ("_get_all_gather_input_metadatas", "dtype == torch.uint8")},
+    ),
+    Patch(
+        name="turn_off_tf32_in_convolutions",
+        package="torch",
+        broken="<=2.11",
+        without="`tf32: false` leaves TF32 on in convolutions, of which the vision tower's first layer is one.",
+        applied_by="compat.for_torch.turn_off_tf32_in_convolutions",
+        links=("https://github.com/pytorch/pytorch/issues/179445",),
+        still_needed=_convolutions_keep_tf32,
+    ),
+    Patch(
+        name="handle_sigterm_in_workers",
+        package="torch",
+        broken="<=2.11",
+        without="A SIGTERM to the whole job ends the workers of data loaders, and the step in progress with them.",
+        applied_by="compat.for_torch.handle_sigterm_in_workers",
+        links=("https://github.com/pytorch/pytorch/pull/3474",),
+        still_needed=_sigterm_ends_workers,
+        relies_on={"torch.utils.data._utils.signal_handling._set_worker_signal_handlers": ()},
+        reads={"torch.utils.data._utils.worker._worker_loop": ("signal_handling._set_worker_signal_handlers()",)},
+    ),
+    Patch(
+        name="end_workers",
+        package="torch",
+        broken="<=2.11",
+        without="A process with pinned batches waits five seconds for each kept worker when it ends.",
+        applied_by="compat.for_torch.end_workers",
+        links=("https://github.com/pytorch/pytorch/issues/81794",),
+        needs="cuda",
+        still_needed=_ends_late,
+        relies_on={"torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers": ()},
+        reads={"torch.utils.data.DataLoader": ("self._iterator",)},
+    ),
+    Patch(
+        name="limit_waits",
+        package="torch",
+        broken="<=2.11",
+        kind="extension",
+        without="Process groups keep the limit that they were made with: a day while data is read, or ten minutes always.",
+        applied_by="distributed.launch.limit_waits",
+        relies_on={"torch.distributed.distributed_c10d._set_pg_timeout": ("timeout", "group")},
+        reads={"torch.distributed.distributed_c10d._World": ("def pg_map",)},
+    ),
+    Patch(
+        name="compile_in_one_thread",
+        package="torch",
+        broken="<=2.11",
+        kind="extension",
+        without="A process for each core imports PyTorch, beside every process of the run, to compile a few lines.",
+        applied_by="modeling.kernels.use_fused_kernels",
+        reads={"torch._inductor.config.decide_compile_threads": ("sched_getaffinity",)},
+    ),
+)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from trl.trainer import utils as trl_utils
 
+from qwen_vl_sft.compat.registry import Patch, source_of
+
 
 def score_places_as_they_come(model: Any) -> None:
     """Have TRL's output head score all places that a packed batch names; they are learned, all but that of a filler.
@@ -47,3 +49,60 @@ def call_head_after_backbone(model: Any) -> None:
             model.get_output_embeddings()(output.last_hidden_state[:, :0])
 
     model.model.register_forward_hook(call_head, with_kwargs=True)
+
+
+def _head_is_not_called() -> bool:
+    """Whether the fused head leaves out the hooks of the layer whose weight it reads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    config = AutoConfig.for_model("llama", num_attention_heads=1, num_key_value_heads=1, **sizes)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    trl_utils.add_fused_lm_head(model)
+    called = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda *args: called.append(True))
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    model(input_ids=ids, labels=ids, fused_lm_head=True)
+    return not called
+
+
+def _trl_leaves_normalisation_to_the_model() -> bool:
+    """Whether TRL's trainer neither says that it normalises by itself nor that its models take the count of tokens."""
+    from trl import SFTTrainer
+
+    says = "model_accepts_loss_kwargs = True" in source_of("trl.trainer.sft_trainer.SFTTrainer")
+    return not says and getattr(SFTTrainer, "loss_is_scaled_for_ga", None) is None
+
+
+PATCHES = (
+    Patch(
+        name="score_places_as_they_come",
+        package="trl",
+        broken="<=1.16",
+        without="The output head of a packed batch waits for the GPU three times in every micro-batch.",
+        applied_by="compat.for_trl.score_places_as_they_come",
+        links=("https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/utils.py",),
+        still_needed=lambda: "hidden_states[mask] if compact" in source_of("trl.trainer.utils.add_fused_lm_head"),
+        relies_on={"trl.trainer.utils._use_triton": ("device",)},
+        reads={"trl.trainer.utils.add_fused_lm_head": ("_use_triton(hidden_states.device)",)},
+    ),
+    Patch(
+        name="call_head_after_backbone",
+        package="trl",
+        broken="<=1.16",
+        without="Under FSDP2 the second forward meets a split head: it fails, or each process takes its own gradient.",
+        applied_by="compat.for_trl.call_head_after_backbone",
+        links=("https://github.com/verl-project/verl/pull/7427",),
+        still_needed=_head_is_not_called,
+    ),
+    Patch(
+        name="normalise_by_tokens_of_the_global_batch",
+        package="trl",
+        broken="<=1.16",
+        without="Families that declare to take no loss arguments train on the mean of the means of micro-batches.",
+        applied_by="training.trainer.VisionSFTTrainer",
+        links=("https://github.com/huggingface/transformers/pull/40333",),
+        still_needed=_trl_leaves_normalisation_to_the_model,
+        reads={"transformers.trainer.Trainer": ("self.model_accepts_loss_kwargs",)},
+    ),
+)

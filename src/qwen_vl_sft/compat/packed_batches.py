@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen_vl_sft.compat.registry import Patch, embedded_model
 
 
 def take_packed_batches(model: Any) -> None:
@@ -114,3 +117,55 @@ def _take_visual_places(language_model: Any) -> None:
 
     language_model._deepstack_process = MethodType(add, language_model)
     language_model.register_forward_pre_hook(name_places, with_kwargs=True)
+
+
+def _counting_reads_back() -> bool:
+    """Whether `get_placeholder_mask` of the embedded model turns a tensor into a Python number."""
+    backbone = type(embedded_model().model)
+    tokens = SimpleNamespace(config=SimpleNamespace(image_token_id=1, video_token_id=2))
+    read = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            read.append(operation.overloadpacket.__name__ == "_local_scalar_dense")
+            return operation(*args, **(kwargs or {}))
+
+    with Reads():
+        backbone.get_placeholder_mask(tokens, torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, 3), torch.ones(2, 3))
+    return any(read)
+
+
+PATCHES = (
+    Patch(
+        name="take_packed_batches",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="Models run the vision tower once per image shown, and the last layer on tokens that predict nothing.",
+        applied_by="compat.packed_batches.take_packed_batches",
+        relies_on={
+            "model.model.get_image_features": ("pixel_values", "image_grid_thw"),
+            "model.model.language_model._deepstack_process": ("hidden_states", "visual_pos_masks", "visual_embeds"),
+            "model.model.language_model.layers.-1.forward": ("hidden_states",),
+            "model.model.forward": ("mm_encoder_outputs",),
+        },
+        reads={
+            "model.model.language_model.layers.-1.forward": (
+                "self.self_attn(",
+                "self.input_layernorm(",
+                "self.post_attention_layernorm(",
+                "self.mlp(",
+            )
+        },
+    ),
+    Patch(
+        name="count_no_placeholders_in_training",
+        package="transformers",
+        broken="<=5.23",
+        without="Models wait for the GPU in every micro-batch to count image tokens that the collator has counted.",
+        applied_by="compat.packed_batches.count_no_placeholders_in_training",
+        links=("https://github.com/huggingface/transformers/pull/44907",),
+        still_needed=_counting_reads_back,
+        relies_on={"model.model.get_placeholder_mask": ("input_ids", "inputs_embeds")},
+    ),
+)

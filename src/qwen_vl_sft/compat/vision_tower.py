@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwen_vl_sft.compat.registry import Patch
+
 _BEFORE_PREFILL = "_prepare_multimodal_encoder_kwargs_for_generation"
 
 
@@ -92,3 +94,37 @@ def run_vision_in_every_batch(model: Any) -> None:
             return encode_images(model_kwargs)
 
         setattr(model, _BEFORE_PREFILL, encode_images_or_nothing)
+
+
+PATCHES = (
+    Patch(
+        name="run_frozen_vision_without_gradients",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="Gradient checkpointing keeps the graph of a frozen vision tower and runs it backwards.",
+        applied_by="compat.vision_tower.run_frozen_vision_without_gradients",
+        relies_on={"model.model.visual.forward": ("hidden_states", "grid_thw")},
+    ),
+    Patch(
+        name="run_frozen_blocks_without_gradients",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="Gradient checkpointing keeps the graph of frozen blocks in front of a merger that trains.",
+        applied_by="compat.vision_tower.run_frozen_blocks_without_gradients",
+        relies_on={"model.model.visual.blocks.0.forward": ("hidden_states",)},
+    ),
+    Patch(
+        name="run_vision_in_every_batch",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="A process whose batch has no image leaves the others waiting where the vision tower is split or trains.",
+        applied_by="compat.vision_tower.run_vision_in_every_batch",
+        relies_on={
+            "model.model.get_image_features": ("pixel_values", "image_grid_thw"),
+            f"model.{_BEFORE_PREFILL}": ("model_kwargs",),
+        },
+    ),
+)

@@ -1,0 +1,108 @@
+"""Describe the changes to libraries that modules apply where they belong: attention, kernels, and what is written out."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from torch import nn
+
+from qwen_vl_sft.compat.registry import Patch, embedded_model, source_of
+
+
+def _sdpa_loops_over_images() -> bool:
+    """Whether the vision tower's attention splits images in Python unless its name holds "flash"."""
+    from transformers.utils.generic import is_flash_attention_requested
+
+    source = inspect.getsource(type(embedded_model().model.visual.blocks[0].attn).forward)
+    by_name = is_flash_attention_requested(requested_attention_implementation="segmented_flash")
+    return by_name and "is_flash_attention_requested" in source and "torch.split(" in source
+
+
+def _ligers_own_patch_fails() -> bool:
+    """Whether liger-kernel's patch of the embedded model's family does not import."""
+    try:
+        importlib.import_module(f"liger_kernel.transformers.model.{embedded_model().config.model_type}")
+    except ImportError:
+        return True
+    return False
+
+
+PATCHES = (
+    Patch(
+        name="use_segmented_vision_attention",
+        package="transformers",
+        broken="<=5.23",
+        without="With sdpa every layer of the vision tower loops over the images of a batch in Python.",
+        applied_by="modeling.attention.use_segmented_vision_attention",
+        links=("https://github.com/huggingface/transformers/pull/47703",),
+        still_needed=_sdpa_loops_over_images,
+        relies_on={
+            "transformers.AttentionInterface.register": ("key", "value"),
+            "transformers.AttentionMaskInterface.register": ("key", "value"),
+        },
+    ),
+    Patch(
+        name="use_packed_attention",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="Packed rows that share a beginning cannot attend inside their own bounds.",
+        applied_by="modeling.attention.use_packed_attention",
+        relies_on={
+            "transformers.integrations.sdpa_attention.sdpa_attention_forward": ("module", "attention_mask", "scaling"),
+            "transformers.masking_utils.sdpa_mask": ("attention_mask",),
+        },
+    ),
+    Patch(
+        name="use_fused_kernels",
+        package="liger-kernel",
+        broken="<=0.8.5",
+        without="liger-kernel's own patch of Qwen2-VL does not import with transformers 5.23.",
+        applied_by="modeling.kernels.use_fused_kernels",
+        links=("https://github.com/linkedin/Liger-Kernel",),
+        needs="liger-kernel",
+        still_needed=_ligers_own_patch_fails,
+    ),
+    Patch(
+        name="fuse_patch_embed",
+        package="transformers",
+        broken="<=5.23",
+        without="cuDNN has no fast bfloat16 convolution for the vision tower's first layer.",
+        applied_by="modeling.kernels.use_fused_kernels",
+        links=(
+            "https://github.com/huggingface/transformers/issues/45750",
+            "https://github.com/huggingface/transformers/pull/45041",
+        ),
+        still_needed=lambda: isinstance(embedded_model().model.visual.patch_embed.proj, nn.Conv3d),
+    ),
+    Patch(
+        name="fuse_lora",
+        package="peft",
+        broken="<=0.21.2",
+        without="An adapter's layer makes three passes over its widest activations, and rounds three times.",
+        applied_by="modeling.kernels.use_fused_lora",
+        still_needed=lambda: (
+            "result = result + lora_B(lora_A(dropout(x))) * scaling"
+            in source_of("peft.tuners.lora.layer.Linear.forward")
+        ),
+        reads={"peft.tuners.lora.layer.LoraLayer": ("self.lora_variant", "self.lora_bias", "self.scaling")},
+    ),
+    Patch(
+        name="silence_renamed_arguments",
+        package="peft",
+        broken="<=0.21.2",
+        without="Every start warns of names that PEFT uses and transformers has renamed.",
+        applied_by="console.quiet_libraries",
+        still_needed=lambda: "is_gradient_checkpointing" in source_of("peft.peft_model"),
+    ),
+    Patch(
+        name="keep_compiled_kernels",
+        package="flash-attn-4",
+        broken="<=4.0.0b36",
+        kind="extension",
+        without="FlashAttention-4 compiles its kernels anew in every run, or keeps them where others may write.",
+        applied_by="modeling.attention_kernels.varlen_kernel",
+        needs="flash-attn-4",
+    ),
+)
