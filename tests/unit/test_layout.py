@@ -94,3 +94,10 @@ def test_the_readme_names_the_modules_of_the_root():
     tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("    src/qwen_vl_sft/")[1].split("\n\n")[0]
     named = re.findall(r"\w+", tree.splitlines()[1].strip().split("  ")[0])
     assert sorted(named) == sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_the_readme_names_modules_where_they_are():
+    tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("    src/qwen_vl_sft/")[1].split("\n\n")[0]
+    named = re.findall(r"^      (\w+)/ +(.+)$", tree, re.MULTILINE)
+    modules = [PACKAGE / folder / name for folder, line in named for name in re.findall(r"\w+\.py|\w+/", line)]
+    assert not [str(path) for path in modules if not path.exists()]
