@@ -1,4 +1,4 @@
-"""How much of the data an optimizer step takes over all processes: rows, or whole rows of about so many tokens."""
+"""The batch of an optimizer step over all processes: a number of rows, or whole rows of about so many tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class GlobalBatch:
     tokens: int | None = None
 
     def steps(self, lengths: np.ndarray) -> int:
-        """Steps of an epoch of rows with these lengths in tokens; the same for every order of them."""
+        """Return the steps of an epoch of rows with these lengths in tokens; the same for every order of them."""
         if self.rows is not None:
             return math.ceil(len(lengths) / self.rows)
         assert self.tokens is not None
         return math.ceil(int(lengths.sum()) / self.tokens)
 
     def split(self, lengths: np.ndarray) -> list[slice]:
-        """The rows of each step of an epoch that takes them in this order.
+        """Return the rows of each step of an epoch that takes them in this order.
 
         Steps of so many tokens are as equal as whole rows allow, so that none is a remainder: an epoch is cut into equal
         parts, and a row belongs to the part in which its middle lies. A part has as many tokens as asked for at most, a
@@ -38,7 +38,7 @@ class GlobalBatch:
         return [slice(int(start), int(stop)) for start, stop in itertools.pairwise(edges)]
 
     def most(self, lengths: np.ndarray) -> tuple[int, int]:
-        """Rows and tokens that no step exceeds."""
+        """Return the rows and tokens that no step exceeds."""
         if self.rows is not None:
             return self.rows, int(lengths.sum())
         assert self.tokens is not None

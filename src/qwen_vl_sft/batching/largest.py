@@ -1,4 +1,4 @@
-"""The micro-batch of a plan that needs most memory, to be tried before the first step."""
+"""Find the micro-batch of a plan that needs most memory, to try it before the first step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WEIGHTS = (0.0, 0.5, 1.0)
 
 
 def largest_micro_batch(plan: StepPlan) -> MicroBatch:
-    """A micro-batch that needs as much memory as any of any epoch, but for a row: full, and of the largest images.
+    """Return a micro-batch that needs as much memory as any of any epoch, but for a row: full, with the largest images.
 
     A step begins and ends anywhere in a group, so one of few rows may show an image for the last question on it alone,
     and another for the first few. A patch counts as a token does: it costs about as much where the vision tower trains,
@@ -45,7 +45,7 @@ class _Search:
         self.costs = tokens + patches
 
     def filled_up(self, weight: float, begun: bool) -> MicroBatch:
-        """Groups one after another, cut where there is no room for them whole; `begun` with one row of a group."""
+        """Add groups one after another, cut where they do not fit whole; `begun` with one row of a group."""
         batch: MicroBatch = []
         left = self.limits
         needs = weight * self.shares[:, 0] + (1 - weight) * self.shares[:, 1:].max(axis=1)

@@ -1,4 +1,4 @@
-"""Which rows are trained together: an epoch's order, its optimizer steps, and in each the micro-batches of every process.
+"""Plan which rows train together: an epoch's order, its optimizer steps, and their micro-batches by process.
 
 Everything follows from the rows' lengths, the recipe and the seed, so that all processes work it out alike. The rows of
 an optimizer step do not depend on the number of processes.
@@ -24,13 +24,13 @@ MicroBatch = list[Group]
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
-    """The numbers of all rows in the random order of an epoch."""
+    """Return the indices of all rows in the random order of an epoch."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
 @dataclass(frozen=True)
 class PackingStats:
-    """Rows of a step, micro-batches of a process and step, how full of tokens these are, the share that is computed."""
+    """Rows a step, micro-batches a process and step, how full of tokens these are, and the share that is computed."""
 
     rows: float
     micro_batches: float
@@ -68,11 +68,11 @@ class StepPlan:
         self.share_prefixes = share_prefixes
 
     def __len__(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Return the optimizer steps of an epoch."""
         return self.batch.steps(self.sizes.tokens)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Every row once, in the order of an epoch; rows with the same prefix stand together when it is shared."""
+        """Return every row once, in the order of an epoch; rows that share a prefix stand together."""
         shuffled = np.array(epoch_order(len(self.sizes.tokens), self.seed, epoch))
         if not self.share_prefixes:
             return shuffled
@@ -87,13 +87,13 @@ class StepPlan:
         return shuffled[np.argsort(place, kind="stable")]
 
     def steps(self, epoch: int) -> Iterator[list[list[MicroBatch]]]:
-        """The steps of an epoch, each as micro-batches by process; every process gets as many of them."""
+        """Return the steps of an epoch, each as micro-batches by process; every process gets the same number."""
         order = self.order(epoch)
         for rows in self.batch.split(self.sizes.tokens[order]):
             yield self.split(order[rows].tolist())
 
     def packing_stats(self, steps: int = 50) -> PackingStats:
-        """What the first steps of a run look like."""
+        """Return statistics of the first steps of a run."""
         found, tokens, rows, rows_alone = [], 0.0, 0, 0
         for step in itertools.islice(self.steps(0), steps):
             found.append(len(step[0]))
@@ -105,7 +105,7 @@ class StepPlan:
         return PackingStats(rows / len(found), sum(found) / len(found), tokens / room, tokens / rows_alone)
 
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
-        """Micro-batches by process for the rows of one step: as few as the budget allows, and as equal as they can be."""
+        """Return micro-batches by process for the rows of one step: as few as the budget allows, as equal as possible."""
         groups = self.groups(rows)
         tokens = sum(self.sizes.of(group)[0] for group in groups)
         for count in range(max(1, math.ceil(tokens / (self.processes * self.tokens_per_batch))), len(rows) + 1):
@@ -115,7 +115,7 @@ class StepPlan:
         raise AssertionError("every row fits a micro-batch of its own")
 
     def groups(self, rows: Sequence[int]) -> list[Group]:
-        """These rows in groups on one prefix, each of which fits a micro-batch; single rows when nothing is shared."""
+        """Return these rows in groups on one prefix that each fit a micro-batch; single rows when nothing is shared."""
         if not self.share_prefixes:
             return [[row] for row in rows]
         found: dict[tuple[int, int], Group] = {}
@@ -141,7 +141,7 @@ class StepPlan:
         return groups
 
     def _fill(self, groups: list[Group], bins: int) -> list[tuple[np.ndarray, MicroBatch]] | None:
-        """Longest first into the lightest bin, by whichever of tokens and patches it has more of. None if it fails."""
+        """Put the longest first into the lightest bin, by tokens or patches, whichever it has more of. None if it fails."""
         costs = [self.sizes.of(group) for group in groups]
         scale = np.maximum(sum(costs), 1.0)
         loads = np.zeros((bins, 2))
@@ -158,7 +158,7 @@ class StepPlan:
         return list(zip(loads, filled, strict=True))
 
     def _deal(self, bins: list[tuple[np.ndarray, MicroBatch]], count: int) -> list[list[MicroBatch]]:
-        """`count` bins to each process, the heaviest first to the one that has least: all wait for the slowest."""
+        """Give `count` bins to each process, the heaviest first to the one with least: all wait for the slowest."""
         scale = np.maximum(sum(load for load, _ in bins), 1.0)
         totals = np.zeros((self.processes, 2))
         dealt: list[list[MicroBatch]] = [[] for _ in range(self.processes)]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the mark that says that one is whole, and the choice of the one to go on from.
+"""Checkpoints of a run: the mark of a complete one, and the choice of the one to resume from.
 
 A checkpoint is many files, written by several processes. Only when all of them have finished does the first process
 write `complete.json`, with the size and digest of every file. What has no such mark, or does not agree with it, was cut
@@ -33,7 +33,7 @@ _SECONDS_TO_SEE = 30.0
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to go on from. `about` is what its mark says of the run; empty for one without a mark.
+    """A checkpoint to resume from. `about` is what its mark says of the run; empty for one without a mark.
 
     `best` is the checkpoint of the best evaluation until then, None when there is none to load. `judged_alike`: the run
     that goes on evaluates the same rows by the same metric, so that what was the best until then still counts.
@@ -47,44 +47,44 @@ class Checkpoint:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether an evaluation was to come next, for which the run that goes on makes up."""
+        """Return whether an evaluation was due next, which the resumed run does first."""
         return bool(self.about.get("evaluation_due"))
 
     @property
     def so_far(self) -> dict[str, Any]:
-        """What the whole run had come to by then (`SavingTrainer.so_far`)."""
+        """Return the totals of the whole run up to then (`SavingTrainer.so_far`)."""
         return dict(self.about.get("so_far", {}))
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a folder of this name holds a checkpoint."""
+    """Return whether a folder of this name holds a checkpoint."""
     return _NAME.match(name) is not None
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+    """Return the folder of a step's checkpoint."""
     return run / f"checkpoint-{step}"
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder, by its name."""
+    """Return the step of a checkpoint's folder, from its name."""
     match = _NAME.match(folder.name)
     assert match, f"{folder} is no checkpoint"
     return int(match[1])
 
 
 def folders(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, whole or not, by their steps."""
+    """Return the checkpoint folders of a run by step, complete or not."""
     return sorted((path for path in run.glob("checkpoint-*") if is_checkpoint_name(path.name)), key=step_of)
 
 
 def marked(run: Path) -> list[Path]:
-    """Those that were written to their end, by their steps; whether one is damaged since is not looked at."""
+    """Return the checkpoints that were written completely, by step, without checking for damage since."""
     return [folder for folder in folders(run) if (folder / MARK).is_file()]
 
 
 def newest_marked(run: Path, last_step: int) -> Path | None:
-    """The newest of `marked` up to a step."""
+    """Return the newest of `marked` up to a step."""
     found = [folder for folder in marked(run) if step_of(folder) <= last_step]
     return found[-1] if found else None
 
@@ -103,13 +103,13 @@ def check_parts(folder: Path, processes: int) -> None:
 
 
 def write_mark(folder: Path, about: dict[str, Any]) -> None:
-    """Mark a checkpoint as whole; `check_parts` comes before. Raises `OSError`."""
+    """Mark a checkpoint as complete, after `check_parts`. Raises `OSError`."""
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
     atomic_write(folder / MARK, json.dumps({**about, "files": files}, indent=2))
 
 
 def problem_of(folder: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from; None when it is whole."""
+    """Return why a checkpoint cannot be resumed from; None when it is complete."""
     if not (folder / MARK).is_file():
         return f"it was not written to its end ({MARK} is missing)"
     try:
@@ -132,7 +132,7 @@ def problem_of(folder: Path) -> str | None:
 
 
 def find(run: Path, resume: str | None, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint to resume from: the newest whole one of `run` for `latest`, else the folder named.
+    """Return the checkpoint to resume from: the newest complete one of `run` for `latest`, else the folder named.
 
     `latest` passes over what is not whole and tells so, and is None where nothing is left: a job that is queued again
     starts anew if the first run did not get far enough. Raises `UserError` for a folder named that is not whole.
@@ -175,7 +175,7 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _lacks(folder: Path, processes: int | None) -> str | None:
-    """What a resume needs and would do without in silence. `processes` of the run that wrote it, None if not known."""
+    """Return what a resume needs and is missing; `processes` of the run that wrote it, None if not known."""
     names = set(_files(folder))
     needed = {_STATE, "scheduler.pt"}
     if any(name.startswith("pytorch_model_fsdp_0/") for name in names):
@@ -203,7 +203,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file; of the first and last 16 MiB when it is larger than 256 MiB."""
+    """Return the sha256 of a file; of the first and last 16 MiB when it is larger than 256 MiB."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _DIGEST_WHOLE:

@@ -1,4 +1,4 @@
-"""What DeepSpeed and FSDP would unpickle of a checkpoint without any restriction, looked through before they do.
+"""Check the pickles of a checkpoint before DeepSpeed and FSDP load them without restrictions.
 
 transformers restricts what it unpickles itself to tensors and plain data. DeepSpeed's states, and the index and the numbers
 of PyTorch's distributed checkpoints, are loaded as they are: whoever wrote them could run code.
@@ -29,7 +29,7 @@ _IN_INDEX = {
 
 
 def problem_of_pickles(folder: Path) -> str | None:
-    """What in a checkpoint could run code when it is resumed from, with why; None when it is tensors and plain data."""
+    """Return what in a checkpoint could run code on a resume, and why; None if it is tensors and plain data."""
     looked_at = {
         f"{_DEEPSPEED_TAG}*/**/*.pt": _problem_of_state,
         _DEEPSPEED_LATEST: _problem_of_tag,
@@ -83,7 +83,7 @@ class _IndexReader(pickle.Unpickler):
     """Makes nothing but what the index of a distributed checkpoint consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A type of `_IN_INDEX`, of the index itself, or a dtype."""
+        """Return a type of `_IN_INDEX`, of the index itself, or a dtype."""
         if module == index_types.__name__ and isinstance(getattr(index_types, name, None), type):
             found: Any = getattr(index_types, name)
             if found.__module__ == module:
@@ -96,7 +96,7 @@ class _IndexReader(pickle.Unpickler):
 
 
 def _refused(file: Any, **options: Any) -> str | None:
-    """Why PyTorch does not load a file with restrictions."""
+    """Return why PyTorch does not load a file with restrictions."""
     try:
         torch.load(file, map_location="cpu", weights_only=True, **options)
     except Exception as error:

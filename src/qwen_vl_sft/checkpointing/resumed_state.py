@@ -1,4 +1,4 @@
-"""What transformers takes from a checkpoint although the recipe, or the run folder, says it now."""
+"""Correct what transformers takes from a checkpoint although the recipe or the run folder decides it."""
 
 from __future__ import annotations
 

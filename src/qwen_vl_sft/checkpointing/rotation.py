@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the newest ones and the best; those of a way that the run has left are set aside."""
+"""Rotate checkpoints: keep the newest and the best, and set aside those that a run has abandoned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`log_row_ids: true`: which rows each optimizer step trained on, as a proof that a resume changes nothing."""
+"""`log_row_ids: true`: record the rows of each optimizer step, to prove that a resume changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def forget_after(folder: Path, step: int, pattern: str = PATTERN) -> None:
 
 
 def read_row_log(folder: Path) -> dict[int, list[int]]:
-    """The row ids of every step over all processes, in the order of the epoch for padded batches.
+    """Return the row ids of every step over all processes, in the order of the epoch for padded batches.
 
     That order is by micro-batch and then by process. Raises `ValueError` when a process has a step twice.
     """
@@ -51,7 +51,7 @@ def _steps(path: Path) -> list[tuple[int, list[list[int]]]]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Lines with their entries; the last one may have been cut off."""
+    """Yield lines with their entries; the last one may have been cut off."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""The folder of a run: refused when used, and what is written into it besides the model."""
+"""The run folder: refuse a used one, and write everything but the model into it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def problems_of_output_dir(folder: Path, overwrite: bool, resume: str | None) -> Iterator[str]:
-    """Why a run may not write to `folder`; nothing when it may."""
+    """Return why a run may not write to `folder`; nothing when it may."""
     if folder.is_file():
         yield f"output_dir: {folder} is a file; name a folder"
         return
@@ -87,7 +87,7 @@ def finish(folder: Path, metrics: dict[str, Any], log_history: list[dict[str, An
 
 
 def environment(context: dict[str, Any], data: dict[str, Any], devices: list[str]) -> dict[str, Any]:
-    """Versions, machine, code, data and world of a run. Holds no environment variables, which may carry tokens."""
+    """Return versions, machine, code, data and launch of a run, without environment variables, which may hold tokens."""
     return {
         "versions": {"qwen_vl_sft": __version__, **{name: _version(name) for name in PACKAGES}},
         "python": platform.python_version(),
@@ -101,7 +101,7 @@ def environment(context: dict[str, Any], data: dict[str, Any], devices: list[str
 
 
 def _empty(folder: Path) -> None:
-    """The folder itself stays: it may be a link to where there is room, or a place where storage is mounted."""
+    """Empty the folder but keep it: it may be a link to where there is room, or a mount point."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -121,7 +121,7 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, with `-dirty` after it when the checkout differs; None outside a checkout of it."""
+    """Return the commit of this code, with `-dirty` if the checkout differs; None outside a checkout of it."""
     # Installed into a virtual environment, it may lie inside the repository of something else.
     if _git("ls-files", "--error-unmatch", __file__) is None:
         return None
@@ -133,7 +133,7 @@ def _git_commit() -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    """What git says in the folder of this package, None when it fails or says nothing."""
+    """Return git's output in the folder of this package, None when it fails or prints nothing."""
     try:
         found = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""The world a run was launched into, from the environment, and the refusal of launches that are not what they seem."""
+"""Read from the environment what was launched, and refuse launches that are not what they seem."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DistributedContext:
 
     @property
     def zero_stage(self) -> int | None:
-        """DeepSpeed's stage, 1 to 3, or `None` without DeepSpeed."""
+        """Return DeepSpeed's stage, 1 to 3, or `None` without DeepSpeed."""
         return int(self.strategy.removeprefix("zero")) if self.strategy.startswith("zero") else None
 
 
@@ -49,7 +49,7 @@ def read_context(
     find_asked: Callable[[], Asked | None] = asked_of_launcher,
     count_gpus: Callable[[], int] = torch.cuda.device_count,
 ) -> DistributedContext:
-    """The world that the environment describes; no process group or GPU is touched.
+    """Return the context that the environment describes, without touching a process group or GPU.
 
     A run is on the CPU when the recipe (`use_cpu`), the launcher or the lack of a visible GPU says so. Raises
     `UserError` for a launch that could not train, and for one that would silently train otherwise than asked.
@@ -81,7 +81,7 @@ def _is_on(env: Mapping[str, str], key: str) -> bool:
 
 
 def _refuse_unsupported(env: Mapping[str, str]) -> None:
-    """Raise for what accelerate offers and this package does not, and for half an environment."""
+    """Raise for what accelerate offers and this package does not, and for an incomplete environment."""
     problems = [
         f"{key}={env[key]}: {name} is not supported here. Launch with one of the files in {CONFIGS}/."
         for key, name in (
@@ -181,7 +181,7 @@ def _read_zero(env: Mapping[str, str]) -> Strategy:
 
 
 def _unlike_asked(context: DistributedContext, asked: Asked | None) -> list[str]:
-    """What `accelerate launch` was asked for and did not do."""
+    """Return what `accelerate launch` was asked for and did not do."""
     if asked is None:
         return []
     kind = KINDS.get(context.strategy, "DEEPSPEED")

@@ -1,4 +1,4 @@
-"""How a run was launched: read it before anything starts, make it real, and check that it is what trains.
+"""Start what was launched: read it first, set it up, and check that it is what trains.
 
 Accelerate turns several requests into something else without a word, mostly on a CPU. So the order in a script is
 `read_context`, `start`, `join`, `SFTConfig(..., **training_arguments(world))`, `check_running` and `limit_waits` when
@@ -81,7 +81,7 @@ def join(context: DistributedContext, backend: str | None = None) -> Any:
 
 
 def from_first(context: DistributedContext, value: Any) -> Any:
-    """The `value` of the first process, on all of them; what the others bring counts for nothing.
+    """Return the first process's `value` on all of them; the others' values are ignored.
 
     Call it on all processes, joined (`join`). accelerate's own broadcast does nothing, and says nothing, as long as it
     takes the run for a single process.
@@ -95,7 +95,7 @@ def from_first(context: DistributedContext, value: Any) -> Any:
 
 
 def limit_waits(seconds: float) -> None:
-    """From now on a collective that waits for a process so long ends the run; call it when training begins.
+    """Set the timeout after which a waiting collective ends the run; call it when training begins.
 
     All groups are limited, also those that DeepSpeed or FSDP made with limits of the library.
     """
@@ -104,7 +104,7 @@ def limit_waits(seconds: float) -> None:
 
 
 def training_arguments(context: DistributedContext) -> dict[str, Any]:
-    """The keyword arguments of `SFTConfig` that make this world real; they win over the recipe's."""
+    """Return the keyword arguments of `SFTConfig` for this launch; they win over the recipe's."""
     if not context.on_cpu:
         # Copying the next batch to the GPU need not wait for what the GPU still computes.
         return {"accelerator_config": {"non_blocking": True}}

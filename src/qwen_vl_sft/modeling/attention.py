@@ -1,4 +1,4 @@
-"""Attention in one call over all images of a batch, and over all packed rows.
+"""Compute attention in one call over all images of a batch, and over all packed rows.
 
 transformers' Qwen-VL vision towers see all images of a batch as one sequence. With sdpa they loop over images in Python,
 in every layer; an attention whose name holds "flash" gets the boundaries instead and makes one call. The language model
@@ -42,12 +42,12 @@ def use_packed_attention(model: Any, kernel: str = SDPA) -> None:
 
 
 def _named(name: str, kernel: str) -> str:
-    """A name for each kernel: models in one process may have different ones."""
+    """Return a name for each kernel: models in one process may have different ones."""
     return name if kernel == SDPA else f"{name}_{kernel.removeprefix('flash_attention_')}"
 
 
 def _packed_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """None for packed rows, which have boundaries instead; padded batches need theirs."""
+    """Return None for packed rows, which have boundaries instead of a mask; padded batches need theirs."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
@@ -67,7 +67,7 @@ def _packed_attention(
     kv_index: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside the pieces of one packed row: [1, heads, T, D] -> [1, T, heads, D].
+    """Compute causal attention inside the pieces of one packed row: [1, heads, T, D] -> [1, T, heads, D].
 
     Keys of a piece end with the piece itself, so its last query sees all of them.
     """
@@ -99,7 +99,7 @@ def _segmented_attention(
     max_length_q: int | torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside segments of one row: `query`, `key`, `value` [1, heads, T, D] -> [1, T, heads, D]."""
+    """Compute attention inside segments of one row: `query`, `key`, `value` [1, heads, T, D] -> [1, T, heads, D]."""
     if cu_seq_lens_q is None or max_length_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -114,7 +114,7 @@ def _segmented_attention(
 def _in_one_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float
 ) -> list[torch.Tensor]:
-    """Query, key and value of one dtype: [1, heads, T, D] -> [T, heads, D]."""
+    """Return query, key and value in one dtype: [1, heads, T, D] -> [T, heads, D]."""
     if attention_mask is not None or dropout or query.shape[0] != 1:
         raise RuntimeError("packed rows take no attention mask and no attention dropout, and batches of one sequence")
     # Under autocast the rotary embedding leaves query and key in float32.
@@ -125,7 +125,7 @@ def _in_one_row(
 def _attend_by_length(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """One call when all segments are of one length, as charts of one size are; else one for each: [T, heads, D]."""
+    """Call once if all segments have one length, as charts of one size have; else once for each: [T, heads, D]."""
     lengths = boundaries.diff()
     if (lengths == lengths[0]).all():
         # [count * length, heads, D] -> [count, heads, length, D]

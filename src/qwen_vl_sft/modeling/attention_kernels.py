@@ -1,4 +1,4 @@
-"""Which attention a recipe comes to, and the kernels that take rows by their boundaries as one kind of function."""
+"""Choose the attention implementation, and give kernels that take row boundaries one interface."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class VarlenKernel(Protocol):
         scale: float | None,
         causal: bool,
     ) -> torch.Tensor:
-        """Attend."""
+        """Compute attention."""
 
 
 def resolve_attention(wanted: str, on_cpu: bool, dtype: str, packing: bool = False) -> str:
-    """The attention implementation of a model: the wanted one, or for "auto" the best that is installed and fits.
+    """Return the attention implementation of a model: the wanted one, or for "auto" the best that is installed and fits.
 
     With `packing`, that of packed rows and of the images among them; "sdpa" then stands for all of PyTorch's own.
 
@@ -70,7 +70,7 @@ def resolve_attention(wanted: str, on_cpu: bool, dtype: str, packing: bool = Fal
 
 
 def _obstacle(name: str, on_cpu: bool, dtype: str) -> str | None:
-    """Why a kernel of `FLASH` cannot be used here, None when it can."""
+    """Return why a kernel of `FLASH` cannot be used here, None when it can."""
     if not _is_installed(FLASH[name]):
         return f"is not installed (its package is {FLASH[name]})"
     if on_cpu:
@@ -83,7 +83,7 @@ def _obstacle(name: str, on_cpu: bool, dtype: str) -> str | None:
 
 
 def has_varlen_kernel(value: torch.Tensor) -> bool:
-    """Whether `varlen_kernel` takes tensors like this: half precision, on a GPU that PyTorch's own runs on.
+    """Return whether `varlen_kernel` takes such tensors: half precision, on a GPU that PyTorch's kernel runs on.
 
     One that is installed beside it has been refused where it does not run.
     """
@@ -109,7 +109,7 @@ def _is_installed(package: str) -> bool:
 
 @functools.cache
 def varlen_kernel(implementation: str) -> VarlenKernel:
-    """The kernel of an implementation that `resolve_attention` returned for packed rows, for half precision on CUDA.
+    """Return the kernel that `resolve_attention` chose for packed rows, for half precision on CUDA.
 
     Raises `UserError` when its package cannot be imported. One that is installed beside PyTorch does so too when it is
     first called and does not compute attention.
@@ -139,7 +139,7 @@ def _from_pytorch() -> VarlenKernel:
 
 
 def _from_flash(function: Any) -> VarlenKernel:
-    """Versions 2, 3 and 4 name these arguments alike; some return more than the output."""
+    """Call FlashAttention 2, 3 or 4: they name these arguments alike; some return more than the output."""
 
     def attend(
         q: Any, k: Any, v: Any, bounds_q: Any, bounds_k: Any, longest_q: int, longest_k: int, scale: Any, causal: bool

@@ -1,4 +1,4 @@
-"""Which base model this is, told by its commit or its files: two of one shape fit the same adapter and optimizer."""
+"""Identify a base model by its commit or its files: two models of one shape fit the same adapter and optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIECES, _PIECE_BYTES = 64, 64 * 1024
 
 
 def identity_of_base(settings: ModelSettings) -> str:
-    """Name and commit of a Hub model; for a local folder, wherever it lies, a digest of its configuration and weights."""
+    """Return name and commit of a Hub model, or a digest of a local folder's configuration and weights."""
     folder = Path(str(settings.model_name_or_path)).expanduser()
     if not folder.is_dir():
         commit = getattr(load_config(settings), "_commit_hash", None)

@@ -44,7 +44,7 @@ def load_processor(settings: ModelSettings, min_pixels: int | None = None, max_p
 
 
 def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Change the limits that are given. Raises `UserError` when the smaller is then above the larger."""
+    """Change the limits that are given. Raises `UserError` if the lower is then above the upper."""
     size = processor.image_processor.size
     shortest, longest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
     if shortest > longest:
@@ -167,7 +167,7 @@ def format_parameters(counts: dict[str, PartCount]) -> str:
 
 
 def freeze_vision_tower(model: nn.Module) -> None:
-    """Leave the vision tower out of full fine-tuning; the merger behind it stays trainable."""
+    """Freeze the vision tower in full fine-tuning; the merger behind it stays trainable."""
     family = family_of(model.config)
     for name, parameter in model.named_parameters():
         if family.part_of(name) == "vision":

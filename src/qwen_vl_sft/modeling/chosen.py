@@ -1,4 +1,4 @@
-"""What keys of a recipe that may say "auto" come to on this machine: attention and fused kernels."""
+"""Resolve the keys that a recipe may set to "auto" on this machine: attention and fused kernels."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass
 class BatchStats:
-    """Sums over the samples of batches, whatever the padding: what the model has to compute.
+    """Sums over the samples of batches, without padding: the work of the model.
 
     Attributes:
         tokens: tokens of the samples.

@@ -1,4 +1,4 @@
-"""An installed attention kernel is compared with attention in float32 once for each shape of heads, before it is used."""
+"""Compare an installed attention kernel with float32 attention, once for each shape of heads, before it is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CheckedKernel:
         self.checked: set[Any] = set()
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bounds: Any, **options: Any) -> torch.Tensor:
-        """Attend, see `VarlenKernel`."""
+        """Compute attention; see `VarlenKernel`."""
         # A frozen vision tower takes no gradients, and a kernel may have none for its heads.
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
         shape = (q.shape[1:], k.shape[1:], q.dtype, options["causal"], learns)
@@ -57,7 +57,7 @@ class CheckedKernel:
 
 
 def difference(kernel: Any, q: torch.Tensor, k: torch.Tensor, causal: bool, learns: bool) -> float:
-    """How far a kernel's output, and with `learns` its gradients, are from float32, the largest |a - b| / |b|.
+    """Return how far a kernel's output, and with `learns` its gradients, are from float32: the largest |a - b| / |b|.
 
     Of `q` and `k` [T, heads, D] only the heads, the dtype and the device count.
     """
@@ -84,7 +84,7 @@ def difference(kernel: Any, q: torch.Tensor, k: torch.Tensor, causal: bool, lear
 
 
 def _outputs(function: Any, inputs: list[torch.Tensor], grad: torch.Tensor | None) -> list[torch.Tensor]:
-    """The output of a function, and for a gradient of that those of its inputs."""
+    """Return the output of a function, and for a gradient of that the gradients of its inputs."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*leaves)
     return [output.detach(), *(() if grad is None else torch.autograd.grad(output, leaves, grad.to(output.dtype)))]

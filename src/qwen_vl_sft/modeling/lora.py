@@ -1,4 +1,4 @@
-"""Where LoRA goes: scopes of the model, explicit targets, and a check that every target lands."""
+"""Place LoRA: scopes of the model, explicit targets, and a check that every target exists."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _kernels(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
 
 
 def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    """Refuse what cannot compute with layers in float32: those that train in full are held so, others in less."""
+    """Refuse settings that cannot compute with float32 layers: layers that train in full are float32, others are not."""
     settings, mixed = recipe.model, recipe.mixed_precision
     if not settings.use_peft or not settings.lora_modules_to_save:
         return

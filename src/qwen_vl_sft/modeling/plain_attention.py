@@ -1,4 +1,4 @@
-"""Attention inside segments by PyTorch's plain function: where there is no kernel for it, and to compare kernels with."""
+"""Attention inside segments by PyTorch's plain function: a fallback, and the reference for kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def attend_by_piece(
     scaling: float | None,
     causal: bool,
 ) -> torch.Tensor:
-    """A call for each piece: [T, heads, D] -> [T, heads, D]. With `causal` a piece's last query sees all of its keys."""
+    """Call once for each piece: [T, heads, D] -> [T, heads, D]. With `causal` a piece's last query sees all its keys."""
     sizes_q, sizes_k = bounds_q.diff().tolist(), bounds_k.diff().tolist()
     attended = []
     for q, k, v in zip(query.split(sizes_q), key.split(sizes_k), value.split(sizes_k), strict=True):
