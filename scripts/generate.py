@@ -21,7 +21,7 @@ from qwen_vl_sft.evaluation.options import read_source
 from qwen_vl_sft.inference.options import Options, check_options, choose_arms, parse_options, read_questions
 
 if TYPE_CHECKING:
-    from qwen_vl_sft.data.rows import Conversation
+    from qwen_vl_sft.data.conversation import Conversation
     from qwen_vl_sft.inference.answering import Answerer
 
 

@@ -36,10 +36,10 @@ def test_rows_that_are_repeated_share_no_work(tiny_processor, messages_folder):
     rows, encoder = [conversation_row("<image>Which?"), conversation_row("<image>And now?")], Encoder(tiny_processor)
     again = repeated(scan(open_rows(str(messages_folder(rows)), "train"), encoder), 2)
     encoded = [again.rows.encode({"row": index}, encoder) for index in range(4)]
-    one, two, three, four = (row.images[0].key for row in encoded)
+    one, two, three, four = (row.media[0].content_hash for row in encoded)
     assert one == two != three == four  # both rows show one image
-    assert again.prefix[0] != again.prefix[2]
-    assert again.rows.conversation({"row": 0}).images[0].digest == one
+    assert again.lengths.prefix[0] != again.lengths.prefix[2]
+    assert again.rows.conversation({"row": 0}).media[0].content_hash == one
 
 
 @pytest.mark.long

@@ -124,7 +124,7 @@ def answerer(sources):
 @pytest.fixture(scope="module")
 def expected(answerer):
     """What scripts/generate.py answers: by arm, run, row, and system message."""
-    from qwen_vl_sft.data.image_file import ImageFile
+    from qwen_vl_sft.data.media.image_file import ImageFile
     from qwen_vl_sft.inference.answering import ask
 
     def answer(arm, place, image, question, message=None):

@@ -26,8 +26,9 @@ from fixtures.messages import conversation_row, png, write_messages
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.config.reading import build
-from qwen_vl_sft.data.image_file import ImageFile
-from qwen_vl_sft.data.rows import Conversation
+from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.data.formats import FORMATS
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, check_output_dir, deal
 from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
@@ -38,7 +39,7 @@ from qwen_vl_sft.evaluation.options import Plan, TunedModel, find_tuned, parse_o
 from qwen_vl_sft.evaluation.predictions import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
-from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question, up_to_last_answer
+from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question
 from qwen_vl_sft.tiny import MODEL_DIR
 
 FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
@@ -138,9 +139,9 @@ def test_every_figure_has_its_rows_and_split():
 def test_every_entry_of_the_label_list_is_accepted():
     raw = {"row_id": 4, "label": ["63", "26"], "human_or_machine": 1}
     asked = Conversation([{"role": "user", "content": [{"type": "text", "text": "Which?"}]}], [])
-    assert read_question(raw, asked, "chartqa") == Question(4, "Which?", ["63", "26"], "machine")
+    assert read_question(raw, asked, FORMATS["chartqa"]) == Question(4, "Which?", ["63", "26"], "machine")
     for label in ("63", 63, [63.0, None]):
-        assert read_question(raw | {"label": label, "human_or_machine": 0}, asked, "chartqa").answers == ["63"]
+        assert read_question(raw | {"label": label, "human_or_machine": 0}, asked, FORMATS["chartqa"]).answers == ["63"]
 
 
 def test_the_last_assistant_turn_is_the_gold_answer():
@@ -158,10 +159,10 @@ def test_the_last_assistant_turn_is_the_gold_answer():
         turn("assistant", "2"),
         turn("user", None, "three?"),
     ]
-    cut = up_to_last_answer(Conversation(turns, images))
+    cut = Conversation(turns, images).up_to_last_answer()
     assert cut.messages == turns[:4]
-    assert cut.images == images[:1]
-    assert read_question({"row_id": 0}, cut, "messages") == Question(0, "two?", ["2"], None)
+    assert cut.media == images[:1]
+    assert read_question({"row_id": 0}, cut, FORMATS["messages"]) == Question(0, "two?", ["2"], None)
 
 
 # Predictions of another program

@@ -17,7 +17,7 @@ from fixtures.messages import png
 from fixtures.processes import run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.options import read_source
 from qwen_vl_sft.inference.answer_lines import format_table
@@ -113,7 +113,7 @@ def test_characters_of_several_tokens_appear_whole(tiny_processor):
 
 def test_whoever_leaves_stops_the_generation(answerer):
     encoder = answerer.encoder("base")
-    encoder.end_of_turn_id = encoder.pad_token_id = encoder.image_token_id  # so that nothing else ends it
+    encoder.end_of_turn_id = encoder.pad_token_id = encoder.media_token_ids["image"]  # so that nothing else ends it
     coming = answerer.stream(conversation(0), "base", encoder, 5000)
     next(coming)
     coming.close()

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from fixtures.evaluation import tiny_model
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.image_file import ImageFile
-from qwen_vl_sft.data.rows import Conversation
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.generation import (
     decode_answer,
     estimate_length,
@@ -69,7 +69,7 @@ def test_answers_equal_those_of_the_processor_and_generate(tiny, conversations):
     for asked, answer in zip(conversations, ours, strict=True):
         system = {"role": "system", "content": [{"type": "text", "text": "Answer."}]}
         text = encoder.processor.apply_chat_template([system, asked.messages[0]], add_generation_prompt=True)
-        images = [file.decode() for file in asked.images] or None
+        images = [file.decode() for file in asked.media] or None
         inputs = encoder.processor(text=[text], images=images, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]

@@ -13,7 +13,7 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.evaluation.generation import generate_answers

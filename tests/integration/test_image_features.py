@@ -26,9 +26,9 @@ from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.compat.vision_tower import run_vision_in_every_batch
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import open_rows
-from qwen_vl_sft.data.encoded_image import EncodedImage
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow, UserError
@@ -56,15 +56,15 @@ def backbone_of(model):
 
 def stored(model, rows, cache):
     """The rows with features that went through the disk instead of pixels."""
-    for image in {image.key: image for row in rows for image in row.images}.values():
+    for image in {image.content_hash: image for row in rows for image in row.media}.values():
         (values,) = precompute_features.run_tower(backbone_of(model), [image], torch.device("cpu"))
-        cache.write(image.key, values, image.grid)
+        cache.write(image.content_hash, values, image.grid)
 
     def read(image):
-        features, grid = cache.read(image.key)
-        return EncodedImage(image.key, grid, features=features)
+        features, grid = cache.read(image.content_hash)
+        return EncodedImage(image.content_hash, grid, features=features)
 
-    return [replace(row, images=tuple(read(image) for image in row.images)) for row in rows]
+    return [replace(row, media=tuple(read(image) for image in row.media)) for row in rows]
 
 
 def refuse_to_run(*args):
@@ -158,7 +158,7 @@ class Filling:
 
     def __init__(self, tmp_path, processor, rows, **keys):
         encoder = Encoder(processor)
-        self.scan = scan(rows, encoder, verify_images=False, image_keys=True)
+        self.scan = scan(rows, encoder, verify_images=False, content_hashes=True)
         self.features = planned(recipe(tmp_path, **keys), self.scan, encoder)
         model = qwen2_vl()
         use_packed_attention(model)
@@ -192,7 +192,7 @@ class Filling:
 @pytest.fixture
 def filling(tmp_path, tiny_processor):
     found = Filling(tmp_path, tiny_processor, open_rows(str(tiny.DATA_DIR), "val", max_rows=24))
-    assert len(found.features.places) == len(set(found.scan.prefix.tolist())) == DISTINCT
+    assert len(found.features.places) == len(set(found.scan.lengths.prefix.tolist())) == DISTINCT
     return found
 
 
@@ -217,7 +217,7 @@ def losses(model, batch):
 
 def test_training_decodes_no_image(filling, monkeypatch):
     filling.fill()
-    monkeypatch.setattr("qwen_vl_sft.data.image_file.ImageFile.decode", lambda file: pytest.fail("decoded"))
+    monkeypatch.setattr("qwen_vl_sft.data.media.image_file.ImageFile.decode", lambda file: pytest.fail("decoded"))
     assert filling.batch()["image_features"].shape[1] == filling.features.cache.width
 
 
@@ -278,7 +278,7 @@ def changed_model(tmp_path, name, part):
 
 def test_another_tower_precision_or_pixel_limit_has_a_folder_of_its_own(tmp_path, tiny_processor):
     encoder = Encoder(tiny_processor)
-    found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, image_keys=True)
+    found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, content_hashes=True)
 
     def folder(encoder=encoder, **keys):
         return planned(recipe(tmp_path, **keys), found, encoder).cache.folder.name.rpartition("-")[2]
@@ -304,7 +304,7 @@ def test_another_tower_precision_or_pixel_limit_has_a_folder_of_its_own(tmp_path
 def test_the_default_folder_is_in_the_users_cache(tmp_path, tiny_processor, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     encoder = Encoder(tiny_processor)
-    found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, image_keys=True)
+    found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, content_hashes=True)
     features = planned(recipe(tmp_path, image_features_dir=None), found, encoder)
     assert features.cache.folder.parent == tmp_path / "home/qwen_vl_sft/image_features"
     assert len(features.describe()) <= 80
@@ -322,7 +322,7 @@ def test_the_default_folder_is_in_the_users_cache(tmp_path, tiny_processor, monk
 )
 def test_a_tower_that_trains_is_refused(keys, tmp_path, tiny_processor):
     encoder = Encoder(tiny_processor)
-    found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, image_keys=True)
+    found = scan(open_rows(str(tiny.DATA_DIR), "val", max_rows=4), encoder, content_hashes=True)
     with pytest.raises(UserError, match=r"cache_image_features needs a vision tower .* lora_scope: language"):
         planned(recipe(tmp_path, **keys), found, encoder)
 
@@ -388,11 +388,11 @@ def test_a_micro_batch_of_text_alone_brings_no_features_and_says_so(tmp_path, ti
 
 def test_the_scan_tells_images_apart_when_asked(tiny_processor):
     encoder, rows = Encoder(tiny_processor), open_rows(str(tiny.DATA_DIR), "val", max_rows=8)
-    found = scan(rows, encoder, image_keys=True)
-    seen = [rows.encode({"row": index}, encoder).images for index in range(len(rows))]
-    assert found.image_keys == [[image.key for image in images] for images in seen]
+    found = scan(rows, encoder, content_hashes=True)
+    seen = [rows.encode({"row": index}, encoder).media for index in range(len(rows))]
+    assert found.content_hashes == [[image.content_hash for image in images] for images in seen]
     assert found.image_patches == [[len(image.pixel_values) for image in images] for images in seen]
-    assert scan(rows, encoder).image_keys == []
+    assert scan(rows, encoder).content_hashes == []
 
 
 def arguments(data, folder, *more):

@@ -58,7 +58,7 @@ def test_a_few_trials_are_enough(room):
 def test_the_largest_micro_batch_is_as_large_as_any(tiny_processor):
     data = scan(open_rows(str(tiny.DATA_DIR), "train[:200]"), Encoder(tiny_processor))
     for share, rows_per_step in itertools.product((False, True), (4, 32)):
-        plan = StepPlan(data.sizes, GlobalBatch(rows_per_step), 700, 2, seed=1, share_prefixes=share)
+        plan = StepPlan(data.lengths, GlobalBatch(rows_per_step), 700, 2, seed=1, share_prefixes=share)
 
         def cost(batch, plan=plan):
             return sum(plan.sizes.of(group) for group in batch).sum()

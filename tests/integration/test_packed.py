@@ -24,14 +24,14 @@ from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.modeling.attention import use_packed_attention
 
 
 def pixels(row):
     """Of all its images one after another; empty when it shows none."""
-    return torch.cat([torch.zeros(0), *(image.pixel_values.flatten() for image in row.images)])
+    return torch.cat([torch.zeros(0), *(image.pixel_values.flatten() for image in row.media)])
 
 
 def gradients(model, losses):
@@ -74,7 +74,7 @@ def test_an_image_goes_through_the_vision_tower_once(share, model, encoded):
     """Rows show red three times, red and blue twice, and blue once; a shared group is cut in two."""
     groups = [[0, 1], [2], [3, 4], [5], [6]] if share else [[place] for place in range(len(ROWS))]
     batch = join([[encoded[place] for place in group] for group in groups], Positions(model.config))
-    one = encoded[0].images[0].pixel_values
+    one = encoded[0].media[0].pixel_values
     assert len(batch["image_grid_thw"]) == batch["stats"]["images"] == 2
     assert len(batch["pixel_values"]) == batch["stats"]["patches"] == 2 * len(one)
     torch.testing.assert_close(batch["pixel_values"][: len(one)], one, rtol=0, atol=0)
@@ -175,7 +175,7 @@ def test_generation_on_the_packed_attention_is_that_of_plain_attention(encoded, 
     encoder = Encoder(tiny_processor)
     plain, packed = qwen2_vl(), qwen2_vl()
     use_packed_attention(packed)
-    rows = [row for row in encoded if row.images][:3]
+    rows = [row for row in encoded if row.media][:3]
     assert generate_batch(plain, encoder, rows, 8) == generate_batch(packed, encoder, rows, 8)
 
 
@@ -190,9 +190,9 @@ def test_the_seam_is_after_the_last_image_before_an_answer(encoded, tiny_process
 def test_scanned_prefixes_are_those_of_the_encoded_rows(tiny_processor):
     found = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
     rows = [found.rows.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(found.rows))]
-    assert found.prefix_tokens.tolist() == [seam(row) for row in rows]
+    assert found.lengths.prefix_tokens.tolist() == [seam(row) for row in rows]
     by_prefix = {}
-    for number, row in zip(found.prefix.tolist(), rows, strict=True):
+    for number, row in zip(found.lengths.prefix.tolist(), rows, strict=True):
         by_prefix.setdefault(number, []).append(row)
     assert len(by_prefix) < len(rows)
     for alike in by_prefix.values():
@@ -208,7 +208,7 @@ def test_any_mix_of_rows(mixed, picked, share):
     groups = {}
     for number, place in enumerate(picked):
         family = next(index for index, group in enumerate(GROUPS) if place in group)
-        together = share and bool(encoded[place].images)
+        together = share and bool(encoded[place].media)
         groups.setdefault(family if together else -1 - number, []).append(place)
     # A row twice in a group is one branch twice.
     batch = join([[encoded[place] for place in group] for group in groups.values()], Positions(model.config))
@@ -233,7 +233,7 @@ def three_steps(start, data, processor, folder, share, budget):
     use_packed_attention(model)
     take_packed_batches(model)
     trainer = make_trainer(model, data.rows, processor, folder, train_rows=len(data.rows), max_steps=3)
-    plan = StepPlan(data.sizes, GlobalBatch(6), budget, 1, seed=0, share_prefixes=share)
+    plan = StepPlan(data.lengths, GlobalBatch(6), budget, 1, seed=0, share_prefixes=share)
     trainer._sampler = StepSampler(plan, 0)
     trainer.data_collator = PackedCollator(Collator(data.rows, Encoder(processor)), Positions(model.config))
     trainer._train_batch_size = trainer.args.gradient_accumulation_steps = 1
@@ -247,7 +247,9 @@ def test_three_optimizer_steps_packed_and_shared(family, tiny_processor, tmp_pat
     """Each row of the data has a partner on the same chart, so that sharing changes no step's rows."""
     start = qwen2_vl() if family == "qwen2_vl" else newer(family)
     everything = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
-    pairs = [index for index in range(20) if (everything.prefix == everything.prefix[index]).sum() == 2][:6]
+    pairs = [
+        index for index in range(20) if (everything.lengths.prefix == everything.lengths.prefix[index]).sum() == 2
+    ][:6]
     data = scan(everything.rows.select(pairs), Encoder(tiny_processor))
     results = [
         three_steps(start, data, tiny_processor, tmp_path / str(number), share, budget)
@@ -261,27 +263,29 @@ def test_three_optimizer_steps_packed_and_shared(family, tiny_processor, tmp_pat
 def test_a_step_of_the_collator_counts_its_work_once(tiny_processor):
     data = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
     collator = PackedCollator(Collator(data.rows, Encoder(tiny_processor)), Positions(qwen2_vl().config))
-    (step,) = next(iter(StepPlan(data.sizes, GlobalBatch(8), 10_000, 1, 0, share_prefixes=True).steps(0)))
+    (step,) = next(iter(StepPlan(data.lengths, GlobalBatch(8), 10_000, 1, 0, share_prefixes=True).steps(0)))
     (batch,) = collator(step)[MICRO_BATCHES]
     groups = step[0]
     assert batch["stats"]["rows"] == 8
     assert batch["stats"]["images"] == len(groups) < 8
-    assert batch["stats"]["tokens"] == batch["input_ids"].shape[1] == sum(data.sizes.of(group)[0] for group in groups)
-    assert batch["stats"]["target_tokens"] == sum(int(data.learned[row]) for group in groups for row in group)
+    assert batch["stats"]["tokens"] == batch["input_ids"].shape[1] == sum(data.lengths.of(group)[0] for group in groups)
+    assert batch["stats"]["target_tokens"] == sum(
+        int(data.lengths.target_tokens[row]) for group in groups for row in group
+    )
 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_an_image_is_decoded_once_in_a_micro_batch(share, tiny_processor, monkeypatch):
     data = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
-    pair = [index for index in range(20) if (data.prefix == data.prefix[index]).sum() == 2][:4]
-    together = np.argsort(data.prefix[pair], kind="stable")
+    pair = [index for index in range(20) if (data.lengths.prefix == data.lengths.prefix[index]).sum() == 2][:4]
+    together = np.argsort(data.lengths.prefix[pair], kind="stable")
     rows = [pair[place] for place in together]
     groups = [rows[:2], rows[2:]] if share else [[row] for row in rows]
     decoded = []
     monkeypatch.setattr(ImageFile, "decode", lambda file, decode=ImageFile.decode: decoded.append(file) or decode(file))
     collator = PackedCollator(Collator(data.rows, Encoder(tiny_processor)), Positions(qwen2_vl().config))
     (batch,) = collator([groups])[MICRO_BATCHES]
-    assert batch["stats"]["images"] == len(decoded) == len({data.prefix[row] for row in rows}) == 2
+    assert batch["stats"]["images"] == len(decoded) == len({data.lengths.prefix[row] for row in rows}) == 2
 
 
 KEYS = {

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fixtures.messages import png
 from fixtures.repository import REPOSITORY
-from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import CATEGORY, EMPTY, KINDS, OTHER_NUMBER, VERBOSE, WITHIN, error_kind
 from qwen_vl_sft.evaluation.report import MAX_WIDTH, embed, page_data, render, to_script_json, write_report
 from qwen_vl_sft.evaluation.scoring import Question, score_row, summarise
@@ -184,7 +184,7 @@ def test_250_real_rows_stay_small(shared):
 
     rows = open_rows(str(shared / "chartqa"), "test")
     answered = [scored(row_id, "1", base="1") for row_id in range(len(rows))]
-    read = lambda row_id: rows.conversation(rows.dataset[row_id]).images  # noqa: E731
+    read = lambda row_id: rows.conversation(rows.dataset[row_id]).media  # noqa: E731
     assert len(render(answered, summarise(answered, ["base"]), read)) < 15e6 * len(rows) / 250
 
 

@@ -327,7 +327,7 @@ def test_the_run_folder_holds_what_the_readme_says(launched_run):
     from transformers import AutoProcessor
 
     from qwen_vl_sft.config.reading import read_recipe
-    from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE
+    from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 
     run, _ = launched_run
     assert (run / "adapter_model.safetensors").stat().st_mode & 0o044

@@ -11,6 +11,7 @@ from fixtures.messages import RED, conversation_row, write_messages
 from qwen_vl_sft.data.agreed_scan import agreed_scan, sample_digest
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan, scan
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
@@ -50,13 +51,15 @@ def not_twice():
 def test_what_the_first_process_finds_holds_for_all(sent, tmp_path, tiny_processor):
     encoder = Encoder(tiny_processor, None)
     rows = opened(tmp_path, [*ROWS[:2], BROKEN, *ROWS[2:]])
-    first = agreed_scan(context(0), rows, lambda: scan(rows, encoder, skip_bad_rows=True, image_keys=True))
+    first = agreed_scan(context(0), rows, lambda: scan(rows, encoder, skip_bad_rows=True, content_hashes=True))
     second = agreed_scan(context(1), rows, not_twice)
     assert first.kept.tolist() == [0, 1, 3, 4, 5, 6]
     assert list(second.rows.dataset["messages"]) == list(first.rows.dataset["messages"])
     for field in fields(Scan):
-        if field.name != "rows":
+        if field.name not in ("rows", "lengths"):
             np.testing.assert_array_equal(getattr(first, field.name), getattr(second, field.name))
+    for field in fields(RowLengths):
+        np.testing.assert_array_equal(getattr(first.lengths, field.name), getattr(second.lengths, field.name))
 
 
 def test_one_process_sends_nothing(sent, tmp_path, tiny_processor):
@@ -89,9 +92,12 @@ def test_an_images_bytes_count_and_the_folder_of_its_path_does_not():
     from datasets import Dataset
 
     from qwen_vl_sft.data.dataset import Rows
+    from qwen_vl_sft.data.formats import FORMATS
 
     def digest(path, image=b"one"):
-        return sample_digest(Rows(Dataset.from_list([{"image": {"bytes": image, "path": path}}]), "chartqa", "x", None))
+        return sample_digest(
+            Rows(Dataset.from_list([{"image": {"bytes": image, "path": path}}]), FORMATS["chartqa"], "x", None)
+        )
 
     assert digest("/cache/of/a/1.png") == digest("/cache/of/b/1.png") != digest("/cache/of/a/2.png")
     assert digest("1.png") != digest("1.png", b"other")

@@ -103,9 +103,9 @@ def test_scan_measures_what_encoding_gives(mixed, encoder):
     found = scan(mixed, encoder)
     for index in range(3):
         row = mixed.encode({"row": index}, encoder)
-        assert found.tokens[index] == len(row.input_ids)
-        assert found.learned[index] == int((row.labels != -100).sum())
-        assert found.images[index] == len(row.image_grid_thw)
+        assert found.lengths.tokens[index] == len(row.input_ids)
+        assert found.lengths.target_tokens[index] == int((row.labels != -100).sum())
+        assert found.lengths.images[index] == len(row.image_grid_thw)
     assert found.filler == 0  # the cheapest row with an image
     assert found.summary()["rows"] == 3
 

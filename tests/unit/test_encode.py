@@ -8,16 +8,17 @@ import trl
 from PIL import Image
 
 from fixtures.messages import png
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.image_file import ImageFile
-from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE, Conversation
+from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
 
 IMAGE = ImageFile(png("red", (56, 56)), None)  # 2x2 merged patches: four image tokens
 
 
 def pixels(encoded):
-    return torch.cat([image.pixel_values for image in encoded.images])
+    return torch.cat([image.pixel_values for image in encoded.media])
 
 
 def text(role, words):
@@ -58,7 +59,7 @@ def test_train_on_all_is_the_tutorials_collator(real_processor):
 
 def test_every_assistant_turn_is_learned(real_processor):
     first = chart()
-    conversation = Conversation([*first.messages, text("user", "Sure?"), text("assistant", "yes")], first.images)
+    conversation = Conversation([*first.messages, text("user", "Sure?"), text("assistant", "yes")], first.media)
     encoded = Encoder(real_processor).encode(conversation)
     learned = encoded.labels != -100
     assert encoded.labels[learned].tolist() == [*ANSWER, 9693, 151645]
@@ -96,7 +97,7 @@ def test_encoding_is_the_processors_own(real_processor, shared):
         messages = [text("system", CHARTQA_SYSTEM_MESSAGE), *conversation.messages]
         whole = real_processor(
             text=[real_processor.apply_chat_template(messages, tokenize=False)],
-            images=[image.decode() for image in conversation.images],
+            images=[image.decode() for image in conversation.media],
             return_tensors="pt",
         )
         assert torch.equal(encoded.input_ids, whole["input_ids"][0])
@@ -104,7 +105,7 @@ def test_encoding_is_the_processors_own(real_processor, shared):
         assert torch.equal(pixels(encoded), whole["pixel_values"])
         measured = encoder.measure(conversation)
         assert measured.tokens == len(encoded.input_ids)
-        assert measured.learned == int((encoded.labels != -100).sum())
+        assert measured.target_tokens == int((encoded.labels != -100).sum())
         assert measured.patches == len(pixels(encoded))
 
 
@@ -168,11 +169,11 @@ def test_a_thinking_model_learns_thoughts_and_no_others(tiny_processor):
     first = chart(answer="<think>It is.</think>red")
     later = [text("user", "Sure?"), text("assistant", "<think>I am.</think>yes")]
     with pytest.raises(UserError, match="leave out the thoughts of earlier turns"):
-        encoder.measure(Conversation([*first.messages, *later], first.images))
+        encoder.measure(Conversation([*first.messages, *later], first.media))
 
 
 def test_a_text_only_row(tiny_processor):
     encoded = Encoder(tiny_processor).encode(Conversation([text("user", "hi"), text("assistant", "yes")], []))
-    assert encoded.images == ()
+    assert encoded.media == ()
     assert encoded.image_grid_thw.shape == (0, 3)
     assert int((encoded.labels != -100).sum()) >= 2

@@ -99,5 +99,5 @@ def test_the_readme_names_the_modules_of_the_root():
 def test_the_readme_names_modules_where_they_are():
     tree = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("    src/qwen_vl_sft/")[1].split("\n\n")[0]
     named = re.findall(r"^      (\w+)/ +(.+)$", tree, re.MULTILINE)
-    modules = [PACKAGE / folder / name for folder, line in named for name in re.findall(r"\w+\.py|\w+/", line)]
+    modules = [PACKAGE / folder / name for folder, line in named for name in re.findall(r"(?:\w+/)*\w+\.py|\w+/", line)]
     assert not [str(path) for path in modules if not path.exists()]

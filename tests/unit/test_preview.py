@@ -6,7 +6,8 @@ import pytest
 
 from fixtures.messages import BLUE, RED, conversation_row, write_messages
 from qwen_vl_sft.data.dataset import open_rows
-from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoder
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.labels import IGNORE_INDEX
 from qwen_vl_sft.data.preview import preview, shown
 from qwen_vl_sft.data.scan import scan
 
@@ -47,7 +48,11 @@ def test_the_preview_is_80_columns_wide_and_counts(prepared):
     assert max(map(len, lines)) <= 80
     about = " ".join(line.strip() for line in lines[:3])
     assert about.startswith("first row   ")
-    assert f", row 0: {train.tokens[0]:,} tokens, {train.learned[0]:,} of them learned, between {{{{ and }}}}" in about
+    lengths = train.lengths
+    assert (
+        f", row 0: {lengths.tokens[0]:,} tokens, {lengths.target_tokens[0]:,} of them learned, between {{{{ and }}}}"
+        in about
+    )
     assert "    {{yes<|im_end|>}}" in lines
 
 

@@ -6,15 +6,9 @@ import pytest
 from fixtures.messages import conversation_row, png, write_messages
 from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.image_file import ImageFile
-from qwen_vl_sft.data.rows import (
-    CHARTQA_SYSTEM_MESSAGE,
-    chartqa_answers,
-    chartqa_conversation,
-    conversations_conversation,
-    messages_conversation,
-    resolve_system_message,
-)
+from qwen_vl_sft.data.formats import FORMATS
+from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE, accepted_answers
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, UserError
 
 RED = {"bytes": png("red"), "path": None}
@@ -25,12 +19,12 @@ def chartqa_row(**changes):
 
 
 def test_chartqa_takes_the_first_label():
-    conversation = chartqa_conversation(chartqa_row(), None)
+    conversation = FORMATS["chartqa"].read(chartqa_row(), None)
     assert conversation.messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which color?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
-    assert conversation.images[0].open().size == (56, 56)
+    assert conversation.media[0].open().size == (56, 56)
 
 
 @pytest.mark.parametrize(
@@ -45,20 +39,20 @@ def test_chartqa_takes_the_first_label():
 )
 def test_numbers_in_a_row_are_text(label, answers):
     row = chartqa_row(query=7, label=label)
-    question, answer = chartqa_conversation(row, None).messages
+    question, answer = FORMATS["chartqa"].read(row, None).messages
     assert [question["content"][1]["text"], answer["content"][0]["text"]] == ["7", answers[0]]
-    assert chartqa_answers(row) == answers
+    assert accepted_answers(row) == answers
     turns = [{"role": "user", "content": [{"type": "text", "text": 1.5}]}, {"role": "assistant", "content": 3.0}]
-    messages = messages_conversation({"messages": turns}, None).messages
+    messages = FORMATS["messages"].read({"messages": turns}, None).messages
     assert [message["content"] for message in messages] == [[{"type": "text", "text": text}] for text in ("1.5", "3")]
 
 
 def test_messages_split_at_placeholders(tmp_path):
     row = conversation_row("Is <image> like <image>?", images=("a.png", "b.png"))
-    conversation = messages_conversation(row, tmp_path)
+    conversation = FORMATS["messages"].read(row, tmp_path)
     kinds = [part["type"] for part in conversation.messages[0]["content"]]
     assert kinds == ["text", "image", "text", "image", "text"]
-    assert conversation.images[1].path == str(tmp_path / "b.png")
+    assert conversation.media[1].path == str(tmp_path / "b.png")
 
 
 PLAIN = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
@@ -66,27 +60,29 @@ PLAIN = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": 
 
 @pytest.mark.parametrize("images", [{"image": "a.png"}, {"image": "a.png", "images": []}, {"image": {"path": "a.png"}}])
 def test_a_single_image_is_put_before_the_first_question_as_trl_does_it(images, tmp_path):
-    conversation = messages_conversation({"messages": PLAIN, **images}, tmp_path)
+    conversation = FORMATS["messages"].read({"messages": PLAIN, **images}, tmp_path)
     assert conversation.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
-    assert [image.path for image in conversation.images] == [str(tmp_path / "a.png")]
+    assert [image.path for image in conversation.media] == [str(tmp_path / "a.png")]
 
 
 def test_a_single_image_is_shown_where_it_says(tmp_path):
     row = {**conversation_row("What is <image>?"), "images": None, "image": "a.png"}
-    conversation = messages_conversation(row, tmp_path)
+    conversation = FORMATS["messages"].read(row, tmp_path)
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["text", "image", "text"]
 
 
 @pytest.mark.parametrize("empty", [None, [], "", [None], {"bytes": None, "path": None}])
 def test_empty_columns_of_what_is_not_read_do_not_matter(empty, tmp_path):
-    conversation = messages_conversation({"messages": PLAIN, "videos": empty, "audio": empty, "image": empty}, tmp_path)
-    assert conversation.images == []
-    assert chartqa_conversation(chartqa_row(videos=empty, images=empty), None).images
+    conversation = FORMATS["messages"].read(
+        {"messages": PLAIN, "videos": empty, "audio": empty, "image": empty}, tmp_path
+    )
+    assert conversation.media == []
+    assert FORMATS["chartqa"].read(chartqa_row(videos=empty, images=empty), None).media
 
 
 def test_an_answer_may_name_a_tag(tmp_path):
     row = conversation_row("<image>Which tag shows films?", "<video>")
-    assert messages_conversation(row, tmp_path).messages[1]["content"][0]["text"] == "<video>"
+    assert FORMATS["messages"].read(row, tmp_path).messages[1]["content"][0]["text"] == "<video>"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +105,7 @@ def test_an_answer_may_name_a_tag(tmp_path):
 )
 def test_bad_chartqa_rows(changes, told):
     with pytest.raises(BadRow, match=told):
-        chartqa_conversation(chartqa_row(**changes), None)
+        FORMATS["chartqa"].read(chartqa_row(**changes), None)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +147,7 @@ def test_bad_chartqa_rows(changes, told):
 )
 def test_bad_messages_rows(row, told, tmp_path):
     with pytest.raises(BadRow, match=told):
-        messages_conversation(row, tmp_path)
+        FORMATS["messages"].read(row, tmp_path)
 
 
 CONVERSATION = [
@@ -175,13 +171,13 @@ def test_conversations_are_encoded_as_the_same_messages(streaming, column, tmp_p
         ("two", {"conversations": CONVERSATION, column: images}),
     ):
         opened = open_rows(str(write_messages(tmp_path / name, [row])), "train", streaming=streaming)
-        encoder = Encoder(tiny_processor, resolve_system_message(None, opened.format))
-        found.append((opened.format, opened.encode(next(iter(opened.dataset)), encoder)))
+        encoder = Encoder(tiny_processor, opened.format.resolve_system_message(None))
+        found.append((opened.format.name, opened.encode(next(iter(opened.dataset)), encoder)))
     (first, messages), (second, conversations) = found
     assert (first, second) == ("messages", "conversations")
     assert conversations.input_ids.tolist() == messages.input_ids.tolist()
     assert conversations.labels.tolist() == messages.labels.tolist()
-    assert [image.key for image in conversations.images] == [image.key for image in messages.images]
+    assert [image.content_hash for image in conversations.media] == [image.content_hash for image in messages.media]
 
 
 def said(*turns, **columns):
@@ -214,7 +210,7 @@ def said(*turns, **columns):
 )
 def test_bad_conversations_rows(row, told, tmp_path):
     with pytest.raises(BadRow, match=told):
-        conversations_conversation(row, tmp_path)
+        FORMATS["conversations"].read(row, tmp_path)
 
 
 def test_bad_images(tmp_path):
@@ -351,8 +347,8 @@ def test_jsonl_beside_an_image_folder(messages_folder):
     folder = messages_folder([conversation_row(), conversation_row(answer="blue", images=("images/blue.png",))])
     for name in (folder, folder / "train.jsonl"):
         rows = open_rows(str(name), "train")
-        assert (rows.format, len(rows)) == ("messages", 2)
-        image = rows.conversation({"row": 1}).images[0].decode()
+        assert (rows.format.name, len(rows)) == ("messages", 2)
+        image = rows.conversation({"row": 1}).media[0].decode()
         assert image.getpixel((0, 0)) == (0, 0, 255)
 
 
@@ -365,8 +361,8 @@ def test_image_folder(tmp_path):
         entry = {"file_name": "a.png", "query": "Which color?", "label": "red"}
         (tmp_path / split / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
     rows = open_rows(str(tmp_path), "test")
-    assert rows.format == "chartqa"
-    assert rows.conversation({"row": 0}).images[0].decode().getpixel((0, 0)) == (255, 0, 0)
+    assert rows.format.name == "chartqa"
+    assert rows.conversation({"row": 0}).media[0].decode().getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -384,7 +380,7 @@ def test_images_may_be_linked_into_the_folder(streaming, linked, tmp_path):
     images = ["images/0.png", "all/red.png", str(folder / "all/red.png"), "all/../images/0.png", "all/../secret.png"]
     (snapshot / "train.jsonl").write_text("".join(f"{json.dumps(chartqa_row(image=name))}\n" for name in images))
     rows = open_rows(str(folder), "train", streaming=streaming)
-    *good, bad = [rows.conversation(row).images[0] for row in rows.dataset]
+    *good, bad = [rows.conversation(row).media[0] for row in rows.dataset]
     assert [image.decode().getpixel((0, 0)) for image in good] == [(255, 0, 0)] * 4
     with pytest.raises(BadRow, match="does not exist"):  # and not the one beside what the link leads to
         bad.open()
@@ -399,7 +395,7 @@ def test_an_image_folder_may_hold_links(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "data")
     for name in ("data", "linked"):
         rows = open_rows(str(tmp_path / name), "train")
-        assert rows.conversation({"row": 0}).images[0].decode().getpixel((0, 0)) == (255, 0, 0)
+        assert rows.conversation({"row": 0}).media[0].decode().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_slices_shuffle_and_cap(messages_folder):
@@ -451,7 +447,7 @@ def test_a_stream_of_several_files_is_the_same_for_any_number_of_workers(workers
     rows = open_rows(two_files, "train[3:9]", streaming=True, max_rows=5)
     found = read_by(workers, rows)
     assert [(row["query"], row["row_id"]) for row in found] == [(str(place), place) for place in range(3, 8)]
-    assert rows.conversation(found[0]).images[0].decode().size == (56, 56)
+    assert rows.conversation(found[0]).media[0].decode().size == (56, 56)
     whole = read_by(workers, open_rows(two_files, "train", streaming=True))
     assert [row["row_id"] for row in whole] == list(range(10))
 
@@ -519,7 +515,7 @@ def test_other_files_of_a_folder_are_left_alone(streaming, messages_folder):
     folder = messages_folder([conversation_row()])
     (folder / "test.jsonl").write_text("broken")
     (folder / "info.json").write_text('{"other": {"file_name": "train.jsonl"}}')
-    assert open_rows(str(folder), "train", streaming=streaming).format == "messages"
+    assert open_rows(str(folder), "train", streaming=streaming).format.name == "messages"
     with pytest.raises(UserError, match="has no split 'val'; its files give info, test, train"):
         open_rows(str(folder), "val", streaming=streaming)
     (folder / "train.json").write_text("[]")
@@ -604,10 +600,10 @@ def test_a_bad_row_is_named(messages_folder):
 
 
 def test_real_data(shared):
-    assert open_rows(str(shared / "chartqa"), "train[:10%]").format == "chartqa"
-    assert open_rows(str(shared / "multichart"), "train").format == "messages"
+    assert open_rows(str(shared / "chartqa"), "train[:10%]").format.name == "chartqa"
+    assert open_rows(str(shared / "multichart"), "train").format.name == "messages"
     rows = open_rows(str(shared / "opencqa"), "train[:3]")
-    assert rows.conversation({"row": 2}).images[0].decode().width > 100
+    assert rows.conversation({"row": 2}).media[0].decode().width > 100
 
 
 def test_the_tutorials_system_message():

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.dataset import Rows
-from qwen_vl_sft.data.encoded_image import ReadImage
-from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded, Encoder
+from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.labels import IGNORE_INDEX
+from qwen_vl_sft.data.media import ReadMedia, model_inputs
 from qwen_vl_sft.errors import BadRow, OverLongRow
 from qwen_vl_sft.modeling.flops import BatchStats
 
@@ -74,15 +75,15 @@ class Collator:
         batch["row_ids"] = [row.row_id for row in encoded]
         return batch
 
-    def encode_all(self, items: Sequence[dict[str, Any]], read_image: ReadImage | None = None) -> list[Encoded]:
+    def encode_all(self, items: Sequence[dict[str, Any]], read_media: ReadMedia | None = None) -> list[Encoded]:
         """The rows of these items that can be used."""
-        return [row for item in items if (row := self._encode(item, read_image)) is not None]
+        return [row for item in items if (row := self._encode(item, read_media)) is not None]
 
-    def _encode(self, item: dict[str, Any], read_image: ReadImage | None) -> Encoded | None:
+    def _encode(self, item: dict[str, Any], read_media: ReadMedia | None) -> Encoded | None:
         if item.get("row") == NO_ROW:
             return None
         try:
-            return self.rows.encode(item, self.encoder, read_image)
+            return self.rows.encode(item, self.encoder, read_media)
         except BadRow as error:
             skip = self.skip_overlong if isinstance(error, OverLongRow) else self.skip_bad_rows
             if not skip:
@@ -90,16 +91,16 @@ class Collator:
             logger.warning("skipped: %s", error)
             return None
 
-    def filler_row(self, items: Sequence[dict[str, Any]], read_image: ReadImage | None = None) -> Encoded:
+    def filler_row(self, items: Sequence[dict[str, Any]], read_media: ReadMedia | None = None) -> Encoded:
         """What stands in for a batch without any row that can be used: a good row with nothing to learn."""
         if self.rows.streamed:
             raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
         if not self.skip_bad_rows:
-            return self.rows.encode({"row": self.filler}, self.encoder, read_image).without_labels()
+            return self.rows.encode({"row": self.filler}, self.encoder, read_media).without_labels()
         for index in [self.filler, *range(min(len(self.rows), _FILLERS_TRIED))]:
             # The one chosen by the scan may be what has become unreadable.
             with contextlib.suppress(BadRow):
-                found = self.rows.encode({"row": index}, self.encoder, read_image).without_labels()
+                found = self.rows.encode({"row": index}, self.encoder, read_media).without_labels()
                 self.filler = index
                 return found
         raise BadRow(f"{self.rows.name}: its rows can be read no longer; see the warnings above")
@@ -111,7 +112,7 @@ def row_stats(row: Encoded) -> BatchStats:
     return BatchStats(
         tokens=len(row.input_ids),
         tokens_squared=len(row.input_ids) ** 2,
-        target_tokens=int((row.labels != IGNORE_INDEX).sum()),
+        target_tokens=row.target_tokens,
         images=len(patches),
         patches=int(patches.sum()),
         patches_squared=int((patches**2).sum()),
@@ -135,8 +136,4 @@ def pad(rows: Sequence[Encoded], pad_token_id: int, side: str = "right") -> dict
         "mm_token_type_ids": padded([row.mm_token_type_ids for row in rows], 0),
         "labels": padded([row.labels for row in rows], IGNORE_INDEX),
     }
-    pixels = [image.pixel_values for row in rows for image in row.images if image.pixel_values is not None]
-    if pixels:
-        batch["pixel_values"] = torch.cat(pixels)
-        batch["image_grid_thw"] = torch.cat([row.image_grid_thw for row in rows])
-    return batch
+    return batch | model_inputs([item for row in rows for item in row.media])

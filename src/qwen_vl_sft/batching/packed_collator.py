@@ -18,9 +18,11 @@ from torch.nn.functional import pad as pad_tensor
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packing import MicroBatch
 from qwen_vl_sft.batching.positions import Positions
-from qwen_vl_sft.data.encoded_image import EncodedImage, reading_once
-from qwen_vl_sft.data.encoding import IGNORE_INDEX, Encoded
+from qwen_vl_sft.data.encoding import Encoded
 from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.data.labels import IGNORE_INDEX
+from qwen_vl_sft.data.media import reading_once
+from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.families.base import PackedLayout
 from qwen_vl_sft.modeling.flops import BatchStats
 
@@ -64,9 +66,9 @@ class PackedCollator:
 
     def _micro_batch(self, groups: MicroBatch) -> dict[str, Any]:
         # Questions on one image are mostly in one micro-batch; longer than that, decoded images are not kept.
-        read_image = reading_once(self.features.read_image if self.features else self.rows.encoder.read_image)
-        encoded = [self.rows.encode_all([{"row": row} for row in group], read_image) for group in groups]
-        filled = [group for group in encoded if group] or [[self.rows.filler_row([], read_image)]]
+        read_media = reading_once(self.features.read_image if self.features else self.rows.encoder.read_media)
+        encoded = [self.rows.encode_all([{"row": row} for row in group], read_media) for group in groups]
+        filled = [group for group in encoded if group] or [[self.rows.filler_row([], read_media)]]
         batch = join(filled, self.positions)
         if self.features:
             # Also where no image is shown: the tower then runs in no batch.
@@ -139,13 +141,13 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[
     """
     if shown[0].features is not None:
         return {"image_features": torch.cat([image.features for image in shown if image.features is not None])}
-    different = {image.key: image for image in shown}
+    different = {image.content_hash: image for image in shown}
     grids = torch.stack([image.grid for image in different.values()])
     pixels = [image.pixel_values for image in different.values() if image.pixel_values is not None]
     found = {"pixel_values": torch.cat(pixels), "image_grid_thw": grids, **positions.patch_inputs(grids)}
     if len(different) < len(shown):
-        numbers = {key: number for number, key in enumerate(different)}
-        found["image_places"] = [numbers[image.key] for image in shown]
+        numbers = {content_hash: number for number, content_hash in enumerate(different)}
+        found["image_places"] = [numbers[image.content_hash] for image in shown]
     return found
 
 
@@ -191,12 +193,12 @@ def _learned(labels: torch.Tensor) -> dict[str, torch.Tensor]:
 def _images(piece: Piece) -> tuple[EncodedImage, ...]:
     """The images that begin inside a piece."""
     row = piece.row
-    if not row.images:
+    if not row.media:
         return ()
     image = row.mm_token_type_ids.bool()
     begins = image & ~pad_tensor(image[:-1], (1, 0))
-    assert int(begins.sum()) == len(row.images), f"images without a boundary among {len(image)} tokens"
-    return row.images[int(begins[: piece.start].sum()) : int(begins[: piece.stop].sum())]
+    assert int(begins.sum()) == len(row.media), f"images without a boundary among {len(image)} tokens"
+    return row.media[int(begins[: piece.start].sum()) : int(begins[: piece.stop].sum())]
 
 
 def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
@@ -213,7 +215,7 @@ def _stats(
         # A piece of n tokens after p others attends to n * p + n * n / 2 of them, a row of n tokens to n * n / 2.
         tokens_squared=sum(len(piece) ** 2 + 2 * len(piece) * len(piece.before) for piece in pieces),
         target_tokens=int((batch["shift_labels"] != IGNORE_INDEX).sum()),
-        images=len({image.key for image in shown}),
+        images=len({image.content_hash for image in shown}),
         patches=int(patches.sum()),
         patches_squared=int((patches**2).sum()),
         rows=sum(len(group) for group in groups),

@@ -6,12 +6,24 @@ Every other key of a recipe is a field of TRL's `SFTConfig`, which extends trans
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 
 def key(default: Any, text: str) -> Any:
     """Return the field of a recipe key with its default and its line in --help."""
     return field(default=default, metadata={"help": text})
+
+
+# The formats of rows and what each reads. A test compares them with the modules of data/formats, which need no settings.
+DATASET_FORMATS = {
+    "chartqa": "image, query, label",
+    "messages": "messages and images",
+    "conversations": "the same as from and value",
+}
+if TYPE_CHECKING:
+    DatasetFormat = str
+else:
+    DatasetFormat = Literal["auto", *DATASET_FORMATS]
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,8 @@ class DataSettings:
     dataset_train_split: str = key("train", "split to train on; slices such as train[:10%] are allowed")
     dataset_test_split: str | None = key(None, "split to evaluate on while training")
     dataset_streaming: bool = key(False, "read rows one by one; needs max_steps, and cannot be resumed")
-    dataset_format: Literal["auto", "chartqa", "messages", "conversations"] = key(
-        "auto",
-        "chartqa: image, query, label; messages: messages and images; conversations: the same as from and value;"
-        " auto: told by the columns",
+    dataset_format: DatasetFormat = key(
+        "auto", f"{'; '.join(f'{name}: {text}' for name, text in DATASET_FORMATS.items())}; auto: told by the columns"
     )
     system_message: str | None = key(
         None,

@@ -1,4 +1,4 @@
-"""One look at the rows for all processes: they must train on the same rows, and one process has read every image."""
+"""One scan for all processes: they must train on the same rows, and one process has read every image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAMPLED = 64
 
 
 def agreed_scan(context: DistributedContext, rows: Rows, look: Callable[[], Scan]) -> Scan:
-    """What `look` finds on the first process, on all of them: a file that another cannot read changes no plan.
+    """Return what `look` finds on the first process, on all: a file that another cannot read changes no plan.
 
     Call it on all processes, joined (`launch.join`). Raises `UserError` on a process whose rows are others than those of
     the first, as where a machine has a copy of its own that is older.
@@ -44,14 +44,14 @@ def agreed_scan(context: DistributedContext, rows: Rows, look: Callable[[], Scan
 
 
 def sample_digest(rows: Rows) -> str:
-    """The same for the same rows, wherever they lie; of a few rows, evenly spread."""
+    """Digest a few rows, evenly spread; the same rows give the same digest, wherever they lie."""
     assert isinstance(rows.dataset, Dataset)
     sample = rows.dataset.select(evenly_spread(len(rows), _SAMPLED))
     return hashlib.sha256(repr([_without_folders(row) for row in sample]).encode()).hexdigest()
 
 
 def _without_folders(value: Any) -> Any:
-    """An image's path may lead through a cache of this machine."""
+    """Leave folders out of the paths of images, which may lead through a cache of this machine."""
     if isinstance(value, Mapping):
         if set(value) == {"bytes", "path"}:
             return value["bytes"], PurePath(value["path"] or "").name

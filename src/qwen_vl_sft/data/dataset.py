@@ -1,4 +1,4 @@
-"""Opening a dataset: Hub id, local folder or file, split slices, streaming. Images stay undecoded."""
+"""Rows of a split: opening a Hub id, a local folder or file, slices, streams. Images stay undecoded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 
-from qwen_vl_sft.data.encoded_image import ReadImage
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoded, Encoder
-from qwen_vl_sft.data.rows import FORMAT_COLUMNS, FORMATS, Conversation
-from qwen_vl_sft.data.source import Source, find_source
+from qwen_vl_sft.data.formats import AUTO, choose_format
+from qwen_vl_sft.data.formats.base import DataFormat
+from qwen_vl_sft.data.media import ReadMedia
+from qwen_vl_sft.data.source import SplitSource, find_source
 from qwen_vl_sft.errors import BadRow, UserError
 
 ROW_ID = "row_id"
@@ -31,13 +33,13 @@ class Rows:
     """
 
     dataset: Dataset | IterableDataset
-    format: str
+    format: DataFormat
     name: str
     folder: Path | None
 
     @property
     def streamed(self) -> bool:
-        """Whether rows come one after another and cannot be looked up."""
+        """Tell whether rows come one after another and cannot be looked up."""
         return isinstance(self.dataset, IterableDataset)
 
     def __len__(self) -> int:
@@ -45,37 +47,37 @@ class Rows:
         return len(self.dataset)
 
     def conversation(self, item: Mapping[str, Any]) -> Conversation:
-        """The conversation of an item, `{"row": index}` or a raw row. Raises `BadRow` that names the row."""
+        """Return the conversation of an item, `{"row": index}` or a raw row. Raises `BadRow` that names the row."""
         with self.opened(item) as (conversation, _):
             return conversation
 
-    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_image: ReadImage | None = None) -> Encoded:
-        """Encode an item, its images as `read_image` or else the encoder reads them. Raises `BadRow` that names the row."""
+    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_media: ReadMedia | None = None) -> Encoded:
+        """Encode an item, its images as `read_media` or else the encoder reads them. Raises `BadRow` that names the row."""
         with self.opened(item) as (conversation, row_id):
-            return replace(encoder.encode(conversation, read_image), row_id=row_id)
+            return replace(encoder.encode(conversation, read_media), row_id=row_id)
 
     @contextlib.contextmanager
     def opened(self, item: Mapping[str, Any]) -> Iterator[tuple[Conversation, int]]:
-        """The conversation of an item and its row id; a `BadRow` that is raised inside comes out with the row's name."""
+        """Yield the conversation of an item and its row id; name the row in a `BadRow` that is raised inside."""
         # A raw row may have a column of this name too.
         raw = self.dataset[item["row"]] if set(item) == {"row"} else item  # type: ignore[index]
         row_id = int(raw[ROW_ID])
         try:
-            yield FORMATS[self.format](raw, self.folder), row_id
+            yield self.format.read(raw, self.folder), row_id
         except BadRow as error:
-            raise type(error)(f"{self.where(row_id)} {error}") from None
+            raise type(error)(f"{self.name_of(row_id)} {error}") from None
 
     def select(self, indices: list[int]) -> Rows:
-        """The same rows, only those at `indices`, in that order."""
+        """Return the rows at `indices` alone, in that order."""
         assert isinstance(self.dataset, Dataset)
         return Rows(self.dataset.select(indices), self.format, self.name, self.folder)
 
     def without_data(self) -> Rows:
-        """The format and the name alone, cheap to send to another process."""
+        """Return the format and the name alone, cheap to send to another process."""
         return Rows(Dataset.from_dict({}), self.format, self.name, self.folder)
 
-    def where(self, row_id: int) -> str:
-        """How a message names a row."""
+    def name_of(self, row_id: int) -> str:
+        """Return the name of a row for messages."""
         return f"{self.name}, row {row_id}"
 
 
@@ -84,7 +86,7 @@ def open_rows(
     split: str,
     config: str | None = None,
     streaming: bool = False,
-    row_format: str = "auto",
+    row_format: str = AUTO,
     shuffle_seed: int | None = None,
     max_rows: int | None = None,
 ) -> Rows:
@@ -95,7 +97,7 @@ def open_rows(
         split: its name, with an optional slice: `train[:10%]`, `train[100:200]`.
         config: the Hub dataset's configuration.
         streaming: read row by row instead of preparing the whole split first.
-        row_format: "chartqa", "messages", "conversations", or "auto" to tell by the columns.
+        row_format: name of a format (`formats.FORMATS`), or "auto" to tell by the columns.
         shuffle_seed: shuffle with this seed, before the cap; None keeps the order.
         max_rows: at most so many rows.
 
@@ -109,24 +111,24 @@ def open_rows(
         dataset = dataset.shuffle(seed=shuffle_seed)
     if max_rows is not None:
         dataset = dataset.take(max_rows)
-    return Rows(dataset, _find_format(dataset, row_format, where), where, folder)
+    return Rows(dataset, _format_of(dataset, row_format, where), where, folder)
 
 
 def spread(rows: Rows, max_rows: int | None) -> Rows:
-    """At most so many rows, evenly over the split: ChartQA's first half is all human, its second all machine."""
+    """Return at most so many rows, evenly over the split: ChartQA's first half is all human, its second all machine."""
     if max_rows is None or max_rows >= len(rows):
         return rows
     return rows.select(evenly_spread(len(rows), max_rows))
 
 
 def evenly_spread(total: int, most: int | None) -> list[int]:
-    """At most `most` of `total` places, evenly spread; all of them for None."""
+    """Return at most `most` of `total` indices, evenly spread; all of them for None."""
     count = min(most or total, total)
     return [number * total // count for number in range(count)]
 
 
 def in_memory(rows: Rows) -> Rows:
-    """The rows of a stream as a map-style dataset, for evaluation; bounded by the cap they were opened with."""
+    """Return the rows of a stream as a map-style dataset, for evaluation; bounded by the cap they were opened with."""
     assert isinstance(rows.dataset, IterableDataset)
 
     def read() -> Iterator[dict[str, Any]]:
@@ -162,39 +164,30 @@ def _stream(name: str, split: str, config: str | None, shuffle_seed: int | None)
 
     if shuffle_seed is not None and dataset.num_shards > 1 and "[" not in split:
         # Files are also mixed with each other, which leaves no row its place.
-        return _numbered(_by_one_worker(dataset.shuffle(seed=shuffle_seed), source))
-    stream = _numbered(_by_one_worker(dataset, source))
+        return _with_row_ids(_by_one_worker(dataset.shuffle(seed=shuffle_seed), source))
+    stream = _with_row_ids(_by_one_worker(dataset, source))
     stream = stream.skip(start) if start else stream
     stream = stream.take(stop - start) if stop is not None else stream
     return stream if shuffle_seed is None else stream.shuffle(seed=shuffle_seed)
 
 
-def _numbered(stream: IterableDataset) -> IterableDataset:
+def _with_row_ids(stream: IterableDataset) -> IterableDataset:
     # Without its features, a mapped stream would decode images again.
     features = Features({**stream.features, ROW_ID: Value("int64")}) if stream.features else None
-    return stream.map(_with_place, with_indices=True, features=features)
+    return stream.map(_with_row_id, with_indices=True, features=features)
 
 
-def _with_place(row: dict[str, Any], index: int) -> dict[str, Any]:
+def _with_row_id(row: dict[str, Any], index: int) -> dict[str, Any]:
     return {**row, ROW_ID: index}
 
 
-def _by_one_worker(stream: IterableDataset, source: Source) -> IterableDataset:
-    """A stream that a data loader cannot deal out to its workers, file by file; each would count and cut a part of it."""
+def _by_one_worker(stream: IterableDataset, source: SplitSource) -> IterableDataset:
+    """Return a stream that a data loader cannot deal out to its workers by files: each would count and cut a part."""
     return IterableDataset.from_generator(source.rows_of, features=stream.features, gen_kwargs={"stream": stream})
 
 
-def _find_format(dataset: Any, row_format: str, where: str) -> str:
+def _format_of(dataset: Any, row_format: str, where: str) -> DataFormat:
     columns = set(dataset.column_names or next(iter(dataset), ()))
     if not columns:
         raise UserError(f"{where}: holds no rows")
-    if row_format == "auto":
-        for candidate, needed in FORMAT_COLUMNS.items():
-            if needed <= columns:
-                return candidate
-        known = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in FORMAT_COLUMNS.items())
-        raise UserError(f"{where}: columns {sorted(columns - {ROW_ID})} fit no format ({known}); set dataset_format")
-    missing = FORMAT_COLUMNS[row_format] - columns
-    if missing:
-        raise UserError(f"{where}: dataset_format {row_format} needs the column(s) {', '.join(sorted(missing))}")
-    return row_format
+    return choose_format(columns - {ROW_ID}, row_format, where)

@@ -1,4 +1,4 @@
-"""What a frozen vision tower made of each image, kept on disk: one file an image, written whole or not at all."""
+"""A cache of a frozen vision tower's outputs on disk: one file an image, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 
 from qwen_vl_sft.atomic_write import PARTIAL
-from qwen_vl_sft.data.encoded_image import EncodedImage
-from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.media.image import EncodedImage
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow
 
 BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}
@@ -44,23 +44,23 @@ class FeatureCache:
     width: int
     parts: int
 
-    def path(self, key: str) -> Path:
-        """The file of an image, by `EncodedImage.key`."""
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def path(self, content_hash: str) -> Path:
+        """Return the file of an image."""
+        return self.folder / content_hash[:2] / f"{content_hash}.safetensors"
 
     def size(self, tokens: int) -> int:
-        """Bytes of the file of an image of so many merged tokens, nearly."""
+        """Estimate the bytes of the file of an image of so many merged tokens."""
         scales = 4 * self.parts if self.storage == "int8" else 0
         return tokens * (self.width * BYTES[self.storage] + scales) + _HEADER
 
-    def write(self, key: str, features: torch.Tensor, grid: torch.Tensor) -> None:
+    def write(self, content_hash: str, features: torch.Tensor, grid: torch.Tensor) -> None:
         """Store the features [M, width] of an image of `grid` [3] patches. Raises `OSError`."""
         tensors = {"grid": grid.cpu().long(), **self.pack(features)}
         data = safetensors.torch.save(tensors, {"sha256": _digest(tensors)})
-        path = self.path(key)
+        path = self.path(content_hash)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another run may be writing the same image; the last one to finish wins, with the same content.
-        partial = path.with_name(f"{key}.{uuid.uuid4().hex}{PARTIAL}")
+        partial = path.with_name(f"{content_hash}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             partial.write_bytes(data)
             partial.replace(path)
@@ -68,36 +68,38 @@ class FeatureCache:
             partial.unlink(missing_ok=True)
             raise
 
-    def read(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [M, width], bfloat16 or float32, and grid [3] of an image. Raises `OSError` or `SafetensorError`."""
-        tensors = safetensors.torch.load_file(self.path(key))
+    def read(self, content_hash: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read features [M, width], bfloat16 or float32, and grid [3] of an image. Raises `OSError` or `SafetensorError`."""
+        tensors = safetensors.torch.load_file(self.path(content_hash))
         return self.unpack(tensors), tensors["grid"]
 
     def read_image(self, file: ImageFile) -> EncodedImage:
-        """An image with its features instead of pixels; it is not decoded. Raises `BadRow` when they are not there."""
-        key = file.digest
+        """Return an image with its features instead of pixels, undecoded. Raises `BadRow` when they are not there."""
+        content_hash = file.content_hash
         try:
-            features, grid = self.read(key)
+            features, grid = self.read(content_hash)
         except (OSError, safetensors.SafetensorError) as error:
             reason = "they were not computed" if isinstance(error, FileNotFoundError) else str(error)
-            raise BadRow(f"shows an image whose features cannot be read from {self.path(key)}: {reason}") from None
-        return EncodedImage(key, grid, features=features)
+            raise BadRow(
+                f"shows an image whose features cannot be read from {self.path(content_hash)}: {reason}"
+            ) from None
+        return EncodedImage(content_hash, grid, features=features)
 
-    def holds(self, key: str) -> bool:
-        """Whether an image has a file; what is in it is not looked at."""
-        return self.path(key).is_file()
+    def holds(self, content_hash: str) -> bool:
+        """Tell whether an image has a file, without looking into it."""
+        return self.path(content_hash).is_file()
 
-    def is_sound(self, key: str) -> bool:
-        """Whether an image has a file that is whole, by its length and by the digest in it."""
+    def is_sound(self, content_hash: str) -> bool:
+        """Tell whether an image has a file that is whole, by its length and by the digest in it."""
         try:
-            with safetensors.safe_open(self.path(key), "pt") as file:
+            with safetensors.safe_open(self.path(content_hash), "pt") as file:
                 stated = (file.metadata() or {}).get("sha256")
                 return stated == _digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (OSError, safetensors.SafetensorError):
             return False
 
     def pack(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features [M, width] as what is stored, on the CPU: `values`, and for "int8" their `scales` [M, parts]."""
+        """Return features [M, width] as they are stored, on the CPU: `values`, for "int8" with `scales` [M, parts]."""
         assert features.shape[1] == self.width, f"{features.shape[1]} values a token, not {self.width}"
         if self.storage != "int8":
             return {"values": features.to(getattr(torch, self.storage)).cpu().contiguous()}
@@ -107,7 +109,7 @@ class FeatureCache:
         return {"values": values.cpu().contiguous(), "scales": scales.cpu().contiguous()}
 
     def unpack(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What `pack` stored, as features [M, width]."""
+        """Return what `pack` stored as features [M, width]."""
         values = stored["values"]
         if self.storage != "int8":
             return values
@@ -131,6 +133,6 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def add_to_digest(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    """Have a digest of hashlib tell tensors by name, shape and every bit."""
+    """Add a tensor's name, type, shape and every bit to a digest of hashlib."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -9,46 +9,58 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RowLength:
-    """What a row costs, known without its pixels: tokens in all, tokens learned, images, vision patches.
+    """The costs of a row, known without its pixels: tokens in all, tokens of the loss, images, vision patches.
 
     `prefix` is equal in rows that begin alike up to their last image before any answer (images, text and all), and
-    empty in a row without one; `prefix_tokens` and `prefix_patches` are what that beginning costs. When they were asked
-    for, `image_keys` and `image_patches` have an entry an image (`EncodedImage.key`).
+    empty in a row without one; `prefix_tokens` and `prefix_patches` are the costs of that beginning. When they were
+    asked for, `content_hashes` and `image_patches` have an entry an image.
     """
 
     tokens: int
-    learned: int
+    target_tokens: int
     images: int
     patches: int
     prefix: str
     prefix_tokens: int
     prefix_patches: int
-    image_keys: list[str] = field(default_factory=list)
+    content_hashes: list[str] = field(default_factory=list)
     image_patches: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RowLengths:
-    """What rows cost: int64 arrays with an entry a row.
+    """The costs of rows: int64 arrays with an entry a row.
 
-    `tokens` and `patches` of the whole row; of its beginning up to the question, which other rows may have too, the
-    number of the `prefix` (-1 for a row without one) and its `prefix_tokens` and `prefix_patches`.
+    `tokens`, `target_tokens`, `images` and `patches` of the whole row; of its beginning up to the question, which other
+    rows may have too, the number of the `prefix` (-1 for a row without one), its `prefix_tokens` and `prefix_patches`.
     """
 
     tokens: np.ndarray
+    target_tokens: np.ndarray
+    images: np.ndarray
     patches: np.ndarray
     prefix: np.ndarray
     prefix_tokens: np.ndarray
     prefix_patches: np.ndarray
 
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.tokens)
+
     def without_patches(self) -> RowLengths:
-        """The same rows where images cost nothing but their tokens."""
+        """Return the same rows where images cost nothing but their tokens."""
         none = np.zeros_like(self.patches)
         return replace(self, patches=none, prefix_patches=none)
 
     def of(self, group: list[int]) -> np.ndarray:
-        """Tokens and patches of a group: its prefix counts once."""
+        """Return tokens and patches of a group of rows, whose prefix counts once: [2] float64."""
         first, repeats = group[0], len(group) - 1
         tokens = self.tokens[group].sum() - repeats * self.prefix_tokens[first]
         patches = self.patches[group].sum() - repeats * self.prefix_patches[first]
         return np.array([tokens, patches], dtype=np.float64)
+
+
+def number_prefixes(prefixes: list[str]) -> np.ndarray:
+    """Give numbers to `RowLength.prefix` of rows in order of appearance, -1 for an empty one: [rows] int64."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) if name else -1 for name in prefixes], dtype=np.int64)

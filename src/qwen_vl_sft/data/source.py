@@ -1,4 +1,4 @@
-"""Where a split is read from: the Hub, or the files of it alone that lie here; and why they cannot be read."""
+"""The source of a split: finding it on the Hub or among local files, loading it, and the reason when that fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMED_SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?")
 
 
 @dataclass(frozen=True)
-class Source:
+class SplitSource:
     """A split, with its slice, and the `arguments` of `load_dataset` that find it."""
 
     name: str
@@ -31,7 +31,7 @@ class Source:
     arguments: dict[str, Any]
 
     def load(self) -> Any:
-        """The split as a map-style dataset, undecoded. Raises `UserError`."""
+        """Load the split as a map-style dataset, undecoded. Raises `UserError`."""
         try:
             dataset = _undecoded(datasets.load_dataset(**self.arguments, split=self.split))
             # Arrow believes a file that its text is UTF-8, and Python would not when a row is read.
@@ -41,14 +41,14 @@ class Source:
         return dataset
 
     def stream(self) -> Any:
-        """The split as a stream, undecoded, to be read by `rows_of`. Raises `UserError`."""
+        """Open the split as a stream, undecoded, to be read by `rows_of`. Raises `UserError`."""
         try:
             return _undecoded(datasets.load_dataset(**self.arguments, split=self.split, streaming=True))
         except Exception as error:
             raise self.refusal(error) from error
 
     def rows_of(self, stream: IterableDataset) -> Iterator[dict[str, Any]]:
-        """The rows of a stream. Raises `UserError` where its files cannot be read any further."""
+        """Yield the rows of a stream. Raises `UserError` where its files cannot be read any further."""
         try:
             # Read in batches, a stream does not ask which worker it is in.
             for batch in stream.iter(batch_size=1):
@@ -57,7 +57,7 @@ class Source:
             raise self.refusal(error) from error
 
     def refusal(self, error: BaseException) -> UserError:
-        """What to tell of an error of `datasets`, which raises a dozen kinds for a wrong name, split or file."""
+        """Turn an error of `datasets`, which raises a dozen kinds for a wrong name, split or file, into one for the user."""
         return UserError(f"dataset {self.name}, split {self.split}: cannot be loaded: {self._reason(error)}")
 
     def _reason(self, error: BaseException) -> str:
@@ -70,18 +70,21 @@ class Source:
         return f"in its files {error.details()}" if isinstance(error, CastError) else first_line(error)
 
 
-def find_source(name: str, split: str, config: str | None) -> Source:
-    """Where the split of a Hub dataset, a local folder or a local file is. Raises `UserError`."""
+def find_source(name: str, split: str, config: str | None) -> SplitSource:
+    """Find the split of a Hub dataset, a local folder or a local file. Raises `UserError`."""
     path = Path(name).expanduser()
     if path.exists():
-        return Source(name, split, {"name": config, **_local_arguments(path, split.split("[")[0])})
+        return SplitSource(name, split, {"name": config, **_local_arguments(path, split.split("[")[0])})
     if name.startswith((".", "/", "~")) or path.suffix in _KINDS:
         raise UserError(f"dataset_name: {name} does not exist here; give a local folder or file, or a Hub id")
-    return Source(name, split, {"name": config, "path": name})
+    return SplitSource(name, split, {"name": config, "path": name})
 
 
 def _local_arguments(path: Path, split: str) -> dict[str, Any]:
-    """How to load a local path. Left to itself, `load_dataset` takes a folder of JSONL and images for images alone."""
+    """Return the arguments of `load_dataset` for a local path.
+
+    Left to itself it takes a folder of JSONL and images for images alone.
+    """
     if path.is_file():
         kind = _KINDS.get(path.suffix)
         if kind is None:
@@ -110,7 +113,7 @@ def _local_arguments(path: Path, split: str) -> dict[str, Any]:
 
 
 def _problem_of_json(file: Path) -> str | None:
-    """What is wrong with a file of JSON, a value a line or one for all, and where; None if it is good JSON."""
+    """Return the fault of a file of JSON, a value a line or one for all, and its place; None for good JSON."""
     with file.open("rb") as raw_lines:
         for number, raw in enumerate(raw_lines, start=1):
             try:
@@ -135,7 +138,7 @@ def _problem_of_json(file: Path) -> str | None:
 
 
 def _problem_of_whole(file: Path) -> str | None:
-    """What is wrong with a file of one JSON value, whose first line is none by itself."""
+    """Return the fault of a file of one JSON value, whose first line is none by itself."""
     try:
         json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:

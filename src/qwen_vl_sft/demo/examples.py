@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_sft.config.reading import BUILTIN
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import Rows, open_rows, spread
-from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.options import Source
-from qwen_vl_sft.evaluation.task import read_question, up_to_last_answer
+from qwen_vl_sft.evaluation.task import read_question
 
 FILE = "examples.json"
 # Rows of several turns cannot be asked on the page, so more rows are looked at than shown.
@@ -30,7 +30,7 @@ class Example:
 
 
 def collect_examples(source: Source, number: int, folder: Path) -> list[Example]:
-    """Rows of the run's evaluation split, else of the charts that ship with this package; images go into `folder`."""
+    """Collect rows of the run's evaluation split, else of the charts that ship with this package; images go into `folder`."""
     data = source.recipe.data
     splits = list(dict.fromkeys(split for split in (data.dataset_test_split, *TRIED_SPLITS) if split))
     wanted: list[tuple[str, str, str | None, str]] = [(str(BUILTIN["builtin:tiny-charts"]), "test", None, "auto")]
@@ -61,7 +61,7 @@ def save_examples(examples: Sequence[Example], folder: Path) -> None:
 
 
 def load_examples(folder: Path) -> list[Example]:
-    """The examples that `save_examples` wrote."""
+    """Load the examples that `save_examples` wrote."""
     listed = json.loads((folder / FILE).read_text(encoding="utf-8"))
     return [
         Example(tuple(folder / name for name in entry["images"]), entry["question"], entry["gold"]) for entry in listed
@@ -72,14 +72,14 @@ def _write(rows: Rows, number: int, folder: Path) -> Iterator[Example]:
     """Every row or every second, whichever still gives enough, so that not all come from one half of the split."""
     found = []
     for raw in rows.dataset:
-        conversation = up_to_last_answer(rows.conversation(raw))
+        conversation = rows.conversation(raw).up_to_last_answer()
         if _is_plain(conversation):
             found.append((conversation, read_question(raw, conversation, rows.format)))
     step = max(1, len(found) // number)
     folder.mkdir(parents=True, exist_ok=True)
     for place, (conversation, question) in enumerate(found[::step][:number]):
         paths = []
-        for count, image in enumerate(conversation.images):
+        for count, image in enumerate(conversation.media):
             kind = (image.open().format or "png").lower()
             path = folder / f"example-{place + 1}{'-' + str(count + 1) if count else ''}.{kind}"
             # The file's own bytes: another encoding could change the answer.
@@ -92,5 +92,5 @@ def _is_plain(conversation: Conversation) -> bool:
     """Whether the page could ask it: images, then one text, then the answer."""
     first, *others = conversation.messages
     kinds = [part["type"] for part in first["content"]]
-    plain = kinds == ["image"] * len(conversation.images) + ["text"]
-    return bool(conversation.images) and plain and first["role"] == "user" and len(others) == 1
+    plain = kinds == ["image"] * len(conversation.media) + ["text"]
+    return bool(conversation.media) and plain and first["role"] == "user" and len(others) == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.demo.examples import Example
 from qwen_vl_sft.demo.naming import label, model_name, run_names
 from qwen_vl_sft.demo.options import Options
@@ -114,8 +115,8 @@ class Handlers:
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
-        formats = {source.recipe.data.dataset_format for source in answerer.sources}
-        self.most_images = 1 if formats == {"chartqa"} else MOST_IMAGES
+        formats = [FORMATS.get(source.recipe.data.dataset_format) for source in answerer.sources]
+        self.most_images = max((found and found.most_images) or MOST_IMAGES for found in formats)
 
     def facts(self) -> str:
         """Return which base model answers, and in which precision."""

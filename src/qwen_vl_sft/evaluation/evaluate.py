@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from qwen_vl_sft.checkpointing.run_folder import environment
-from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.distributed.launch import DistributedContext, join, read_context, start
 from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
@@ -86,7 +86,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
 def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:
     """The images of a row by its `row_id`, not decoded yet."""
     places = {question.row_id: place for place, question in enumerate(task.questions)}
-    return lambda row_id: task.conversation(places[row_id]).images
+    return lambda row_id: task.conversation(places[row_id]).media
 
 
 def join_processes(context: DistributedContext) -> Any:

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoded, Encoder
-from qwen_vl_sft.data.rows import Conversation
 from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 
 # A token of a chart question is about four letters; only the order of the estimates matters.
@@ -46,11 +46,9 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def estimate_length(encoder: Encoder, conversation: Conversation) -> int:
     """Roughly the tokens of a prompt, from its text and the headers of its images; nothing is decoded. Raises `BadRow`."""
-    processor = encoder.processor.image_processor
-    images = [file.open() for file in conversation.images]
-    patches = sum(processor.get_number_of_image_patches(image.height, image.width, {}) for image in images)
+    _, media_tokens = encoder.count_media(conversation.media)
     letters = sum(len(part.get("text", "")) for message in conversation.messages for part in message["content"])
-    return patches // processor.merge_size**2 + letters // LETTERS_OF_A_TOKEN
+    return sum(media_tokens) + letters // LETTERS_OF_A_TOKEN
 
 
 def generate_batches(

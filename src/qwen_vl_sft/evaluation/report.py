@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from qwen_vl_sft.atomic_write import atomic_write, writing_to
-from qwen_vl_sft.data.image_file import ImageFile
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
 from qwen_vl_sft.evaluation.scoring import REPORT_FILE, SPLIT_COLUMN, describe_cut

@@ -1,4 +1,4 @@
-"""What an evaluation asks: the rows of a split with their questions, accepted answers and batches."""
+"""The task of an evaluation: rows of a split with their questions, accepted answers and batches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoded, Encoder
-from qwen_vl_sft.data.rows import Conversation, chartqa_answers, resolve_system_message
+from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation.arms import choose_arms, load_run_processor, model_identity
 from qwen_vl_sft.evaluation.generation import estimate_length, plan_batches
@@ -43,8 +44,8 @@ class Task:
     left_out: int = 0
 
     def conversation(self, place: int) -> Conversation:
-        """The conversation of a place, up to the answer that is scored."""
-        return up_to_last_answer(self.rows.conversation(self.rows.dataset[place]))
+        """Return the conversation of a place, up to the answer that is scored."""
+        return self.rows.conversation(self.rows.dataset[place]).up_to_last_answer()
 
 
 class Prompts:
@@ -61,11 +62,11 @@ class Prompts:
         self.unreadable: set[int] = set()
 
     def encode(self, index: int) -> Encoded:
-        """The prompt of the row at this index."""
+        """Encode the prompt of the row at this index."""
         self.unreadable.discard(index)
         try:
             with self.rows.opened({"row": index}) as (conversation, _):
-                return self.encoder.encode_prompt(up_to_last_answer(conversation))
+                return self.encoder.encode_prompt(conversation.up_to_last_answer())
         except BadRow as error:
             if not self.skip_bad_rows:
                 raise
@@ -83,7 +84,7 @@ def prepare(plan: Plan) -> Task:
         open_rows(data.dataset_name, options.split, data.dataset_config, row_format=data.dataset_format),
         options.max_samples,
     )
-    message = resolve_system_message(plan.system_message, rows.format) or ""
+    message = rows.format.resolve_system_message(plan.system_message) or ""
     arms = choose_arms(plan, message)
     processor = load_run_processor(plan)
     found = _measured(rows, Encoder(processor), data.bad_rows == "skip")
@@ -111,7 +112,7 @@ class _Measured:
 
 
 def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, _Measured]:
-    """What there is to know of each row before it is asked, by the row's index."""
+    """Measure each row before it is asked, by the row's index."""
 
     def read(raw: Mapping[str, Any], asked: Conversation) -> _Measured:
         question = read_question(raw, asked, rows.format)
@@ -126,7 +127,7 @@ def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, _M
 def read_usable(
     rows: Rows, read: Callable[[Mapping[str, Any], Conversation], Read], skip_bad_rows: bool
 ) -> dict[int, Read]:
-    """What `read` makes of each row and its conversation up to the last answer, by the row's index.
+    """Apply `read` to each row and its conversation up to the last answer; return the results by the row's index.
 
     A row that cannot be used raises `BadRow` with its name; with `skip_bad_rows` it is left out. Raises `UserError` when
     none is left.
@@ -136,7 +137,7 @@ def read_usable(
         raw = rows.dataset[index]
         try:
             with rows.opened(raw) as (conversation, _):
-                found[index] = read(raw, up_to_last_answer(conversation))
+                found[index] = read(raw, conversation.up_to_last_answer())
         except BadRow as error:
             if not skip_bad_rows:
                 raise
@@ -146,31 +147,20 @@ def read_usable(
     return found
 
 
-def up_to_last_answer(conversation: Conversation) -> Conversation:
-    """The conversation without what follows its last assistant turn, which is the one that is scored."""
-    messages = conversation.messages
-    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    kept = messages[: last + 1]
-    images = sum(part["type"] == "image" for message in kept for part in message["content"])
-    return Conversation(kept, conversation.images[:images])
-
-
-def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format: str) -> Question:
-    """The question and the accepted answers of a row: every entry of ChartQA's label list, else the last answer."""
-    texts = ["".join(part.get("text", "") for part in message["content"]) for message in conversation.messages]
-    asked = [text for text, turn in zip(texts, conversation.messages, strict=True) if turn["role"] == "user"]
-    answers = chartqa_answers(raw) if row_format == "chartqa" else [texts[-1]]
-    return Question(raw[ROW_ID], asked[-1] if asked else "", answers, split_name(raw.get(SPLIT_COLUMN)))
+def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format: DataFormat) -> Question:
+    """Return the question of a row and the answers that its format accepts; the conversation ends at the last answer."""
+    answers = row_format.accepted_answers(raw, conversation)
+    return Question(raw[ROW_ID], conversation.last_question, answers, split_name(raw.get(SPLIT_COLUMN)))
 
 
 def digest_of_row(question: Question, asked: Conversation) -> str:
-    """A digest of what a row asks and accepts; its images count with their encoded bytes. Raises `BadRow`."""
-    content = [asdict(question), asked.messages, [image.digest for image in asked.images]]
+    """Digest what a row asks and accepts; its images count with their encoded bytes. Raises `BadRow`."""
+    content = [asdict(question), asked.messages, [item.content_hash for item in asked.media]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
-    """Everything that the answers depend on, as plain values: a run is resumed only under the same."""
+    """Return everything that the answers depend on as plain values: a run is resumed only under the same."""
     size = task.processor.image_processor.size
     described = {
         "dataset": task.rows.name,

@@ -20,9 +20,9 @@ from peft import PeftModel
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.image_file import ImageFile
-from qwen_vl_sft.data.rows import Conversation
+from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.distributed.launch import read_context
 from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
 from qwen_vl_sft.evaluation.arms import attach_adapter, check_one_base, load_arm, load_run_processor, make_encoder

@@ -16,8 +16,8 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging.base import open_weights, weight_files
 
 if TYPE_CHECKING:
+    from qwen_vl_sft.data.conversation import Conversation
     from qwen_vl_sft.data.encoding import Encoder
-    from qwen_vl_sft.data.rows import Conversation
     from qwen_vl_sft.merging.merge import Merge
     from qwen_vl_sft.merging.plan import Plan
     from qwen_vl_sft.merging.samples import Samples
@@ -156,7 +156,7 @@ def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -
 def answer_logits(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> torch.Tensor:
     """The logits of the answers' tokens [N, vocabulary] float32; row by row, so that padding plays no part."""
     from qwen_vl_sft.batching.collator import pad
-    from qwen_vl_sft.data.encoding import IGNORE_INDEX
+    from qwen_vl_sft.data.labels import IGNORE_INDEX
 
     model.eval()
     logits = []

@@ -10,9 +10,10 @@ from typing import Any
 from transformers import AutoProcessor
 
 from qwen_vl_sft.checkpointing.run_folder import SYSTEM_MESSAGE
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.rows import Conversation, resolve_system_message
+from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.task import read_usable
 from qwen_vl_sft.merging.plan import Plan
@@ -23,18 +24,18 @@ class Samples:
     """Conversations up to the answer that is compared, and the format of the rows that they are."""
 
     conversations: list[Conversation]
-    row_format: str
+    row_format: DataFormat
 
     def encoder(self, folder: Path) -> Encoder:
-        """How the model in `folder` encodes them, under the system message that lies there."""
+        """Return the encoder of the model in `folder`, with the system message that lies there."""
         message = folder / SYSTEM_MESSAGE
         stored = message.read_text(encoding="utf-8") if message.is_file() else None
-        system = resolve_system_message(stored, self.row_format)
+        system = self.row_format.resolve_system_message(stored)
         return Encoder(AutoProcessor.from_pretrained(folder), system_message=system)
 
 
 def read_samples(plan: Plan) -> Samples | None:
-    """Rows of the run's evaluation split, else of its training split; None when none are wanted. Raises `UserError`."""
+    """Read rows of the run's evaluation split, else of its training split; None when none are wanted. Raises `UserError`."""
     data, samples = plan.recipe.data, plan.options.samples
     if not samples:
         return None
@@ -55,7 +56,7 @@ def read_samples(plan: Plan) -> Samples | None:
 
 
 def _with_images(raw: Mapping[str, Any], conversation: Conversation) -> Conversation:
-    """The conversation, whose images can be decoded. Raises `BadRow`."""
-    for image in conversation.images:
+    """Return the conversation after decoding its images. Raises `BadRow`."""
+    for image in conversation.media:
         image.decode()
     return conversation

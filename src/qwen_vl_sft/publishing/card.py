@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from qwen_vl_sft.data.formats import known_format
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
 from qwen_vl_sft.publishing.asked_as import evaluated_with_its_prompt, other_settings
 from qwen_vl_sft.publishing.card_metadata import dataset_and_split, make_metadata, metadata_problems
@@ -131,13 +132,10 @@ def _prompt(publication: Publication) -> Iterator[str]:
 
 
 def _limits(publication: Publication) -> Iterator[str]:
-    chart = (
-        publication.recipe.data.dataset_format == "chartqa"
-        or "chartqa" in str(publication.recipe.data.dataset_name).lower()
-    )
-    subject = (
-        "short answers to questions about charts" if chart else "the kind of question and image of its training data"
-    )
+    data = publication.recipe.data
+    row_format = known_format(data.dataset_format, data.dataset_name)
+    subject = row_format.subject if row_format else None
+    subject = subject or "the kind of question and image of its training data"
     yield f"It is meant for {subject}, in the form of the prompt above."
     yield "It was measured on nothing but what stands under Results: other subjects, languages and image sizes are untested."
     yield "It can answer wrongly in a sure tone, so check an answer before anything depends on it."

@@ -20,7 +20,7 @@ from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.evaluation.generation import generate_batches, plan_batches
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.evaluation.scoring import score_row
-from qwen_vl_sft.evaluation.task import Prompts, read_question, up_to_last_answer
+from qwen_vl_sft.evaluation.task import Prompts, read_question
 
 ARM = "tuned"
 ANSWERS_FOLDER = "answers_while_training"
@@ -60,7 +60,7 @@ class GenerationMetrics:
         self.max_new_tokens = max_new_tokens
         self.output_dir = output_dir
         self.left_out = 0
-        self.batches = plan_batches([int(evaluation.tokens[index]) for index in self.sample], batch_size)
+        self.batches = plan_batches([int(evaluation.lengths.tokens[index]) for index in self.sample], batch_size)
 
     def measure(
         self,
@@ -107,7 +107,7 @@ class GenerationMetrics:
 
     def _score(self, place: int, text: str) -> dict[str, Any]:
         raw = self.rows.dataset[self.sample[place]]  # type: ignore[index]
-        question = read_question(raw, up_to_last_answer(self.rows.conversation(raw)), self.rows.format)
+        question = read_question(raw, self.rows.conversation(raw).up_to_last_answer(), self.rows.format)
         return score_row(question, {ARM: text})
 
     def _means(self, scored: dict[int, dict[str, Any]], accelerator: Any) -> dict[str, float]:

@@ -38,19 +38,19 @@ class Place:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """The cache of a run, what its folder depends on, and a place of each different image, by `EncodedImage.key`."""
+    """The cache of a run, what its folder depends on, and a place of each different image, by content hash."""
 
     cache: FeatureCache
     about: dict[str, Any]
     places: dict[str, Place]
 
-    def size(self, keys: Iterable[str]) -> int:
+    def size(self, content_hashes: Iterable[str]) -> int:
         """Return the bytes that these images take on disk."""
-        return sum(self.cache.size(self.places[key].tokens) for key in keys)
+        return sum(self.cache.size(self.places[content_hash].tokens) for content_hash in content_hashes)
 
     def describe(self) -> str:
         """Describe them in a line of the plan, at most 80 columns."""
-        missing = [key for key in self.places if not self.cache.holds(key)]
+        missing = [content_hash for content_hash in self.places if not self.cache.holds(content_hash)]
         whole = f"{len(self.places):,} images in {self.cache.storage}, {in_words(self.size(self.places))}"
         return f"features    {whole}; {len(missing):,} to compute, {in_words(self.size(missing))}"
 
@@ -78,9 +78,9 @@ def plan_features(recipe: Recipe, structure: ModelStructure, train: Scan, encode
     folder = _home(recipe.run.image_features_dir) / f"{name}-{recipe.run.cache_image_features}-{digest}"
     cache = FeatureCache(folder, recipe.run.cache_image_features, width, parts)
     places: dict[str, Place] = {}
-    for row, (keys, patches) in enumerate(zip(train.image_keys, train.image_patches, strict=True)):
-        for number, (key, count) in enumerate(zip(keys, patches, strict=True)):
-            places.setdefault(key, Place(row, number, count // image_processor.merge_size**2))
+    for row, (hashes, patches) in enumerate(zip(train.content_hashes, train.image_patches, strict=True)):
+        for number, (content_hash, count) in enumerate(zip(hashes, patches, strict=True)):
+            places.setdefault(content_hash, Place(row, number, count // image_processor.merge_size**2))
     if not places:
         raise UserError("cache_image_features: no training row has an image; leave it out")
     return ImageFeatures(cache, about, places)

@@ -156,7 +156,7 @@ def largest_batch(collator: Any, scan: Scan, sampler: Any, rows: int) -> dict[st
     if isinstance(sampler, StepSampler):
         batch = collator([largest_micro_batch(sampler.plan)])[MICRO_BATCHES][0]
     else:
-        batch = collator([{"row": int(row)} for row in np.argsort(-scan.tokens, kind="stable")[:rows]])
+        batch = collator([{"row": int(row)} for row in np.argsort(-scan.lengths.tokens, kind="stable")[:rows]])
     return batch
 
 

@@ -156,7 +156,7 @@ def _rows_line(name: str, part: Scan | Rows) -> str:
         return f"{name:<11} a stream, checked as it comes"
     left_out = [f"{len(part.bad)} bad skipped"] if part.bad else []
     left_out += [f"{len(part.overlong)} over-long dropped"] if part.overlong else []
-    mean, longest = part.tokens.mean(), part.tokens.max()
+    mean, longest = part.lengths.tokens.mean(), part.lengths.tokens.max()
     note = f" ({', '.join(left_out)})" if left_out else ""
     return f"{name:<11} {len(part.rows):,} rows{note}, {mean:,.0f} tokens on average, {longest:,} at most"
 

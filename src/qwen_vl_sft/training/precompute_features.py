@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from qwen_vl_sft.batching.packed_collator import PackedCollator
 from qwen_vl_sft.data.dataset import Rows
-from qwen_vl_sft.data.encoded_image import EncodedImage
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import is_vision_frozen
@@ -69,8 +69,8 @@ def _missing(features: ImageFeatures, trainer: Any) -> list[str]:
         for whole in threads.map(features.cache.is_sound, mine):
             sound.append(whole)
             bar.update()
-    found = _gathered([key for key, whole in zip(mine, sound, strict=True) if not whole], accelerator)
-    damaged = sum(features.cache.holds(key) for key in found)
+    found = _gathered([content_hash for content_hash, whole in zip(mine, sound, strict=True) if not whole], accelerator)
+    damaged = sum(features.cache.holds(content_hash) for content_hash in found)
     if damaged and accelerator.is_main_process:
         print(f"features    {damaged:,} damaged files are computed again", flush=True)
     return found
@@ -98,15 +98,15 @@ def _share(features: ImageFeatures, missing: list[str], trainer: Any) -> list[li
     workers = [rank for rank, able in enumerate(_gathered([_shares(trainer)], accelerator)) if able]
     if accelerator.process_index not in workers:
         return []
-    ordered = sorted(missing, key=lambda key: (-features.places[key].tokens, key))
+    ordered = sorted(missing, key=lambda name: (-features.places[name].tokens, name))
     calls: list[list[str]] = []
     room = 0
-    for key in ordered[workers.index(accelerator.process_index) :: len(workers)]:
-        tokens = features.places[key].tokens
+    for content_hash in ordered[workers.index(accelerator.process_index) :: len(workers)]:
+        tokens = features.places[content_hash].tokens
         if tokens > room:
             calls.append([])
             room = _TOKENS_PER_CALL
-        calls[-1].append(key)
+        calls[-1].append(content_hash)
         room -= tokens
     return calls
 
@@ -139,13 +139,13 @@ def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list
             made = run_tower(backbone, read, args.device) if read else []
             _wait(writing, cache)
             writing = [
-                threads.submit(cache.write, image.key, values, image.grid)
+                threads.submit(cache.write, image.content_hash, values, image.grid)
                 for image, values in zip(read, made, strict=True)
             ]
-            done |= {image.key for image in read}
+            done |= {image.content_hash for image in read}
             bar.update(len(batch))
         _wait(writing, cache)
-    return [key for call in calls for key in call if key not in done]
+    return [content_hash for call in calls for content_hash in call if content_hash not in done]
 
 
 @torch.no_grad()
@@ -193,9 +193,9 @@ def _wait(writing: Sequence[Future[None]], cache: FeatureCache) -> None:
 
 def _check_all_seen(features: ImageFeatures, left_out: set[str], accelerator: Any) -> None:
     """Every process must find every file, or it would notice in the middle of training."""
-    wanted = [key for key in features.places if key not in left_out]
+    wanted = [content_hash for content_hash in features.places if content_hash not in left_out]
     for _ in range(_SECONDS_TO_APPEAR):
-        wanted = [key for key in wanted if not features.cache.holds(key)]
+        wanted = [content_hash for content_hash in wanted if not features.cache.holds(content_hash)]
         if not wanted:
             break
         time.sleep(1)
@@ -223,7 +223,7 @@ def _existing(folder: Path) -> Path:
 
 
 class _Images(Dataset[Any]):
-    """Images by key, decoded in the loader's workers; None for one that cannot be read, where bad rows are skipped."""
+    """Images by hash, decoded in the loader's workers; None for one that cannot be read, where bad rows are skipped."""
 
     def __init__(self, rows: Rows, encoder: Encoder, places: dict[str, Place], skip_bad_rows: bool) -> None:
         self.rows = rows
@@ -231,12 +231,12 @@ class _Images(Dataset[Any]):
         self.places = places
         self.skip_bad_rows = skip_bad_rows
 
-    def __getitem__(self, key: str) -> EncodedImage | None:
-        place = self.places[key]
+    def __getitem__(self, content_hash: str) -> EncodedImage | None:
+        place = self.places[content_hash]
         try:
             with self.rows.opened({"row": place.row}) as (conversation, _):
-                image = self.encoder.read_image(conversation.images[place.number])
-                if image.key != key:
+                image = self.encoder.read_media(conversation.media[place.number])
+                if image.content_hash != content_hash:
                     raise BadRow("shows an image that has changed since the rows were checked")
                 return image
         except BadRow as error:

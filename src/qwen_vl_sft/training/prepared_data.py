@@ -11,7 +11,6 @@ from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.agreed_scan import agreed_scan
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.rows import resolve_system_message
 from qwen_vl_sft.data.scan import Scan, scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
@@ -65,10 +64,10 @@ def prepare_data(run: Run) -> PreparedData:
         seed = recipe.data_seed if data.shuffle_dataset else None
         train_rows = _open(data, data.dataset_train_split, data.max_train_samples, seed)
         evaluation_rows = _evaluation_rows(data) if recipe.get("eval_strategy") != "no" else None
-    message = resolve_system_message(data.system_message, train_rows.format)
+    message = train_rows.format.resolve_system_message(data.system_message)
     encoder = Encoder(processor, message, data.train_on, data.max_length)
-    image_keys = recipe.run.cache_image_features is not None
-    train = train_rows if train_rows.streamed else _scan(data, context, train_rows, encoder, image_keys)
+    content_hashes = recipe.run.cache_image_features is not None
+    train = train_rows if train_rows.streamed else _scan(data, context, train_rows, encoder, content_hashes)
     evaluation = _scan(data, context, evaluation_rows, encoder) if evaluation_rows else None
     if not isinstance(train, Scan):
         assert recipe.get("max_steps") > 0, "recipe rules require max_steps for a stream"
@@ -92,29 +91,29 @@ def _plan_steps(run: Run, train: Scan, has_features: bool) -> tuple[StepPlan | N
     recipe, batch = run.recipe, run.global_batch
     steps = recipe.get("max_steps")
     if steps <= 0:
-        steps = math.ceil(recipe.get("num_train_epochs") * batch.steps(train.tokens))
+        steps = math.ceil(recipe.get("num_train_epochs") * batch.steps(train.lengths.tokens))
     if not recipe.run.packing:
         return None, steps
     # Where the vision tower does not run, nobody waits for another's large images.
-    sizes = train.sizes.without_patches() if has_features else train.sizes
+    sizes = train.lengths.without_patches() if has_features else train.lengths
     budget, share = recipe.run.tokens_per_batch, recipe.run.share_prefixes
     return StepPlan(sizes, batch, budget, run.context.processes, recipe.data_seed, share), steps
 
 
 def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
-    longer = int((train.tokens > tokens_per_batch).sum())
+    longer = int((train.lengths.tokens > tokens_per_batch).sum())
     if longer:
-        row = train.rows.where(train.rows.dataset[int(train.tokens.argmax())][ROW_ID])  # type: ignore[index]
+        row = train.rows.name_of(train.rows.dataset[int(train.lengths.tokens.argmax())][ROW_ID])  # type: ignore[index]
         raise UserError(
             f"tokens_per_batch {tokens_per_batch:,}: {longer:,} of {len(train.rows):,} rows are longer, the longest"
-            f" ({row}) with {int(train.tokens.max()):,} tokens; raise tokens_per_batch, lower max_pixels, or leave them"
-            f" out with max_length: {tokens_per_batch} and overlong: drop"
+            f" ({row}) with {int(train.lengths.tokens.max()):,} tokens; raise tokens_per_batch, lower max_pixels, or leave"
+            f" them out with max_length: {tokens_per_batch} and overlong: drop"
         )
 
 
 def _check_steps_hold_rows(train: Scan, tokens: int, processes: int) -> None:
     """Refuse steps too small: each must have a row for each process, and two at least."""
-    longest, rows = int(train.tokens.max()), max(2, processes)
+    longest, rows = int(train.lengths.tokens.max()), max(2, processes)
     if tokens < rows * longest:
         why = f"for {processes:,} processes" if processes > 2 else "so that no step is empty"
         raise UserError(
@@ -145,7 +144,7 @@ def _evaluation_rows(data: DataSettings) -> Rows:
 
 
 def _scan(
-    data: DataSettings, context: DistributedContext, rows: Rows, encoder: Encoder, image_keys: bool = False
+    data: DataSettings, context: DistributedContext, rows: Rows, encoder: Encoder, content_hashes: bool = False
 ) -> Scan:
     return agreed_scan(
         context,
@@ -157,6 +156,6 @@ def _scan(
             skip_bad_rows=data.bad_rows == "skip",
             drop_overlong=data.overlong == "drop",
             num_proc=data.dataset_num_proc,
-            image_keys=image_keys,
+            content_hashes=content_hashes,
         ),
     )

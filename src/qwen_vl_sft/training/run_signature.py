@@ -91,6 +91,7 @@ def fingerprint(scan: Scan) -> str:
     """Return a digest of ids and lengths: the same for the same rows, encoded alike, on every machine."""
     ids = np.asarray(scan.rows.dataset.with_format("numpy")[ROW_ID])  # type: ignore[index]
     digest = hashlib.sha256()
-    for column in (ids, scan.tokens, scan.learned, scan.images, scan.patches):
+    lengths = scan.lengths
+    for column in (ids, lengths.tokens, lengths.target_tokens, lengths.images, lengths.patches):
         digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]

@@ -99,7 +99,7 @@ def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator
     assert isinstance(collator, PackedCollator)
     padded: Collator = collator.rows
     # All rows, so that those of one image are together.
-    sizes, batch = data.train.sizes, GlobalBatch(rows=rows)
+    sizes, batch = data.train.lengths, GlobalBatch(rows=rows)
     chosen = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
     for name, size in (("one at a time", 1), (f"{PADDED_ROWS} padded", PADDED_ROWS)):
         groups = [chosen[start : start + size] for start in range(0, rows, size)]
@@ -118,9 +118,8 @@ def _losses_and_gradients(
     model.zero_grad(set_to_none=True)
     losses: Losses = {}
     assert isinstance(data.train, Scan)
-    learned = {
-        int(row): int(count) for row, count in zip(data.train.rows.dataset["row_id"], data.train.learned, strict=True)
-    }  # type: ignore[index]
+    ids, counts = data.train.rows.dataset["row_id"], data.train.lengths.target_tokens  # type: ignore[index]
+    learned = {int(row): int(count) for row, count in zip(ids, counts, strict=True)}
     for batch in batches:
         del batch["stats"]
         rows = batch.pop("row_ids")

@@ -16,8 +16,9 @@ import torch
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.data.dataset import Rows
-from qwen_vl_sft.data.encoded_image import ReadImage
 from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.media import ReadMedia
+from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.launch import DistributedContext
@@ -116,12 +117,12 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
         trainer, rows = trl_trainer(recipe, context, data), TRL_BATCH
     else:
         trainer = sft.build_trainer(run, sft.sft_config(run), data)
-        rows = math.ceil(len(scan.rows) / run.global_batch.steps(scan.tokens))
+        rows = math.ceil(len(scan.rows) / run.global_batch.steps(scan.lengths.tokens))
         if data.features:
             precompute_features.fill(trainer, data.features, skip_bad_rows=False)
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     counter = FlopCounter.of(trainer.model.config, peft=True, trained={"language"}, packed=recipe.run.packing)
-    return Variant(name, trainer, rows, mean_work(scan), float(scan.tokens.mean()), counter, after - before)
+    return Variant(name, trainer, rows, mean_work(scan), float(scan.lengths.tokens.mean()), counter, after - before)
 
 
 @dataclass(frozen=True)
@@ -130,39 +131,41 @@ class RepeatedRows(Rows):
 
     once: int = 1
 
-    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_image: ReadImage | None = None) -> Encoded:
-        """As that of `Rows`, but that an image has another key each time."""
-        row = super().encode(item, encoder, read_image)
+    def encode(self, item: Mapping[str, Any], encoder: Encoder, read_media: ReadMedia | None = None) -> Encoded:
+        """As that of `Rows`, but that an image has another hash each time."""
+        row = super().encode(item, encoder, read_media)
         time = item["row"] // self.once
         # Those of the first time are the ones that kept features are filed by.
-        images = [dataclasses.replace(image, key=f"{image.key}-{time}") if time else image for image in row.images]
-        return dataclasses.replace(row, images=tuple(images))
+        images = [
+            dataclasses.replace(image, content_hash=f"{image.content_hash}-{time}") if time else image
+            for image in row.media
+        ]
+        return dataclasses.replace(row, media=tuple(images))
 
 
 def repeated(scan: Scan, times: int) -> Scan:
     """The same rows several times, so that an epoch is long; the images of each time count as others."""
     arrays: dict[str, Any] = {
-        field.name: np.tile(value, times)
-        for field in dataclasses.fields(scan)
-        if isinstance(value := getattr(scan, field.name), np.ndarray)
+        field.name: np.tile(getattr(scan.lengths, field.name), times) for field in dataclasses.fields(scan.lengths)
     }
-    apart = np.repeat(np.arange(times), len(scan.rows)) * (int(scan.prefix.max()) + 1)
+    apart = np.repeat(np.arange(times), len(scan.rows)) * (int(scan.lengths.prefix.max()) + 1)
     arrays["prefix"] = np.where(arrays["prefix"] < 0, -1, arrays["prefix"] + apart)
     rows = scan.rows.select([*range(len(scan.rows))] * times)
     rows = RepeatedRows(rows.dataset, rows.format, rows.name, rows.folder, once=len(scan.rows))
-    return dataclasses.replace(scan, rows=rows, **arrays)
+    return dataclasses.replace(scan, rows=rows, kept=np.tile(scan.kept, times), lengths=RowLengths(**arrays))
 
 
 def mean_work(scan: Scan) -> BatchStats:
     """A row on average; images are taken to be of one size within a row."""
-    images = np.maximum(scan.images, 1)
+    lengths = scan.lengths
+    images = np.maximum(lengths.images, 1)
     return BatchStats(
-        tokens=round(scan.tokens.mean()),
-        tokens_squared=round((scan.tokens**2).mean()),
-        target_tokens=round(scan.learned.mean()),
-        images=round(scan.images.mean()),
-        patches=round(scan.patches.mean()),
-        patches_squared=round((scan.patches**2 / images).mean()),
+        tokens=round(lengths.tokens.mean()),
+        tokens_squared=round((lengths.tokens**2).mean()),
+        target_tokens=round(lengths.target_tokens.mean()),
+        images=round(lengths.images.mean()),
+        patches=round(lengths.patches.mean()),
+        patches_squared=round((lengths.patches**2 / images).mean()),
         rows=1,
     )
 
@@ -221,7 +224,7 @@ def as_messages(data: PreparedData) -> Any:
         conversations = [rows.conversation(row) for row in raw]
         return {
             "messages": [start + conversation.messages for conversation in conversations],
-            "images": [[file.decode() for file in conversation.images] for conversation in conversations],
+            "images": [[file.decode() for file in conversation.media] for conversation in conversations],
         }
 
     return rows.dataset.with_transform(read)  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
 """The system messages the tiny model is pretrained under, and the style of answer that each one asks for."""
 
-from qwen_vl_sft.data.rows import CHARTQA_SYSTEM_MESSAGE as CHARTQA
+from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE as CHARTQA
 
 __all__ = ["BRIEF", "CHARTQA", "DEFAULT", "VERBOSE"]
 

@@ -1,4 +1,4 @@
-"""An image as a row of the data brings it: not decoded yet, checked when it is."""
+"""Images as rows bring them: encoded bytes or files, opened and decoded with all checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,18 +24,19 @@ MAX_ASPECT_RATIO = 200
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that is not decoded yet: encoded bytes, or a file."""
+    """An image that is not decoded yet: encoded bytes, or the path of a file."""
 
+    kind: ClassVar[str] = "image"
     data: bytes | None
     path: str | None
 
     @property
-    def identity(self) -> bytes:
-        """The same for the same image: its encoded bytes, or its file."""
+    def origin(self) -> bytes:
+        """Where the image comes from: its encoded bytes, or the path of its file, which is not read."""
         return self.data if self.data is not None else str(self.path).encode()
 
     @cached_property
-    def digest(self) -> str:
+    def content_hash(self) -> str:
         """The sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
         try:
             data = self.data if self.data is not None else Path(str(self.path)).read_bytes()
@@ -109,7 +110,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_file(value: Any, folder: Path | None) -> ImageFile:
-    """An image column's value (`{"bytes", "path"}`, a path, or bytes) as a file that is not decoded yet.
+    """Return an image column's value (`{"bytes", "path"}`, a path, or bytes) as a file that is not decoded yet.
 
     A path written in the data is relative to `folder` and may not leave it, as it is written. Links may: whoever keeps the
     folder made them, as the Hub's cache does, and the text of the data can make none.

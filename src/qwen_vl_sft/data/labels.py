@@ -1,0 +1,73 @@
+"""Labels: which tokens of a conversation are targets of the loss.
+
+A turn's prompt and its answer are tokenized apart and joined, so that the prompt's token ids in training are exactly
+those of generation. The targets follow from that construction; no text is searched for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_vl_sft.data.chat_template import END_OF_TURN, VISUAL_TOKENS, ChatTemplate, check_texts
+from qwen_vl_sft.data.conversation import Message, text_of, training_prompt
+from qwen_vl_sft.errors import BadRow, UserError
+
+IGNORE_INDEX = -100
+_END_OF_THOUGHT = "</think>"
+
+
+def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """Return token ids with one token for each picture, and which of them belong to an answer or its end-of-turn.
+
+    Raises `BadRow`, and `UserError` for a template that has no fixed text for earlier turns.
+    """
+    check_texts(messages)
+    ids: list[int] = []
+    is_target: list[bool] = []
+    done = ""  # the text that `ids` stand for
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = template.render(training_prompt(messages, number), add_generation_prompt=True)
+        through_answer = template.render(messages[: number + 1])
+        if not (prompt.startswith(done) and through_answer.startswith(prompt)):
+            raise UserError(
+                "the processor's chat template writes an answer otherwise once a later turn follows, so its tokens"
+                " cannot be told apart: templates of Thinking models leave out the thoughts of earlier turns. Train"
+                " on rows with one answer each, or an Instruct model; a template of your own must keep earlier turns"
+            )
+        answer = through_answer[len(prompt) :]
+        if _END_OF_THOUGHT in answer and _END_OF_THOUGHT not in text_of(message):
+            raise BadRow(
+                "has an answer without a thought, and the model's chat template opens one before every answer, so"
+                f" that {answer[: answer.rindex(END_OF_TURN)]!r} would be learned; write <think>...</think> before"
+                " the answer, or train an Instruct model"
+            )
+        prompt_ids = template.tokenize(prompt[len(done) :])
+        answer_ids = template.tokenize(answer)
+        answer_length = answer_ids.index(template.end_of_turn_id) + 1
+        ids += prompt_ids + answer_ids[:answer_length]
+        is_target += [False] * len(prompt_ids) + [True] * answer_length
+        # What the template puts after the end-of-turn (a newline) is the beginning of the next prompt.
+        done = through_answer[: through_answer.rindex(END_OF_TURN) + len(END_OF_TURN)]
+    tail = template.tokenize(template.render(messages)[len(done) :])
+    return ids + tail, is_target + [False] * len(tail)
+
+
+class LabelRule:
+    """Makes labels by what is trained on.
+
+    Args:
+        template: knows the ids of special tokens.
+        train_on: "assistant" for answers and their end-of-turn, "all" for every token but visual ones and padding.
+    """
+
+    def __init__(self, template: ChatTemplate, train_on: str) -> None:
+        self.train_on = train_on
+        self._visual = torch.tensor(template.ids_of(VISUAL_TOKENS))
+
+    def labels(self, input_ids: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+        """Return `input_ids` [T] with `IGNORE_INDEX` wherever a token is no target; `is_target` [T] marks answers."""
+        if self.train_on == "all":
+            is_target = ~torch.isin(input_ids, self._visual)
+        return input_ids.masked_fill(~is_target, IGNORE_INDEX)

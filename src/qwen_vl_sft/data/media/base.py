@@ -1,0 +1,49 @@
+"""The interface of a medium: everything that reading, measuring, encoding and showing a picture or a film depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+File = TypeVar("File")
+Encoded = TypeVar("Encoded")
+
+
+class Medium(Protocol[File, Encoded]):
+    """What rows can show beside text.
+
+    A file is what a row brings, not decoded yet. It has a `kind` (the medium's), an `origin` and a `content_hash`, as
+    `ImageFile` has. Encoded, it has its `kind`, its `content_hash` and its `grid` [3] int64, as `EncodedImage` has.
+
+    Attributes:
+        kind: type of its content parts ("image"); rows bring it in a column of this name, several in one with an s.
+        placeholder: stands for it inside the text of a row ("<image>").
+        token: stands for it in the text of the chat template ("<|image_pad|>"), once for each token that it costs.
+        token_type: the value of these tokens in `mm_token_type_ids`.
+    """
+
+    kind: str
+    placeholder: str
+    token: str
+    token_type: int
+
+    def file(self, value: Any, folder: Path | None) -> File:
+        """Return the value of a column as a file; paths are relative to `folder`. Raises `BadRow`."""
+
+    def count_patches(self, file: File, processor: Any, decode: bool = False) -> int:
+        """Count patches from the header alone; `decode` also proves the content readable. Raises `BadRow`."""
+
+    def count_tokens(self, patches: int, processor: Any) -> int:
+        """Count the tokens that so many patches cost in the text."""
+
+    def encode(self, file: File, processor: Any) -> Encoded:
+        """Decode a file and cut it into patches. Raises `BadRow`."""
+
+    def model_inputs(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """Return the arguments of the model's forward for these, one after another; empty for none."""
+
+    def describe(self, encoded: Encoded, processor: Any) -> str:
+        """Describe it for the preview, in place of its tokens."""

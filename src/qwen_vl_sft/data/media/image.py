@@ -1,0 +1,68 @@
+"""Images as a medium: how one becomes patches, how many tokens they cost, and what the model gets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from qwen_vl_sft.data.media.image_file import ImageFile, image_file
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image: P patches, from which the vision tower makes M merged ones, each of which costs a token.
+
+    `content_hash` is that of its file, `grid` [3] int64 its patches in time, height and width. It brings `pixel_values`
+    [P, values of a patch] float32, or the tower's output for them, `features` [M, values of a merged patch].
+    """
+
+    kind: ClassVar[str] = "image"
+    content_hash: str
+    grid: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+
+
+class ImageMedium:
+    """Images, with the image processor of Qwen-VL."""
+
+    kind = "image"
+    placeholder = "<image>"
+    token = "<|image_pad|>"
+    token_type = 1
+
+    def file(self, value: Any, folder: Path | None) -> ImageFile:
+        """Return an image column's value as a file; see `image_file`. Raises `BadRow`."""
+        return image_file(value, folder)
+
+    def count_patches(self, file: ImageFile, processor: Any, decode: bool = False) -> int:
+        """Count patches from the header; `decode` also proves the pixels readable. Raises `BadRow`."""
+        image = file.decode() if decode else file.open()
+        count: int = processor.image_processor.get_number_of_image_patches(image.height, image.width, {})
+        return count
+
+    def count_tokens(self, patches: int, processor: Any) -> int:
+        """Count the merged patches that so many patches make."""
+        return patches // int(processor.image_processor.merge_size) ** 2
+
+    def encode(self, file: ImageFile, processor: Any) -> EncodedImage:
+        """Decode an image, resize it and cut it into patches. Raises `BadRow`."""
+        batch = processor.image_processor(images=[file.decode()], return_tensors="pt")
+        return EncodedImage(file.content_hash, batch["image_grid_thw"][0], batch["pixel_values"])
+
+    def model_inputs(self, encoded: Sequence[EncodedImage]) -> dict[str, torch.Tensor]:
+        """Return `pixel_values` [P, values of a patch] and `image_grid_thw` [I, 3] of I images that bring pixels."""
+        pixels = [image.pixel_values for image in encoded if image.pixel_values is not None]
+        if not pixels:
+            return {}
+        return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack([image.grid for image in encoded])}
+
+    def describe(self, encoded: EncodedImage, processor: Any) -> str:
+        """Describe an image by the size it is resized to and the tokens it costs."""
+        _, height, width = (int(patches) * processor.image_processor.patch_size for patches in encoded.grid)
+        tokens = self.count_tokens(int(encoded.grid.prod()), processor)
+        return f"[image of {width} x {height} pixels, {tokens:,} tokens]"
