@@ -1,12 +1,13 @@
 # make setup       the environment in .venv
 # make quickstart  the main job on the embedded model and charts: train, then base against prompted against tuned
+# make notebook    execute notebooks/chartqa.ipynb and write its outputs into it
 # make test        the tests;  make test-all  the long ones too, as CI does;  make check  linters and types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: setup quickstart test test-all check ci clean
+.PHONY: setup quickstart notebook test test-all check ci clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +25,9 @@ quickstart: setup
 		--recipe recipes/quickstart.yaml --output_dir $(RUN) --overwrite_output_dir true
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/evaluate.py \
 		--run $(RUN) --arms base,prompted,tuned --split test --overwrite
+
+notebook: setup
+	PYTHONPATH=tests $(BIN)/python -m fixtures.notebook
 
 # Two files at a time: most tests keep one core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
