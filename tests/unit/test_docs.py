@@ -19,7 +19,7 @@ README = REPOSITORY / "README.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 MOST_LINES = 170
 MOST_LINES_OF_A_PARAGRAPH = 5
-FOLDERS = ("scripts", "recipes", "accelerate_configs", "slurm", "src", "tests", "docs", "benchmarks")
+FOLDERS = ("scripts", "recipes", "accelerate_configs", "slurm", "src", "tests", "docs", "benchmarks", "notebooks")
 # Words of scripts/sft.py's command line that are no recipe keys.
 SWITCHES = {"recipe", "dry_run", "help"}
 
