@@ -1,15 +1,18 @@
-"""A page in the browser: images and a question, answered by the base model and a tuned one, side by side.
+"""Serve a page that answers questions about images, base and tuned side by side.
 
     python scripts/demo.py --run runs/quickstart
-    python scripts/demo.py --run runs/chartqa_qlora runs/chartqa_lora --load_in_4bit true
+    python scripts/demo.py --run runs/chartqa_qlora runs/chartqa_lora \\
+        --load_in_4bit true
     python scripts/demo.py --run runs/chartqa_qlora --export_space space
 
-The page is for this machine alone unless --server_name or --share says otherwise. --export_space writes a folder that is
-a Hugging Face Space of the same page. --help lists every option. Needs `pip install 'qwen_vl_sft[demo]'`.
+Only this machine can open the page unless --server_name or --share says
+otherwise. --export_space writes the same page as a Hugging Face Space. Needs
+`pip install 'qwen_vl_sft[demo]'`.
 """
 
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
-from qwen_vl_sft.demo.options import check_options, parse_options
+from qwen_vl_sft.demo.options import Options, check_options
 from qwen_vl_sft.errors import exits_with_user_errors
 
 
@@ -17,7 +20,7 @@ from qwen_vl_sft.errors import exits_with_user_errors
 def main() -> None:
     """Serve the page, or write it as a Space."""
     quiet_libraries(rank=0)
-    options = parse_options()
+    options = parse(Options, usage=__doc__)
     check_options(options)
     if options.export_space:
         from qwen_vl_sft.demo.space import export_space

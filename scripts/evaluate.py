@@ -1,19 +1,24 @@
-"""Score a model on a split of the data: the base model, the base model with the run's prompt, and the tuned model.
+"""Score a model on a split of the data: base, prompted and tuned on the same rows.
 
     python scripts/evaluate.py --run runs/quickstart
-    accelerate launch --config_file accelerate_configs/ddp.yaml scripts/evaluate.py --run runs/chartqa --split test
-    python scripts/evaluate.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --dataset_name HuggingFaceM4/ChartQA
+    accelerate launch --config_file accelerate_configs/ddp.yaml \\
+        scripts/evaluate.py --run runs/chartqa --split test
+    python scripts/evaluate.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct \\
+        --dataset_name HuggingFaceM4/ChartQA
     python scripts/evaluate.py --predictions answers.jsonl
 
-Writes rows.jsonl (every answer and its scores), summary.json and report.html (the scores and all rows with their charts,
-to look at in a browser) into the output folder. A run that was killed goes on with --resume. --help lists every option.
+Writes rows.jsonl (every answer and its scores), summary.json, and report.html
+(the scores and all rows with their charts, for a browser) into the output
+folder. --resume continues a run that was killed.
 """
 
 import os
 
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors, leave
-from qwen_vl_sft.evaluation.options import Options, check_options, make_plan, parse_options
+from qwen_vl_sft.evaluation.options import Options, check_options, make_plan
+from qwen_vl_sft.inference.source import ABOUT_ARMS
 
 
 @exits_with_user_errors
@@ -21,7 +26,7 @@ def main() -> None:
     """Score a model, or a file of predictions."""
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries(rank)
-    options = parse_options()
+    options = parse(Options, usage=f"{__doc__}\n{ABOUT_ARMS}")
     check_options(options)
     if options.predictions:
         score_file(options)
@@ -60,7 +65,7 @@ def score_file(options: Options) -> None:
 
     assert options.predictions
     if options.output_dir:
-        check_output_dir(options.output_dir, options)
+        check_output_dir(options.output_dir, in_use_allowed=options.overwrite)
     rows, summary = score_predictions(options.predictions)
     print(f"{options.predictions}, {len(rows):,} rows\n\n{format_summary(summary)}")
     if options.output_dir:

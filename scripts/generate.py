@@ -1,11 +1,15 @@
-"""Answer a question about images: the tuned model of a run, its base model, or both side by side.
+"""Answer a question about images with the base model, the tuned one, or both.
 
-    python scripts/generate.py --run runs/quickstart --images chart.png --question "Which bar is the tallest?"
-    python scripts/generate.py --run runs/chartqa_qlora --images chart.png --arms base,prompted,tuned
-    python scripts/generate.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --images a.png b.png --question "What changed?"
+    python scripts/generate.py --run runs/quickstart \\
+        --images chart.png --question "Which bar is the tallest?"
+    python scripts/generate.py --run runs/chartqa_qlora \\
+        --images chart.png --arms base,prompted,tuned
+    python scripts/generate.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct \\
+        --images a.png b.png --question "What changed?"
 
-The answer appears as it is generated; times go to the standard error. Prompt and decoding are those of
-scripts/evaluate.py. Without --question, every line of the standard input is one. --help lists every option.
+The answer appears as it is generated; times go to the standard error. Prompt
+and decoding are those of scripts/evaluate.py. Without --question, every line of
+the standard input is one.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, UserError, exits_with_user_errors, format_error
-from qwen_vl_sft.evaluation.options import read_source
-from qwen_vl_sft.inference.options import Options, check_options, choose_arms, parse_options, read_questions
+from qwen_vl_sft.inference.options import Options, check_options, choose_arms, read_questions
+from qwen_vl_sft.inference.source import ABOUT_ARMS, read_source
 
 if TYPE_CHECKING:
     from qwen_vl_sft.data.conversation import Conversation
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Check everything, load the models once, answer question after question."""
     quiet_libraries(rank=0)
-    options = parse_options()
+    options = parse(Options, usage=f"{__doc__}\n{ABOUT_ARMS}")
     check_options(options)
     tuned_needed = options.arms is None or "tuned" in options.arms
     source = read_source(options.run, options.recipe_keys, tuned_needed)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.config.command_line import parse_command_line
+from qwen_vl_sft.config.command_line import recipe_values, split_words
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import UserError, exits_with_user_errors
 from qwen_vl_sft.shipped_files import launch_config
@@ -89,8 +89,9 @@ def words_of(packing: bool, stated: list[str]) -> list[str]:
     """The command line of scripts/sft.py, on which what is stated wins over what stands above. Raises `UserError`."""
     keys: dict[str, Any] = {}
     for words in (SHORT.split(), PACKING.split() if packing else [], stated):
-        recipe, given, _ = parse_command_line(words)
-        keys |= ({"recipe": recipe} if recipe else {}) | given
+        given = split_words(words)
+        recipe = {"recipe": Path(*given.pop("recipe")).as_posix()} if "recipe" in given else {}
+        keys |= recipe | recipe_values(given)
     values = (value if isinstance(value, str) else json.dumps(value) for value in keys.values())
     return [word for name, value in zip(keys, values, strict=True) for word in (f"--{name}", value)]
 

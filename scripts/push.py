@@ -1,25 +1,31 @@
-"""Publish a run on the Hugging Face Hub: its adapter or full model, or a merged model, with a model card.
+"""Publish a run on the Hugging Face Hub, with a model card made from its files.
 
-    python scripts/push.py --run runs/chartqa_qlora --repo_id me/qwen2-vl-chartqa --dry_run
-    python scripts/push.py --run runs/chartqa_qlora --repo_id me/qwen2-vl-chartqa
-    python scripts/push.py --run runs/chartqa_qlora --model merged --repo_id me/qwen2-vl-chartqa-merged --create_pr
+    python scripts/push.py --run runs/chartqa_qlora \\
+        --repo_id me/qwen2-vl-chartqa --dry_run
+    python scripts/push.py --run runs/chartqa_qlora \\
+        --repo_id me/qwen2-vl-chartqa
+    python scripts/push.py --run runs/chartqa_qlora --model merged \\
+        --repo_id me/qwen2-vl-chartqa-merged --create_pr
 
-A new repository is private unless --public is given. What is on the Hub is compared with what is here after the push; a
-push that was interrupted is run again and sends what is missing. --help lists every option.
+Publishes an adapter, a full model or a merged model. A new repository is
+private unless --public is given. After the push, the files on the Hub are
+compared with the local ones; run an interrupted push again to send the rest.
+The token is that of `hf auth login` or HF_TOKEN; it is never printed or stored.
 """
 
 import sys
 
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.publishing.options import check_options, parse_options, run_push
+from qwen_vl_sft.publishing.options import Options, check_options, run_push
 
 
 @exits_with_user_errors
 def main() -> None:
     """Read the command line, publish, print where it is."""
     quiet_libraries(rank=0)
-    options = parse_options()
+    options = parse(Options, usage=__doc__)
     check_options(options)
     try:
         print(run_push(options))

@@ -9,18 +9,15 @@ python scripts/sft.py --recipe recipes/chartqa_qlora.yaml \\
 from __future__ import annotations
 
 import os
-import sys
 
-from qwen_vl_sft.compat.tested_versions import warn_of_untested_versions
-from qwen_vl_sft.config.command_line import format_help, parse_command_line
+    rank = int(os.environ.get("RANK", "0"))
+    quiet_libraries(rank)
+    options = parse(Options, usage=__doc__)
+    warn_of_untested_versions(rank)
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.resilience.signals import Watch
-
-SWITCHES = {
-    "dry_run": "check everything, print the resolved recipe, the plan and a row as the model sees it, and stop",
-    "help": "this text",
-}
+from qwen_vl_sft.training.options import Options
 
 
 @exits_with_user_errors
@@ -28,6 +25,7 @@ def main() -> None:
     """Check the recipe, the data and the launch; load the model; train; write the run folder."""
     watch = Watch()
     watch.begin()
+<<<<<<< HEAD
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries(rank)
     recipe_file, overrides, switches = parse_command_line(sys.argv[1:], flags=tuple(SWITCHES))
@@ -35,6 +33,10 @@ def main() -> None:
         print(format_help(__doc__ or "", SWITCHES))
         return
     warn_of_untested_versions(rank)
+=======
+    quiet_libraries(rank=int(os.environ.get("RANK", "0")))
+    options = parse(Options, usage=__doc__)
+>>>>>>> 30559fc (Loading a model for answering and generation are inference's, one parser reads every command line, and modules import one way)
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
     from qwen_vl_sft.config.reading import read_recipe
@@ -45,7 +47,7 @@ def main() -> None:
     from qwen_vl_sft.training.resolve import resolve
     from qwen_vl_sft.training.run_signature import run_signature
 
-    recipe = read_recipe(recipe_file, overrides)
+    recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys))
     run = resolve(recipe, launch.read_context(use_cpu=recipe.get("use_cpu")))
     recipe, context = run.recipe, run.context
     publisher = push_while_training.prepare(recipe, context)
@@ -53,8 +55,8 @@ def main() -> None:
 
     launch.start(context)
     data = prepare_data(run)
-    plan.show(run, data, dry_run="dry_run" in switches)
-    if "dry_run" in switches:
+    plan.show(run, data, dry_run=options.dry_run)
+    if options.dry_run:
         return
 
     about = run_signature(run, data)

@@ -20,12 +20,13 @@ from PIL import Image
 from fixtures.answering import chart, write_builtin_run
 from fixtures.messages import png
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo.examples import collect_examples, load_examples, save_examples
 from qwen_vl_sft.demo.naming import label, model_name, relaxed_accuracy, run_names
-from qwen_vl_sft.demo.options import check_options, parse_options
+from qwen_vl_sft.demo.options import Options, check_options
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.options import Source, TunedModel, read_source
+from qwen_vl_sft.inference.source import Source, TunedModel, read_source
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 MESSAGES = ("Answer with one word.", "Answer in a sentence.")
@@ -59,20 +60,21 @@ def bomb():
 
 
 def test_options():
-    options = parse_options(["--run", "a", "b", "--max_file_size", "1.5 MB", "--max_pixels", "9999", "--use_cpu"])
+    options = parse(Options, ["--run", "a", "b", "--max_file_size", "1.5 MB", "--max_pixels", "9999", "--use_cpu"])
     assert options.run == (Path("a"), Path("b"))
     assert options.max_file_size == 1_500_000
     assert options.recipe_keys == {"max_pixels": "9999", "use_cpu": "true"}
     assert (options.share, options.server_name, options.server_port) == (False, "127.0.0.1", None)
     with pytest.raises(UserError) as caught:
         check_options(
-            parse_options(
-                ["--run", "a", "./a", "--examples", "-1", "--server_port", "70000", "--export_space", "s", "--share"]
+            parse(
+                Options,
+                ["--run", "a", "./a", "--examples", "-1", "--server_port", "70000", "--export_space", "s", "--share"],
             )
         )
     assert len(caught.value.problems) == 4
-    with pytest.raises(SystemExit):
-        parse_options(["--run", "a", "--max_file_size", "big"])
+    with pytest.raises(UserError, match="--max_file_size: 'big' is not a size"):
+        parse(Options, ["--run", "a", "--max_file_size", "big"])
 
 
 def test_names_tell_runs_apart_and_hide_folders(runs, sources, tmp_path):
@@ -448,7 +450,7 @@ def space(runs, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("space") / "space"
     words = ["--run", *runs, "--export_space", folder, "--max_new_tokens", TOKENS, "--examples", 2]
-    export_space(parse_options([str(word) for word in words]))
+    export_space(parse(Options, [str(word) for word in words]))
     return folder
 
 
@@ -497,7 +499,7 @@ def test_what_cannot_be_a_space_is_refused_and_nothing_is_written(runs, tmp_path
     from qwen_vl_sft.demo import space
 
     def export(*words):
-        space.export_space(parse_options([str(word) for word in words]))
+        space.export_space(parse(Options, [str(word) for word in words]))
 
     folder = tmp_path / "space"
     local = tmp_path / "model"

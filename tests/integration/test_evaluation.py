@@ -25,21 +25,22 @@ from fixtures.evaluation import SYSTEM_MESSAGE, plan, read_rows, write_charts, w
 from fixtures.messages import conversation_row, png, write_messages
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.atomic_write import atomic_write
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.answer_files import AnswerFiles, check_output_dir, deal
-from qwen_vl_sft.evaluation.arms import attach_adapter, load_arm
+from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
 from qwen_vl_sft.evaluation.evaluate import answer_all, collect, cut_answers, evaluate
-from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
-from qwen_vl_sft.evaluation.generation import plan_batches
-from qwen_vl_sft.evaluation.options import Plan, TunedModel, find_tuned, parse_options, read_source
+from qwen_vl_sft.evaluation.options import Options, Plan
 from qwen_vl_sft.evaluation.predictions import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
 from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question
+from qwen_vl_sft.inference.generation import GeneratedAnswer, plan_batches
+from qwen_vl_sft.inference.models import attach_adapter, load_arm
+from qwen_vl_sft.inference.source import TunedModel, find_tuned, read_source
 from qwen_vl_sft.tiny import MODEL_DIR
 
 FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
@@ -304,7 +305,7 @@ def test_results_are_not_written_over(run, tmp_path, name):
     with pytest.raises(UserError, match=r"--resume.*--overwrite.*another folder"):
         plan("--run", run, "--output_dir", tmp_path)
     for way_out in ("--resume", "--overwrite"):
-        check_output_dir(tmp_path, parse_options(["--run", str(run), way_out]))
+        plan("--run", run, "--output_dir", tmp_path, way_out)
 
 
 @pytest.mark.parametrize("way_out", ["--resume", "--overwrite"])
@@ -581,7 +582,7 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
     monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.generate_batches", answer)
     monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.make_encoder", lambda *_: None)
     arms, files = ("base", "prompted", "tuned"), AnswerFiles(tmp_path)
-    ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse_options([]), tmp_path)
+    ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse(Options, []), tmp_path)
     files.repair(rank=0)
     answer_all(
         ready, Task(None, [Question(0, "?", ["1"], None)], [[0]], arms, "", None, ""), arms, {}, files, context()

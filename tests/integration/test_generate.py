@@ -16,13 +16,14 @@ from fixtures.answering import chart, write_builtin_run
 from fixtures.messages import png
 from fixtures.processes import run_process
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.options import read_source
 from qwen_vl_sft.inference.answer_lines import format_table
 from qwen_vl_sft.inference.answering import Answer, Answerer, _Listener, ask, read_images
-from qwen_vl_sft.inference.options import check_options, choose_arms, parse_options, read_questions
+from qwen_vl_sft.inference.options import Options, check_options, choose_arms, read_questions
+from qwen_vl_sft.inference.source import read_source
 
 TOKENS = 16
 MESSAGES = ("Answer with one word.", "Answer in a sentence.")
@@ -55,12 +56,12 @@ def test_the_answers_are_those_of_an_evaluation(answerer, runs, tmp_path):
     from accelerate import PartialState
 
     from qwen_vl_sft.evaluation.evaluate import evaluate
+    from qwen_vl_sft.evaluation.options import Options as EvaluationOptions
     from qwen_vl_sft.evaluation.options import make_plan
-    from qwen_vl_sft.evaluation.options import parse_options as parse_evaluation
 
     # The second adapter was loaded beside the first, and is evaluated alone.
     words = ["--run", runs[1], "--output_dir", tmp_path, "--max_samples", 6, "--max_new_tokens", TOKENS]
-    evaluate(make_plan(parse_evaluation([str(word) for word in words])))
+    evaluate(make_plan(parse(EvaluationOptions, [str(word) for word in words])))
     PartialState._reset_state()
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {row["row_id"] for row in rows} == {0, 50, 100, 150, 200, 250}
@@ -202,7 +203,7 @@ def test_what_cannot_be_asked_is_said_at_once(answerer, tmp_path):
 
 def test_options_are_checked_together():
     with pytest.raises(UserError) as caught:
-        check_options(parse_options(["--arms", "tuned,bse", "--question", " "]))
+        check_options(parse(Options, ["--arms", "tuned,bse", "--question", " "]))
     told = "\n".join(caught.value.problems)
     for part in (
         "--run is missing",
@@ -216,7 +217,7 @@ def test_options_are_checked_together():
 
 def test_arms_follow_from_what_is_there():
     def chosen(*words, message=""):
-        return choose_arms(parse_options(["--images", "a.png", *words]), message)
+        return choose_arms(parse(Options, ["--images", "a.png", *words]), message)
 
     assert chosen("--run", "r") == ("tuned",)
     assert chosen() == ("base",)
@@ -296,7 +297,7 @@ def test_a_base_model_alone_reads_questions_and_several_images(picture, tmp_path
 
 
 def test_questions_are_utf_8(monkeypatch):
-    options = parse_options(["--run", "x", "--images", "y"])
+    options = parse(Options, ["--run", "x", "--images", "y"])
 
     def typed(content, handler):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=handler))

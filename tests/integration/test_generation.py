@@ -11,7 +11,7 @@ from fixtures.evaluation import tiny_model
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
-from qwen_vl_sft.evaluation.generation import (
+from qwen_vl_sft.inference.generation import (
     decode_answer,
     estimate_length,
     generate_answers,

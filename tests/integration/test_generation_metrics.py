@@ -16,8 +16,8 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow
-from qwen_vl_sft.evaluation.generation import generate_answers
 from qwen_vl_sft.evaluation.metrics import METRICS, score
+from qwen_vl_sft.inference.generation import generate_answers
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, load_model
 from qwen_vl_sft.training.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
 from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32

@@ -10,16 +10,19 @@ from safetensors.torch import load_file, save_file
 from fixtures.messages import conversation_row, png
 from fixtures.processes import run_process
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging import merge as merging
+from qwen_vl_sft.merging import weights
 from qwen_vl_sft.merging.base import quantized_layers, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights, format_report
 from qwen_vl_sft.merging.folder import staged
-from qwen_vl_sft.merging.merge import merge, prepare, requantized
-from qwen_vl_sft.merging.plan import Options, make_plan, parse_options
+from qwen_vl_sft.merging.merge import merge, prepare
+from qwen_vl_sft.merging.plan import Options, make_plan
 from qwen_vl_sft.merging.samples import read_samples
+from qwen_vl_sft.merging.weights import requantized
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_model
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
@@ -212,7 +215,7 @@ def test_one_of_two_tied_tensors_trained_in_full_unties_them(tmp_path, trained):
 def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
     from qwen_vl_sft.distributed.launch import read_context
     from qwen_vl_sft.evaluation import options
-    from qwen_vl_sft.evaluation.arms import load_arm, load_run_processor
+    from qwen_vl_sft.inference.models import load_arm, load_run_processor
 
     merged = tmp_path / "merged"
     merged.mkdir()  # an empty folder may be there
@@ -220,7 +223,7 @@ def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
     assert {"merge.json", "recipe.yaml", "system_message.txt", "generation_config.json", "chat_template.jinja"} <= set(
         left_in(merged)
     )
-    plan = options.make_plan(options.parse_options(["--run", str(merged), "--output_dir", str(tmp_path / "scores")]))
+    plan = options.make_plan(parse(options.Options, ["--run", str(merged), "--output_dir", str(tmp_path / "scores")]))
     assert plan.system_message == "Answer with one word."
     assert not plan.recipe.model.load_in_4bit
     load_run_processor(plan)
@@ -319,7 +322,7 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch, failure):
         written.append(path)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(merging, "save_file", save)
+    monkeypatch.setattr(weights, "save_file", save)
     expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         run_merge(run, tmp_path / "merged", max_shard_size=10**6)
@@ -410,13 +413,17 @@ def test_rows_that_are_gone(run, tmp_path):
     assert left_in(tmp_path) == []
 
 
-def test_the_command_line(capsys):
-    given = parse_options(["--run", "a", "--output_dir", "b", "--max_shard_size", "500MB", "--nf4_aware"])
+def test_the_command_line():
+    given = parse(Options, ["--run", "a", "--output_dir", "b", "--max_shard_size", "500MB", "--nf4_aware"])
     assert (given.max_shard_size, given.nf4_aware, given.samples) == (500_000_000, True, 4)
-    for wrong in (["--max_shard_size", "big"], ["--samples", "-1"], ["--dtype", "int4"], ["--max_shard_size", "0GB"]):
-        with pytest.raises(SystemExit, match="2"):
-            parse_options(["--run", "a", "--output_dir", "b", *wrong])
-    assert "is not a size such as 4GB" in capsys.readouterr().err
+    for wrong, told in (
+        (["--max_shard_size", "big"], "--max_shard_size: 'big' is not a size such as 4GB"),
+        (["--samples", "-1"], "--samples: -1 is below 0"),
+        (["--dtype", "int4"], "--dtype: 'int4' is not one of bfloat16, float16, float32"),
+        (["--max_shard_size", "0GB"], "--max_shard_size: '0GB' is not a size such as 4GB"),
+    ):
+        with pytest.raises(UserError, match=f"^command line: {told}"):
+            parse(Options, ["--run", "a", "--output_dir", "b", *wrong])
 
 
 def test_weights_are_read_in_the_order_of_the_files():

@@ -44,6 +44,26 @@ def folder_imports(package: Path) -> dict[str, dict[str, set[str]]]:
     return found
 
 
+def module_imports(package: Path) -> dict[str, dict[str, set[str]]]:
+    """For each module the others of the package that it imports, with the lines of code that do."""
+    modules = {}
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package).with_suffix("")
+        modules["/".join(place.parts).removesuffix("/__init__")] = path
+    found: dict[str, dict[str, set[str]]] = {}
+    for module, path in modules.items():
+        others = found.setdefault(module, defaultdict(set))
+        for name in imported_names(path, package.name):
+            # A name of a module, or a module of a folder.
+            for length in range(len(name), 0, -1):
+                other = "/".join(name[:length])
+                if other in modules:
+                    if other != module:
+                        others[other].add(path.name)
+                    break
+    return found
+
+
 def check_no_cycle(imports: dict[str, dict[str, set[str]]]) -> None:
     try:
         TopologicalSorter(imports).prepare()
@@ -51,11 +71,29 @@ def check_no_cycle(imports: dict[str, dict[str, set[str]]]) -> None:
         # Each folder of the cycle is imported by the next one.
         cycle = error.args[1]
         edges = [f"{b} from {a} in {sorted(imports[b][a])}" for a, b in pairwise(cycle)]
-        raise AssertionError("folders import each other: " + "; ".join(edges)) from None
+        raise AssertionError("imports in a circle: " + "; ".join(edges)) from None
 
 
 def test_folders_import_one_way():
     check_no_cycle(folder_imports(PACKAGE))
+
+
+def test_modules_import_one_way():
+    check_no_cycle(module_imports(PACKAGE))
+
+
+def test_a_cycle_of_two_modules_of_a_folder_is_found(tmp_path):
+    folder = tmp_path / "package/folder"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "one.py").write_text("from package.folder.two import two")
+    (folder / "two.py").write_text("two = 2")
+    imports = module_imports(tmp_path / "package")
+    assert imports == {"folder": {}, "folder/one": {"folder/two": {"one.py"}}, "folder/two": {}}
+    check_no_cycle(imports)
+    (folder / "two.py").write_text("if TYPE_CHECKING:\n    from package.folder import one")
+    with pytest.raises(AssertionError, match=r"folder/two from folder/one in \['two.py'\]"):
+        check_no_cycle(module_imports(tmp_path / "package"))
 
 
 def test_a_cycle_is_found_wherever_it_imports(tmp_path):

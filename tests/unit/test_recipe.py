@@ -8,14 +8,20 @@ from trl import SFTConfig
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.config.coercion import coerce, load_yaml
-from qwen_vl_sft.config.command_line import format_help, parse_command_line
+from qwen_vl_sft.config.command_line import format_help, parse, recipe_values
 from qwen_vl_sft.config.reading import key_hints, read_recipe
 from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.training import plan
+from qwen_vl_sft.training.options import Options
 
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+
+
+def overrides_of(words):
+    """What the command line of sft.py puts over the recipe."""
+    return recipe_values(parse(Options, words).recipe_keys)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -63,7 +69,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
 @pytest.mark.parametrize("number", ["1e-6", "1E5", "-.5e3", "1.e+2", "2.5e7", "1e05"])
 def test_every_number_of_yaml_1_2_is_a_number_at_any_depth(number, tmp_path):
     path = write(tmp_path, f"learning_rate: 1\nlr_scheduler_kwargs: {{a: {number}, b: [{number}]}}\n")
-    _, overrides, _ = parse_command_line(["--lr_scheduler_kwargs", f"{{a: {number}, b: [{number}]}}"])
+    overrides = overrides_of(["--lr_scheduler_kwargs", f"{{a: {number}, b: [{number}]}}"])
     for recipe in (read_recipe(path, {}), read_recipe(None, overrides)):
         assert recipe.get("lr_scheduler_kwargs") == {"a": float(number), "b": [float(number)]}
         assert read_recipe(write(tmp_path, recipe.to_yaml()), {}).values() == recipe.values()
@@ -81,7 +87,7 @@ NAMES = ["2024_01_05", "1.10", "010", "0x1F", "1e5", "12345e7", "3:30:00", "2024
 def test_a_name_that_looks_like_a_number_stays_as_it_is_written(name, tmp_path):
     keys = ("output_dir", "hub_revision", "run_name", "max_run_time")
     path = write(tmp_path, "".join(f"{key}: {name}\n" for key in keys))
-    _, overrides, _ = parse_command_line([word for key in keys for word in (f"--{key}", name)])
+    overrides = overrides_of([word for key in keys for word in (f"--{key}", name)])
     for recipe in (read_recipe(path, {}), read_recipe(None, overrides)):
         assert [recipe.values()[key] for key in keys] == [name] * len(keys)
         assert read_recipe(write(tmp_path, recipe.to_yaml()), {}).values() == recipe.values()
@@ -89,7 +95,7 @@ def test_a_name_that_looks_like_a_number_stays_as_it_is_written(name, tmp_path):
 
 @pytest.mark.parametrize(("word", "told"), [("true", "True is not text"), ("[1, 2]", "is not text"), ("null", None)])
 def test_what_is_no_name_is_not_made_one(word, told, tmp_path):
-    _, overrides, _ = parse_command_line(["--run_name", word])
+    overrides = overrides_of(["--run_name", word])
     for path, keys in ((write(tmp_path, f"run_name: {word}\n"), {}), (None, overrides)):
         if told is None:
             assert read_recipe(path, keys).get("run_name") is None
@@ -104,7 +110,7 @@ def test_a_bare_no_is_the_choice_no(tmp_path):
 
 def test_a_date_is_text(tmp_path):
     assert read_recipe(write(tmp_path, "hub_revision: 2024-05-01\n"), {}).run.hub_revision == "2024-05-01"
-    _, overrides, _ = parse_command_line(["--run_name", "2024-05-01"])
+    overrides = overrides_of(["--run_name", "2024-05-01"])
     assert overrides == {"run_name": "2024-05-01"}
 
 
@@ -167,9 +173,10 @@ def test_yaml_cannot_make_objects():
 
 def test_command_line():
     words = "--recipe r.yaml --dataset_train_split train[:10%] --lora_target_modules q_proj v_proj --load_in_4bit --lora-r=8"
-    recipe, overrides, switches = parse_command_line([*words.split(), "--dry_run"], flags=("dry_run",))
+    options = parse(Options, [*words.split(), "--dry_run"])
+    recipe, overrides = options.recipe, recipe_values(options.recipe_keys)
     assert recipe == "r.yaml"
-    assert switches == {"dry_run"}
+    assert options.dry_run is True
     assert overrides == {
         "dataset_train_split": "train[:10%]",
         "lora_target_modules": ["q_proj", "v_proj"],
@@ -179,12 +186,12 @@ def test_command_line():
 
 
 def test_braces_on_the_command_line_are_text():
-    _, overrides, _ = parse_command_line(["--system_message", "{{text}}", "--run_name", "Answer: yes"])
+    overrides = overrides_of(["--system_message", "{{text}}", "--run_name", "Answer: yes"])
     assert overrides == {"system_message": "{{text}}", "run_name": "Answer: yes"}
 
 
 def test_an_empty_value_on_the_command_line_is_empty_text():
-    _, overrides, _ = parse_command_line(["--system_message", ""])
+    overrides = overrides_of(["--system_message", ""])
     assert overrides == {"system_message": ""}
 
 
@@ -203,7 +210,7 @@ def test_an_empty_value_on_the_command_line_is_empty_text():
 )
 def test_a_mistyped_command_line(words, told):
     with pytest.raises(UserError, match=f"^command line: {told}"):
-        parse_command_line(words.split(), flags=("dry_run",))
+        parse(Options, words.split())
 
 
 @pytest.mark.parametrize(
@@ -211,7 +218,7 @@ def test_a_mistyped_command_line(words, told):
     [("--dry_run", True), ("--dry-run true", True), ("--dry_run=True", True), ("--dry_run false", False), ("", False)],
 )
 def test_a_switch_takes_true_and_false_as_other_keys_do(words, on):
-    assert parse_command_line(words.split(), flags=("dry_run", "help")) == (None, {}, {"dry_run"} if on else set())
+    assert parse(Options, words.split()) == Options(None, dry_run=on, recipe_keys={})
 
 
 @pytest.mark.parametrize(
@@ -311,7 +318,7 @@ def test_help_fits_80_columns(script, monkeypatch, capsys):
 
 
 def test_help_names_our_keys_first():
-    text = format_help("usage", {"dry_run": "check"})
+    text = format_help(Options, "usage")
     assert text.index("--dataset_name") < text.index("--lora_scope") < text.index("--global_batch_size")
     assert text.index("--global_batch_size") < text.index("--learning_rate")
     assert "--packing_strategy " not in text

@@ -1,102 +1,318 @@
-"""The command line of scripts that take a recipe: `--recipe FILE`, `--key value`, and --help."""
+"""The command line of every script: a frozen dataclass of options becomes a parser with --help.
+
+An option is a field made with `option`: its type, default and help text. A script that also takes keys of a recipe has
+a field made with `recipe_keys` (some keys, values as they were written) or `any_recipe_key` (every key). Both
+`--key value` and `--key=value` are read, dashes count as underscores, and a switch takes true and false. What cannot be
+understood raises one `UserError` that lists every problem. Importing this module brings in no library.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import re
+import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
 from qwen_vl_sft.config.coercion import coerce, expected, load_yaml
 from qwen_vl_sft.config.settings import GROUPS
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, raise_all
+
+Options = TypeVar("Options")
+REQUIRED: Any = MISSING
+# Keys of transformers' TrainingArguments that scripts other than sft.py take too.
+TRAINING_KEYS = {"use_cpu": "compute on the CPU even if there is a GPU"}
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+WIDTH, TEXT_COLUMN = 80, 32
 
 
-def parse_command_line(
-    arguments: Sequence[str], flags: Sequence[str] = ()
-) -> tuple[str | None, dict[str, Any], set[str]]:
-    """Split `--recipe FILE --key value --list a b --switch` into the file, the keys, and the `flags` given.
+def option(
+    default: Any,
+    text: str,
+    *,
+    metavar: str | None = None,
+    at_least: int | None = None,
+    parse: Callable[[str], Any] | None = None,
+    also: str | None = None,
+    shown: str | None = None,
+) -> Any:
+    """Declare an option of a command line.
 
-    Values are read as YAML; a key without a value is true. Raises `UserError`.
+    Args:
+        default: the value where it is not given, or `REQUIRED`.
+        text: its line in --help.
+        metavar: what its value is, for --help and messages.
+        at_least: the smallest number allowed.
+        parse: makes the value from one word; a `ValueError` says what is wrong with it ("is not a size").
+        also: a second name.
+        shown: how --help writes the default.
     """
-    written: dict[str, list[str]] = {}
+    details = {"metavar": metavar, "at_least": at_least, "parse": parse, "also": also, "shown": shown}
+    return dataclasses.field(default=default, metadata={"help": text, **details})
+
+
+def recipe_keys(*names: str) -> Any:
+    """Declare the field of some recipe keys, a `dict[str, str]` of values as they were written."""
+    return dataclasses.field(default_factory=dict, metadata={"recipe_keys": names})
+
+
+def any_recipe_key(listed: bool = False) -> Any:
+    """Declare the field of all other words, a `dict[str, list[str]]` for `recipe_values`; `listed`: --help has them."""
+    return dataclasses.field(default_factory=dict, metadata={"recipe_keys": None, "listed": listed})
+
+
+def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: str | None = "") -> Options:
+    """Read a command line (default: this process's) into an options dataclass; --help prints `usage` and ends.
+
+    Raises `UserError` with every unknown option, missing option and wrong value.
+    """
+    words = split_words(sys.argv[1:] if arguments is None else arguments)
+    hints, problems, values = typing.get_type_hints(kind), [], {}
+    try:
+        wants_help = "help" in words and _switch(words.pop("help"))
+    except ValueError as error:
+        raise UserError(f"command line: --help{error}") from None
+    if wants_help:
+        print(format_help(kind, usage or ""))
+        raise SystemExit(0)
+    options, keys = _declared(kind)
+    for entry in options:
+        names = [name for name in (entry.name, entry.metadata["also"]) if name in words]
+        if len(names) > 1:
+            problems.append(f"command line: --{entry.name} is given twice; keep one")
+        if names:
+            try:
+                values[entry.name] = _value(entry, words[names[0]], hints[entry.name])
+            except ValueError as error:
+                problems.append(f"command line: --{entry.name}{error}")
+        elif entry.default is REQUIRED:
+            problems.append(f"command line: --{entry.name} is missing; give {entry.metadata['help']}")
+        for name in names:
+            del words[name]
+    if keys is not None and keys.metadata["recipe_keys"] is None:
+        values[keys.name], words = words, {}
+    elif keys is not None:
+        given = {name: words.pop(name) for name in keys.metadata["recipe_keys"] if name in words}
+        values[keys.name] = {name: _text(name, parts, problems) for name, parts in given.items()}
+    known = [name for name, _ in _entries(kind)]
+    problems += [f"command line: {_unknown(name, known)}" for name in words]
+    raise_all(problems)
+    return kind(**values)
+
+
+def split_words(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Split `--key value --list a b --switch --key=value` into keys and the words of each. Raises `UserError`."""
+    found: dict[str, list[str]] = {}
     position = 0
     while position < len(arguments):
-        word = arguments[position]
+        word = arguments[position] if arguments[position] != "-h" else "--help"
         position += 1
         if not word.startswith("--"):
-            raise UserError(f"command line: {word!r} stands alone; write --key value, or --recipe FILE for a recipe")
+            raise UserError(f"command line: {word!r} stands alone; write --key value")
         name, assigned, value = word[2:].partition("=")
         words = [value] if assigned else []
         while not assigned and position < len(arguments) and not arguments[position].startswith("--"):
             words.append(arguments[position])
             position += 1
-        name = "recipe" if name == "config" else name.replace("-", "_")
-        if name in written:
+        name = name.replace("-", "_")
+        if name in found:
             raise UserError(f"command line: --{name} is given twice; keep one")
-        written[name] = words
-    files = written.pop("recipe", None)
-    if files is not None and len(files) != 1:
-        raise UserError(f"command line: --recipe takes one file, not {' '.join(files) or 'none'}")
-    values = _values(written)
-    given = {flag for flag in flags if _is_on(flag, values.pop(flag, False))}
-    return files[0] if files else None, values, given
+        found[name] = words
+    return found
 
 
-def _is_on(flag: str, value: Any) -> bool:
-    try:
-        return coerce(value, bool)
-    except ValueError:
-        raise UserError(f"command line: --{flag}: {value!r} is not {expected(bool)}; alone it is true") from None
-
-
-def _values(written: dict[str, list[str]]) -> dict[str, Any]:
-    # Brings in the libraries, which take seconds to import; a mistyped command line needs none of them.
+def recipe_values(words: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Read the words of recipe keys as YAML; a key without a word is true. Imports the training libraries."""
     from qwen_vl_sft.config.reading import text_keys
 
-    texts = text_keys() if written else set()
-    values = {name: [_value(word, name in texts) for word in words] for name, words in written.items()}
+    texts = text_keys() if words else set()
+    values = {name: [_yaml(word, name in texts) for word in parts] for name, parts in words.items()}
     return {name: True if not parts else parts[0] if len(parts) == 1 else parts for name, parts in values.items()}
 
 
-def _value(word: str, is_text: bool) -> Any:
+def names(text: str) -> tuple[str, ...]:
+    """Read names between commas, each once."""
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
+        raise ValueError("names nothing")
+    return found
+
+
+def size(text: str) -> int:
+    """Read a number of bytes such as 4GB, 500 K or 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    number = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if number < 1:
+        raise ValueError("is not a size such as 4GB or 500MB")
+    return number
+
+
+def format_help(kind: type, usage: str) -> str:
+    """Format --help in 80 columns: usage, options, then the recipe keys that the script takes."""
+    hints = typing.get_type_hints(kind)
+    options, keys = _declared(kind)
+    lines = [usage.strip(), "", "Options"]
+    for entry in options:
+        metavar = entry.metadata["metavar"] or ""
+        name = f"--{entry.name}" + (f" {metavar.upper()}" if metavar else "")
+        lines += _line(name, entry.metadata["help"], _kind(hints[entry.name], entry), _default(entry))
+    lines += _line("--help", "this text")
+    if keys is not None and keys.metadata["recipe_keys"] is not None:
+        lines += ["", "Keys of a recipe; they win over the run's recipe"]
+        described = _described()
+        for name in keys.metadata["recipe_keys"]:
+            lines += _line(f"--{name}", *described[name])
+    elif keys is not None and keys.metadata["listed"]:
+        lines += _all_keys()
+    elif keys is not None:
+        lines += ["", "Every other --key value goes to the recipe: scripts/sft.py --help lists them."]
+    return "\n".join(lines)
+
+
+def _declared(kind: type) -> tuple[list[Field[Any]], Field[Any] | None]:
+    """Return the options of a dataclass, and its field of recipe keys."""
+    keys = [entry for entry in fields(kind) if "recipe_keys" in entry.metadata]
+    return [entry for entry in fields(kind) if "help" in entry.metadata], keys[0] if keys else None
+
+
+def _entries(kind: type) -> Iterator[tuple[str, Any]]:
+    options, keys = _declared(kind)
+    yield from ((entry.name, entry) for entry in options)
+    yield from ((name, keys) for name in (keys.metadata["recipe_keys"] if keys else None) or ())
+    yield "help", None
+
+
+def _value(entry: Field[Any], words: list[str], hint: Any) -> Any:
+    """Return the typed value of an option. A `ValueError` holds the rest of the message, after the option's name."""
+    hint = _without_none(hint)
+    if hint is bool:
+        return _switch(words)
+    several = typing.get_origin(hint) is tuple
+    parse = entry.metadata["parse"]
+    if several and not parse:
+        if not words:
+            raise ValueError(" takes one or more, not none")
+        return tuple(_single(entry, word, typing.get_args(hint)[0]) for word in words)
+    if len(words) != 1:
+        raise ValueError(f" takes one {entry.metadata['metavar'] or 'value'}, not {' '.join(words) or 'none'}")
+    if parse:
+        try:
+            return parse(words[0])
+        except ValueError as error:
+            raise ValueError(f": {words[0]!r} {error}") from None
+    return _single(entry, words[0], hint)
+
+
+def _single(entry: Field[Any], word: str, hint: Any) -> Any:
+    if hint is Path:
+        return Path(word)
+    try:
+        value = coerce(word, hint)
+    except ValueError:
+        raise ValueError(f": {word!r} is not {expected(hint)}") from None
+    at_least = entry.metadata["at_least"]
+    if at_least is not None and value < at_least:
+        raise ValueError(f": {word} is below {at_least}")
+    return value
+
+
+def _switch(words: Sequence[str]) -> bool:
+    if not words:
+        return True
+    try:
+        return coerce(words[0] if len(words) == 1 else list(words), bool)
+    except ValueError:
+        raise ValueError(f": {' '.join(words)!r} is not {expected(bool)}; alone it is true") from None
+
+
+def _text(name: str, words: Sequence[str], problems: list[str]) -> str:
+    if not words and _described()[name][1] == expected(bool):
+        return "true"
+    if len(words) != 1:
+        problems.append(f"command line: --{name} takes one value, not {' '.join(words) or 'none'}")
+    return words[0] if words else ""
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"unknown option --{name}; " + (f"did you mean --{nearest[0]}?" if nearest else "--help lists all")
+
+
+def _yaml(word: str, is_text: bool) -> Any:
     try:
         value = load_yaml(word) if word else ""
     except (yaml.YAMLError, ValueError):
         return word  # not YAML, such as a bare `train[:10%]` or `@x`
-    # What stays as it was written: a text with a colon, and a name such as 010.
+    # A text with a colon and a name such as 010 stay as they were written.
     stays = (isinstance(value, dict) and not word.startswith("{")) or (is_text and type(value) in (int, float))
     return word if stays else value
 
 
-def format_help(usage: str, switches: dict[str, str]) -> str:
-    """--help in 80 columns: the switches, our keys by group, then the keys of TRL's `SFTConfig`."""
+def _without_none(hint: Any) -> Any:
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return members[0] if is_union and len(members) == 1 else hint
+
+
+def _kind(hint: Any, entry: Field[Any]) -> str:
+    """Return how --help names the type of an option; empty where its text says it."""
+    hint = _without_none(hint)
+    if hint in (bool, str, Path) or entry.metadata["parse"] or typing.get_origin(hint) is tuple:
+        return ""
+    return expected(hint)
+
+
+def _default(entry: Field[Any]) -> str:
+    if entry.default is REQUIRED:
+        return "required"
+    if entry.metadata["shown"] is not None:
+        return entry.metadata["shown"]
+    return "" if entry.default in (None, False, ()) else str(entry.default)
+
+
+def _described() -> dict[str, tuple[str, str, str]]:
+    """Return help text, type and default of each recipe key of ours, by its name."""
+    found = {name: (text, expected(bool), "") for name, text in TRAINING_KEYS.items()}
+    for group in GROUPS.values():
+        hints = typing.get_type_hints(group)
+        for entry in fields(group):
+            default = "" if entry.default in (None, MISSING) else str(entry.default)
+            found[entry.name] = entry.metadata["help"], expected(hints[entry.name]), default
+    return found
+
+
+def _all_keys() -> Iterator[str]:
+    """Yield the lines of all recipe keys: ours by group, then those of TRL's `SFTConfig`."""
     from qwen_vl_sft.config.reading import key_hints, training_default
 
-    hints = key_hints()
-    lines = [usage, "", "Command line"]
-    for name, text in {"recipe FILE": "flat YAML of the keys below; --key value wins over it", **switches}.items():
-        lines += _entry(f"--{name}", text)
-    ours = set()
+    described, ours = _described(), set()
     for title, group in GROUPS.items():
-        lines += ["", title]
+        yield from ("", title)
         for entry in fields(group):
             ours.add(entry.name)
-            default = "" if entry.default in (None, MISSING) else f" [{entry.default}]"
-            lines += _entry(f"--{entry.name}", f"{entry.metadata['help']} ({expected(hints[entry.name])}){default}")
-    lines += ["", "Training: fields of TRL's SFTConfig and transformers' TrainingArguments"]
-    for name in hints:
+            yield from _line(f"--{entry.name}", *described[entry.name])
+    yield from ("", "Training: fields of TRL's SFTConfig and transformers' TrainingArguments")
+    for name, hint in key_hints().items():
         if name not in ours:
             default = training_default(name)
-            shown = "" if default is None else f" [{getattr(default, 'value', default)}]"
-            lines += _entry(f"--{name}", f"{expected(hints[name])}{shown}")
-    return "\n".join(lines)
+            shown = "" if default is None else str(getattr(default, "value", default))
+            yield from _line(f"--{name}", "", expected(hint), shown)
 
 
-def _entry(name: str, text: str) -> list[str]:
-    """A key and its text, indented; the text starts beside the key when there is room."""
-    first = f"  {name:<30}" if len(name) <= 29 else f"  {name}\n{'':<32}"
-    wrapped = textwrap.wrap(text, 47) or [""]
-    return [first + wrapped[0], *(f"{'':<32}{line}" for line in wrapped[1:])]
+def _line(name: str, text: str, kind: str = "", default: str = "") -> list[str]:
+    """Format an entry, indented; the text starts beside the name where there is room."""
+    if kind:
+        text = f"{text} ({kind})" if text else kind
+    text = f"{text} [{default}]" if default else text
+    margin = " " * TEXT_COLUMN
+    first = f"  {name:<{TEXT_COLUMN - 2}}" if len(name) < TEXT_COLUMN - 2 else f"  {name}\n{margin}"
+    wrapped = textwrap.wrap(text, WIDTH - TEXT_COLUMN - 1) or [""]
+    return [(first + wrapped[0]).rstrip(), *(margin + line for line in wrapped[1:])]

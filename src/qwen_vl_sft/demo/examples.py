@@ -11,8 +11,8 @@ from qwen_vl_sft.config.reading import BUILTIN
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import Rows, open_rows, spread
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.options import Source
 from qwen_vl_sft.evaluation.task import read_question
+from qwen_vl_sft.inference.source import Source
 
 FILE = "examples.json"
 # Rows of several turns cannot be asked on the page, so more rows are looked at than shown.

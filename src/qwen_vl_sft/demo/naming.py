@@ -9,8 +9,8 @@ from pathlib import Path
 from qwen_vl_sft.config.reading import BUILTIN
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.evaluation.metrics import HEADLINE
-from qwen_vl_sft.evaluation.options import Source, TunedModel
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
+from qwen_vl_sft.inference.source import Source, TunedModel
 
 EVALUATION = "evaluation"
 

@@ -1,72 +1,40 @@
-"""What `scripts/demo.py` is asked for: its command line."""
+"""Command-line options of demo.py."""
 
 from __future__ import annotations
 
-import argparse
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_vl_sft.config.command_line import REQUIRED, option, recipe_keys, size
 from qwen_vl_sft.errors import raise_all
-from qwen_vl_sft.evaluation.options import RECIPE_KEYS, add_recipe_keys, positive, take_recipe_keys
+from qwen_vl_sft.inference.source import RECIPE_KEYS
 
-# Each run has a system message of its own, and one that is given for all would hide them; the page edits it.
+# Each run has its own system message, which the page can edit; one for all runs would hide them.
 KEYS = tuple(name for name in RECIPE_KEYS if name != "system_message")
 LOCAL = "127.0.0.1"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. `max_file_size` in bytes; `recipe_keys` holds the keys of a recipe that were given."""
+    """Command-line options of demo.py; `max_file_size` in bytes."""
 
-    run: tuple[Path, ...]
-    examples: int = 4
-    max_file_size: int = 10 * 10**6
-    queue: int = 20
-    share: bool = False
-    server_name: str = LOCAL
-    server_port: int | None = None
-    export_space: Path | None = None
-    recipe_keys: dict[str, str] | None = None
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line. Wrong keys and values end in argparse's message, exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="demo.py",
-        description="A page that answers questions about images with the base model and a tuned one, side by side.",
-        allow_abbrev=False,
+    run: tuple[Path, ...] = option(
+        REQUIRED, "run folders to choose from, all of the same base model", metavar="folder ..."
     )
-    add = parser.add_argument
-    add("--run", type=Path, nargs="+", required=True, help="run folders to choose from, all of the same base model")
-    add(
-        "--examples", type=int, default=Options.examples, help="rows of the run's data to try (%(default)s; 0 for none)"
+    examples: int = option(4, "rows of the run's data to try; 0 for none")
+    max_file_size: int = option(10 * 10**6, "largest file that can be uploaded", parse=size, shown="10M")
+    queue: int = option(20, "most requests that wait; one is answered at a time", at_least=1)
+    share: bool = option(False, "open the page to everyone who has its address, through a tunnel of Gradio's")
+    server_name: str = option(LOCAL, "address to listen at; the default is this machine alone")
+    server_port: int | None = option(None, "default: the first free one from 7860", at_least=1)
+    export_space: Path | None = option(
+        None, "write a Hugging Face Space into a new folder instead of serving", metavar="folder"
     )
-    add("--max_file_size", type=_size, default="10M", help="largest file that is taken (%(default)s)")
-    add("--queue", type=positive, default=Options.queue, help="most requests that wait (%(default)s); one is answered")
-    add(
-        "--share",
-        action="store_true",
-        help="open the page to everyone who has its address, through a tunnel of Gradio's",
-    )
-    add("--server_name", default=LOCAL, help="address to listen at (%(default)s: this machine alone)")
-    add("--server_port", type=positive, help="default: the first free one from 7860")
-    add(
-        "--export_space",
-        type=Path,
-        metavar="DIR",
-        help="write a Hugging Face Space into a new folder instead of serving",
-    )
-    add_recipe_keys(parser, KEYS)
-    given = vars(parser.parse_args(arguments))
-    keys = take_recipe_keys(given)
-    return Options(**given | {"run": tuple(given["run"])}, recipe_keys=keys)
+    recipe_keys: dict[str, str] = recipe_keys(*KEYS)
 
 
 def check_options(options: Options) -> None:
-    """Raise `UserError` with everything that cannot be meant, before anything is read."""
+    """Raise `UserError` with every problem of the options, before anything is read."""
     problems = []
     if len({path.resolve() for path in options.run}) < len(options.run):
         problems.append("--run names a folder twice; name each once")
@@ -77,11 +45,3 @@ def check_options(options: Options) -> None:
     if options.export_space and options.share:
         problems.append("--export_space writes a folder and serves nothing; leave out --share")
     raise_all(problems)
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500K, 10M or a number of bytes")
-    return size

@@ -13,12 +13,12 @@ from typing import Any
 from qwen_vl_sft.demo.examples import Example, collect_examples
 from qwen_vl_sft.demo.options import LOCAL, Options
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, UserError
-from qwen_vl_sft.evaluation.options import Source, read_source
+from qwen_vl_sft.inference.source import Source, read_source
 
 
 def read_sources(options: Options) -> list[Source]:
     """The runs of the command line. Raises `UserError`."""
-    return [read_source(run, options.recipe_keys or {}, tuned_needed=True) for run in options.run]
+    return [read_source(run, options.recipe_keys, tuned_needed=True) for run in options.run]
 
 
 def serve(options: Options, examples: Sequence[Example] | None = None) -> None:

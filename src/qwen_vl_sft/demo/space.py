@@ -27,8 +27,8 @@ from qwen_vl_sft.demo.options import Options
 from qwen_vl_sft.demo.serve import prepare_gradio, read_sources
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.evaluation.metrics import HEADLINE
-from qwen_vl_sft.evaluation.options import ADAPTER_FILE, Source
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
+from qwen_vl_sft.inference.source import ADAPTER_FILE, Source
 from qwen_vl_sft.merging.folder import PROCESSOR_FILES
 from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters
 
@@ -43,9 +43,10 @@ APP = '''"""The page of base and tuned answers. Written by scripts/demo.py --exp
 import os
 from pathlib import Path
 
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.demo.examples import load_examples
-from qwen_vl_sft.demo.options import parse_options
+from qwen_vl_sft.demo.options import Options
 from qwen_vl_sft.demo.serve import serve
 
 HERE = Path(__file__).parent
@@ -59,7 +60,7 @@ if __name__ == "__main__":
     quiet_libraries(rank=0)
     words = ["--run", *(str(HERE / run) for run in RUNS)]
     words += ["--max_file_size", "{max_file_size}", "--queue", "{queue}", *LISTEN]
-    serve(parse_options(words), load_examples(HERE / "examples"))
+    serve(parse(Options, words), load_examples(HERE / "examples"))
 '''
 
 CARD = """# {title}
@@ -82,7 +83,7 @@ def export_space(options: Options) -> None:
     prepare_gradio()
     sources = read_sources(options)
     raise_all(_problems(sources))
-    from qwen_vl_sft.evaluation.arms import check_one_base
+    from qwen_vl_sft.inference.source import check_one_base
 
     check_one_base(sources)
     names = [name.replace("/", "-") for name in run_names(sources)]

@@ -11,9 +11,8 @@ from typing import Any
 
 from qwen_vl_sft.atomic_write import writing_to
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
-from qwen_vl_sft.evaluation.options import Options
 from qwen_vl_sft.evaluation.scoring import ROWS_FILE, SUMMARY_FILE
+from qwen_vl_sft.inference.generation import GeneratedAnswer
 
 PARTS_FOLDER = "parts"
 SETTINGS_FILE = "settings.json"
@@ -86,15 +85,15 @@ class AnswerFiles:
         return self.folder / PARTS_FOLDER / f"rank-{rank:05d}.jsonl"
 
 
-def check_output_dir(folder: Path, options: Options) -> None:
-    """Raise `UserError` when results would land on what is there already and the user has not said what to do."""
+def check_output_dir(folder: Path, in_use_allowed: bool) -> None:
+    """Raise `UserError` for a folder with files that are not an evaluation's, or with an evaluation unless allowed."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir: {folder} is a file; name a folder")
     foreign = [name for name, key in ((SUMMARY_FILE, "scores"), (SETTINGS_FILE, "arms")) if _lacks(folder / name, key)]
     if foreign:
         raise UserError(f"--output_dir: {folder} holds a {foreign[0]} that no evaluation wrote; name another folder")
     held = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
-    if held and not (options.resume or options.overwrite):
+    if held and not in_use_allowed:
         raise UserError(
             f"--output_dir: {folder} holds an evaluation already ({', '.join(held)}); go on with it with --resume,"
             f" replace it with --overwrite, or name another folder"

@@ -20,10 +20,7 @@ from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.distributed.launch import DistributedContext, join, read_context, start
 from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
-from qwen_vl_sft.evaluation.arms import load_arm, make_encoder, precision_summary
-from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
-from qwen_vl_sft.evaluation.generation import generate_batches
-from qwen_vl_sft.evaluation.options import ARMS, Plan
+from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import (
     REPORT_FILE,
@@ -35,6 +32,9 @@ from qwen_vl_sft.evaluation.scoring import (
     write_results,
 )
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, describe_task, prepare
+from qwen_vl_sft.inference.generation import GeneratedAnswer, generate_batches
+from qwen_vl_sft.inference.models import load_arm, make_encoder
+from qwen_vl_sft.inference.source import ARMS, precision_summary
 
 
 def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:

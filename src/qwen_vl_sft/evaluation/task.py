@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -14,10 +14,11 @@ from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, spread
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.evaluation.arms import choose_arms, load_run_processor, model_identity
-from qwen_vl_sft.evaluation.generation import estimate_length, plan_batches
 from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
+from qwen_vl_sft.inference.generation import estimate_length, plan_batches
+from qwen_vl_sft.inference.models import load_run_processor
+from qwen_vl_sft.inference.source import ARMS, TunedModel
 
 logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
@@ -174,3 +175,51 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
         "max_pixels": size["longest_edge"],
     }
     return json.loads(json.dumps(described | model_identity(plan, task.arms)))
+
+
+def choose_arms(plan: Plan, system_message: str) -> tuple[str, ...]:
+    """Return the arms of --arms, else all that differ, ordered so that one loaded model serves them all."""
+    if plan.options.arms is not None:
+        if "prompted" in plan.options.arms and not system_message:
+            raise UserError(
+                "--arms: prompted is the base model with a system message, and there is none, so it would repeat base;"
+                " leave it out, or give --system_message"
+            )
+        return tuple(arm for arm in ARMS if arm in plan.options.arms)
+    return ("base", *(["prompted"] if system_message else []), *(["tuned"] if plan.tuned else []))
+
+
+def weight_files(tuned: TunedModel | None) -> list[list[Any]]:
+    """Return name, size and time of each weight file of a run: a resumed evaluation must find the same."""
+    files = sorted(tuned.folder.glob("*.safetensors")) if tuned else []
+    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
+
+
+def model_identity(plan: Plan, arms: Sequence[str]) -> dict[str, Any]:
+    """Return the model settings and weights that the answers depend on, as plain values. Raises `UserError`."""
+    settings = asdict(plan.recipe.model)
+    lora = [name for name in settings if name.startswith(("lora", "use_peft", "use_rslora", "use_dora", "freeze"))]
+    weights = {
+        "base_weights": _base_weights(plan, arms),
+        "run": str(plan.tuned.folder) if plan.tuned else None,
+        "run_weights": weight_files(plan.tuned),
+    }
+    return {name: value for name, value in settings.items() if name not in lora} | weights
+
+
+def _base_weights(plan: Plan, arms: Sequence[str]) -> str | None:
+    """Return the base model's commit or files; None where it is gone and no arm needs it. Raises `UserError`."""
+    from qwen_vl_sft.modeling.base_identity import identity_of_base
+
+    # Recorded also where no arm needs it: --resume may add one that does.
+    try:
+        return identity_of_base(plan.recipe.model)
+    except (UserError, OSError) as error:
+        if plan.tuned and not plan.tuned.is_adapter and set(arms) == {"tuned"}:
+            return None
+        if isinstance(error, UserError):
+            raise
+        name = plan.recipe.model.model_name_or_path
+        raise UserError(
+            f"model_name_or_path: {name} cannot be read: {error.strerror}: {error.filename}; name a whole model"
+        ) from None

@@ -6,9 +6,8 @@ import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from qwen_vl_sft.evaluation.arms import precision_summary
-from qwen_vl_sft.evaluation.options import Source
 from qwen_vl_sft.inference.answering import Answer
+from qwen_vl_sft.inference.source import Source, precision_summary
 
 # Columns of the table: 80 in all.
 ARM, TEXT, SECONDS, TOKENS = 10, 52, 9, 9

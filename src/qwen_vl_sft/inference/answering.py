@@ -25,9 +25,9 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.distributed.launch import read_context
 from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
-from qwen_vl_sft.evaluation.arms import attach_adapter, check_one_base, load_arm, load_run_processor, make_encoder
-from qwen_vl_sft.evaluation.generation import decode_answer, generate_batch
-from qwen_vl_sft.evaluation.options import Source
+from qwen_vl_sft.inference.generation import decode_answer, generate_batch
+from qwen_vl_sft.inference.models import attach_adapter, load_arm, load_run_processor, make_encoder
+from qwen_vl_sft.inference.source import Source, check_one_base
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
 
 # Stands for the bytes of a character whose last token is still to come.

@@ -1,55 +1,44 @@
-"""What `scripts/generate.py` is asked for: its command line and the questions."""
+"""Command-line options of generate.py, and the questions that it answers."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_vl_sft.config.command_line import names, option, recipe_keys
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.evaluation.options import ARMS, RECIPE_KEYS, add_recipe_keys, check_text, names, take_recipe_keys
-from qwen_vl_sft.evaluation.options import unknown_arms as problems_of_arms
+from qwen_vl_sft.inference.source import ARMS, RECIPE_KEYS, check_text, unknown_arms
 
-# A question brings its own images, so no data set is read.
+# A question brings its own images, so no dataset is read.
 KEYS = tuple(name for name in RECIPE_KEYS if not name.startswith("dataset_"))
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. `recipe_keys` holds the keys of a recipe that were given, as they were written."""
+    """Command-line options of generate.py."""
 
-    run: Path | None
-    images: tuple[str, ...]
-    question: str | None
-    arms: tuple[str, ...] | None
-    json: bool
-    recipe_keys: dict[str, str]
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line. Wrong keys and values end in argparse's message, exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description="Answer a question about images with the base model, the tuned one, or both.",
-        epilog="Arms: " + "; ".join(f"{arm}: {text}" for arm, text in ARMS.items()) + ".",
-        allow_abbrev=False,
+    run: Path | None = option(
+        None,
+        "run folder of scripts/sft.py, or a checkpoint in it; its recipe gives the defaults",
+        metavar="folder",
     )
-    add = parser.add_argument
-    add("--run", type=Path, help="run folder of scripts/sft.py, or a checkpoint in it; its recipe gives the defaults")
-    add("--images", nargs="+", default=(), help="image files, shown to the model in this order before the question")
-    add("--question", help="default: every line of the standard input is one, about the same images")
-    add("--arms", type=names, help="some of base,prompted,tuned; default: tuned with --run, else base")
-    add("--json", action="store_true", help="print each answer as one line of JSON when it is finished")
-    add_recipe_keys(parser, KEYS)
-    given = vars(parser.parse_args(arguments))
-    keys = take_recipe_keys(given)
-    return Options(**given | {"images": tuple(given["images"])}, recipe_keys=keys)
+    images: tuple[str, ...] = option(
+        (), "image files, shown to the model in this order before the question", metavar="file ..."
+    )
+    question: str | None = option(
+        None, "default: every line of the standard input is one, about the same images", metavar="text"
+    )
+    arms: tuple[str, ...] | None = option(
+        None, "some of base,prompted,tuned; default: tuned with --run, else base", parse=names
+    )
+    json: bool = option(False, "print each answer as one line of JSON when it is finished")
+    recipe_keys: dict[str, str] = recipe_keys(*KEYS)
 
 
 def check_options(options: Options) -> None:
-    """Raise `UserError` with everything that cannot be meant, before anything is read."""
+    """Raise `UserError` with every problem of the options, before anything is read."""
     problems = []
     if options.run is None:
         if "model_name_or_path" not in options.recipe_keys:
@@ -60,12 +49,12 @@ def check_options(options: Options) -> None:
         problems.append("--images is missing: name one image file or more")
     if options.question is not None and not options.question.strip():
         problems.append("--question is empty; write one, or leave it out to type questions")
-    raise_all(problems + problems_of_arms(options.arms or ()))
+    raise_all(problems + unknown_arms(options.arms or ()))
     check_text(options.question or "", "--question")
 
 
 def choose_arms(options: Options, system_message: str | None) -> tuple[str, ...]:
-    """The arms asked for, else the one that the command line describes best. Raises `UserError`."""
+    """Return the arms of --arms, else tuned with a run, prompted with a system message, or base. Raises `UserError`."""
     if options.arms is None:
         return ("tuned" if options.run else "prompted" if system_message else "base",)
     if "prompted" in options.arms and not system_message:
@@ -74,7 +63,7 @@ def choose_arms(options: Options, system_message: str | None) -> tuple[str, ...]
 
 
 def read_questions(options: Options) -> Iterator[str]:
-    """The question of the command line, else the lines of the standard input up to its end."""
+    """Yield the question of the command line, else the lines of the standard input."""
     if options.question is not None:
         yield options.question
         return

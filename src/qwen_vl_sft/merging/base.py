@@ -18,7 +18,7 @@ from torch import nn
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
-from qwen_vl_sft.evaluation.options import ADAPTER_FILE
+from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
 

@@ -18,9 +18,9 @@ from qwen_vl_sft.merging.base import open_weights, weight_files
 if TYPE_CHECKING:
     from qwen_vl_sft.data.conversation import Conversation
     from qwen_vl_sft.data.encoding import Encoder
-    from qwen_vl_sft.merging.merge import Merge
     from qwen_vl_sft.merging.plan import Plan
     from qwen_vl_sft.merging.samples import Samples
+    from qwen_vl_sft.merging.weights import Merge
 
 # The largest mean difference of logits, as a share of their root mean square. Weights are rounded before the adapter is
 # added on one side and after it on the other, and each layer carries the difference on: 3.3% in bfloat16 through all of
@@ -136,7 +136,7 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
 
 def load_adapted(plan: Plan, settings: Any) -> Any:
     """Base and adapter, not merged."""
-    from qwen_vl_sft.evaluation.arms import attach_adapter
+    from qwen_vl_sft.inference.models import attach_adapter
     from qwen_vl_sft.modeling.base_model import load_model
 
     return attach_adapter(load_model(settings, plan.on_cpu), plan.tuned.folder)
@@ -144,7 +144,7 @@ def load_adapted(plan: Plan, settings: Any) -> Any:
 
 def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Spoken:
     """The model's logits where it answers, and its own answers."""
-    from qwen_vl_sft.evaluation.generation import generate_answers
+    from qwen_vl_sft.inference.generation import generate_answers
 
     logits = answer_logits(model, encoder, conversations)
     answers = generate_answers(model, encoder, conversations, 1, MAX_NEW_TOKENS)

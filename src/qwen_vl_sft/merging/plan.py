@@ -1,19 +1,17 @@
-"""What `scripts/merge.py` is asked for: its command line, the run it merges and the base model below it."""
+"""Command-line options of merge.py, and the plan of a merge: which run, and which base model."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
+from qwen_vl_sft.config.command_line import REQUIRED, option, size
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.options import FULL_MODEL_FILES, TunedModel, find_tuned
+from qwen_vl_sft.inference.source import FULL_MODEL_FILES, TunedModel, find_tuned
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.reading import Recipe
@@ -21,20 +19,23 @@ if TYPE_CHECKING:
 REPORT_FILE = "merge.json"
 ADAPTER_CONFIG = "adapter_config.json"
 Dtype = Literal["bfloat16", "float16", "float32"]
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. `max_shard_size` in bytes; `samples` rows on which the logits are compared."""
+    """Command-line options of merge.py; `max_shard_size` in bytes."""
 
-    run: Path
-    output_dir: Path
-    base: str | None = None
-    dtype: Dtype = "bfloat16"
-    nf4_aware: bool = False
-    max_shard_size: int = 4 * 10**9
-    samples: int = 4
+    run: Path = option(REQUIRED, "run folder of scripts/sft.py, or a checkpoint in it", metavar="folder")
+    output_dir: Path = option(REQUIRED, "a new or empty folder for the merged model", metavar="folder")
+    base: str | None = option(
+        None, "base model, Hub id or local folder; default: the one that the run names", metavar="model"
+    )
+    dtype: Dtype = option("bfloat16", "precision of the merged weights")
+    nf4_aware: bool = option(
+        False, "add the adapter to the 4-bit weights it was trained on, dequantized, instead of the original ones"
+    )
+    max_shard_size: int = option(4 * 10**9, "largest weight file, such as 500MB", parse=size, shown="4GB")
+    samples: int = option(4, "rows to compare logits and answers on; 0 for none", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -58,33 +59,6 @@ class Plan:
         import torch
 
         return not torch.cuda.is_available() or bool(self.recipe.get("use_cpu"))
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line. Wrong keys and values end in argparse's message, exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="merge.py",
-        description="Merge a run's adapter into its base model and prove the result.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--run", type=Path, required=True, help="run folder of scripts/sft.py, or a checkpoint in it")
-    add("--output_dir", type=Path, required=True, help="a new or empty folder for the merged model")
-    add("--base", help="base model, Hub id or local folder; default: the one that the run names")
-    add(
-        "--dtype",
-        choices=get_args(Dtype),
-        default="bfloat16",
-        help="precision of the merged weights (default: %(default)s)",
-    )
-    add(
-        "--nf4_aware",
-        action="store_true",
-        help="add the adapter to the 4-bit weights it was trained on, dequantized, instead of the original ones",
-    )
-    add("--max_shard_size", type=_bytes, default=4 * 10**9, help="largest weight file, such as 4GB (the default)")
-    add("--samples", type=_count, default=4, help="rows to compare logits and answers on; 0 for none (default: 4)")
-    return Options(**vars(parser.parse_args(arguments)))
 
 
 def make_plan(options: Options) -> Plan:
@@ -153,17 +127,3 @@ def check_output_dir(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         what = "a merged model" if (folder / REPORT_FILE).is_file() else "files"
         raise UserError(f"--output_dir: {folder} holds {what} already; delete the folder, or name another one")
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB or 500MB")
-    return max(1, int(float(match[1]) * _UNITS[match[2]]))
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_vl_sft.checkpointing.run_folder import ENVIRONMENT, METRICS, RECIPE, SYSTEM_MESSAGE
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.options import find_tuned
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
+from qwen_vl_sft.inference.source import find_tuned
 from qwen_vl_sft.merging.plan import REPORT_FILE as MERGE_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.publishing.names import hub_id, problem_of_repo_id, public_name

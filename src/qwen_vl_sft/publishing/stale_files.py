@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.options import ADAPTER_FILE
+from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.publishing.access import MAIN, Access
 from qwen_vl_sft.publishing.files import LISTING
 

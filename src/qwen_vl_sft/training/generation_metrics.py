@@ -17,10 +17,10 @@ from qwen_vl_sft.data.dataset import evenly_spread
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import BadRow
-from qwen_vl_sft.evaluation.generation import generate_batches, plan_batches
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.evaluation.scoring import score_row
 from qwen_vl_sft.evaluation.task import Prompts, read_question
+from qwen_vl_sft.inference.generation import generate_batches, plan_batches
 
 ARM = "tuned"
 ANSWERS_FOLDER = "answers_while_training"

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from qwen_vl_sft.config.command_line import parse_command_line
+from qwen_vl_sft.config.command_line import recipe_values, split_words
 from qwen_vl_sft.config.reading import read_file
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.tools.benchmarks.arguments import make_output_dir, random_model_of
@@ -18,7 +18,7 @@ STEPS = 20
 def plan_experiment(arguments: argparse.Namespace, words: list[str]) -> tuple[Experiment, list[Case]]:
     """Check the request, make the random model if one is asked for, and write a recipe a mode. Raises `UserError`."""
     cases = list(grid(_listed(arguments.strategies), _counts(arguments.processes), _listed(arguments.modes)))
-    _, keys, _ = parse_command_line(words)
+    keys = recipe_values(split_words(words))
     keys = {"max_steps": STEPS, **keys}
     steps = keys["max_steps"]
     if not isinstance(steps, int) or not 0 <= arguments.warmup < steps:

@@ -14,7 +14,7 @@ from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator
 from qwen_vl_sft.batching.packing import StepPlan
-from qwen_vl_sft.config.command_line import parse_command_line
+from qwen_vl_sft.config.command_line import recipe_values, split_words
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
@@ -51,7 +51,7 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[
     far as rows one at a time without kernels in the same precision.
     """
     model_dir = random_model_of(arguments) if arguments.config else None
-    _, keys, _ = parse_command_line(words, flags=())
+    keys = recipe_values(split_words(words))
     results: list[dict[str, Any]] = []
     reference: tuple[Losses, dict[str, torch.Tensor]] | None = None
     good = True

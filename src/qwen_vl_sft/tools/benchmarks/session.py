@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.checkpointing.run_folder import environment
-from qwen_vl_sft.config.command_line import parse_command_line
+from qwen_vl_sft.config.command_line import recipe_values, split_words
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.tools.benchmarks import rounds
 from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE, make_output_dir, random_model_of
@@ -27,7 +27,7 @@ def run_session(arguments: argparse.Namespace, recipe_words: list[str]) -> str:
     if arguments.rounds < 1 or arguments.repeat < 1:
         raise UserError("--rounds, --repeat: at least 1")
     names = read_names(arguments.variants)
-    _, keys, _ = parse_command_line(recipe_words, flags=())
+    keys = recipe_values(split_words(recipe_words))
     make_output_dir(arguments.output_dir)
     model_dir = random_model_of(arguments)
     variants = []

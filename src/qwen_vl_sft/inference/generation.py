@@ -1,10 +1,11 @@
-"""Greedy answers in batches. Prompts are padded on the left, so that every answer begins at the same column."""
+"""Greedy generation in batches. Prompts are padded on the left, so that every answer starts in the same column."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,39 +14,46 @@ from transformers import GenerationConfig
 from qwen_vl_sft.batching.collator import pad
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoded, Encoder
-from qwen_vl_sft.evaluation.generated_answer import GeneratedAnswer
 
 # A token of a chart question is about four letters; only the order of the estimates matters.
 LETTERS_OF_A_TOKEN = 4
 
 
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """A model's answer without structural tokens; `ended` is false where `max_new_tokens` cut it."""
+
+    text: str
+    ended: bool
+
+
 def generate_answers(
     model: Any, encoder: Encoder, conversations: Sequence[Conversation], batch_size: int, max_new_tokens: int
 ) -> list[str]:
-    """Answer the last turn of each conversation; what its own last assistant turn says is not shown to the model.
+    """Answer the last turn of each conversation; its own last assistant turn is not shown to the model.
 
-    Returns one text a conversation, in their order (`decode_answer`). Raises `BadRow`.
+    Returns one text for each conversation, in their order (`decode_answer`). Raises `BadRow`.
     """
     lengths = [estimate_length(encoder, conversation) for conversation in conversations]
     batches = plan_batches(lengths, batch_size)
     answers: dict[int, str] = {}
 
-    def prompt_at(place: int) -> Encoded:
-        return encoder.encode_prompt(conversations[place])
+    def prompt_at(index: int) -> Encoded:
+        return encoder.encode_prompt(conversations[index])
 
-    for places, given in generate_batches(model, encoder, prompt_at, batches, max_new_tokens):
-        answers.update(zip(places, (answer.text for answer in given), strict=True))
-    return [answers[place] for place in range(len(conversations))]
+    for indices, generated in generate_batches(model, encoder, prompt_at, batches, max_new_tokens):
+        answers.update(zip(indices, (answer.text for answer in generated), strict=True))
+    return [answers[index] for index in range(len(conversations))]
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Places 0 to N-1 in batches of similar length, the longest first: memory runs out at once or not at all."""
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    """Group the indices 0 to N-1 into batches of similar length, longest first: out-of-memory surfaces at once."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def estimate_length(encoder: Encoder, conversation: Conversation) -> int:
-    """Roughly the tokens of a prompt, from its text and the headers of its images; nothing is decoded. Raises `BadRow`."""
+    """Estimate the tokens of a prompt from its text and its images' headers; decodes nothing. Raises `BadRow`."""
     _, media_tokens = encoder.count_media(conversation.media)
     letters = sum(len(part.get("text", "")) for message in conversation.messages for part in message["content"])
     return sum(media_tokens) + letters // LETTERS_OF_A_TOKEN
@@ -60,11 +68,11 @@ def generate_batches(
     synced: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[tuple[list[int], list[GeneratedAnswer]]]:
-    """Answer batch after batch: yields its places and their answers. The next batch is read while one is answered.
+    """Answer batch after batch and yield each batch's indices and answers; the next batch is read meanwhile.
 
-    `prompt_at` reads and encodes the prompt of a place, in a thread of its own. `synced` is for weights that are split
-    over processes: each then goes on until the longest answer of all is done. `autocast` is entered for each batch anew,
-    so that what it keeps of float32 weights in half precision is dropped behind it.
+    `prompt_at` reads and encodes the prompt of an index, in a thread of its own. Set `synced` where weights are sharded
+    over processes: each process then generates until the longest answer of all is done. `autocast` is entered anew for
+    each batch, so that its cache of half-precision weights is dropped afterwards.
     """
 
     def encode(batch: Sequence[int]) -> list[Encoded]:
@@ -74,24 +82,29 @@ def generate_batches(
     model.eval()
     try:
         with ThreadPoolExecutor(max_workers=1) as reader:
-            coming = reader.submit(encode, batches[0]) if batches else None
+            upcoming = reader.submit(encode, batches[0]) if batches else None
             for number, batch in enumerate(batches):
-                assert coming is not None
-                rows = coming.result()
-                coming = reader.submit(encode, batches[number + 1]) if number + 1 < len(batches) else None
+                assert upcoming is not None
+                rows = upcoming.result()
+                upcoming = reader.submit(encode, batches[number + 1]) if number + 1 < len(batches) else None
                 with autocast():
-                    given = generate_batch(model, encoder, rows, max_new_tokens, synced)
-                yield list(batch), given
+                    generated = generate_batch(model, encoder, rows, max_new_tokens, synced)
+                yield list(batch), generated
     finally:
         model.train(was_training)
 
 
 def generate_batch(
-    model: Any, encoder: Encoder, rows: Sequence[Encoded], max_new_tokens: int, synced: bool = False, **watched_by: Any
+    model: Any,
+    encoder: Encoder,
+    rows: Sequence[Encoded],
+    max_new_tokens: int,
+    synced: bool = False,
+    **generate_options: Any,
 ) -> list[GeneratedAnswer]:
-    """Answer B encoded prompts together, greedily, up to the end of the turn or `max_new_tokens` tokens each.
+    """Answer B encoded prompts greedily, each up to the end of its turn or `max_new_tokens` tokens.
 
-    `watched_by` takes `streamer` and `stopping_criteria`, as `generate` does.
+    `generate_options` are passed to transformers' `generate`: `streamer` and `stopping_criteria`.
     """
     batch = pad(rows, encoder.pad_token_id, side="left")
     del batch["labels"]
@@ -99,17 +112,17 @@ def generate_batch(
     # Not inference mode: weights that are gathered under it could not be trained with afterwards.
     with torch.no_grad():
         config = greedy_config(encoder, max_new_tokens)
-        output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **watched_by)
+        output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **generate_options)
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
     ends = set(_ends(encoder))
     return [GeneratedAnswer(decode_answer(encoder, tokens), not ends.isdisjoint(tokens)) for tokens in answers]
 
 
 def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding.
+    """Build a configuration of plain greedy decoding.
 
-    Whatever is left unset here, `generate` takes from the model's own generation_config.json, and Qwen-VL models ship
-    one with a repetition penalty: digits that stand in the question would become less likely in the answer.
+    `generate` takes whatever is unset here from the model's generation_config.json. That of Qwen-VL models has a
+    repetition penalty, which would make digits of the question less likely in the answer.
     """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -128,14 +141,14 @@ def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
 
 
 def decode_answer(encoder: Encoder, tokens: list[int]) -> str:
-    """The text of generated tokens up to the end of the turn, without structural tokens and surrounding whitespace.
+    """Decode generated tokens up to the end of the turn, without structural tokens and surrounding whitespace.
 
-    Other special tokens belong to it as they belong to what was learned: those of boxes and of references to objects.
+    Special tokens of boxes and of references to objects stay in the text: they are part of the training targets.
     """
     ends = _ends(encoder)
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    kept = [token for token in tokens[:end] if token not in encoder.structural_ids]
-    return str(encoder.processor.tokenizer.decode(kept, clean_up_tokenization_spaces=False)).strip()
+    end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    text_tokens = [token for token in tokens[:end] if token not in encoder.structural_ids]
+    return str(encoder.processor.tokenizer.decode(text_tokens, clean_up_tokenization_spaces=False)).strip()
 
 
 def _ends(encoder: Encoder) -> list[int]:

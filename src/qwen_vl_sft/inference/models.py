@@ -1,0 +1,90 @@
+"""Loading what answers: the processor and the model of an arm, and a run's adapter on its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.inference.source import ADAPTER_FILE, Source, tuned_settings
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def make_encoder(arm: str, processor: Any, system_message: str) -> Encoder:
+    """Build the encoder of an arm's prompts; a row's own system message stays in every arm."""
+    return Encoder(processor, system_message=system_message if arm != "base" and system_message else None)
+
+
+def load_run_processor(source: Source) -> Any:
+    """Load the processor of the run, else of the base model; the recipe's `min_pixels` and `max_pixels` win over its own."""
+    from transformers import AutoProcessor
+
+    from qwen_vl_sft.modeling.base_model import load_processor, set_pixel_limits
+
+    limits = source.recipe.data.min_pixels, source.recipe.data.max_pixels
+    if source.tuned is None:
+        return load_processor(source.recipe.model, *limits)
+    folder = source.tuned.folder
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        folder = source.tuned.home  # a checkpoint may hold weights alone
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run: {folder} holds no usable processor: {first_line(error)}") from None
+    set_pixel_limits(processor, *limits)
+    return processor
+
+
+def load_arm(source: Source, arm: str, model: Any, context: DistributedContext) -> Any:
+    """Load the model of an arm. `model` is the previous arm's or None: base and prompted share it, tuned builds on it."""
+    from qwen_vl_sft.modeling.base_model import load_model
+
+    def load(settings: ModelSettings) -> Any:
+        return load_model(settings, context.on_cpu, context.local_rank)
+
+    if arm != "tuned":
+        return model if model is not None else load(source.recipe.model)
+    assert source.tuned is not None
+    if not source.tuned.is_adapter:
+        return load(tuned_settings(source.recipe.model, source.tuned))
+    return attach_adapter(model if model is not None else load(source.recipe.model), source.tuned.folder)
+
+
+def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
+    """Attach a run's adapter to the base model under a name, and check that every weight was loaded.
+
+    PEFT loads an adapter of another model without an error and without effect. Raises `UserError`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            saved = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--run: {folder / ADAPTER_FILE} cannot be read: {first_line(error)}; copy it again, or name another checkpoint"
+        ) from None
+    try:
+        # Without a device PEFT would load every process's adapter onto the first GPU.
+        device = str(model.device)
+        if isinstance(model, PeftModel):
+            tuned = model
+            tuned.load_adapter(str(folder), adapter_name=name, torch_device=device)
+        else:
+            tuned = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--run: the adapter in {folder} does not fit its base model: {error}") from None
+    # Embeddings may be saved in full beside their adapter; looking for them here could contact the Hub.
+    expected = set(get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False))
+    unplaced = sorted((expected - saved) | {name for name in saved - expected if ".lora_" in name})
+    if unplaced:
+        raise UserError(
+            f"--run: {len(unplaced)} weights of the adapter in {folder} and of the base model have no counterpart, the"
+            f" first of them {unplaced[0]}; give the base model it was trained on with --model_name_or_path"
+        )
+    return tuned

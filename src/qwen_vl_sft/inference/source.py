@@ -1,0 +1,165 @@
+"""The source of answers: a base model alone, or a run on it, as the command line and the run's recipe name it.
+
+Nothing is loaded here, so a wrong command line ends before the libraries are imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.errors import UserError
+
+if TYPE_CHECKING:
+    from qwen_vl_sft.config.reading import Recipe
+
+ARMS = {
+    "base": "the base model without a system message of ours",
+    "prompted": "the base model with the run's system message",
+    "tuned": "the run's adapter on the base model (or its full model), with its system message",
+}
+ABOUT_ARMS = "Arms\n" + "\n".join(f"  {arm:<9} {text}" for arm, text in ARMS.items())
+# Keys of a recipe that the command line may give; they win over the run's recipe.
+RECIPE_KEYS = (
+    "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
+    "use_bnb_nested_quant", "attn_implementation", "trust_remote_code", "use_safetensors", "dataset_name",
+    "dataset_config", "dataset_format", "system_message", "min_pixels", "max_pixels", "max_new_tokens",
+    "use_cpu",
+)  # fmt: skip
+ADAPTER_FILE = "adapter_model.safetensors"
+FULL_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A trained model: `folder` holds an adapter or a full model, `home` the run's recipe."""
+
+    folder: Path
+    home: Path
+    is_adapter: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model alone, or a run on it, with the recipe and system message to answer with.
+
+    `trained` holds the model settings of training, None without a run. A `system_message` of None leaves it to the
+    format of the rows.
+    """
+
+    recipe: Recipe
+    trained: ModelSettings | None
+    tuned: TunedModel | None
+    system_message: str | None
+
+
+def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: bool) -> Source:
+    """Read a run, if there is one, and override its recipe with `recipe_keys`. Raises `UserError`."""
+    from qwen_vl_sft.checkpointing.run_folder import RECIPE, SYSTEM_MESSAGE
+    from qwen_vl_sft.config.reading import read_recipe
+
+    tuned = find_tuned(run, tuned_needed) if run else None
+    path = tuned.home / RECIPE if tuned else None
+    recipe = read_recipe(path, recipe_keys)
+    if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit are both on; turn one off, e.g. --load_in_4bit false")
+    if recipe.run.max_new_tokens < 1:
+        raise UserError(
+            f"max_new_tokens: {recipe.run.max_new_tokens} is below 1, so nothing would be answered; give more"
+        )
+    message = recipe_keys.get("system_message")
+    if message is not None:
+        check_text(message, "--system_message")
+    elif tuned:
+        file = tuned.home / SYSTEM_MESSAGE
+        # As Python reads the command line: bytes that are not UTF-8 become lone surrogates.
+        message = file.read_text(encoding="utf-8", errors="surrogateescape") if file.exists() else ""
+        check_text(message, str(file))
+    return Source(recipe, read_recipe(path, {}).model if path else None, tuned, message)
+
+
+def find_tuned(run: Path, needed: bool) -> TunedModel:
+    """Find the model in a run folder or in a checkpoint. Raises `UserError` when it is no run or not finished."""
+    from qwen_vl_sft.checkpointing.run_folder import RECIPE
+
+    if not run.is_dir():
+        near = sorted(str(path.parent) for path in run.parent.glob(f"*/{RECIPE}"))
+        raise UserError(
+            f"--run: {run} does not exist" + (f"; there are {', '.join(near)}" if near else "; train one first")
+        )
+    # A link to a checkpoint, or `.` inside one, has the checkpoint's name once it is resolved.
+    named = run if run.name.startswith("checkpoint-") else run.resolve()
+    home = named.parent if named.name.startswith("checkpoint-") and not (run / RECIPE).is_file() else run
+    if not (home / RECIPE).is_file():
+        raise UserError(f"--run: {run} holds no {RECIPE}, so it is no run folder of scripts/sft.py; name one")
+    is_adapter = (run / ADAPTER_FILE).is_file()
+    if needed and not is_adapter and not any((run / name).is_file() for name in FULL_MODEL_FILES):
+        checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        instead = f"evaluate its checkpoint with --run {checkpoints[-1]}, " if checkpoints else ""
+        raise UserError(
+            f"--run: {run} holds neither {ADAPTER_FILE} nor a full model, so its training did not finish;"
+            f" finish it, {instead}or score the base model alone with --arms base,prompted"
+        )
+    return TunedModel(run, home, is_adapter)
+
+
+def tuned_settings(settings: ModelSettings, tuned: TunedModel) -> ModelSettings:
+    """Return the model settings of the "tuned" arm: the base's under an adapter, else those of the run's full model."""
+    return (
+        settings if tuned.is_adapter else replace(settings, model_name_or_path=str(tuned.folder), model_revision="main")
+    )
+
+
+def unknown_arms(arms: Sequence[str]) -> list[str]:
+    """Return a problem for each arm that does not exist."""
+    problems = []
+    for arm in arms:
+        if arm not in ARMS:
+            near = difflib.get_close_matches(arm, ARMS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ARMS)}"
+            problems.append(f"--arms: unknown arm {arm!r}; {hint}")
+    return problems
+
+
+def check_one_base(sources: Sequence[Source]) -> None:
+    """Raise `UserError` unless all runs share one base model in one precision."""
+    first = sources[0]
+    problems = []
+    for source in sources[1:]:
+        ours, theirs = _base_of(first.recipe.model), _base_of(source.recipe.model)
+        different = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
+        if different:
+            assert source.tuned
+            problems.append(
+                f"--run: {source.tuned.folder} has {' and '.join(different)}, but one base model serves all runs; leave it"
+                f" out, or give the same to all on the command line (--model_name_or_path, --dtype, --load_in_4bit)"
+            )
+    if problems:
+        raise UserError(*problems)
+
+
+def _base_of(settings: ModelSettings) -> dict[str, Any]:
+    return {
+        "model_name_or_path": settings.model_name_or_path,
+        "model_revision": settings.model_revision,
+        "precision": settings.precision,
+    }
+
+
+def precision_summary(source: Source) -> dict[str, Any]:
+    """Return the precision in which the arms answer and in which the run was trained."""
+    scored = source.recipe.model.precision
+    trained = source.trained.precision if source.trained else None
+    return {"scored": scored, "trained": trained, "scored_as_trained": trained is None or scored == trained}
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise `UserError` for a text whose bytes were not UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not UTF-8 text; write it in UTF-8") from None

@@ -1,0 +1,125 @@
+"""The command line of every script: typed options, messages that name the nearest one, and --help."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from fixtures.repository import REPOSITORY
+from qwen_vl_sft.config.command_line import REQUIRED, any_recipe_key, format_help, names, option, parse, recipe_keys
+from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    run: Path = option(REQUIRED, "a run folder", metavar="folder")
+    images: tuple[Path, ...] = option((), "image files")
+    arms: tuple[str, ...] | None = option(None, "some of a,b", parse=names)
+    rows: int | None = option(None, "how many", at_least=1)
+    seconds: float = option(1.5, "how long")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "precision")
+    json: bool = option(False, "one line of JSON")
+    keys: dict[str, str] = recipe_keys("load_in_4bit", "max_pixels", "use_cpu")
+
+
+@dataclass(frozen=True)
+class AnyKey:
+    config: str | None = option(None, "a file", also="settings")
+    keys: dict[str, list[str]] = any_recipe_key()
+
+
+def test_typed_values():
+    words = "--run a --images b c --arms x,y,x --rows=3 --seconds 2 --dtype float32 --json --use-cpu --max_pixels 010"
+    assert parse(Options, words.split()) == Options(
+        Path("a"),
+        (Path("b"), Path("c")),
+        ("x", "y"),
+        3,
+        2.0,
+        "float32",
+        True,
+        {"use_cpu": "true", "max_pixels": "010"},
+    )
+    assert parse(Options, ["--run=a", "--json", "false"]) == Options(Path("a"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "--run is missing; give a run folder"),
+        ("--run a --image b", "unknown option --image; did you mean --images?"),
+        ("--run a --max_pixel 1", "unknown option --max_pixel; did you mean --max_pixels?"),
+        ("--run a --quite_other 1", "unknown option --quite_other; --help lists all"),
+        ("--run a b", "--run takes one folder, not a b"),
+        ("--run", "--run takes one folder, not none"),
+        ("--run a --images", "--images takes one or more, not none"),
+        ("--run a --rows 0", "--rows: 0 is below 1"),
+        ("--run a --rows x", "--rows: 'x' is not a whole number"),
+        ("--run a --dtype int4", "--dtype: 'int4' is not one of bfloat16, float32"),
+        ("--run a --arms ,", "--arms: ',' names nothing"),
+        ("--run a --json perhaps", "--json: 'perhaps' is not true or false"),
+        ("--run a --max_pixels", "--max_pixels takes one value, not none"),
+        ("a", "'a' stands alone"),
+        ("--help perhaps", "--help: 'perhaps' is not true or false"),
+    ],
+)
+def test_each_mistake_has_one_message(words, told):
+    with pytest.raises(UserError) as caught:
+        parse(Options, words.split())
+    [problem] = caught.value.problems
+    assert problem.startswith(f"command line: {told}")
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(UserError) as caught:
+        parse(Options, ["--rows", "0", "--dtype", "int4", "--imges", "b"])
+    assert len(caught.value.problems) == 4
+
+
+def test_words_for_the_recipe_and_second_names():
+    assert parse(AnyKey, ["--settings", "a", "--seed", "1", "--list", "b", "c", "--packing"]) == AnyKey(
+        "a", {"seed": ["1"], "list": ["b", "c"], "packing": []}
+    )
+    with pytest.raises(UserError, match="--config is given twice"):
+        parse(AnyKey, ["--settings", "a", "--config", "b"])
+
+
+def test_help_names_types_and_defaults():
+    lines = format_help(Options, "usage").splitlines()
+    assert lines[0] == "usage"
+    text = "\n".join(lines)
+    for wanted in ("--run FOLDER ", "a run folder [required]", "how many (a whole number)", "(a number) [1.5]"):
+        assert wanted in text
+    assert "larger images are reduced" in text
+    assert max(map(len, lines)) <= 80
+
+
+def test_help_ends_with_the_text(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Options, ["-h"], usage="usage")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage\n\nOptions\n")
+
+
+WRONG = {
+    "demo": "--rn runs/x",
+    "evaluate": "--splt test",
+    "generate": "--imges a.png",
+    "merge": "--rn runs/x",
+    "push": "--repoid x",
+    "sft": "recipe.yaml",
+}
+
+
+@pytest.mark.parametrize("script", sorted(WRONG))
+def test_a_mistyped_command_line_ends_at_once_and_needs_no_torch(script):
+    code = f"import runpy, sys, atexit; sys.argv[1:] = {WRONG[script].split()!r}; import os; leave = os._exit\n"
+    code += "os._exit = lambda code: (print('torch' in sys.modules), leave(code) if not sys.stdout.flush() else 0)\n"
+    code += f"runpy.run_path({str(REPOSITORY / 'scripts' / f'{script}.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (EXIT_USER_ERROR, "False\n"), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "command line: " in done.stderr
