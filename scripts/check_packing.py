@@ -13,33 +13,27 @@ tests/integration/test_packed.py checks the same with small models in float32.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.tools.benchmarks.arguments import add_common_arguments
+from qwen_vl_sft.tools.options import CheckPackingOptions
 
 
 @exits_with_user_errors
 def main() -> None:
-    """Compare, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, needs_config=False)
-    parser.add_argument("--rows", type=int, default=32, help="rows to compare (default: %(default)s)")
-    parser.add_argument("--tokens_per_batch", type=int, default=8192, help="of packed rows (default: %(default)s)")
-    parser.add_argument("--precisions", default="float32,bfloat16", help="default: %(default)s")
-    arguments, words = parser.parse_known_args()
+    """Compare, write the results, print the table."""
+    options = parse(CheckPackingOptions, usage=__doc__)
     quiet_libraries(rank=0)
-    from qwen_vl_sft.tools.benchmarks.exactness import COLUMNS, compare
-    from qwen_vl_sft.tools.benchmarks.session import about_machine
-    from qwen_vl_sft.tools.benchmarks.table import format_table
+    from qwen_vl_sft.tools.check_packing import COLUMNS, compare
+    from qwen_vl_sft.tools.measuring import about_machine, format_table
 
-    results, good = compare(arguments, words)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**about_machine(), "rows": arguments.rows, "results": results}, indent=2)
-    (arguments.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
+    results, good = compare(options)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**about_machine(), "rows": options.rows, "results": results}, indent=2)
+    (options.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
     print(format_table(results, COLUMNS))
     sys.exit(0 if good else 1)
 

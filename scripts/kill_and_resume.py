@@ -10,7 +10,6 @@ It is killed at random moments and resumed; weights, rows and losses must agree.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -18,10 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.config.command_line import recipe_values, split_words
+from qwen_vl_sft.config.command_line import parse, recipe_values, split_words
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import UserError, exits_with_user_errors
 from qwen_vl_sft.shipped_files import launch_config
+from qwen_vl_sft.tools.options import KillAndResumeOptions
 
 # The quickstart in a few seconds: evaluation, the best model at the end and old checkpoints' deletion take part.
 SHORT = (
@@ -30,39 +30,25 @@ SHORT = (
     " --max_eval_samples 8 --predict_with_generate false --max_train_samples 40 --dataloader_num_workers 1"
     " --report_to none --disable_tqdm true"
 )
-SIGNALS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT")
 PACKING = " --packing true --tokens_per_batch 512 --share_prefixes true"
 
 
 @exits_with_user_errors
 def main() -> None:
     """Run, kill, resume, compare; exit code 1 when anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="how often (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="of the run (default: %(default)s)")
-    parser.add_argument(
-        "--config", default="cpu", help="how several processes share the work: zero2, zero3, fsdp2, ..."
-    )
-    parser.add_argument("--packing", action="store_true", help="packed batches with shared prefixes")
-    parser.add_argument("--signal", default="SIGKILL", choices=SIGNALS, help="any but SIGKILL stops the run instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/kill_and_resume"), help="gets the runs (default: %(default)s)"
-    )
-    parser.add_argument("--report", type=Path, help="write the result as JSON, beside what is there already")
-    options, keys = parser.parse_known_args()
+    options = parse(KillAndResumeOptions, usage=__doc__)
     quiet_libraries(rank=0)
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.checkpointing import run_folder
-    from qwen_vl_sft.tools.benchmarks import kill_and_resume
-    from qwen_vl_sft.tools.benchmarks.arguments import make_output_dir
+    from qwen_vl_sft.tools import kill_and_resume
+    from qwen_vl_sft.tools.measuring import make_output_dir
 
     if options.kills < 1 or options.processes < 1:
         raise UserError("--kills, --processes: at least 1")
     if options.config != "cpu" and options.processes == 1:
         raise UserError(f"config: {options.config} needs several processes; add --processes 2")
     launch_config(options.config)
-    words = words_of(options.packing, keys)
+    words = words_of(options.packing, options.recipe_keys)
     make_output_dir(options.output_dir)
     if any(options.output_dir.iterdir()):
         raise UserError(f"output_dir: {options.output_dir} holds files already; name another folder with --output_dir")
@@ -85,11 +71,11 @@ def main() -> None:
     sys.exit(0 if same == len(trials) else 1)
 
 
-def words_of(packing: bool, stated: list[str]) -> list[str]:
-    """The command line of scripts/sft.py, on which what is stated wins over what stands above. Raises `UserError`."""
+def words_of(packing: bool, stated: dict[str, list[str]]) -> list[str]:
+    """Return the command line of scripts/sft.py; the `stated` keys win over those above. Raises `UserError`."""
     keys: dict[str, Any] = {}
-    for words in (SHORT.split(), PACKING.split() if packing else [], stated):
-        given = split_words(words)
+    for words in (split_words(SHORT.split()), split_words(PACKING.split() if packing else []), stated):
+        given = dict(words)
         recipe = {"recipe": Path(*given.pop("recipe")).as_posix()} if "recipe" in given else {}
         keys |= recipe | recipe_values(given)
     values = (value if isinstance(value, str) else json.dumps(value) for value in keys.values())

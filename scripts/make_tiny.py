@@ -10,33 +10,32 @@ torch version and number of threads; elsewhere they differ slightly but behave
 alike.
 """
 
-import argparse
+from __future__ import annotations
+
 import sys
-from pathlib import Path
+
+from qwen_vl_sft.config.command_line import parse
+from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.tools.options import TinyOptions
 
 
+@exits_with_user_errors
 def main() -> None:
     """Build, and compare when asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets model/ and data/; must not hold them yet")
-    parser.add_argument("--steps", type=int, help="pretraining steps; fewer give a model that cannot read charts yet")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights; the charts do not depend on it")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the shipped weights were made with 1")
-    parser.add_argument("--check", action="store_true", help="compare with the shipped assets; exit 1 if they differ")
-    arguments = parser.parse_args()
+    options = parse(TinyOptions, usage=__doc__)
 
     from qwen_vl_sft.tiny import ASSETS_DIR
     from qwen_vl_sft.tools.tiny.build import BuildConfig, build, differences
     from qwen_vl_sft.tools.tiny.pretrain import Schedule
 
-    schedule = Schedule() if arguments.steps is None else Schedule(steps=arguments.steps)
-    config = BuildConfig(seed=arguments.seed, threads=arguments.threads, schedule=schedule)
+    schedule = Schedule() if options.steps is None else Schedule(steps=options.steps)
+    config = BuildConfig(seed=options.seed, threads=options.threads, schedule=schedule)
     try:
-        build(arguments.output_dir, config, report=lambda line: print(line, flush=True))
+        build(options.output_dir, config, report=lambda line: print(line, flush=True))
     except ValueError as error:
         sys.exit(str(error))
-    if arguments.check:
-        found = differences(arguments.output_dir, ASSETS_DIR)
+    if options.check:
+        found = differences(options.output_dir, ASSETS_DIR)
         print("\n".join(found) if found else f"the same as {ASSETS_DIR}")
         sys.exit(bool(found))
 

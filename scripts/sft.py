@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import os
 
-    rank = int(os.environ.get("RANK", "0"))
-    quiet_libraries(rank)
-    options = parse(Options, usage=__doc__)
-    warn_of_untested_versions(rank)
+from qwen_vl_sft.compat.tested_versions import warn_of_untested_versions
+from qwen_vl_sft.config.command_line import parse, recipe_values
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.resilience.signals import Watch
@@ -25,18 +23,10 @@ def main() -> None:
     """Check the recipe, the data and the launch; load the model; train; write the run folder."""
     watch = Watch()
     watch.begin()
-<<<<<<< HEAD
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries(rank)
-    recipe_file, overrides, switches = parse_command_line(sys.argv[1:], flags=tuple(SWITCHES))
-    if "help" in switches:
-        print(format_help(__doc__ or "", SWITCHES))
-        return
-    warn_of_untested_versions(rank)
-=======
-    quiet_libraries(rank=int(os.environ.get("RANK", "0")))
     options = parse(Options, usage=__doc__)
->>>>>>> 30559fc (Loading a model for answering and generation are inference's, one parser reads every command line, and modules import one way)
+    warn_of_untested_versions(rank)
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
     from qwen_vl_sft.config.reading import read_recipe

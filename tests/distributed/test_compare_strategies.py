@@ -18,9 +18,10 @@ from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
 from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.tools.benchmarks import compare, comparison, outcome, strategies
-from qwen_vl_sft.tools.benchmarks.strategies import Case, grid, recipe_of
-from qwen_vl_sft.tools.benchmarks.table import TEXT, format_table
+from qwen_vl_sft.tools import compare_strategies, strategy_report
+from qwen_vl_sft.tools.compare_strategies import Case, grid, recipe_of
+from qwen_vl_sft.tools.measuring import TEXT, format_table
+from qwen_vl_sft.tools.options import CompareStrategiesOptions
 from qwen_vl_sft.tools.random_model import make_random_model
 
 SCRIPT = "scripts/compare_strategies.py"
@@ -70,10 +71,15 @@ def test_a_mode_takes_what_it_needs_of_a_recipe():
 def test_results_need_a_folder(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.chdir(REPOSITORY)
-    asked = {"strategies": "single", "processes": "1", "modes": "recipe", "warmup": 1, "kill": False, "config": None}
-    asked |= {"recipe": Path("recipes/quickstart.yaml"), "output_dir": tmp_path / "file"}
+    options = CompareStrategiesOptions(
+        strategies=("single",),
+        processes=(1,),
+        warmup=1,
+        recipe=Path("recipes/quickstart.yaml"),
+        output_dir=tmp_path / "file",
+    )
     with pytest.raises(UserError, match=r"--output_dir: .*file cannot be made: it is a file; name another folder"):
-        compare.plan_experiment(SimpleNamespace(**asked), [])
+        compare_strategies.plan_experiment(options)
 
 
 def test_batches_may_not_depend_on_the_number_of_processes():
@@ -103,13 +109,13 @@ def test_why_a_run_has_no_result(code, text, steps, told, tmp_path):
     run.mkdir()
     if steps:
         (run / "row_ids-0.jsonl").write_text(json.dumps({"step": steps, "rows": [[0]]}) + "\n")
-    found = outcome.stopped(code, run, log, timeout=7)
+    found = compare_strategies.stopped(code, run, log, timeout=7)
     assert found == (f"{told}{log}" if told.endswith("see ") else told)
 
 
 def test_differences_are_the_largest():
-    assert outcome.largest_difference([1.0, 2.0, 3.0], [1.0, 2.5, 3.1]) == 0.5
-    assert outcome.largest_difference([1.0], [1.0, 2.0]) is None
+    assert compare_strategies.largest_difference([1.0, 2.0, 3.0], [1.0, 2.5, 3.1]) == 0.5
+    assert compare_strategies.largest_difference([1.0], [1.0, 2.0]) is None
 
 
 def test_weights_are_compared_by_tensor_and_relative_to_their_size(tmp_path):
@@ -120,8 +126,8 @@ def test_weights_are_compared_by_tensor_and_relative_to_their_size(tmp_path):
     save_file({"a": first["a"] + 0.1, "zero": first["zero"]}, tmp_path / "run/model-1.safetensors")
     save_file({"b": torch.tensor([1.5]), "tied": torch.ones(1)}, tmp_path / "run/model-2.safetensors")
     save_file({"a": first["a"]}, tmp_path / "other/model.safetensors")
-    assert outcome.weights_difference(tmp_path / "run", tmp_path / "first") == pytest.approx(0.5)
-    assert outcome.weights_difference(tmp_path / "other", tmp_path / "first") is None
+    assert compare_strategies.weights_difference(tmp_path / "run", tmp_path / "first") == pytest.approx(0.5)
+    assert compare_strategies.weights_difference(tmp_path / "other", tmp_path / "first") is None
 
 
 def finished(run, **more):
@@ -151,7 +157,7 @@ def test_columns_without_values_are_left_out():
 def test_the_table_says_what_was_refused_and_how_a_resume_ended():
     same = dict.fromkeys(CLOSE, 0.0)
     killed = {"outcome": "ok", "steps_done": 3, "resumed_from": 2, **same}
-    text = comparison.table([finished("full-single-1", resumed=killed), finished("full-ddp-2", **same), REFUSED])
+    text = strategy_report.table([finished("full-single-1", resumed=killed), finished("full-ddp-2", **same), REFUSED])
     assert "| full | single   |     1 |   3.14 |" in text
     assert "identical" in text.splitlines()[2]
     assert text.splitlines()[4].rstrip(" |").endswith("refused")
@@ -162,12 +168,12 @@ def test_a_run_is_a_line_of_80_columns():
     failed = {"outcome": "failed: see " + 99 * "x"}
     long = finished("recipe-single-16", loss_difference=1.23e-7, resumed=failed)
     for result in (long, REFUSED, {**long, "outcome": failed["outcome"]}):
-        assert len(comparison.line(result)) <= 80
+        assert len(strategy_report.line(result)) <= 80
 
 
 def test_curves_are_drawn_for_every_mode(tmp_path):
     results = [finished("lora-single-1"), finished("lora-ddp-2"), finished("full-ddp-2"), REFUSED]
-    comparison.write_results(tmp_path, results, {"cpu_cores": 2})
+    strategy_report.write_results(tmp_path, results, {"cpu_cores": 2})
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "results.json").read_text())["cpu_cores"] == 2
 
@@ -281,12 +287,12 @@ def experiment(tmp_path, monkeypatch):
     """Runs a stand-in for scripts/sft.py, one process at a time."""
     script = tmp_path / "sft.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(strategies, "script", lambda name: script)
+    monkeypatch.setattr(compare_strategies, "script", lambda name: script)
     recipes = {}
     for what in ("good", "refused", "sleeps"):
         recipes[what] = tmp_path / f"{what}.yaml"
         recipes[what].write_text(json.dumps({"what": what}))
-    return strategies.Experiment(tmp_path / "out", recipes, on_cpu=True, warmup=1, timeout=2, kill_step=2)
+    return compare_strategies.Experiment(tmp_path / "out", recipes, on_cpu=True, warmup=1, timeout=2, kill_step=2)
 
 
 def test_a_refusal_or_a_hanging_run_costs_the_others_nothing(experiment):

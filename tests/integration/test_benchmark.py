@@ -1,6 +1,5 @@
 """scripts/benchmark.py: ways of training side by side."""
 
-import argparse
 import json
 
 import pytest
@@ -12,8 +11,8 @@ from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.tools.benchmarks.session import FEWEST_ROWS, run_session
-from qwen_vl_sft.tools.benchmarks.variants import repeated
+from qwen_vl_sft.tools.benchmark import FEWEST_ROWS, repeated, run_session
+from qwen_vl_sft.tools.options import BenchmarkOptions
 
 
 def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
@@ -26,9 +25,9 @@ def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
 
 @pytest.mark.parametrize(("names", "told"), [("trl,pakced", "unknown variant 'pakced'"), (" ,", "names none")])
 def test_variants_are_read_before_anything_is_made(names, told, tmp_path):
-    arguments = argparse.Namespace(variants=names, rounds=1, repeat=1, model_dir=None, output_dir=tmp_path / "out")
+    options = BenchmarkOptions(config="x", variants=names, rounds=1, output_dir=tmp_path / "out")
     with pytest.raises(UserError, match=f"--variants: {told}; known are trl, padded"):
-        run_session(arguments, [])
+        run_session(options)
     assert not (tmp_path / "out").exists()
 
 

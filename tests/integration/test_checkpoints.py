@@ -28,8 +28,13 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.base_identity import identity_of_base
+<<<<<<< HEAD
 from qwen_vl_sft.tools.benchmarks.kill_and_resume import Experiment
 from qwen_vl_sft.training import run_signature, safety
+=======
+from qwen_vl_sft.tools.kill_and_resume import Experiment
+from qwen_vl_sft.training import resume_check, safety
+>>>>>>> 9d73aa8 (tools: one module a measuring script, options in one place, one table)
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {
@@ -661,7 +666,10 @@ def test_kills_under_a_strategy_need_its_configuration_and_several_processes(wor
         (["--output_dir", "{file}"], "error: --output_dir: {file} cannot be made: it is a file; name another folder"),
         (["--kills", "0"], "error: --kills, --processes: at least 1"),
         (["--processes", "0"], "error: --kills, --processes: at least 1"),
-        (["--signal", "SIGFOO"], "argument --signal: invalid choice: 'SIGFOO'"),
+        (
+            ["--signal", "SIGFOO"],
+            "error: command line: --signal: 'SIGFOO' is not one of SIGKILL, SIGTERM, SIGUSR1, SIGINT",
+        ),
     ],
 )
 def test_kills_that_cannot_be_are_refused(command, told, tmp_path, monkeypatch, capsys):
@@ -682,7 +690,7 @@ def test_kills_that_cannot_be_are_refused(command, told, tmp_path, monkeypatch, 
 
 
 def test_a_word_that_stands_alone_is_refused(tmp_path):
-    finished = run_process("scripts/kill_and_resume.py", "--packing", "true", "--output_dir", tmp_path / "runs")
+    finished = run_process("scripts/kill_and_resume.py", "true", "--output_dir", tmp_path / "runs")
     assert finished.returncode == EXIT_USER_ERROR
     assert finished.stderr.startswith("error: command line: 'true' stands alone")
     assert not (tmp_path / "runs").exists()
@@ -690,8 +698,8 @@ def test_a_word_that_stands_alone_is_refused(tmp_path):
 
 def test_what_is_stated_last_wins():
     script = runpy.run_path(str(REPOSITORY / "scripts/kill_and_resume.py"))
-    found = script["words_of"](False, ["--tf32", "--list", "c", "d", "--max_steps=3"])
+    found = script["words_of"](False, {"tf32": [], "list": ["c", "d"], "max_steps": ["3"]})
     assert found[:4] == ["--recipe", "recipes/quickstart.yaml", "--max_steps", "3"]
     assert found[-4:] == ["--tf32", "true", "--list", '["c", "d"]']
     assert len(set(found[::2])) == len(found[::2])
-    assert script["words_of"](True, ["--recipe", "other.yaml"])[1] == "other.yaml"
+    assert script["words_of"](True, {"recipe": ["other.yaml"]})[1] == "other.yaml"

@@ -105,13 +105,23 @@ def test_help_ends_with_the_text(capsys):
 
 
 WRONG = {
+    "benchmark": "--outputdir x",
+    "check_packing": "--rows many --output_dir x",
+    "compare_strategies": "--processes --output_dir x",
     "demo": "--rn runs/x",
     "evaluate": "--splt test",
     "generate": "--imges a.png",
+    "kill_and_resume": "--kills many",
+    "make_random_model": "--confg x",
+    "make_tiny": "--output_dr x",
     "merge": "--rn runs/x",
     "push": "--repoid x",
     "sft": "recipe.yaml",
 }
+
+
+def test_every_script_is_tried():
+    assert sorted(WRONG) == sorted(path.stem for path in (REPOSITORY / "scripts").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", sorted(WRONG))

@@ -1,9 +1,12 @@
-"""One recipe and one seed on every strategy, through scripts/sft.py: what is run, one run after the other."""
+"""Train one recipe with one seed on every strategy through scripts/sft.py, and compare the runs."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -12,17 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing import checkpoints, run_folder
 from qwen_vl_sft.checkpointing.row_log import read_row_log
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.config.command_line import recipe_values
+from qwen_vl_sft.config.reading import read_file
+from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.model_rules import LORA_KEYS
 from qwen_vl_sft.shipped_files import launch_config, script
-from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE
-from qwen_vl_sft.tools.benchmarks.kill_and_resume import kill_family
-from qwen_vl_sft.tools.benchmarks.outcome import differences, finished, machine_of, stopped
+from qwen_vl_sft.tools.kill_and_resume import kill_family
+from qwen_vl_sft.tools.measuring import TRAINING_ALONE, make_output_dir, random_model_of
+from qwen_vl_sft.tools.options import CompareStrategiesOptions
 
+STEPS = 20
 STRATEGIES = {"single": "single_gpu", **{name: name for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}}
 MODES: dict[str, dict[str, Any]] = {
     "qlora": {"use_peft": True, "load_in_4bit": True},
@@ -31,6 +38,48 @@ MODES: dict[str, dict[str, Any]] = {
 }
 EVERY_STEP = {"logging_steps": 1, "log_row_ids": True}
 _POLL_SECONDS = 0.05
+MEASURED = (
+    "rows_per_second",
+    "images_per_second",
+    "tokens_per_second",
+    "tflops_per_gpu",
+    "mfu",
+    "data_wait",
+)
+PEAK = "peak_memory_gib"
+# How torch's launcher, and accelerate's for one process, tell the exit code of the script.
+_USER_ERROR_OF_LAUNCHER = re.compile(rf"exitcode\s*: {EXIT_USER_ERROR}\b|exit status {EXIT_USER_ERROR}\b")
+_MESSAGE = re.compile(r"^error: (?:\d+ problems\n  - )?(.+)", re.MULTILINE)
+
+
+def plan_experiment(options: CompareStrategiesOptions) -> tuple[Experiment, list[Case]]:
+    """Check the request, make the random model if one is asked for, and write a recipe a mode. Raises `UserError`."""
+    cases = list(grid(options.strategies, options.processes, options.modes))
+    keys = {"max_steps": STEPS, **recipe_values(options.recipe_keys)}
+    steps = keys["max_steps"]
+    if not isinstance(steps, int) or not 0 <= options.warmup < steps:
+        raise UserError(f"--warmup {options.warmup} leaves nothing of --max_steps {steps}; give more steps")
+    if options.kill and steps < 2:
+        raise UserError(f"--kill needs a checkpoint in the middle; --max_steps {steps} has none, give more steps")
+    written = read_file(options.recipe)
+    make_output_dir(options.output_dir)
+    if options.config:
+        keys["model_name_or_path"] = str(random_model_of(options))
+    recipes = {mode: recipe_of(written, mode, keys) for mode in dict.fromkeys(case.mode for case in cases)}
+    # Counting asks the driver; no GPU is touched, its memory is the runs'.
+    on_cpu = torch.cuda.device_count() == 0 or any(recipe.get("use_cpu") for recipe in recipes.values())
+    if on_cpu:
+        recipes = {mode: {**recipe, "use_cpu": True} for mode, recipe in recipes.items()}
+    experiment = Experiment(
+        folder=options.output_dir,
+        recipes=write_recipes(options.output_dir, recipes),
+        on_cpu=on_cpu,
+        warmup=options.warmup,
+        timeout=options.timeout,
+        kill_step=steps // 2 if options.kill else None,
+        keep_models=options.keep_models,
+    )
+    return experiment, cases
 
 
 @dataclass(frozen=True)
@@ -47,7 +96,7 @@ class Case:
         return f"{self.mode}-{self.strategy}-{self.processes}"
 
 
-def grid(strategies: list[str], processes: list[int], modes: list[str]) -> Iterator[Case]:
+def grid(strategies: Sequence[str], processes: Sequence[int], modes: Sequence[str]) -> Iterator[Case]:
     """Every case once, mode by mode. `single` runs on one process. Raises `UserError` for a name that is not known."""
     for option, names, known in (("strategies", strategies, STRATEGIES), ("modes", modes, {**MODES, "recipe": {}})):
         unknown = [name for name in names if name not in known]
@@ -206,3 +255,101 @@ def _forget_weights(run: Path) -> None:
         shutil.rmtree(checkpoint)
     for weights in run.glob("*.safetensors"):
         weights.unlink()
+
+
+def finished(run: Path, warmup: int) -> dict[str, Any]:
+    """Losses and gradient norms of every step, and the medians of the speeds that were logged after `warmup` steps."""
+    lines = (run / run_folder.LOG).read_text(encoding="utf-8").splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    counted = [entry for entry in entries if entry["step"] > warmup and "rows_per_second" in entry]
+    found: dict[str, Any] = {
+        name: statistics.median(entry[name] for entry in counted) for name in MEASURED if name in counted[0]
+    }
+    if PEAK in counted[-1]:
+        found[PEAK] = counted[-1][PEAK]
+    return {
+        **found,
+        "counted_steps": len(counted),
+        "losses": [entry["loss"] for entry in entries],
+        "grad_norms": [entry["grad_norm"] for entry in entries],
+    }
+
+
+def machine_of(run: Path) -> dict[str, Any]:
+    """What the results of a finished run hold for: versions, commit, GPUs, CPU cores."""
+    environment = json.loads((run / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))
+    told = {name: environment[name] for name in ("versions", "python", "devices", "git_commit")}
+    return {**told, "cpu_cores": os.cpu_count()}
+
+
+def stopped(code: int | None, run: Path, log: Path, timeout: float) -> str:
+    """Why a run has no result, in words. `code` is the launcher's, None when the time was up."""
+    if code is None:
+        return f"failed: not done after {timeout:.0f} s; see {log}"
+    text = log.read_text(encoding="utf-8", errors="replace")
+    message = _MESSAGE.search(text)
+    if message and (code == EXIT_USER_ERROR or _USER_ERROR_OF_LAUNCHER.search(text)):
+        # A run that has trained was not refused: out of memory, a NaN.
+        word = "failed" if max(read_row_log(run), default=0) or "out of memory" in message[1] else "refused"
+        return f"{word}: {first_sentence(message[1])}"
+    return f"failed: see {log}"
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop or semicolon that ends a clause."""
+    return re.split(r"[.;](?=\s|$)", text.strip(), maxsplit=1)[0]
+
+
+def differences(
+    result: Mapping[str, Any], reference: Mapping[str, Any], run: Path, reference_run: Path
+) -> dict[str, float | None]:
+    """How far a run is from the reference: the largest of all steps, and of all tensors of the final weights."""
+    return {
+        "loss_difference": largest_difference(result["losses"], reference["losses"]),
+        "grad_norm_difference": largest_difference(result["grad_norms"], reference["grad_norms"]),
+        "weights_difference": weights_difference(run, reference_run),
+    }
+
+
+def largest_difference(values: list[float], reference: list[float]) -> float | None:
+    """The largest absolute difference of two curves; None when they have not the same steps."""
+    if len(values) != len(reference):
+        return None
+    return max((abs(value - other) for value, other in zip(values, reference, strict=True)), default=None)
+
+
+def weights_difference(run: Path, reference: Path) -> float | None:
+    """The largest of |a - b| / |b| (Frobenius norms) over the tensors of the reference, None when the run lacks one.
+
+    A run may hold more: ZeRO-1 and ZeRO-2 save an output head that is tied to the embeddings once more by itself.
+    """
+    ours, theirs = _tensors(run), _tensors(reference)
+    if not theirs or not set(theirs) <= set(ours):
+        return None
+    return max(_relative(_load(ours[name], name), _load(theirs[name], name)) for name in theirs)
+
+
+def _relative(weight: Any, reference: Any) -> float:
+    weight, reference = weight.double(), reference.double()
+    distance, size = float((weight - reference).norm()), float(reference.norm())
+    return distance / size if size else (0.0 if distance == 0 else float("inf"))
+
+
+def _tensors(run: Path) -> dict[str, Path]:
+    return dict(_names(sorted(run.glob("*.safetensors"))))
+
+
+def _names(files: list[Path]) -> Iterator[tuple[str, Path]]:
+    from safetensors import safe_open
+
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                yield name, path
+
+
+def _load(path: Path, name: str) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)

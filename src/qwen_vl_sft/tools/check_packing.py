@@ -1,8 +1,7 @@
-"""How near packed rows and shared prefixes come to rows one at a time, at a real shape and in the precision of training."""
+"""Compare packed rows and shared prefixes with rows one at a time, at a real shape and in the precision of training."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -14,12 +13,12 @@ from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator
 from qwen_vl_sft.batching.packing import StepPlan
-from qwen_vl_sft.config.command_line import recipe_values, split_words
+from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.tools.benchmarks.arguments import TRAINING_ALONE, random_model_of
-from qwen_vl_sft.tools.benchmarks.table import TEXT
+from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, random_model_of
+from qwen_vl_sft.tools.options import CheckPackingOptions
 from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data
 from qwen_vl_sft.training.resolve import resolve
@@ -43,30 +42,30 @@ ROUNDING = 1e-4  # of float32 kernels that add up in another order
 Losses = dict[int, list[float]]
 
 
-def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[str, Any]], bool]:
+def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
     """Per-token losses and adapter gradients, in float32 and in bfloat16, of one, padded, packed and shared rows.
 
     Everything is compared with float32, one row at a time, without fused kernels. With `fused_kernels` each precision
     runs without and with them. Returns the results, and whether all are no further from float32 than `TOLERATED` times as
     far as rows one at a time without kernels in the same precision.
     """
-    model_dir = random_model_of(arguments) if arguments.config else None
-    keys = recipe_values(split_words(words))
+    model_dir = random_model_of(options) if options.config else None
+    keys = recipe_values(options.recipe_keys)
     results: list[dict[str, Any]] = []
     reference: tuple[Losses, dict[str, torch.Tensor]] | None = None
     good = True
-    kernels = read_recipe(arguments.recipe, keys).model.fused_kernels
+    kernels = read_recipe(options.recipe, keys).model.fused_kernels
     limits: dict[str, float] = {}
-    for precision, fused in product(arguments.precisions.split(","), (None, kernels) if kernels else (None,)):
+    for precision, fused in product(options.precisions, (None, kernels) if kernels else (None,)):
         own: dict[str, Any] = {"dtype": precision, "bf16": precision == "bfloat16", "packing": True}
-        own |= {"output_dir": str(arguments.output_dir / "runs"), "lora_dropout": 0.0, "gradient_checkpointing": False}
+        own |= {"output_dir": str(options.output_dir / "runs"), "lora_dropout": 0.0, "gradient_checkpointing": False}
         own |= {"tf32": False}  # float32 is what all is compared with
         own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
-        trainer, data = _load(arguments, {**TRAINING_ALONE, **own, **keys, "fused_kernels": fused})
-        for name, batches in _ways(data, trainer.data_collator, arguments.rows, arguments.tokens_per_batch):
+        trainer, data = _load(options, {**TRAINING_ALONE, **own, **keys, "fused_kernels": fused})
+        for name, batches in _ways(data, trainer.data_collator, options.rows, options.tokens_per_batch):
             found = _losses_and_gradients(trainer, batches, data)
             reference = reference or found
-            result = {"precision": precision, "rows": name, **_differences(found, reference)}
+            result: dict[str, Any] = {"precision": precision, "rows": name, **_differences(found, reference)}
             result["kernels"] = "fused" if fused else "plain"
             results.append(result)
             print(f"compared: {precision}, {name}, {result['kernels']} kernels", flush=True)
@@ -78,8 +77,8 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> tuple[list[dict[
     return results, good
 
 
-def _load(arguments: argparse.Namespace, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
-    recipe = read_recipe(arguments.recipe, keys)
+def _load(options: CheckPackingOptions, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
+    recipe = read_recipe(options.recipe, keys)
     context = launch.read_context(use_cpu=recipe.get("use_cpu"))
     run = resolve(recipe, context)
     launch.start(context)

@@ -1,4 +1,4 @@
-"""The results of all strategies, for people: a line a run, one table, the curves."""
+"""Format the results of all strategies: a line a run, one table, the loss curves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.tools.benchmarks.table import TEXT, format_table
+from qwen_vl_sft.tools.measuring import TEXT, format_table
 
 COLUMNS = {
     "mode": ("mode", TEXT),

@@ -1,19 +1,24 @@
-"""Ways of training that are measured side by side: TRL's own step, and this package's recipes with other keys."""
+"""Measure ways of training side by side in one process: the variants, their rounds, the results."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
-from collections.abc import Iterator, Mapping
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoded, Encoder
@@ -24,8 +29,17 @@ from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import load_family, quantization_config
-from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter
+from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
 from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.tools.measuring import (
+    TEXT,
+    TRAINING_ALONE,
+    about_machine,
+    format_table,
+    make_output_dir,
+    random_model_of,
+)
+from qwen_vl_sft.tools.options import BenchmarkOptions
 from qwen_vl_sft.training import precompute_features, sft
 from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data, with_train_rows
 from qwen_vl_sft.training.resolve import resolve
@@ -52,6 +66,20 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
 }
 TRL_BATCH = 4
+COLUMNS = {
+    "variant": ("variant", TEXT),
+    "rows_per_second": ("rows/s", "{:.2f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "ratio": ("ratio", "{:.2f}"),
+    "tflops": ("useful TFLOP/s", "{:.0f}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "peak_memory_gib": ("peak GiB", "{:.1f}"),
+    "data_wait": ("waiting for data", "{:.1%}"),
+}
+WARMUP = 3
+# A round of fewer rows says more of those rows than of the variant.
+FEWEST_ROWS = 96
+RARELY = {"logging_steps": 10_000}
 
 
 @dataclass
@@ -250,3 +278,145 @@ def timed_fetching(trainer: Any) -> Any:
         yield seconds
     finally:
         del trainer.get_batch_samples
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment of a run: seconds, seconds waited, rows and useful FLOPs so far."""
+
+    seconds: float
+    waited: float
+    rows: int
+    flops: float
+
+
+class Clock(TrainerCallback):
+    """Times the steps after `warmup` of them; the device has done its work at both ends."""
+
+    def __init__(self, warmup: int, variant: Variant, waited: list[float]) -> None:
+        self.warmup = warmup
+        self.variant = variant
+        self.waited = waited
+        self.marks: list[Mark] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the end of the warm-up and of the last step."""
+        if state.global_step == self.warmup or state.global_step == state.max_steps:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            done = self.variant.work_done(state.global_step)
+            self.marks.append(Mark(time.perf_counter(), self.waited[0], done.rows, self.variant.counter.flops(done)))
+
+
+def measure(variant: Variant, steps: int, warmup: int, order: int = 0) -> dict[str, float]:
+    """Train `warmup` and `steps` steps of the rows in some order, and return the speed of the latter."""
+    variant.reorder(order)
+    trainer, cuda = variant.trainer, torch.cuda.is_available()
+    trainer.args.max_steps = warmup + steps
+    others = 0
+    if cuda:
+        torch.cuda.empty_cache()
+        others = torch.cuda.memory_allocated() - variant.bytes_of_weights
+        torch.cuda.reset_peak_memory_stats()
+    with timed_fetching(trainer) as waited:
+        clock = Clock(warmup, variant, waited)
+        trainer.add_callback(clock)
+        trainer.train()
+        trainer.remove_callback(clock)
+    began, ended = clock.marks
+    seconds, rows = ended.seconds - began.seconds, ended.rows - began.rows
+    found = {
+        "rows_per_second": rows / seconds,
+        "tokens_per_second": rows * variant.tokens_per_row / seconds,
+        "data_wait": (ended.waited - began.waited) / seconds,
+        "tflops": (ended.flops - began.flops) / seconds / 1e12,
+        "loss": trainer.state.log_history[-1].get("train_loss", float("nan")),
+    }
+    if cuda:
+        found["peak_memory_gib"] = (torch.cuda.max_memory_allocated() - others) / 2**30
+    return found
+
+
+def summarise(measured: Sequence[dict[str, dict[str, float]]], reference: str) -> list[dict[str, Any]]:
+    """Medians over the rounds of each variant, and how many times as fast as `reference` it is in the same round."""
+    results = []
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    for name in measured[0]:
+        found: dict[str, Any] = {"variant": name}
+        for key in measured[0][name]:
+            found[key] = statistics.median(one[name][key] for one in measured)
+        found["ratio"] = statistics.median(
+            one[name]["rows_per_second"] / one[reference]["rows_per_second"] for one in measured
+        )
+        if peak:
+            found["mfu"] = found["tflops"] * 1e12 / peak
+        results.append(found)
+    return results
+
+
+def write_results(folder: Path, results: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write results.json, results.md and speed.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(format_table(results, COLUMNS) + "\n", encoding="utf-8")
+    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(results) + 1.2), layout="constrained")
+    names, speeds = [result["variant"] for result in results], [result["rows_per_second"] for result in results]
+    bars = axes.barh(names, speeds, color="#2563eb")
+    axes.bar_label(bars, [f"{speed:.1f}" for speed in speeds], padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("rows a second")
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "speed.png", dpi=150)
+    pyplot.close(figure)
+
+
+def run_session(options: BenchmarkOptions) -> str:
+    """Run everything and write the results; returns the table. Raises `UserError`."""
+    names = read_names(options.variants)
+    keys = recipe_values(options.recipe_keys)
+    make_output_dir(options.output_dir)
+    model_dir = random_model_of(options)
+    variants = []
+    for name in names:
+        own = {"model_name_or_path": str(model_dir), "output_dir": str(options.output_dir / "runs" / name)}
+        variants.append(build(name, options.recipe, {**TRAINING_ALONE, **RARELY, **own, **keys}, options.repeat))
+        print(f"ready: {name}", flush=True)
+    steps = {variant.name: steps_of_a_round(variant, options.seconds) for variant in variants}
+    measured: list[dict[str, dict[str, float]]] = []
+    for number in range(options.rounds):
+        measured.append({variant.name: measure(variant, steps[variant.name], WARMUP, number) for variant in variants})
+        speeds = ", ".join(f"{name} {one['rows_per_second']:.2f}" for name, one in measured[-1].items())
+        print(f"round {number + 1}: {speeds} rows/s", flush=True)
+        # After each round: what was measured stays, whatever ends the run.
+        results = summarise(measured, reference=names[0])
+        write_results(options.output_dir, results, _about(options, keys, steps, measured, variants))
+    return format_table(results, COLUMNS)
+
+
+def steps_of_a_round(variant: Variant, seconds: float) -> int:
+    """How many steps take about so long, and hold rows enough."""
+    # A first run compiles and loads kernels, and is far slower.
+    measure(variant, steps=3, warmup=WARMUP)
+    speed = measure(variant, steps=3, warmup=WARMUP)["rows_per_second"]
+    return max(3, math.ceil(max(FEWEST_ROWS, seconds * speed) / variant.rows_per_step))
+
+
+def _about(
+    options: BenchmarkOptions, keys: dict[str, Any], steps: dict[str, int], measured: Any, variants: Any
+) -> dict[str, Any]:
+    return {
+        "config": options.config,
+        "recipe": str(options.recipe),
+        "keys": keys,
+        "reference": variants[0].name,
+        "tokens_per_row": variants[0].tokens_per_row,
+        "steps": steps,
+        "rounds": measured,
+        **about_machine(),
+    }

@@ -1,4 +1,4 @@
-"""Kills a run at random moments, resumes it, and compares what comes out with the run that was left alone."""
+"""Kill a run at random moments, resume it, and compare the result with an uninterrupted run."""
 
 from __future__ import annotations
 

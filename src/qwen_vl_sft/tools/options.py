@@ -1,0 +1,132 @@
+"""Command-line options of the scripts that measure and of those that make models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen_vl_sft.config.command_line import REQUIRED, any_recipe_key, names, option
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Signal = Literal["SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT"]
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Read whole numbers between commas, each once."""
+    try:
+        return tuple(int(count) for count in names(text))
+    except ValueError:
+        raise ValueError("is no list of whole numbers such as 1,2,4") from None
+
+
+def json_value(text: str) -> Any:
+    """Read JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError('is not JSON such as {"text_config": {"num_hidden_layers": 2}}') from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """A recipe to measure, the folder of the results, and a random model; other keys go to the recipe."""
+
+    recipe: Path = option(Path("recipes/chartqa_qlora.yaml"), "the recipe that is measured", metavar="file")
+    output_dir: Path = option(REQUIRED, "folder of the results", metavar="folder")
+    config: str | None = option(
+        None, "random weights of this shape: local folder or Hub id with a config.json", metavar="model"
+    )
+    processor: str | None = option(
+        None, "local folder or Hub id of the processor; default: that of --config", metavar="model"
+    )
+    model_dir: Path | None = option(None, "where the random model is kept; default: in output_dir", metavar="folder")
+    recipe_keys: dict[str, list[str]] = any_recipe_key()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(RecipeOptions):
+    """Command-line options of benchmark.py."""
+
+    config: str = option(
+        REQUIRED, "random weights of this shape: local folder or Hub id with a config.json", metavar="model"
+    )
+    variants: str = option("trl,padded,packed,shared", "variants to measure, in this order", metavar="names")
+    rounds: int = option(3, "times each variant runs", at_least=1)
+    seconds: float = option(15.0, "how long a variant runs each time, about")
+    repeat: int = option(1, "times each row stands in the data", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckPackingOptions(RecipeOptions):
+    """Command-line options of check_packing.py."""
+
+    rows: int = option(32, "rows to compare", at_least=1)
+    tokens_per_batch: int = option(8192, "tokens of a batch of packed rows", at_least=1)
+    precisions: tuple[str, ...] = option(
+        ("float32", "bfloat16"), "precisions to compare", parse=names, shown="float32,bfloat16"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareStrategiesOptions(RecipeOptions):
+    """Command-line options of compare_strategies.py."""
+
+    strategies: tuple[str, ...] = option(
+        ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2"),
+        "strategies to compare",
+        parse=names,
+        shown="single,ddp,zero1,zero2,zero3,fsdp2",
+    )
+    processes: tuple[int, ...] = option((2,), "numbers of processes, e.g. 1,2,4", parse=counts, shown="2")
+    modes: tuple[str, ...] = option(
+        ("recipe",), "some of qlora,lora,full; default: what the recipe says", parse=names, shown=""
+    )
+    warmup: int = option(5, "first steps, whose speed does not count", at_least=0)
+    timeout: float = option(1800.0, "seconds a run may take")
+    kill: bool = option(False, "kill and resume each strategy once more, and compare")
+    keep_models: bool = option(False, "keep every run's weights, not only the first's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KillAndResumeOptions:
+    """Command-line options of kill_and_resume.py; other keys go to the recipe."""
+
+    kills: int = option(20, "how often")
+    processes: int = option(1, "processes of the run")
+    config: str = option("cpu", "how several processes share the work: zero2, zero3, fsdp2, ...", metavar="name")
+    packing: bool = option(False, "packed batches with shared prefixes")
+    signal: Signal = option("SIGKILL", "any but SIGKILL stops the run instead")
+    seed: int = option(0, "seed of the random moments")
+    output_dir: Path = option(Path("runs/kill_and_resume"), "folder of the runs", metavar="folder")
+    report: Path | None = option(None, "write the result as JSON, beside what is there already", metavar="file")
+    recipe_keys: dict[str, list[str]] = any_recipe_key()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomModelOptions:
+    """Command-line options of make_random_model.py."""
+
+    config: str = option(REQUIRED, "local folder or Hub id with a config.json", metavar="model")
+    output_dir: Path = option(REQUIRED, "new folder", metavar="folder")
+    processor: str | None = option(
+        None, "local folder or Hub id of the processor; default: that of --config", metavar="model"
+    )
+    dtype: Dtype = option("bfloat16", "precision of the weights")
+    overrides: dict[str, Any] | None = option(
+        None, 'JSON, e.g. {"text_config": {"num_hidden_layers": 2}}', parse=json_value
+    )
+    seed: int = option(0, "seed of the weights")
+    device: str = option("cpu", "where the weights are drawn; cuda is faster")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyOptions:
+    """Command-line options of make_tiny.py."""
+
+    output_dir: Path = option(REQUIRED, "folder that gets model/ and data/; must not hold them yet", metavar="folder")
+    steps: int | None = option(None, "pretraining steps; fewer give a model that cannot read charts yet", at_least=0)
+    seed: int = option(0, "seed of the first weights; the charts do not depend on it")
+    threads: int = option(1, "CPU threads; the shipped weights were made with 1", at_least=1)
+    check: bool = option(False, "compare with the shipped assets; exit 1 if they differ")
