@@ -6,6 +6,7 @@ Nothing is loaded here, so a wrong command line ends before the libraries are im
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,9 @@ ARMS = {
     "prompted": "the base model with the run's system message",
     "tuned": "the run's adapter on the base model (or its full model), with its system message",
 }
-ABOUT_ARMS = "Arms\n" + "\n".join(f"  {arm:<9} {text}" for arm, text in ARMS.items())
+ABOUT_ARMS = "Arms\n" + "\n".join(
+    textwrap.fill(f"  {arm:<9} {text}", 80, subsequent_indent=" " * 12) for arm, text in ARMS.items()
+)
 # Keys of a recipe that the command line may give; they win over the run's recipe.
 RECIPE_KEYS = (
     "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
