@@ -28,13 +28,8 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.base_identity import identity_of_base
-<<<<<<< HEAD
-from qwen_vl_sft.tools.benchmarks.kill_and_resume import Experiment
-from qwen_vl_sft.training import run_signature, safety
-=======
 from qwen_vl_sft.tools.kill_and_resume import Experiment
-from qwen_vl_sft.training import resume_check, safety
->>>>>>> 9d73aa8 (tools: one module a measuring script, options in one place, one table)
+from qwen_vl_sft.training import run_signature, safety
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {
