@@ -36,14 +36,12 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.publishing import access, push_while_training
 from qwen_vl_sft.publishing.access import Target, check_access, redact
-from qwen_vl_sft.publishing.card import make_card
-from qwen_vl_sft.publishing.card_training import training_lines
-from qwen_vl_sft.publishing.card_usage import python_code
+from qwen_vl_sft.publishing.card import make_card, python_code, training_lines
+from qwen_vl_sft.publishing.comparison import stale_files
 from qwen_vl_sft.publishing.files import collect_files
 from qwen_vl_sft.publishing.names import public_name, without_paths
 from qwen_vl_sft.publishing.options import Options, check_options, run_push
-from qwen_vl_sft.publishing.publication import read_publication
-from qwen_vl_sft.publishing.stale_files import files_to_remove
+from qwen_vl_sft.publishing.published_model import read_published_model
 
 COMMIT = {"method": "POST", "path": "/commit/", "times": 1}
 
@@ -376,12 +374,12 @@ ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "published.json"}
 def test_only_what_a_push_has_listed_is_removed(there, listed, published, removed):
     if removed is None:
         with pytest.raises(UserError, match="alice/x, main holds another model"):
-            files_to_remove(there, listed, published, "alice/x, main", all_on_main=False)
+            stale_files(there, listed, published, "alice/x, main", all_on_main=False)
         # From a branch that is main's commit nothing is lost.
         removed = sorted(path for path in there - published if path.endswith(("safetensors", "bin", "index.json")))
-        assert set(removed) <= set(files_to_remove(there, listed, published, "alice/x, v2", all_on_main=True))
+        assert set(removed) <= set(stale_files(there, listed, published, "alice/x, v2", all_on_main=True))
     else:
-        assert files_to_remove(there, listed, published, "alice/x, main", all_on_main=False) == removed
+        assert stale_files(there, listed, published, "alice/x, main", all_on_main=False) == removed
 
 
 RIGHTS = {
@@ -454,7 +452,7 @@ def test_a_file_with_the_token_is_refused(run, tmp_path, monkeypatch):
     leaking = write_run(tmp_path / "run")
     (leaking / "system_message.txt").write_text("Answer. hf_leakedIntoAFile")
     with pytest.raises(UserError, match=r"system_message\.txt holds the token") as told:
-        collect_files(read_publication(leaking), "card")
+        collect_files(read_published_model(leaking), "card")
     assert "hf_leaked" not in str(told.value)
 
 
@@ -485,7 +483,7 @@ def card_of(publication, repo_id="alice/name", licence=None):
 
 
 def test_the_card_of_an_adapter(run):
-    card, text = card_of(read_publication(run, base_model="Qwen/Qwen2-VL-2B-Instruct"), licence={"license": "mit"})
+    card, text = card_of(read_published_model(run, base_model="Qwen/Qwen2-VL-2B-Instruct"), licence={"license": "mit"})
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen2-VL-2B-Instruct", "adapter")
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("peft", "image-text-to-text", "mit")
@@ -511,7 +509,7 @@ def test_the_card_of_an_adapter(run):
 
 def test_the_card_of_chartqa_without_evaluation(tmp_path):
     run = write_run(tmp_path / "run", dataset_name="HuggingFaceM4/ChartQA", load_in_4bit=True)
-    publication = read_publication(run, base_model="Qwen/Qwen2-VL-2B-Instruct")
+    publication = read_published_model(run, base_model="Qwen/Qwen2-VL-2B-Instruct")
     card, text = card_of(publication)
     assert card.data.datasets == ["HuggingFaceM4/ChartQA"]
     assert card.data.eval_results is None
@@ -543,14 +541,14 @@ def test_the_cards_of_full_and_merged_models(run, tmp_path):
     merged = tmp_path / "merged"
     shutil.copytree(full, merged)
     write_companions(full, use_peft=False, lora_r=None, model_name_or_path="Qwen/Qwen2-VL-2B-Instruct")
-    card, text = card_of(read_publication(full))
+    card, text = card_of(read_published_model(full))
     assert (card.data.library_name, card.data.to_dict()["base_model_relation"]) == ("transformers", "finetune")
     assert "fine-tuned in full" in text
-    assert "peft" not in python_code(read_publication(full), "alice/name", "main")
+    assert "peft" not in python_code(read_published_model(full), "alice/name", "main")
     report = {"run": str(run), "base": "Qwen/Qwen2-VL-2B-Instruct", "base_revision": "abc123", "dtype": "bfloat16"}
     (merged / "merge.json").write_text(json.dumps(report | {"nf4_aware": False}))
     shutil.copy(run / "recipe.yaml", merged)
-    publication = read_publication(run, model=merged)
+    publication = read_published_model(run, model=merged)
     card, text = card_of(publication)
     assert card.data.to_dict()["base_model_relation"] == "finetune"
     # The scores are the adapter's, so they are told but not filed as the merged model's.
@@ -561,7 +559,7 @@ def test_the_cards_of_full_and_merged_models(run, tmp_path):
     assert {"model.safetensors", "config.json", "merge.json", "metrics.json"} <= set(paths)
     assert "adapter_model.safetensors" not in paths
     with pytest.raises(UserError, match="was merged from"):
-        read_publication(write_run(tmp_path / "other"), model=merged)
+        read_published_model(write_run(tmp_path / "other"), model=merged)
 
 
 def test_a_checkpoint_says_its_step_under_any_name(run, tmp_path):
@@ -573,12 +571,12 @@ def test_a_checkpoint_says_its_step_under_any_name(run, tmp_path):
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copy(run / file, tmp_path / name)
     (tmp_path / "best").symlink_to("checkpoint-4")
-    steps = {name: read_publication(tmp_path / name).step for name in ("checkpoint-4", "best")}
+    steps = {name: read_published_model(tmp_path / name).step for name in ("checkpoint-4", "best")}
     assert steps == {"checkpoint-4": 4, "best": 4}
     with pytest.raises(UserError, match=r"checkpoint-best does not say which step .* name the folder checkpoint-STEP"):
-        read_publication(tmp_path / "checkpoint-best")
+        read_published_model(tmp_path / "checkpoint-best")
     (tmp_path / "checkpoint-best/trainer_state.json").write_text('{"global_step": 7}')
-    assert read_publication(tmp_path / "checkpoint-best").step == 7
+    assert read_published_model(tmp_path / "checkpoint-best").step == 7
 
 
 @pytest.mark.parametrize(
@@ -599,7 +597,7 @@ def test_a_checkpoint_says_its_step_under_any_name(run, tmp_path):
 )
 def test_the_card_says_what_a_step_takes(run, keys, told):
     keys = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1} | keys
-    publication = read_publication(run)
+    publication = read_published_model(run)
     text = "\n".join(training_lines(replace(publication, recipe=read_recipe(run / "recipe.yaml", keys))))
     assert told in text
     assert text.count(" of a step |") == 1
@@ -612,11 +610,11 @@ def test_what_cannot_be_published_is_told(run, tmp_path):
     other = write_run(tmp_path / "run")
     (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(local)}))
     with pytest.raises(UserError, match="give the Hub id of the same model with --base_model"):
-        read_publication(other)
+        read_published_model(other)
     with pytest.raises(UserError, match=f"is of {run}, another model"):
-        read_publication(write_run(tmp_path / "third"), evaluation=run / "evaluation")
+        read_published_model(write_run(tmp_path / "third"), evaluation=run / "evaluation")
     with pytest.raises(UserError, match=r"holds no merge\.json"):
-        read_publication(run, model=local)
+        read_published_model(run, model=local)
     with pytest.raises(UserError) as told:
         check_options(Options(run, "a b", branch="x..y", create_pr=True, license="My Licence"))
     assert len(told.value.problems) == 4
@@ -626,10 +624,10 @@ def test_an_evaluation_of_former_weights_is_refused(tmp_path):
     run = write_run(tmp_path / "run")
     weights = run / "adapter_model.safetensors"
     write_evaluation(run / "evaluation", run, [weights], "x")
-    read_publication(run)
+    read_published_model(run)
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(UserError, match="is of other weights"):
-        read_publication(run)
+        read_published_model(run)
 
 
 @pytest.mark.parametrize(
@@ -643,7 +641,7 @@ def test_an_evaluation_of_former_weights_is_refused(tmp_path):
 )
 def test_scores_of_other_settings_are_told_and_not_filed(run, tmp_path, settings, told):
     other = write_evaluation(tmp_path / "other", run, [], str(tiny.DATA_DIR), **settings)
-    card, text = card_of(read_publication(run, evaluation=other))
+    card, text = card_of(read_published_model(run, evaluation=other))
     assert told in text
     assert card.data.eval_results is None
     assert ("Training and evaluation put this" in text) == ("system_message" not in settings)
@@ -651,7 +649,7 @@ def test_scores_of_other_settings_are_told_and_not_filed(run, tmp_path, settings
 
 
 def test_scores_of_the_settings_of_training_are_filed(run):
-    card, text = card_of(read_publication(run))
+    card, text = card_of(read_published_model(run))
     assert card.data.eval_results
     assert "Training and evaluation put this" in text
     assert "Evaluated with" not in text
@@ -673,10 +671,10 @@ def test_an_evaluation_of_another_base_is_refused(tmp_path, settings, is_other):
     (run / "metrics.json").write_text(json.dumps(metrics | {"base_commit": "c0ffee"}))
     write_evaluation(run / "evaluation", run, [], "x", **settings)
     if not is_other:
-        assert read_publication(run).evaluation
+        assert read_published_model(run).evaluation
         return
     with pytest.raises(UserError, match=r"has scored on the base model Qwen.*evaluate again with --overwrite"):
-        read_publication(run)
+        read_published_model(run)
 
 
 def test_a_base_folder_that_was_moved_keeps_its_evaluation(tmp_path):
@@ -684,17 +682,17 @@ def test_a_base_folder_that_was_moved_keeps_its_evaluation(tmp_path):
     there.mkdir(parents=True)
     run = write_run(tmp_path / "run", model_name_or_path=str(gone))
     write_evaluation(run / "evaluation", run, [], "x", model_name_or_path=str(there))
-    read_publication(run)
+    read_published_model(run)
     gone.mkdir(parents=True)
     with pytest.raises(UserError, match="has scored on the base model"):
-        read_publication(run)
+        read_published_model(run)
 
 
 def test_a_run_that_was_moved_keeps_its_evaluation(tmp_path):
     run = write_run(tmp_path / "run")
     write_evaluation(run / "evaluation", run, [run / "adapter_model.safetensors"], "x")
     moved = run.rename(tmp_path / "moved")
-    publication = read_publication(moved)
+    publication = read_published_model(moved)
     assert publication.evaluated_as_published
     assert "before the merge" not in card_of(publication)[1]
 

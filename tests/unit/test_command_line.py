@@ -73,6 +73,12 @@ def test_each_mistake_has_one_message(words, told):
     assert problem.startswith(f"command line: {told}")
 
 
+def test_a_repeated_option_takes_the_last_value_and_a_repeated_recipe_key_is_refused():
+    assert parse(Options, ["--run", "a", "--rows", "1", "--rows", "2"]).rows == 2
+    with pytest.raises(UserError, match=r"^command line: --seed is given twice; keep one$"):
+        parse(AnyKey, ["--seed", "1", "--seed", "2"])
+
+
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(UserError) as caught:
         parse(Options, ["--rows", "0", "--dtype", "int4", "--imges", "b"])

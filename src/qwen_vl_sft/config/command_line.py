@@ -74,7 +74,10 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
 
     Raises `UserError` with every unknown option, missing option and wrong value.
     """
-    words = split_words(sys.argv[1:] if arguments is None else arguments)
+    options, keys = _declared(kind)
+    takes_any_key = keys is not None and keys.metadata["recipe_keys"] is None
+    # A recipe's keys stand once, as in its file; options alone may be repeated, as in a shell script's defaults.
+    words = split_words(sys.argv[1:] if arguments is None else arguments, last_wins=not takes_any_key)
     hints, problems, values = typing.get_type_hints(kind), [], {}
     try:
         wants_help = "help" in words and _switch(words.pop("help"))
@@ -83,7 +86,6 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
     if wants_help:
         print(format_help(kind, usage or ""))
         raise SystemExit(0)
-    options, keys = _declared(kind)
     for entry in options:
         names = [name for name in (entry.name, entry.metadata["also"]) if name in words]
         if len(names) > 1:
@@ -97,7 +99,7 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
             problems.append(f"command line: --{entry.name} is missing; give {entry.metadata['help']}")
         for name in names:
             del words[name]
-    if keys is not None and keys.metadata["recipe_keys"] is None:
+    if keys is not None and takes_any_key:
         values[keys.name], words = words, {}
     elif keys is not None:
         given = {name: words.pop(name) for name in keys.metadata["recipe_keys"] if name in words}
@@ -108,8 +110,11 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
     return kind(**values)
 
 
-def split_words(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Split `--key value --list a b --switch --key=value` into keys and the words of each. Raises `UserError`."""
+def split_words(arguments: Sequence[str], last_wins: bool = False) -> dict[str, list[str]]:
+    """Split `--key value --list a b --switch --key=value` into keys and the words of each.
+
+    Raises `UserError` for a word without a key, and for a key that is given twice unless the last one wins.
+    """
     found: dict[str, list[str]] = {}
     position = 0
     while position < len(arguments):
@@ -123,7 +128,7 @@ def split_words(arguments: Sequence[str]) -> dict[str, list[str]]:
             words.append(arguments[position])
             position += 1
         name = name.replace("-", "_")
-        if name in found:
+        if name in found and not last_wins:
             raise UserError(f"command line: --{name} is given twice; keep one")
         found[name] = words
     return found

@@ -1,77 +1,134 @@
-"""The model card of a run, made from the run's own files: it says what they say, and what they do not say it leaves open."""
+"""The text of the model card: a template, and a function for each of its sections.
+
+Every statement comes from the run's own files; what they do not record is left out. The results are those of the
+summary.json of scripts/evaluate.py (results.py finds and checks it).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import json
+import shlex
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
 from qwen_vl_sft.data.formats import known_format
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
-from qwen_vl_sft.publishing.asked_as import evaluated_with_its_prompt, other_settings
 from qwen_vl_sft.publishing.card_metadata import dataset_and_split, make_metadata, metadata_problems
-from qwen_vl_sft.publishing.card_training import dataset_in_words, training_lines
-from qwen_vl_sft.publishing.card_usage import pixel_limits, python_code, vllm_lines
-from qwen_vl_sft.publishing.names import hub_id
-from qwen_vl_sft.publishing.publication import BUILTIN_PREFIX, Publication
+from qwen_vl_sft.publishing.names import BUILTIN_PREFIX, hub_id, public_name
+from qwen_vl_sft.publishing.published_model import SIZE_NAMES, PublishedModel
 
-NEEDS = "It needs transformers 5: earlier versions do not look for the image processor in `processor_config.json`."
-# Licences of data that recipes of this package use, by Hub id; of other data none is recorded.
-DATA_LICENCES = {"HuggingFaceM4/ChartQA": "GPL-3.0"}
+if TYPE_CHECKING:
+    from qwen_vl_sft.config.reading import Recipe
+
+CARD = """\
+---
+{metadata}
+---
+
+# {name}
+
+{introduction}
+
+## Results
+
+{results}
+
+## Prompt and image size
+
+{prompt}
+
+## Load it with {libraries}
+
+It needs transformers 5: earlier versions do not look for the image processor in `processor_config.json`.
+
+```python
+{code}
+```
+
+## Serve it with vLLM
+
+{vllm}
+
+## Training
+
+{training}
+
+## Intended use and limits
+
+{limits}
+
+## Licence
+
+{licence}
+
+## Versions
+
+{versions}
+"""
+RUN_FILES = "`recipe.yaml`, `metrics.json` and `environment.json`"
+# Licences of datasets that recipes of this package use, by Hub id; others are not recorded.
+DATASET_LICENCES = {"HuggingFaceM4/ChartQA": "GPL-3.0"}
+# Ranks for which vLLM compiles its kernels.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def make_card(publication: Publication, repo_id: str, revision: str, licence: dict[str, str], stated: bool) -> str:
-    """The text of README.md with its metadata.
+def make_card(published: PublishedModel, repo_id: str, revision: str, licence: dict[str, str], stated: bool) -> str:
+    """Fill the template: return the text of README.md with its metadata.
 
     Args:
-        publication: what is published.
+        published: the model to publish.
         repo_id: the repository on the Hub.
         revision: the branch that a reader loads from.
         licence: `license` and, if needed, `license_name` and `license_link`; empty when nothing is known.
         stated: the publisher named the licence; otherwise it is the base model's.
     """
     name = repo_id.rpartition("/")[2]
-    metadata = make_metadata(publication, name, licence)
+    metadata = make_metadata(published, name, licence)
     assert not metadata_problems(metadata), metadata_problems(metadata)
-    sections = (
-        ["# " + name, "", *_introduction(publication)],
-        ["## Results", "", *_results(publication)],
-        ["## Prompt and image size", "", *_prompt(publication)],
-        ["## Load it with transformers" + " and peft" * publication.is_adapter, "", NEEDS],
-        ["```python", python_code(publication, repo_id, revision), "```"],
-        ["## Serve it with vLLM", "", *vllm_lines(publication, repo_id)],
-        ["## Training", "", *training_lines(publication)],
-        ["## Intended use and limits", "", *_limits(publication)],
-        ["## Licence", "", *_licence(publication, licence, stated)],
-        ["## Versions", "", *_versions(publication)],
+    text = CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        introduction=_joined(_introduction(published)),
+        results=_joined(_results(published)),
+        prompt=_joined(_prompt(published)),
+        libraries="transformers" + " and peft" * published.is_adapter,
+        code=python_code(published, repo_id, revision),
+        vllm=_joined(vllm_lines(published, repo_id)),
+        training=_joined(training_lines(published)),
+        limits=_joined(_limits(published)),
+        licence=_joined(_licence(published, licence, stated)),
+        versions=_joined(_versions(published)),
     )
-    text = "\n\n".join("\n".join(lines).strip("\n") for lines in sections)
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
-    return str(card)
+    return str(ModelCard(text))
 
 
-def _introduction(publication: Publication) -> Iterator[str]:
-    recipe, base = publication.recipe, _base_in_words(publication)
+def _joined(lines: Iterable[str]) -> str:
+    return "\n".join(lines).strip("\n")
+
+
+def _introduction(published: PublishedModel) -> Iterator[str]:
+    recipe, base = published.recipe, _base_in_words(published)
     dataset = dataset_in_words(recipe.data.dataset_name)
-    if publication.kind == "adapter":
+    if published.kind == "adapter":
         yield f"A LoRA adapter for {base}, trained on {dataset}."
         yield f"The base model's weights while training: {recipe.model.precision}."
-    elif publication.kind == "full model":
+    elif published.kind == "full model":
         part = " except its vision tower" * recipe.model.freeze_vision_tower
         yield f"{base}{part}, fine-tuned in full on {dataset}."
     else:
-        merge = publication.merge or {}
+        merge = published.merge or {}
         way = "the 4-bit weights of training, dequantized" if merge.get("nf4_aware") else "its original weights"
         yield f"{base} with a LoRA adapter merged into it, trained on {dataset}. The adapter was added to {way},"
         yield f"and the sum stored in {merge.get('dtype')}; `merge.json` holds the checks of the merge."
-    if publication.step is not None:
+    if published.step is not None:
         yield ""
-        yield f"These are the weights of step {publication.step}, a checkpoint of a run, not its final model."
+        yield f"These are the weights of step {published.step}, a checkpoint of a run, not its final model."
 
 
-def _results(publication: Publication) -> Iterator[str]:
-    summary = publication.evaluation
+def _results(published: PublishedModel) -> Iterator[str]:
+    summary = published.evaluation
     if summary is None:
         yield "Not evaluated: no scores were stored with this model when it was published."
         return
@@ -81,9 +138,9 @@ def _results(publication: Publication) -> Iterator[str]:
     yield f"{where}, {rows:,} rows, in %, with 95% bootstrap intervals. Scored in: {precision['scored']}."
     if not precision.get("scored_as_trained", True):
         yield f"Trained in: {precision['trained']}."
-    if not publication.evaluated_as_published:
+    if not published.evaluated_as_published:
         yield "The scores are of the adapter on its base before the merge; the merged model itself was not scored."
-    if others := other_settings(publication):
+    if others := published.evaluated_otherwise:
         yield f"Evaluated with {'; '.join(others)}, so these are not the scores of the model as it is published here."
     yield ""
     arms = list(summary["scores"])
@@ -114,13 +171,13 @@ def _comparisons(summary: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _prompt(publication: Publication) -> Iterator[str]:
-    limits = pixel_limits(publication)
-    if publication.system_message:
-        who = "Training and evaluation" if evaluated_with_its_prompt(publication) else "Training"
+def _prompt(published: PublishedModel) -> Iterator[str]:
+    limits = published.pixel_limits
+    if published.system_message:
+        who = "Training and evaluation" if published.evaluated_with_its_prompt else "Training"
         yield f"{who} put this system message before every question (`system_message.txt`):"
         yield ""
-        yield from (f"> {line}".rstrip() for line in publication.system_message.splitlines())
+        yield from (f"> {line}".rstrip() for line in published.system_message.splitlines())
         yield ""
         yield "Answers depend on it; send it as it stands."
     else:
@@ -131,8 +188,240 @@ def _prompt(publication: Publication) -> Iterator[str]:
         yield f"Images are resized to between {sides} by the processor here. Other limits change what the model sees."
 
 
-def _limits(publication: Publication) -> Iterator[str]:
-    data = publication.recipe.data
+def python_code(published: PublishedModel, repo_id: str, revision: str) -> str:
+    """Return a program that answers a question about chart.png; it needs this package only for a base that ships with it."""
+    model, settings = ("base" if published.is_adapter else "model"), published.recipe.model
+    quantized = published.is_adapter and (settings.load_in_4bit or settings.load_in_8bit)
+    imports = ["import torch", "from huggingface_hub import hf_hub_download"]
+    imports += ["from peft import PeftModel"] if published.is_adapter else []
+    imports += ["from PIL import Image, ImageOps"]
+    names = ["AutoModelForImageTextToText", "AutoProcessor", *(["BitsAndBytesConfig"] if quantized else [])]
+    imports += [f"from transformers import {', '.join(names)}"]
+    lines = [f"repo, revision = {json.dumps(repo_id)}, {json.dumps(revision)}"]
+    lines += ["processor = AutoProcessor.from_pretrained(repo, revision=revision)"]
+    name, arguments = "repo", ["revision=revision"]
+    if published.is_adapter:
+        name, arguments = _base(published, imports)
+    if quantized:
+        lines += [f"quantization = {_quantization(published)}"]
+        arguments += ["quantization_config=quantization"]
+    dtype = (published.merge or {}).get("dtype") or settings.dtype
+    arguments += [f"dtype=torch.{dtype}", 'device_map="auto"']
+    lines += [f"{model} = AutoModelForImageTextToText.from_pretrained(", f"    {name}, {', '.join(arguments)}", ")"]
+    if published.is_adapter:
+        lines += ["model = PeftModel.from_pretrained(base, repo, revision=revision)"]
+    lines += [*_question(bool(published.system_message)), *_answer(published.recipe.run.max_new_tokens)]
+    return "\n".join([*imports, "", *lines])
+
+
+def vllm_lines(published: PublishedModel, repo_id: str) -> Iterator[str]:
+    """Yield Markdown: the command that serves the model, and the limits of vLLM."""
+    base = published.base_on_hub
+    limits = published.pixel_limits
+    # As transformers 5 reads limits; the other names it has deprecated.
+    size = {"size": {SIZE_NAMES[name]: value for name, value in limits.items()}}
+    pixels = f" --mm-processor-kwargs {shlex.quote(json.dumps(size))}" if limits else ""
+    common = f"--generation-config vllm{pixels}"
+    if published.is_adapter and base is None:
+        yield "vLLM loads the base from the Hub, and this one is not there; merge the adapter with `scripts/merge.py`."
+        return
+    yield "```sh"
+    if published.is_adapter:
+        rank = next((rank for rank in VLLM_RANKS if rank >= highest_rank(published)), VLLM_RANKS[-1])
+        name = repo_id.rpartition("/")[2]
+        revision = f" --revision {shlex.quote(published.base_revision)}" if published.base_revision else ""
+        yield f"vllm serve {shlex.quote(str(base))}{revision} --enable-lora --max-lora-rank {rank} \\"
+        yield f"    --lora-modules {shlex.quote(f'{name}={repo_id}')} \\"
+    else:
+        yield f"vllm serve {shlex.quote(repo_id)} \\"
+    yield f"    {common}"
+    yield "```"
+    yield ""
+    prompt = "Send the text of `system_message.txt` as the system message. " if published.system_message else ""
+    yield (
+        f"{prompt}Ask with `temperature` 0, as the evaluation does, and where answers hold boxes with"
+        " `skip_special_tokens` false. This command was not run when the card was made."
+    )
+    if published.is_adapter:
+        yield from _vllm_limits(published)
+
+
+def highest_rank(published: PublishedModel) -> int:
+    """Return the largest rank of the adapter's matrices."""
+    config = published.adapter or {}
+    return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+
+
+def _base(published: PublishedModel, imports: list[str]) -> tuple[str, list[str]]:
+    """Return the expression that names the base model, and its arguments."""
+    if str(published.base).startswith(BUILTIN_PREFIX):
+        imports.append("from qwen_vl_sft import tiny  # the base model ships with this package")
+        return "tiny.MODEL_DIR", []
+    revision = [f"revision={json.dumps(published.base_revision)}"] if published.base_revision else []
+    return json.dumps(published.base), revision
+
+
+def _quantization(published: PublishedModel) -> str:
+    settings = published.recipe.model
+    if settings.load_in_8bit:
+        return "BitsAndBytesConfig(load_in_8bit=True)"
+    return (
+        f"BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type={json.dumps(settings.bnb_4bit_quant_type)},"
+        f" bnb_4bit_compute_dtype=torch.{settings.dtype},\n"
+        f"    bnb_4bit_use_double_quant={settings.use_bnb_nested_quant},\n)"
+    )
+
+
+def _question(has_system_message: bool) -> list[str]:
+    system = [
+        'with open(hf_hub_download(repo, "system_message.txt", revision=revision), encoding="utf-8") as file:',
+        "    system_message = file.read()",
+    ]
+    turns = ['    {"role": "system", "content": [{"type": "text", "text": system_message}]},']
+    return [
+        *(system if has_system_message else []),
+        "",
+        'question = "What is the highest value?"',
+        "messages = [",
+        *(turns if has_system_message else []),
+        '    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},',
+        "]",
+    ]
+
+
+def _answer(most_tokens: int) -> list[str]:
+    return [
+        "prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
+        'image = ImageOps.exif_transpose(Image.open("chart.png")).convert("RGBA")',
+        'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")',
+        'inputs = processor(text=[prompt], images=[image], return_tensors="pt").to(model.device)',
+        "# The base model's own settings sample, with a repetition penalty.",
+        f"output = model.generate(**inputs, max_new_tokens={most_tokens}, do_sample=False, repetition_penalty=1.0)",
+        "# Boxes and references to objects are special tokens too.",
+        'answer = processor.decode(output[0, inputs["input_ids"].shape[1] :])',
+        'print(answer.removesuffix("<|im_end|>"))',
+    ]
+
+
+def _vllm_limits(published: PublishedModel) -> Iterator[str]:
+    settings, config = published.recipe.model, published.adapter or {}
+    merge: Any = "publish the merged model of `scripts/merge.py` for it"
+    if settings.lora_scope != "language" or "visual" in json.dumps(config.get("target_modules")):
+        yield ""
+        yield (
+            "The adapter changes the vision part too. vLLM applies LoRA to the language model alone and leaves out the"
+            f" rest with a warning, unless its version has `--enable-tower-connector-lora`; otherwise {merge}."
+        )
+    if config.get("use_dora") or config.get("modules_to_save"):
+        what = "DoRA" if config.get("use_dora") else "whole layers beside LoRA"
+        yield ""
+        yield f"The adapter uses {what}, which vLLM refuses; {merge}."
+    if settings.load_in_4bit:
+        yield ""
+        yield (
+            "vLLM puts the adapter on the 16-bit base, training had it in 4 bits, so answers can differ a little; a merge"
+            " with `scripts/merge.py --nf4_aware` keeps the weights of training."
+        )
+
+
+def training_lines(published: PublishedModel) -> Iterator[str]:
+    """Yield Markdown: a table of how the model was trained; what the run's files do not record has no line."""
+    recipe, metrics = published.recipe, published.metrics or {}
+    environment = published.environment or {}
+    context, data = environment.get("world") or {}, metrics.get("data") or environment.get("data") or {}
+    train, model = data.get("train") or {}, recipe.model
+    rows: dict[str, Any] = {"data": dataset_in_words(recipe.data.dataset_name)}
+    rows["split"] = f"`{recipe.data.dataset_train_split}`"
+    if train.get("rows"):
+        rows["rows"] = f"{train['rows']:,}"
+    if train.get("fingerprint"):
+        rows["fingerprint of the data"] = f"`{train['fingerprint']}`"
+    if published.kind == "full model":
+        rows["trained"] = "all weights" + ", but not the vision tower" * model.freeze_vision_tower
+    else:
+        rows["LoRA"] = (
+            f"r={model.lora_r}, alpha={model.lora_alpha}, dropout={model.lora_dropout}, {_targets(published)}"
+        )
+    trained = sum(part.get("trainable", 0) for part in (metrics.get("parameters") or {}).values())
+    if trained:
+        rows["trainable parameters"] = f"{trained:,}"
+    rows["learned tokens"] = "answers and their end of turn" if recipe.data.train_on == "assistant" else "all text"
+    rows["learning rate"] = f"{recipe.get('learning_rate')}, {_plain(recipe.get('lr_scheduler_type'))}"
+    processes = context.get("processes")
+    if processes:
+        rows |= _step(recipe, processes)
+        devices = sorted(set(environment.get("devices") or [])) or ["CPU"]
+        rows["hardware"] = f"{processes} process(es), {context.get('strategy')}, {', '.join(devices)}"
+    rows |= _outcome(published)
+    yield "| | |"
+    yield "| --- | --- |"
+    for label, value in rows.items():
+        yield f"| {label} | {value} |"
+    yield ""
+    yield f"All of it is in {RUN_FILES} beside this card, without the folders of the machine that trained."
+
+
+def dataset_in_words(name: str | None) -> str:
+    """Return a link to a dataset on the Hub, else the dataset's name without its folder."""
+    on_hub = hub_id(name)
+    if on_hub:
+        return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
+    public = public_name(name) if name else "data that the run does not name"
+    return f"`{public}`" + (", data of its publisher that are not on the Hub" if public.startswith("local:") else "")
+
+
+def _step(recipe: Recipe, processes: int) -> dict[str, str]:
+    """Return the size of an optimizer step over all processes.
+
+    With packing and a stated global batch, the recipe's gradient accumulation is not used.
+    """
+    run = recipe.run
+    if run.global_batch_tokens is not None:
+        return {"tokens of a step": f"about {run.global_batch_tokens:,}"}
+    if run.packing and run.global_batch_size is not None:
+        most = f"packed into micro-batches of at most {run.tokens_per_batch:,} tokens"
+        return {"rows of a step": f"{run.global_batch_size:,}, {most}"}
+    per_device, accumulated = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
+    each = f"{per_device} a process x {processes} x {accumulated} accumulated"
+    return {"rows of a step": f"{per_device * processes * accumulated} = {each}"}
+
+
+def _outcome(published: PublishedModel) -> dict[str, str]:
+    metrics = published.metrics
+    if metrics is None:
+        return {}
+    stats, rows = metrics.get("work") or {}, {}
+    if "steps" in metrics:
+        rows["steps"] = f"{metrics['steps']:,}, {metrics.get('epochs') or 0:.2f} epochs"
+    if stats.get("tokens"):
+        # Runs of an earlier version have the second number as `learned`.
+        targets = stats.get("target_tokens", stats.get("learned", 0))
+        rows["tokens read"] = f"{stats['tokens']:,}, of them {targets:,} learned"
+    if "train_runtime" in metrics:
+        minutes = metrics["train_runtime"] / 60
+        rows["time"] = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"
+    if "train_loss" in metrics:
+        rows["training loss"] = f"{metrics['train_loss']:.4f} on average"
+    if "eval_loss" in metrics:
+        rows["evaluation loss"] = f"{metrics['eval_loss']:.4f}"
+    return rows
+
+
+def _targets(published: PublishedModel) -> str:
+    modules = (published.adapter or {}).get("target_modules") or published.recipe.model.lora_target_modules
+    if isinstance(modules, str):
+        return f"on the layers of the {published.recipe.model.lora_scope} part"
+    scope = f"all linear layers of: {published.recipe.model.lora_scope}"
+    names = {str(name).rsplit(".", 1)[-1] for name in modules or []}
+    return f"on {', '.join(f'`{name}`' for name in sorted(names))}" if names else f"on {scope}"
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _limits(published: PublishedModel) -> Iterator[str]:
+    data = published.recipe.data
     row_format = known_format(data.dataset_format, data.dataset_name)
     subject = row_format.subject if row_format else None
     subject = subject or "the kind of question and image of its training data"
@@ -141,22 +430,22 @@ def _limits(publication: Publication) -> Iterator[str]:
     yield "It can answer wrongly in a sure tone, so check an answer before anything depends on it."
 
 
-def _licence(publication: Publication, licence: dict[str, str], stated: bool) -> Iterator[str]:
-    dataset = hub_id(publication.recipe.data.dataset_name)
+def _licence(published: PublishedModel, licence: dict[str, str], stated: bool) -> Iterator[str]:
+    dataset = hub_id(published.recipe.data.dataset_name)
     named = licence.get("license_name") or licence.get("license")
     if named:
         yield f"This model: {named}{'' if stated else ', as its base model states'}."
     else:
         yield "This model: not stated by its publisher. The terms of the base model apply to what is made from it."
     yield ""
-    if dataset in DATA_LICENCES:
-        yield f"Training data: `{dataset}` is licensed {DATA_LICENCES[dataset]}."
+    if dataset in DATASET_LICENCES:
+        yield f"Training data: `{dataset}` is licensed {DATASET_LICENCES[dataset]}."
     else:
         yield "Training data: the run does not record its licence."
 
 
-def _versions(publication: Publication) -> Iterator[str]:
-    environment = publication.environment or {}
+def _versions(published: PublishedModel) -> Iterator[str]:
+    environment = published.environment or {}
     versions = [f"{name} {version}" for name, version in (environment.get("versions") or {}).items() if version]
     if not versions:
         yield "The run does not record them."
@@ -166,12 +455,12 @@ def _versions(publication: Publication) -> Iterator[str]:
         yield f"Code of qwen_vl_sft at commit `{environment['git_commit']}`."
 
 
-def _base_in_words(publication: Publication) -> str:
-    if publication.base_on_hub:
-        link = f"[{publication.base}](https://huggingface.co/{publication.base})"
-        return f"{link} at revision `{publication.base_revision}`" if publication.base_revision else link
-    if publication.base and publication.base.startswith(BUILTIN_PREFIX):
-        return f"`{publication.base}`, the small model that ships with the package qwen_vl_sft"
+def _base_in_words(published: PublishedModel) -> str:
+    if published.base_on_hub:
+        link = f"[{published.base}](https://huggingface.co/{published.base})"
+        return f"{link} at revision `{published.base_revision}`" if published.base_revision else link
+    if published.base and published.base.startswith(BUILTIN_PREFIX):
+        return f"`{published.base}`, the small model that ships with the package qwen_vl_sft"
     return "a base model whose name on the Hub the run does not record"
 
 

@@ -1,4 +1,4 @@
-"""The metadata of a model card: what the Hub searches by, and the results as its `model-index`."""
+"""The metadata of the model card: what the Hub searches by, and the results as its `model-index`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qwen_vl_sft.evaluation.metrics import METRICS, NOTES
 from qwen_vl_sft.evaluation.scoring import ALL
-from qwen_vl_sft.publishing.asked_as import other_settings
 from qwen_vl_sft.publishing.names import hub_id, public_name, without_paths
-from qwen_vl_sft.publishing.publication import Publication
+from qwen_vl_sft.publishing.published_model import PublishedModel
 
 TASK = "image-text-to-text"
 _DATASET = re.compile(r"(.*?)(?: \[(.*)\])?")
@@ -20,39 +19,39 @@ _NO_ID = re.compile(r"[^\w./-]+")
 _RELATIONS = {"adapter": "adapter", "full model": "finetune", "merged model": "finetune"}
 
 
-def make_metadata(publication: Publication, name: str, licence: dict[str, str]) -> ModelCardData:
-    """The metadata of a card; its `eval_results` hold the tuned model's scores in %.
+def make_metadata(published: PublishedModel, name: str, licence: dict[str, str]) -> ModelCardData:
+    """Build the metadata of a card; its `eval_results` hold the tuned model's scores in %.
 
     Args:
-        publication: what is published.
+        published: the model to publish.
         name: the name of the model in the results.
         licence: `license`, and for one that the Hub has no name for `license_name` and `license_link`; may be empty.
     """
-    on_hub = publication.base_on_hub
-    dataset = hub_id(publication.recipe.data.dataset_name)
-    results = eval_results(publication)
-    base = {"base_model": on_hub, "base_model_relation": _RELATIONS[publication.kind]} if on_hub else {}
+    on_hub = published.base_on_hub
+    dataset = hub_id(published.recipe.data.dataset_name)
+    results = eval_results(published)
+    base = {"base_model": on_hub, "base_model_relation": _RELATIONS[published.kind]} if on_hub else {}
     named: dict[str, Any] = base | licence
     return ModelCardData(
         **named,
         datasets=[dataset] if dataset else None,
-        library_name="peft" if publication.is_adapter else "transformers",
+        library_name="peft" if published.is_adapter else "transformers",
         pipeline_tag=TASK,
-        tags=_tags(publication),
+        tags=_tags(published),
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
 
 
-def eval_results(publication: Publication) -> list[EvalResult]:
-    """The tuned model's scores over the whole split, in %, each with its 95% interval. Empty without an evaluation of it.
+def eval_results(published: PublishedModel) -> list[EvalResult]:
+    """Return the tuned model's scores over the whole split, in %, each with its 95% interval.
 
-    Scores of an adapter are not quite those of the model it was merged into, and those of another prompt or image size
-    not those of the model as it is published: they stay in the text.
+    Empty without an evaluation of these weights under the published prompt and image size: other scores stand in the
+    text of the card alone.
     """
-    summary = publication.evaluation
-    if summary is None or not publication.evaluated_as_published or other_settings(publication):
+    summary = published.evaluation
+    if summary is None or not published.evaluated_as_published or published.evaluated_otherwise:
         return []
     dataset, split = dataset_and_split(summary["dataset"])
     results = []
@@ -77,14 +76,14 @@ def eval_results(publication: Publication) -> list[EvalResult]:
 
 
 def dataset_and_split(text: str) -> tuple[str, str | None]:
-    """The dataset's public name and the split of `NAME [SPLIT]`, as the scripts write it."""
+    """Split `NAME [SPLIT]`, as the scripts write it, into the dataset's public name and the split."""
     match = _DATASET.fullmatch(text)
     assert match
     return without_paths(public_name(match[1])), match[2]
 
 
 def metadata_problems(data: ModelCardData) -> list[str]:
-    """What the Hub would refuse: metadata that do not read back as they were written."""
+    """Return why the Hub would refuse the metadata: they do not read back as they were written."""
     try:
         again: Any = ModelCardData(**_plain(data))
     except ValueError as error:
@@ -98,10 +97,10 @@ def _plain(data: ModelCardData) -> dict[str, Any]:
     return yaml.safe_load(data.to_yaml())
 
 
-def _tags(publication: Publication) -> list[str]:
-    model = publication.recipe.model
-    if publication.kind == "full model":
+def _tags(published: PublishedModel) -> list[str]:
+    model = published.recipe.model
+    if published.kind == "full model":
         kind = ["full-fine-tuning"]
     else:
-        kind = ["lora", *(["qlora"] if model.load_in_4bit or (publication.merge or {}).get("trained_in_4bit") else [])]
+        kind = ["lora", *(["qlora"] if model.load_in_4bit or (published.merge or {}).get("trained_in_4bit") else [])]
     return ["qwen-vl", "sft", "trl", *kind]

@@ -20,7 +20,7 @@ from qwen_vl_sft.merging.folder import PROCESSOR_FILES
 from qwen_vl_sft.merging.plan import ADAPTER_CONFIG
 from qwen_vl_sft.merging.plan import REPORT_FILE as MERGE_FILE
 from qwen_vl_sft.publishing.names import public_name, without_paths
-from qwen_vl_sft.publishing.publication import Publication
+from qwen_vl_sft.publishing.published_model import PublishedModel
 
 CARD = "README.md"
 EVALUATION = f"evaluation/{SUMMARY_FILE}"
@@ -44,24 +44,24 @@ class PublishedFile:
     git_sha1: str
 
 
-def collect_files(publication: Publication, card: str | None) -> list[PublishedFile]:
+def collect_files(published: PublishedModel, card: str | None) -> list[PublishedFile]:
     """All files to publish, in the order of a table of contents. Raises `UserError` when one holds the token."""
-    folder, home = publication.folder, publication.home
+    folder, home = published.folder, published.home
     contents: dict[str, Path | bytes] = {} if card is None else {CARD: card.encode()}
-    for name in _weights(publication):
+    for name in _weights(published):
         contents[name] = folder / name
-    if publication.adapter is not None:
-        contents[ADAPTER_CONFIG] = _json(publication.adapter | {"base_model_name_or_path": publication.base})
+    if published.adapter is not None:
+        contents[ADAPTER_CONFIG] = _json(published.adapter | {"base_model_name_or_path": published.base})
     else:
         contents |= _first({"config.json": _clean, "generation_config.json": _clean, MERGE_FILE: _clean}, [folder])
     # A checkpoint may hold weights alone; the run around it has the processor.
     contents |= _first(dict.fromkeys(PROCESSOR_FILES, _processor), [folder, home])
     contents |= _first({SYSTEM_MESSAGE: None, ENVIRONMENT: _environment}, [home])
-    contents[RECIPE] = _recipe(publication)
-    if publication.step is None:
+    contents[RECIPE] = _recipe(published)
+    if published.step is None:
         contents |= _first({METRICS: _metrics, LOG: None, LOSS_PLOT: None}, [home])
-    if publication.evaluation is not None:
-        contents[EVALUATION] = _json(_summary(publication.evaluation))
+    if published.evaluation is not None:
+        contents[EVALUATION] = _json(_summary(published.evaluation))
     # The card may have become its reader's own (`keep_card`), so it is never deleted.
     contents[LISTING] = _json({"files": sorted({*contents, LISTING} - {CARD})})
     files = [_measured(path, content) for path, content in contents.items()]
@@ -69,9 +69,9 @@ def collect_files(publication: Publication, card: str | None) -> list[PublishedF
     return files
 
 
-def _weights(publication: Publication) -> list[str]:
-    folder = publication.folder
-    if publication.is_adapter:
+def _weights(published: PublishedModel) -> list[str]:
+    folder = published.folder
+    if published.is_adapter:
         return [ADAPTER_FILE]
     index = folder / _INDEX
     if index.is_file():
@@ -125,16 +125,16 @@ def _summary(value: dict[str, Any]) -> dict[str, Any]:
     return without_paths(value | {"environment": environment})
 
 
-def _recipe(publication: Publication) -> bytes:
+def _recipe(published: PublishedModel) -> bytes:
     """The resolved recipe with public names, and without what it said about publishing: a recipe for others."""
-    path = publication.home / RECIPE
+    path = published.home / RECIPE
     text = path.read_text(encoding="utf-8")
     notes = "".join(f"{line}\n" for line in text.splitlines() if line.startswith("#"))
     values = {
         name: value for name, value in yaml.safe_load(text).items() if not name.startswith(("hub_", "push_to_hub"))
     }
     base = values.get("model_name_or_path")
-    values["model_name_or_path"] = publication.base or (public_name(base) if base else base)
+    values["model_name_or_path"] = published.base or (public_name(base) if base else base)
     if values.get("dataset_name"):
         values["dataset_name"] = public_name(values["dataset_name"])
     if values.get("output_dir"):

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.publishing.names import problem_of_branch, problem_of_repo_id
-from qwen_vl_sft.publishing.publication import problem_of_base
+from qwen_vl_sft.publishing.names import problem_of_base, problem_of_branch, problem_of_repo_id
 
 
 def _publishing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:

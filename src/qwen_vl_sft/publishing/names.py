@@ -1,4 +1,4 @@
-"""Names on the Hub and on this machine: what a repository may be called, and how local paths are told and taken out."""
+"""Names on the Hub and on this machine: valid repository names, public names, and texts without local paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft import tiny
+from qwen_vl_sft.errors import UserError
 
+BUILTIN_PREFIX = "builtin:"
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _REPO_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
 _BRANCH = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]*[A-Za-z0-9_-])?")
@@ -19,7 +21,7 @@ _BUILTIN = {str(tiny.MODEL_DIR): "builtin:tiny-qwen2-vl", str(tiny.DATA_DIR): "b
 
 
 def problem_of_repo_id(name: str) -> str | None:
-    """Why `name` cannot be a repository, None when it can."""
+    """Return why `name` cannot be a repository, or None."""
     if _REPO_ID.fullmatch(name) and "--" not in name and ".." not in name and not name.endswith(".git"):
         return None
     return (
@@ -29,31 +31,31 @@ def problem_of_repo_id(name: str) -> str | None:
 
 
 def problem_of_branch(name: str) -> str | None:
-    """Why `name` cannot be a branch, None when it can."""
+    """Return why `name` cannot be a branch, or None."""
     if _BRANCH.fullmatch(name) and ".." not in name and "//" not in name and not name.startswith("refs/"):
         return None
     return f"{name!r} is not the name of a branch; write a plain one such as v2"
 
 
 def is_local(name: str) -> bool:
-    """Whether a model or dataset is a folder or file here rather than a Hub id."""
+    """Return whether a model or dataset is a local folder or file rather than a Hub id."""
     return name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") > 1
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name when it is one that others find on the Hub, else None."""
+    """Return the name if it is a Hub id, else None."""
     return name if name and not is_local(name) and ":" not in name else None
 
 
 def public_name(name: str) -> str:
-    """The name of a model or dataset without the folders above it: what ships with the package, a Hub id, or `local:NAME`."""
+    """Return the name of a model or dataset without local folders: `builtin:NAME`, a Hub id, or `local:NAME`."""
     if name in _BUILTIN:
         return _BUILTIN[name]
     return f"local:{_last_part(name)}" if is_local(name) else name
 
 
 def without_paths(value: Any) -> Any:
-    """The same JSON-like value without this machine's folders: of an absolute path its last part is kept."""
+    """Return the same JSON-like value with every absolute path reduced to its last part."""
     if isinstance(value, dict):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -68,8 +70,29 @@ def without_paths(value: Any) -> Any:
     return _PATH.sub(lambda match: f"local:{_last_part(match[0])}", value)
 
 
+def problem_of_base(model: str | None, use_peft: bool) -> str | None:
+    """Return why a run on this base model could not be published when it ends, or None."""
+    if model and use_peft and public_base(model, None) is None:
+        return (
+            f"push_to_hub: the base model {model} is a local folder, and nobody else could load the adapter without it; set"
+            f" model_name_or_path to its Hub id, or publish after training with scripts/push.py and --base_model"
+        )
+    return None
+
+
+def public_base(name: str | None, stated: str | None) -> str | None:
+    """Return the base model's name for others: the `stated` Hub id, else `name` if others can load it. Raises `UserError`."""
+    if stated is not None:
+        problem = problem_of_repo_id(stated) or (None if hub_id(stated) else f"{stated} is a folder here, not a Hub id")
+        if problem:
+            raise UserError(f"--base_model: {problem}")
+        return stated
+    public = public_name(name) if name else None
+    return public if public and (hub_id(public) or public.startswith(BUILTIN_PREFIX)) else None
+
+
 def _last_part(path: str) -> str:
-    """The name of a folder or file, unless it may be that of a user."""
+    """Return the name of a folder or file, unless it may be a user's name."""
     parts = [part for part in Path(path).parts if part not in ("/", "~", ".", "..")]
     is_home = len(parts) == 2 and parts[0] in ("home", "Users")
     return "here" if not parts or is_home or parts[-1] == Path.home().name else parts[-1]

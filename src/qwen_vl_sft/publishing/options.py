@@ -69,16 +69,16 @@ def check_options(options: Options) -> None:
 
 def run_push(options: Options) -> str:
     """Publish, or with --dry_run describe what would be; return the text to print. Raises `UserError`."""
-    from qwen_vl_sft.publishing.publication import read_publication
-    from qwen_vl_sft.publishing.publishing import describe, publish
+    from qwen_vl_sft.publishing.publish import describe, publish
+    from qwen_vl_sft.publishing.published_model import read_published_model
 
-    publication = read_publication(options.run, options.model, options.evaluation, options.base_model)
+    published = read_published_model(options.run, options.model, options.evaluation, options.base_model)
     licence = {"license": options.license} if options.license else None
     if options.dry_run:
-        return describe(publication, options.target, licence)
+        return describe(published, options.target, licence)
 
     from qwen_vl_sft.publishing.access import check_access
     from qwen_vl_sft.publishing.push import format_outcome
 
     access = check_access(options.target)
-    return format_outcome(publish(publication, access, licence, keep_card=options.keep_card))
+    return format_outcome(publish(published, access, licence, keep_card=options.keep_card))

@@ -1,9 +1,8 @@
-"""One commit of a model to the Hub, and the proof that what is there equals what is here.
+"""Push a model to the Hub in one commit, and check that the files there equal the local ones.
 
-Files that are on the Hub already are not sent, so a push that was interrupted goes on where it stopped, and one of
-unchanged files makes no commit. What a former push brought and this one does not is deleted in the same commit, and told.
-The Hub's answer alone is not believed: after every commit, and after every failure, the size and digest of each file on
-the Hub are compared with the local ones.
+Files that are on the Hub already are not sent, so an interrupted push continues where it stopped, and a push of
+unchanged files makes no commit. Files from our previous push that are now obsolete are deleted in the same commit. After
+every commit, and after every failure, size and digest of each file on the Hub are compared with the local ones.
 """
 
 from __future__ import annotations
@@ -11,21 +10,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.publishing.access import HUB_ERRORS, MAIN, Access, explain
+from qwen_vl_sft.publishing.comparison import differences, listed_files, stale_files
 from qwen_vl_sft.publishing.files import PublishedFile
-from qwen_vl_sft.publishing.stale_files import files_to_remove, listed_files
 
 AGAIN = "push again: what has arrived is not sent twice"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished push: where it is, its commit, how many files were compared and how many sent now, and those removed."""
+    """A finished push: its page and commit, the number of files compared and sent, and the files removed."""
 
     url: str
     revision: str
@@ -37,17 +35,17 @@ class Outcome:
 
 
 def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
-    """Make the repository and branch where needed, commit what differs, and compare. Raises `UserError`."""
+    """Create repository and branch if needed, commit the differences, and verify. Raises `UserError`."""
     target = access.target
     where = f"{target.repo_id}, {target.revision}"
     with nothing_committed(where):
         _prepare(access)
         head = _head(access, target.revision)
         differing = differences(access, files, head)
-        there = _paths(access, head)
-        listed = listed_files(access, there, head)
+        on_hub = _paths(access, head)
+        listed = listed_files(access, on_hub, head)
         all_on_main = target.branch is not None and head == _head(access, MAIN)
-    gone = files_to_remove(there, listed, [file.path for file in files], where, all_on_main)
+    gone = stale_files(on_hub, listed, [file.path for file in files], where, all_on_main)
     if not differing and not gone:
         return _verified(access, files, head)
     if target.create_pr:
@@ -65,7 +63,7 @@ def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
             commit_description=f"Removed: {', '.join(gone)}." if gone else None,
             revision=target.revision,
             create_pr=target.create_pr,
-            # Nothing of somebody else's, committed since the comparison, is overwritten unseen.
+            # Refused if somebody else has committed since the comparison.
             parent_commit=head,
         )
         revision = commit.pr_revision or commit.oid
@@ -74,15 +72,8 @@ def push(access: Access, files: Sequence[PublishedFile], title: str) -> Outcome:
     return _verified(access, files, revision, len(sent), tuple(gone))
 
 
-def differences(access: Access, files: Sequence[PublishedFile], revision: str) -> dict[str, str]:
-    """What is not on the Hub as it is here: path and reason. Raises the client's errors."""
-    found = access.api.get_paths_info(access.target.repo_id, [file.path for file in files], revision=revision)
-    remote: dict[str, Any] = {entry.path: entry for entry in found}
-    return {file.path: reason for file in files if (reason := _difference(file, remote.get(file.path)))}
-
-
 def format_outcome(outcome: Outcome) -> str:
-    """What a person sees at the end."""
+    """Format the last lines of a push."""
     visibility = "private" if outcome.private else "public"
     commit_made = outcome.sent or outcome.removed
     sent = f"{outcome.sent} sent now" if commit_made else "all were there already, so no commit was made"
@@ -120,16 +111,6 @@ def _head(access: Access, revision: str) -> str:
     return commit
 
 
-def _difference(file: PublishedFile, remote: Any) -> str | None:
-    size = getattr(remote, "size", None)  # a folder has none
-    if size is None:
-        return "missing"
-    if size != file.size:
-        return f"{size:,} bytes instead of {file.size:,}"
-    equal = remote.lfs.sha256 == file.sha256 if remote.lfs else remote.blob_id == file.git_sha1
-    return None if equal else "other content"
-
-
 def _paths(access: Access, revision: str) -> list[str]:
     tree = access.api.list_repo_tree(access.target.repo_id, recursive=True, revision=revision)
     return [entry.path for entry in tree if hasattr(entry, "blob_id")]
@@ -140,7 +121,7 @@ def _addition(file: PublishedFile) -> CommitOperationAdd:
 
 
 def _open_pull_request(access: Access, files: Sequence[PublishedFile]) -> str | None:
-    """The revision of this user's open pull request that holds these very files already."""
+    """Return the revision of this user's open pull request with exactly these files, or None."""
     discussions = access.api.get_repo_discussions(
         access.target.repo_id, author=access.user, discussion_type="pull_request", discussion_status="open"
     )
@@ -154,7 +135,7 @@ def _open_pull_request(access: Access, files: Sequence[PublishedFile]) -> str | 
 def _committed_after_all(
     access: Access, files: Sequence[PublishedFile], head: str, where: str, error: Exception
 ) -> str:
-    """The revision of a commit whose reply was lost. Raises `UserError` with the first failure when there is none."""
+    """Return the revision of a commit whose reply was lost. Raises `UserError` with the first failure if there is none."""
     told = f"push: {explain(error, where)}"
     try:
         if access.target.create_pr:
@@ -176,7 +157,7 @@ def _committed_after_all(
 def _verified(
     access: Access, files: Sequence[PublishedFile], revision: str, sent: int = 0, removed: tuple[str, ...] = ()
 ) -> Outcome:
-    """Compare every file with the Hub's. Raises `UserError` that names those that differ."""
+    """Compare every file with the Hub's. Raises `UserError` naming those that differ."""
     target = access.target
     try:
         info = access.api.model_info(target.repo_id, revision=revision)

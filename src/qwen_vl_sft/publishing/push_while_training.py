@@ -23,8 +23,8 @@ from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.publishing.access import Access, Target, check_access, redact
-from qwen_vl_sft.publishing.publication import read_publication
-from qwen_vl_sft.publishing.publishing import publish
+from qwen_vl_sft.publishing.publish import publish
+from qwen_vl_sft.publishing.published_model import read_published_model
 from qwen_vl_sft.publishing.push import Outcome, format_outcome
 
 _STAGE = ".pushing"
@@ -91,7 +91,7 @@ class PushWhileTraining(TrainerCallback):
             enable_progress_bars()
         repo_id = self.access.target.repo_id
         try:
-            outcome = publish(read_publication(self.folder), self.access)
+            outcome = publish(read_published_model(self.folder), self.access)
         except UserError as error:
             self._record({"repo_id": repo_id, "failed": str(error), "while_training": background})
             words = ["python", "scripts/push.py", "--run", str(self.folder), "--repo_id", repo_id]
@@ -123,7 +123,7 @@ class PushWhileTraining(TrainerCallback):
 
     def _publish_staged(self, staged: Path) -> Outcome:
         try:
-            return publish(read_publication(staged), self.access)
+            return publish(read_published_model(staged), self.access)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Publishing a run: its card and files put together, then pushed."""
+"""Publish a model: make its card, collect its files, push them, or describe what would be pushed."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from huggingface_hub import HfApi
 from qwen_vl_sft.publishing.access import HUB_ERRORS, MAIN, Access, Target
 from qwen_vl_sft.publishing.card import make_card
 from qwen_vl_sft.publishing.files import CARD, PublishedFile, collect_files
-from qwen_vl_sft.publishing.publication import Publication
+from qwen_vl_sft.publishing.published_model import PublishedModel
 from qwen_vl_sft.publishing.push import Outcome, nothing_committed, push
 
 
 def publish(
-    publication: Publication, access: Access, licence: dict[str, str] | None = None, keep_card: bool = False
+    published: PublishedModel, access: Access, licence: dict[str, str] | None = None, keep_card: bool = False
 ) -> Outcome:
     """Push a model with its card; `licence` None takes that of the base model's card. Raises `UserError`."""
-    found = licence or licence_of_base(access.api, publication)
-    card = None if keep_card and _has_card(access) else _card(publication, access.target, found, bool(licence))
+    found = licence or licence_of_base(access.api, published)
+    card = None if keep_card and _has_card(access) else _card(published, access.target, found, bool(licence))
     name = access.target.repo_id.rpartition("/")[2]
-    what = f"{publication.kind} at step {publication.step}" if publication.step else publication.kind
-    return push(access, collect_files(publication, card), title=f"Upload {name}: {what}")
+    what = f"{published.kind} at step {published.step}" if published.step else published.kind
+    return push(access, collect_files(published, card), title=f"Upload {name}: {what}")
 
 
-def describe(publication: Publication, target: Target, licence: dict[str, str] | None) -> str:
-    """The files with their sizes, and the card, without contacting the Hub; a base model's licence is not looked up."""
-    card = _card(publication, target, licence or {}, bool(licence))
-    files = collect_files(publication, card)
+def describe(published: PublishedModel, target: Target, licence: dict[str, str] | None) -> str:
+    """Describe the files with their sizes and the card, without contacting the Hub, so without the base model's licence."""
+    card = _card(published, target, licence or {}, bool(licence))
+    files = collect_files(published, card)
     total = sum(file.size for file in files)
     visibility = "private" if target.private else "public"
     request = " as a pull request" if target.create_pr else ""
@@ -34,12 +34,12 @@ def describe(publication: Publication, target: Target, licence: dict[str, str] |
     return "\n".join([head, *(_line(file) for file in files), removed, "", card.rstrip()])
 
 
-def licence_of_base(api: HfApi, publication: Publication) -> dict[str, str]:
-    """The licence in the base model's card on the Hub, as metadata of ours; empty when it cannot be known."""
-    if not publication.base_on_hub:
+def licence_of_base(api: HfApi, published: PublishedModel) -> dict[str, str]:
+    """Return the licence that the base model's card on the Hub states, as metadata; empty if there is none."""
+    if not published.base_on_hub:
         return {}
     try:
-        data = api.model_info(publication.base_on_hub).card_data
+        data = api.model_info(published.base_on_hub).card_data
     except HUB_ERRORS:
         return {}
     found = data.to_dict() if data else {}
@@ -47,8 +47,8 @@ def licence_of_base(api: HfApi, publication: Publication) -> dict[str, str]:
     return {name: found[name] for name in names if isinstance(found.get(name), str)}
 
 
-def _card(publication: Publication, target: Target, licence: dict[str, str], stated: bool) -> str:
-    return make_card(publication, target.repo_id, target.revision, licence, stated)
+def _card(published: PublishedModel, target: Target, licence: dict[str, str], stated: bool) -> str:
+    return make_card(published, target.repo_id, target.revision, licence, stated)
 
 
 def _has_card(access: Access) -> bool:
