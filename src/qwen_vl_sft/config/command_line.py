@@ -104,8 +104,7 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
     elif keys is not None:
         given = {name: words.pop(name) for name in keys.metadata["recipe_keys"] if name in words}
         values[keys.name] = {name: _text(name, parts, problems) for name, parts in given.items()}
-    known = [name for name, _ in _entries(kind)]
-    problems += [f"command line: {_unknown(name, known)}" for name in words]
+    problems += [f"command line: {_unknown(name, option_names(kind))}" for name in words]
     raise_all(problems)
     return kind(**values)
 
@@ -160,6 +159,12 @@ def size(text: str) -> int:
     return number
 
 
+def option_names(kind: type) -> list[str]:
+    """Return the names of all options, those of the recipe keys that are listed included."""
+    options, keys = _declared(kind)
+    return [*(entry.name for entry in options), *(keys.metadata["recipe_keys"] or () if keys else ()), "help"]
+
+
 def format_help(kind: type, usage: str) -> str:
     """Format --help in 80 columns: usage, options, then the recipe keys that the script takes."""
     hints = typing.get_type_hints(kind)
@@ -186,13 +191,6 @@ def _declared(kind: type) -> tuple[list[Field[Any]], Field[Any] | None]:
     """Return the options of a dataclass, and its field of recipe keys."""
     keys = [entry for entry in fields(kind) if "recipe_keys" in entry.metadata]
     return [entry for entry in fields(kind) if "help" in entry.metadata], keys[0] if keys else None
-
-
-def _entries(kind: type) -> Iterator[tuple[str, Any]]:
-    options, keys = _declared(kind)
-    yield from ((entry.name, entry) for entry in options)
-    yield from ((name, keys) for name in (keys.metadata["recipe_keys"] if keys else None) or ())
-    yield "help", None
 
 
 def _value(entry: Field[Any], words: list[str], hint: Any) -> Any:
