@@ -69,7 +69,7 @@ def load_examples(folder: Path) -> list[Example]:
 
 
 def _write(rows: Rows, number: int, folder: Path) -> Iterator[Example]:
-    """Every row or every second, whichever still gives enough, so that not all come from one half of the split."""
+    """Yield evenly spread rows, so that not all come from one half of the split."""
     found = []
     for raw in rows.dataset:
         conversation = rows.conversation(raw).up_to_last_answer()
@@ -89,7 +89,7 @@ def _write(rows: Rows, number: int, folder: Path) -> Iterator[Example]:
 
 
 def _is_plain(conversation: Conversation) -> bool:
-    """Whether the page could ask it: images, then one text, then the answer."""
+    """Return whether the page could ask it: images, then one text, then the answer."""
     first, *others = conversation.messages
     kinds = [part["type"] for part in first["content"]]
     plain = kinds == ["image"] * len(conversation.media) + ["text"]

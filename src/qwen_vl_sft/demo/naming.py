@@ -16,7 +16,7 @@ EVALUATION = "evaluation"
 
 
 def run_names(sources: Sequence[Source]) -> list[str]:
-    """A name for each run: its folder's, with those above it as far as needed to tell the runs apart."""
+    """Name each run by its folder, with as many parent folders as tell the runs apart."""
     paths = [source.tuned.folder.resolve().parts[1:] for source in sources if source.tuned]
     names = []
     for source, parts in zip(sources, paths, strict=True):
@@ -29,7 +29,7 @@ def run_names(sources: Sequence[Source]) -> list[str]:
 
 
 def relaxed_accuracy(tuned: TunedModel) -> float | None:
-    """The run's accuracy as its own evaluation found it, None when it has not been evaluated."""
+    """Return the relaxed accuracy of the run's own evaluation, or None."""
     try:
         summary = json.loads((tuned.folder / EVALUATION / SUMMARY_FILE).read_text(encoding="utf-8"))
         return float(summary["scores"]["tuned"]["all"][HEADLINE]["mean"])
@@ -38,13 +38,13 @@ def relaxed_accuracy(tuned: TunedModel) -> float | None:
 
 
 def label(name: str, tuned: TunedModel) -> str:
-    """A run as the page's list shows it."""
+    """Return a run's label in the page's list."""
     accuracy = relaxed_accuracy(tuned)
     return name if accuracy is None else f"{name} (relaxed accuracy {accuracy:.1%})"
 
 
 def model_name(settings: ModelSettings) -> str:
-    """The base model's name: its Hub id, the name of what ships with this package, or its folder's last part."""
+    """Return the base model's name: its Hub id, its builtin name, or the last part of its folder."""
     path = str(settings.model_name_or_path)
     builtin = {str(folder): name for name, folder in BUILTIN.items()}
     return builtin.get(path, Path(path).name if Path(path).exists() else path)

@@ -17,7 +17,7 @@ from qwen_vl_sft.inference.source import Source, read_source
 
 
 def read_sources(options: Options) -> list[Source]:
-    """The runs of the command line. Raises `UserError`."""
+    """Read the runs of the command line. Raises `UserError`."""
     return [read_source(run, options.recipe_keys, tuned_needed=True) for run in options.run]
 
 

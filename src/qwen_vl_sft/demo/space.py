@@ -128,7 +128,7 @@ def card(names: Sequence[str], sources: Sequence[Source]) -> str:
 
 
 def hardware(settings: ModelSettings) -> str:
-    """The cheapest of the Hub's machines that holds the base model in its precision."""
+    """Return the cheapest of the Hub's machines that holds the base model in its precision."""
     weights = sum(count.total for count in count_parameters(build_on_meta(settings)).values())
     size = weights * (
         0.6 if settings.load_in_4bit else 1.1 if settings.load_in_8bit else 4 if settings.dtype == "float32" else 2
@@ -140,7 +140,7 @@ def hardware(settings: ModelSettings) -> str:
 
 
 def write_run(source: Source, folder: Path) -> None:
-    """A run as the page needs it, without the paths of this machine: adapter, processor, system message, recipe."""
+    """Write what the page needs of a run, without local paths: adapter, processor, system message, recipe."""
     tuned, name = source.tuned, model_name(source.recipe.model)
     assert tuned
     folder.mkdir(parents=True)
@@ -164,7 +164,7 @@ def write_run(source: Source, folder: Path) -> None:
 
 
 def copy_package(folder: Path, with_model: bool) -> None:
-    """This package's own code, since no index has it; its tiny model only where it is the base."""
+    """Copy this package's code, since no index has it, and the tiny model only where it is the base."""
     home = Path(qwen_vl_sft.__file__).parent
     shutil.copytree(home, folder, ignore=shutil.ignore_patterns("__pycache__", "assets", "*.pyc"))
     if with_model:
@@ -172,7 +172,7 @@ def copy_package(folder: Path, with_model: bool) -> None:
 
 
 def requirements() -> list[str]:
-    """What the package needs, in the versions that are installed here; Gradio itself follows from the front matter."""
+    """List the package's dependencies in their installed versions; Gradio's version is in the front matter."""
     try:
         needed = metadata.requires("qwen_vl_sft") or []
     except metadata.PackageNotFoundError:
@@ -208,7 +208,7 @@ def _problems(sources: Sequence[Source]) -> list[str]:
 
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside the Space's place that is moved there at the end, or deleted on any failure."""
+    """Yield a temporary folder that becomes `folder` at the end, or is deleted on any failure."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         where = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

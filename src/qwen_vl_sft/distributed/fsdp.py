@@ -9,7 +9,7 @@ from torch import nn
 
 
 def problems(model: nn.Module) -> list[str]:
-    """What is wrong with a model that should be split by FSDP2; call it on all processes, since weights are gathered."""
+    """Return what is wrong with a model sharded by FSDP2; call it on all processes, since weights are gathered."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -29,7 +29,7 @@ def problems(model: nn.Module) -> list[str]:
 
 
 def altered_weights(model: nn.Module) -> list[str]:
-    """Names of weights whose own share, once gathered, is not bit for bit what this process put in.
+    """Return the weights whose local shard, once gathered, is not bit for bit what this process put in.
 
     Weights that are gathered in another type than theirs are left out. One layer at a time is whole meanwhile.
     """
@@ -54,7 +54,7 @@ def altered_weights(model: nn.Module) -> list[str]:
 
 
 def _own_share(gathered: torch.Tensor, split: Any) -> torch.Tensor:
-    """The part of a whole weight that this process holds: FSDP2 splits into chunks, of which the last may be missing."""
+    """Return this process's part of a whole weight; FSDP2 splits into chunks, of which the last may be missing."""
     own = gathered.detach()
     for axis, placement in enumerate(split.placements):
         if placement.is_shard():

@@ -28,7 +28,7 @@ class AnswerFiles:
     folder: Path
 
     def read(self) -> dict[str, dict[int, GeneratedAnswer | None]]:
-        """All answers there are, by arm and row, whichever process wrote them."""
+        """Read the answers of all processes, by arm and row."""
         answers: dict[str, dict[int, GeneratedAnswer | None]] = {}
         for path in sorted(self.folder.glob(f"{PARTS_FOLDER}/*.jsonl")):
             for line in _whole_lines(path):
@@ -57,7 +57,7 @@ class AnswerFiles:
             file.write("".join(lines))
 
     def read_settings(self) -> dict[str, Any]:
-        """What the run that left its files here was about; empty when there is none."""
+        """Read the settings of the evaluation in this folder; empty if there is none."""
         path = self.folder / SETTINGS_FILE
         try:
             return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -101,7 +101,7 @@ def check_output_dir(folder: Path, in_use_allowed: bool) -> None:
 
 
 def _lacks(path: Path, key: str) -> bool:
-    """Whether this is a file of JSON, but not one of ours, which all hold this key."""
+    """Return whether this JSON file is not ours: ours all hold this key."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):  # there is none, or a kill has left half of it
@@ -110,7 +110,7 @@ def _lacks(path: Path, key: str) -> bool:
 
 
 def deal(batches: Sequence[Sequence[int]], done: Iterable[int], rank: int, processes: int) -> list[list[int]]:
-    """The batches of this process: every batch with a row that is not done, dealt in turn, longest first.
+    """Return this process's share of the batches that are not done, dealt in turn, longest first.
 
     Whole batches are dealt, the same ones whatever the number of processes and however much is done, because the
     answers in 16 bits may depend on what stands beside a row in its batch.
@@ -121,7 +121,7 @@ def deal(batches: Sequence[Sequence[int]], done: Iterable[int], rank: int, proce
 
 
 def different_settings(former: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One text for each setting in which a run cannot go on from another: `name: former, now current`."""
+    """Describe each setting that differs between two evaluations: `name: former, now current`."""
     names = sorted({*former, *current})
     return [
         f"{name}: {former.get(name)}, now {current.get(name)}"

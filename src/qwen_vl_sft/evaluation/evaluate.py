@@ -84,7 +84,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
 
 
 def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:
-    """The images of a row by its `row_id`, not decoded yet."""
+    """Return a function from a `row_id` to the row's images, not decoded yet."""
     places = {question.row_id: place for place, question in enumerate(task.questions)}
     return lambda row_id: task.conversation(places[row_id]).media
 
@@ -144,7 +144,7 @@ def answer_all(
 
 
 def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str, dict[str, float]]:
-    """Rows of all processes, the seconds of the slowest, and rows a second, of every arm that was answered now."""
+    """Return rows of all processes, seconds of the slowest and rows a second, for each arm answered in this run."""
     found = {}
     for arm in dict.fromkeys(arm for speed in speeds for arm in speed):
         rows = sum(speed[arm][0] for speed in speeds if arm in speed)
@@ -180,7 +180,7 @@ def _generate(
 def collect(
     questions: Sequence[Question], answers: Mapping[str, Mapping[int, GeneratedAnswer | None]], arms: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The scored rows in row order, each with an answer of every arm; without those that could not be read for one."""
+    """Score the rows that every arm answered, in row order."""
     for arm in arms:
         missing = [question.row_id for question in questions if question.row_id not in answers.get(arm, {})]
         assert not missing, f"{arm}: no answer to rows {missing[:5]}"
@@ -197,13 +197,13 @@ def collect(
 def cut_answers(
     rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Mapping[int, GeneratedAnswer | None]], arms: Sequence[str]
 ) -> dict[str, int]:
-    """How many of the scored answers of each arm `max_new_tokens` has cut."""
+    """Count the truncated answers per arm: those cut at `max_new_tokens`."""
     scored = {arm: [answers[arm][row["row_id"]] for row in rows] for arm in arms}
     return {arm: sum(answer is not None and not answer.ended for answer in given) for arm, given in scored.items()}
 
 
 def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:
-    """The arms to score; a resumed evaluation keeps those it was begun with. Raises `UserError` when it is another one."""
+    """Return the arms to score, with those of the resumed evaluation. Raises `UserError` if its settings differ."""
     former = files.read_settings() if plan.options.resume else {}
     former_arms = former.pop("arms", [])
     if not former:

@@ -26,13 +26,13 @@ def print_stream(answers: Iterable[Answer]) -> Answer:
 
 
 def describe(answer: Answer) -> str:
-    """How long an answer took, in a few words."""
+    """Describe how long an answer took."""
     words = "token" if answer.tokens == 1 else "tokens"
     return f"{answer.seconds:.2f} s, first token after {answer.first_seconds:.2f} s, {answer.tokens:,} {words}"
 
 
 def format_table(answers: Mapping[str, Answer]) -> str:
-    """The answers of the arms below each other with their times, 80 columns wide."""
+    """Format the arms' answers and times as a table of 80 columns."""
     lines = [f"{'arm':<{ARM}}{'answer':<{TEXT}}{'seconds':>{SECONDS}}{'tokens':>{TOKENS}}"]
     for arm, answer in answers.items():
         wrapped = [part for line in answer.text.splitlines() for part in textwrap.wrap(line, TEXT - 1) or [""]] or [
@@ -44,7 +44,7 @@ def format_table(answers: Mapping[str, Answer]) -> str:
 
 
 def to_json(question: str, images: Sequence[str], source: Source, answers: Mapping[str, Answer]) -> str:
-    """What was asked and what every arm said, as one line of JSON."""
+    """Format a question and every arm's answer as one line of JSON."""
     asked = {
         "question": question,
         "images": list(images),

@@ -52,7 +52,7 @@ class Answer:
 
 
 def ask(question: str, images: Sequence[ImageFile]) -> Conversation:
-    """A conversation of one question about images, which come before it, as in ChartQA's rows."""
+    """Build a conversation of one question after its images, as in ChartQA's rows."""
     if not question.strip():
         raise UserError("the question is empty; write one")
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
@@ -122,7 +122,7 @@ class Answerer:
     def encoder(
         self, arm: str, place: int = 0, system_message: str | None = None, max_pixels: int | None = None
     ) -> Encoder:
-        """How an arm is asked; a system message and a limit of pixels that are given win over the run's."""
+        """Build an arm's encoder; a given system message or pixel limit wins over the run's."""
         processor = self.processors[place]
         if max_pixels is not None:
             processor = copy.copy(processor)
@@ -211,7 +211,7 @@ class _Listener(BaseStreamer):
         self._say(decode_answer(self._encoder, self._tokens).rstrip(UNFINISHED_CHARACTER), finished=False)
 
     def end(self) -> None:
-        """The text is finished by `finish`, with the words of an evaluation."""
+        """Do nothing: `finish` brings the text, decoded as in an evaluation."""
 
     def finish(self, text: str) -> None:
         self._say(text, finished=True)
@@ -238,7 +238,7 @@ def reported_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named() -> Iterator[None]:
-    """A row's error says what a row has; here there is none, but a request."""
+    """Word a `BadRow` for a request, which belongs to no row."""
     try:
         yield
     except BadRow as error:

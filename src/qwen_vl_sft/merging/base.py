@@ -48,12 +48,12 @@ class Weight:
 
     @property
     def output(self) -> str:
-        """Its key in the merged model."""
+        """Return its key in the merged model."""
         return self.written_as or self.key
 
     @property
     def module(self) -> str:
-        """The module whose `weight` it is, empty for any other tensor."""
+        """Return the module whose `weight` it is; empty for any other tensor."""
         return self.name.removesuffix(".weight") if self.name.endswith(".weight") else ""
 
 
@@ -66,7 +66,7 @@ class Adapter:
 
 
 def download(settings: ModelSettings) -> Path:
-    """The folder of the base model's files, downloaded when it is a Hub id. Raises `UserError`."""
+    """Return the folder of the base model's files; download a Hub model. Raises `UserError`."""
     from huggingface_hub import snapshot_download
 
     name = settings.model_name_or_path or ""
@@ -90,7 +90,7 @@ def download(settings: ModelSettings) -> Path:
 
 
 def read_base(folder: Path, model: nn.Module) -> list[Weight]:
-    """All tensors of the base in the order of its files, each with its name and shape in `model` (on the meta device).
+    """List the base's tensors in the order of its files, with name and shape in `model` (on the meta device).
 
     Raises `UserError` for files that do not hold exactly the model, in 16 or 32 bit floating point.
     """
@@ -130,7 +130,7 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """The base's safetensors files and the keys that its index expects in each (none without an index)."""
+    """Return the base's safetensors files and the keys that its index expects in each (none without an index)."""
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return {folder / name: {key for key, at in index.items() if at == name} for name in sorted(set(index.values()))}
@@ -150,7 +150,7 @@ def open_weights(path: Path) -> Iterator[Any]:
 
 
 def renamer(model: Any) -> Any:
-    """A function from a key in a checkpoint's file to the name in `model`, with transformers' own rules.
+    """Return a function from a key in a checkpoint's file to the name in `model`, by transformers' own rules.
 
     transformers 5 loads `visual.*` and `model.layers.*` (and other spellings) into `model.visual.*` and
     `model.language_model.layers.*`.
@@ -172,7 +172,7 @@ def renamer(model: Any) -> Any:
 
 
 def quantized_layers(settings: ModelSettings) -> set[str]:
-    """Names of the layers that bitsandbytes quantizes under these settings; transformers itself chooses them."""
+    """Return the names of the layers that transformers would quantize with bitsandbytes under these settings."""
     from bitsandbytes.nn import Linear4bit
     from transformers.quantizers import AutoHfQuantizer
 
@@ -186,7 +186,7 @@ def quantized_layers(settings: ModelSettings) -> set[str]:
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:
-    """The adapter in `folder`. PEFT builds it on `model` (on the meta device, changed) to say what must be there.
+    """Read the adapter in `folder`; PEFT builds it on `model` (on the meta device, changed) to list its tensors.
 
     Raises `UserError` when a tensor is missing, left over or of another shape, or for a kind that cannot be merged.
     """
@@ -223,7 +223,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
 
 
 def adapter_config(folder: Path) -> LoraConfig:
-    """PEFT's configuration of a plain LoRA adapter. Raises `UserError` naming every setting that a merge cannot honour."""
+    """Read PEFT's configuration of a plain LoRA adapter. Raises `UserError` naming each setting that cannot be merged."""
     written = read_adapter_config(folder)
     default = LoraConfig()
     known = {entry.name for entry in fields(LoraConfig)}

@@ -67,7 +67,7 @@ def check_weights(task: Merge, folder: Path) -> None:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and type are the same, bit by bit."""
+    """Return whether two tensors of one shape and type are equal bit by bit."""
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
@@ -108,7 +108,7 @@ def check_model(task: Merge, folder: Path, samples: Samples | None) -> dict[str,
 
 
 def reload_strictly(plan: Plan, folder: Path) -> Any:
-    """The merged model as transformers loads it; every weight must find its place. Raises `UserError`."""
+    """Load the merged model with transformers and check that every weight is used. Raises `UserError`."""
     from transformers import AutoModelForImageTextToText
 
     from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
@@ -135,7 +135,7 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
 
 
 def load_adapted(plan: Plan, settings: Any) -> Any:
-    """Base and adapter, not merged."""
+    """Load base and adapter without merging them."""
     from qwen_vl_sft.inference.models import attach_adapter
     from qwen_vl_sft.modeling.base_model import load_model
 
@@ -143,7 +143,7 @@ def load_adapted(plan: Plan, settings: Any) -> Any:
 
 
 def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Spoken:
-    """The model's logits where it answers, and its own answers."""
+    """Compute the model's logits of the given answers, and its own answers."""
     from qwen_vl_sft.inference.generation import generate_answers
 
     logits = answer_logits(model, encoder, conversations)
@@ -154,7 +154,7 @@ def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -
 
 
 def answer_logits(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> torch.Tensor:
-    """The logits of the answers' tokens [N, vocabulary] float32; row by row, so that padding plays no part."""
+    """Compute the logits of the answers' tokens [N, vocabulary] float32, row by row and so without padding."""
     from qwen_vl_sft.batching.collator import pad
     from qwen_vl_sft.data.labels import IGNORE_INDEX
 
@@ -170,7 +170,7 @@ def answer_logits(model: Any, encoder: Encoder, conversations: Sequence[Conversa
 
 
 def compare(one: Spoken, other: Spoken) -> dict[str, Any]:
-    """Differences of logits: their maximum and mean, the root mean square of `other`'s, and rows answered alike."""
+    """Return maximum and mean difference of logits, the root mean square of `other`'s, and rows with equal answers."""
     difference = (one.logits - other.logits).abs()
     return {
         "max": float(difference.max()),
@@ -182,7 +182,7 @@ def compare(one: Spoken, other: Spoken) -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The table that ends a merge."""
+    """Format the table that ends a merge."""
     kind = "the 4-bit base + adapter, as trained" if report["nf4_aware"] else f"base + adapter in {report['dtype']}"
     replaced = f", {len(report['replaced'])} tensors replaced" if report["replaced"] else ""
     lines = [

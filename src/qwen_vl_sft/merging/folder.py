@@ -29,7 +29,7 @@ NOTHING_LEFT = "nothing was left there. Free space, or name another folder"
 
 @contextlib.contextmanager
 def staged(output: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes it at the end, or is deleted on any failure, Ctrl-C included.
+    """Yield a temporary folder that becomes `output` at the end, or is deleted on any failure, Ctrl-C included.
 
     Raises `UserError` when the disk has fewer than `needed` bytes free.
     """
@@ -80,7 +80,7 @@ def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None
 
 
 def merged_config(config: dict[str, Any], dtype: str, unties: bool) -> dict[str, Any]:
-    """The base's configuration in the precision of the output, and untied where the adapter unties."""
+    """Return the base's configuration in the precision of the output, untied where the adapter unties."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
         if unties and (part is config or "tie_word_embeddings" in part):
@@ -95,7 +95,7 @@ def _copy_first(name: str, places: Sequence[Path], folder: Path) -> None:
 
 
 def _open_to_group(folder: Path) -> None:
-    """mkdtemp and safetensors write for the owner alone; a group that shares the folder could not load the model."""
+    """Give the umask's permissions: mkdtemp and safetensors write for the owner alone, also in a shared folder."""
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)

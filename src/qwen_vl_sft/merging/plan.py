@@ -50,12 +50,12 @@ class Plan:
 
     @property
     def trained_quantized(self) -> bool:
-        """Whether training held the base in 4 or 8 bits."""
+        """Return whether training held the base in 4 or 8 bits."""
         return self.trained.load_in_4bit or self.trained.load_in_8bit
 
     @property
     def on_cpu(self) -> bool:
-        """Whether to quantize and compare on the CPU: without a GPU, or when the run was told to compute there."""
+        """Return whether to quantize and compare on the CPU: without a GPU, or for a run with `use_cpu`."""
         import torch
 
         return not torch.cuda.is_available() or bool(self.recipe.get("use_cpu"))
@@ -87,7 +87,7 @@ def make_plan(options: Options) -> Plan:
 
 
 def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
-    """The recipe's model settings with the base to merge into: that of --base, else of the adapter and the recipe."""
+    """Return the recipe's model settings with the base to merge into: --base, else that of the adapter and the recipe."""
     from qwen_vl_sft.config.reading import BUILTIN
 
     if options.base:
@@ -110,7 +110,7 @@ def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> M
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """PEFT's configuration beside an adapter. Raises `UserError`."""
+    """Read PEFT's configuration of an adapter. Raises `UserError`."""
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ class Target:
 
     @property
     def revision(self) -> str:
-        """The branch that is written, or on which a pull request is based."""
+        """Return the branch to write, or the base of the pull request."""
         return self.branch or MAIN
 
 
@@ -48,7 +48,7 @@ class Access:
 
     @property
     def url(self) -> str:
-        """The page of the repository."""
+        """Return the address of the repository's page."""
         return f"{self.api.endpoint}/{self.target.repo_id}"
 
 
@@ -94,7 +94,7 @@ def check_access(target: Target) -> Access:
 
 
 def explain(error: Exception, where: str) -> str:
-    """One line: what the Hub or the connection did, why, and the way out. `where` names the repository or endpoint."""
+    """Explain a failure in one line, with the way out. `where` names the repository or endpoint."""
     if not isinstance(error, HfHubHTTPError):
         if isinstance(error, ValueError) and not isinstance(error, OSError):
             return f"{where}: {redact(str(error))}"
@@ -120,7 +120,7 @@ def explain(error: Exception, where: str) -> str:
 
 
 def redact(text: str) -> str:
-    """One line of text without anything that is, or looks like, a token."""
+    """Return the text in one line, with everything masked that is, or looks like, a token."""
     token = get_token()
     text = " ".join(text.split())
     return _ANY_TOKEN.sub("***", text.replace(token, "***") if token else text)
@@ -132,7 +132,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _repository(api: HfApi, target: Target) -> Any:
-    """The repository's page as data, None when there is none that this token can see."""
+    """Return the Hub's record of the repository, or None if this token sees none."""
     try:
         return api.model_info(target.repo_id)
     except RepositoryNotFoundError:

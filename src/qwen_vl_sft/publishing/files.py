@@ -45,7 +45,7 @@ class PublishedFile:
 
 
 def collect_files(published: PublishedModel, card: str | None) -> list[PublishedFile]:
-    """All files to publish, in the order of a table of contents. Raises `UserError` when one holds the token."""
+    """List all files to publish, the card first. Raises `UserError` if one contains the token."""
     folder, home = published.folder, published.home
     contents: dict[str, Path | bytes] = {} if card is None else {CARD: card.encode()}
     for name in _weights(published):
@@ -86,7 +86,7 @@ def _weights(published: PublishedModel) -> list[str]:
 def _first(
     names: dict[str, Callable[[dict[str, Any]], dict[str, Any]] | None], places: Sequence[Path]
 ) -> dict[str, Path | bytes]:
-    """The files that exist in the first of `places` that has them; JSON goes through the function beside its name."""
+    """Take each file from the first of `folders` that has it; JSON goes through the function beside its name."""
     found: dict[str, Path | bytes] = {}
     for name, change in names.items():
         path = next((place / name for place in places if (place / name).is_file()), None)
@@ -126,7 +126,7 @@ def _summary(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(published: PublishedModel) -> bytes:
-    """The resolved recipe with public names, and without what it said about publishing: a recipe for others."""
+    """Return the resolved recipe with public names and without the keys of publishing."""
     path = published.home / RECIPE
     text = path.read_text(encoding="utf-8")
     notes = "".join(f"{line}\n" for line in text.splitlines() if line.startswith("#"))

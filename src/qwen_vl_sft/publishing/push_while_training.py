@@ -43,7 +43,7 @@ def prepare(recipe: Recipe, context: DistributedContext) -> PushWhileTraining | 
 
 
 def target_of(recipe: Recipe) -> Target:
-    """Where a recipe publishes to."""
+    """Return the repository and branch that a recipe publishes to."""
     run = recipe.run
     branch = None if run.hub_revision == "main" else run.hub_revision
     return Target(run.hub_model_id or recipe.output_dir.name, private=run.hub_private_repo, branch=branch)
@@ -63,7 +63,7 @@ class PushWhileTraining(TrainerCallback):
             disable_progress_bars()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is complete by now. One is left out while another is being sent, as the Trainer's own would be."""
+        """Publish the complete checkpoint in the background; skip it while another is being sent, as the Trainer does."""
         if not self.every_save:
             return
         if not self.always and any(not future.done() for future in self.started.values()):
@@ -109,7 +109,7 @@ class PushWhileTraining(TrainerCallback):
             print(f"checkpoints {done} of {len(self.started)} published while training{left_out}", flush=True)
 
     def _stage(self, checkpoint: Path) -> Path:
-        """A second name for the checkpoint's files, so that deleting old checkpoints cannot take them away meanwhile."""
+        """Link the checkpoint's files into a second folder, so that rotation cannot delete them meanwhile."""
         stage = self.folder / _STAGE
         staged = stage / checkpoint.name
         staged.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class PushWhileTraining(TrainerCallback):
             shutil.rmtree(staged, ignore_errors=True)
 
     def _wait(self) -> dict[str, Any]:
-        """The steps whose push has ended well, and those whose has not with the reason."""
+        """Wait for all pushes; return the published steps, and the failed ones with the reason."""
         waiting = sum(not future.done() for future in self.started.values())
         if waiting:
             print(f"waiting     for {waiting} checkpoint(s) that are still being sent", flush=True)

@@ -95,7 +95,7 @@ class Variant:
     bytes_of_weights: int = 0
 
     def work_done(self, steps: int) -> BatchStats:
-        """What has been computed so far: as our trainer counts it, for TRL's that of so many rows on average."""
+        """Return the work so far: as our trainer counts it, or that of as many average rows for TRL's."""
         meter = getattr(self.trainer, "meter", None)
         if meter is not None:
             return meter.total + meter.work
@@ -114,7 +114,7 @@ class Variant:
 
 
 def read_names(text: str) -> list[str]:
-    """The variants between commas. Raises `UserError` for one that is not known, and where none is named."""
+    """Read variants between commas. Raises `UserError` for an unknown one, and for none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [repr(name) for name in names if name not in VARIANTS]
     if unknown or not names:
@@ -172,7 +172,7 @@ class RepeatedRows(Rows):
 
 
 def repeated(scan: Scan, times: int) -> Scan:
-    """The same rows several times, so that an epoch is long; the images of each time count as others."""
+    """Repeat the rows, so that an epoch is long; the images of each repetition count as different."""
     arrays: dict[str, Any] = {
         field.name: np.tile(getattr(scan.lengths, field.name), times) for field in dataclasses.fields(scan.lengths)
     }
@@ -184,7 +184,7 @@ def repeated(scan: Scan, times: int) -> Scan:
 
 
 def mean_work(scan: Scan) -> BatchStats:
-    """A row on average; images are taken to be of one size within a row."""
+    """Return the mean work of a row, assuming images of one size within a row."""
     lengths = scan.lengths
     images = np.maximum(lengths.images, 1)
     return BatchStats(
@@ -199,7 +199,7 @@ def mean_work(scan: Scan) -> BatchStats:
 
 
 def trl_trainer(recipe: Recipe, context: DistributedContext, data: PreparedData) -> Any:
-    """TRL's SFTTrainer with its own collator for vision models: batches of 4, padded, checkpointing, loss on everything."""
+    """Build TRL's SFTTrainer with its own vision collator: padded batches of 4, checkpointing, loss on all tokens."""
     from transformers import AutoModelForImageTextToText
     from trl import SFTConfig, SFTTrainer
 
@@ -242,7 +242,7 @@ def trl_trainer(recipe: Recipe, context: DistributedContext, data: PreparedData)
 
 
 def as_messages(data: PreparedData) -> Any:
-    """Rows as TRL's collator takes them, read when they are asked for: messages with placeholders, and decoded images."""
+    """Build a dataset for TRL's collator, read lazily: messages with placeholders, and decoded images."""
     assert isinstance(data.train, Scan)
     rows, system_message = data.train.rows, data.encoder.system_message
     start = [{"role": "system", "content": [{"type": "text", "text": system_message}]}] if system_message else []
@@ -260,7 +260,7 @@ def as_messages(data: PreparedData) -> Any:
 
 @contextlib.contextmanager
 def timed_fetching(trainer: Any) -> Any:
-    """Counts the seconds a trainer waits for its batches: a list with one number.
+    """Measure the seconds a trainer waits for its batches, in a list with one number.
 
     What it does with a batch once it has it, such as counting on the GPU, is no waiting for data.
     """
@@ -338,7 +338,7 @@ def measure(variant: Variant, steps: int, warmup: int, order: int = 0) -> dict[s
 
 
 def summarise(measured: Sequence[dict[str, dict[str, float]]], reference: str) -> list[dict[str, Any]]:
-    """Medians over the rounds of each variant, and how many times as fast as `reference` it is in the same round."""
+    """Return each variant's medians over the rounds, and its speed relative to `reference` in the same round."""
     results = []
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     for name in measured[0]:
@@ -400,7 +400,7 @@ def run_session(options: BenchmarkOptions) -> str:
 
 
 def steps_of_a_round(variant: Variant, seconds: float) -> int:
-    """How many steps take about so long, and hold rows enough."""
+    """Return how many steps take about `seconds` and have at least `FEWEST_ROWS` rows."""
     # A first run compiles and loads kernels, and is far slower.
     measure(variant, steps=3, warmup=WARMUP)
     speed = measure(variant, steps=3, warmup=WARMUP)["rows_per_second"]

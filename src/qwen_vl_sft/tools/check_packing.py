@@ -93,7 +93,7 @@ def _load(options: CheckPackingOptions, keys: dict[str, Any]) -> tuple[Any, Prep
 
 
 def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    """The same rows in batches of four kinds."""
+    """Yield the same rows in batches of four kinds."""
     assert isinstance(data.train, Scan)
     assert isinstance(collator, PackedCollator)
     padded: Collator = collator.rows
@@ -111,7 +111,7 @@ def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator
 def _losses_and_gradients(
     trainer: Any, batches: Iterator[dict[str, Any]], data: PreparedData
 ) -> tuple[Losses, dict[str, torch.Tensor]]:
-    """The loss of every learned token by row, and the gradient of their sum by tensor of the adapter."""
+    """Return the loss of every target token by row, and the gradient of their sum by adapter tensor."""
     # In training the packed attention refuses a batch without boundaries; dropout and checkpointing are off anyway.
     model: nn.Module = trainer.model.eval()
     model.zero_grad(set_to_none=True)
@@ -137,7 +137,7 @@ def _losses_and_gradients(
 def _differences(
     found: tuple[Losses, dict[str, torch.Tensor]], reference: tuple[Losses, dict[str, torch.Tensor]]
 ) -> dict[str, float]:
-    """Mean and largest difference of a token's loss in nats; of gradients |a - b| / |b| over all tensors together."""
+    """Return mean and largest difference of token losses in nats, and |a - b| / |b| of all gradients together."""
     values, wanted = (
         torch.tensor([loss for row in sorted(part[0]) for loss in part[0][row]]) for part in (found, reference)
     )

@@ -92,12 +92,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The name of its folder and its log."""
+        """Return the name of its folder and its log."""
         return f"{self.mode}-{self.strategy}-{self.processes}"
 
 
 def grid(strategies: Sequence[str], processes: Sequence[int], modes: Sequence[str]) -> Iterator[Case]:
-    """Every case once, mode by mode. `single` runs on one process. Raises `UserError` for a name that is not known."""
+    """Yield every case, mode by mode; `single` runs on one process. Raises `UserError` for an unknown name."""
     for option, names, known in (("strategies", strategies, STRATEGIES), ("modes", modes, {**MODES, "recipe": {}})):
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -111,7 +111,7 @@ def grid(strategies: Sequence[str], processes: Sequence[int], modes: Sequence[st
 
 
 def recipe_of(written: Mapping[str, Any], mode: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a mode: `written` with the mode's keys, and `keys` of the command line, which win.
+    """Return the recipe of a mode: `written`, then the mode's keys, then `keys` of the command line.
 
     Raises `UserError` when the batch would depend on the number of processes.
     """
@@ -144,7 +144,7 @@ class Experiment:
     keep_models: bool = False
 
     def run(self, cases: list[Case]) -> Iterator[dict[str, Any]]:
-        """The result of every case, as it comes; those of a mode are compared with the first that ran to its end."""
+        """Run the cases and yield their results, each compared with the first finished one of its mode."""
         first: dict[str, dict[str, Any]] = {}
         for case in cases:
             result = self._run_case(case, first.get(case.mode))
@@ -153,13 +153,13 @@ class Experiment:
             yield result
 
     def about(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What the results hold for: the machine and the recipes."""
+        """Return the machine and the recipes of the results."""
         done = next((result["run"] for result in results if result["outcome"] == "ok"), None)
         recipes = {mode: yaml.safe_load(path.read_text(encoding="utf-8")) for mode, path in self.recipes.items()}
         return {**(machine_of(self.folder / "runs" / done) if done else {}), "recipes": recipes}
 
     def run_folder(self, case: Case) -> Path:
-        """Where a case is trained."""
+        """Return the run folder of a case."""
         return self.folder / "runs" / case.name
 
     def _run_case(self, case: Case, first: dict[str, Any] | None) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _forget_weights(run: Path) -> None:
 
 
 def finished(run: Path, warmup: int) -> dict[str, Any]:
-    """Losses and gradient norms of every step, and the medians of the speeds that were logged after `warmup` steps."""
+    """Read losses and gradient norms of every step, and the median speeds after `warmup` steps."""
     lines = (run / run_folder.LOG).read_text(encoding="utf-8").splitlines()
     entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
     counted = [entry for entry in entries if entry["step"] > warmup and "rows_per_second" in entry]
@@ -276,14 +276,14 @@ def finished(run: Path, warmup: int) -> dict[str, Any]:
 
 
 def machine_of(run: Path) -> dict[str, Any]:
-    """What the results of a finished run hold for: versions, commit, GPUs, CPU cores."""
+    """Return the versions, commit, GPUs and CPU cores of a finished run."""
     environment = json.loads((run / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))
     told = {name: environment[name] for name in ("versions", "python", "devices", "git_commit")}
     return {**told, "cpu_cores": os.cpu_count()}
 
 
 def stopped(code: int | None, run: Path, log: Path, timeout: float) -> str:
-    """Why a run has no result, in words. `code` is the launcher's, None when the time was up."""
+    """Explain why a run has no result; `code` is the launcher's exit code, None after a timeout."""
     if code is None:
         return f"failed: not done after {timeout:.0f} s; see {log}"
     text = log.read_text(encoding="utf-8", errors="replace")
@@ -296,14 +296,14 @@ def stopped(code: int | None, run: Path, log: Path, timeout: float) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop or semicolon that ends a clause."""
+    """Return the text up to the first full stop or semicolon that ends a clause."""
     return re.split(r"[.;](?=\s|$)", text.strip(), maxsplit=1)[0]
 
 
 def differences(
     result: Mapping[str, Any], reference: Mapping[str, Any], run: Path, reference_run: Path
 ) -> dict[str, float | None]:
-    """How far a run is from the reference: the largest of all steps, and of all tensors of the final weights."""
+    """Return the largest differences from the reference, over all steps and over all tensors of the final weights."""
     return {
         "loss_difference": largest_difference(result["losses"], reference["losses"]),
         "grad_norm_difference": largest_difference(result["grad_norms"], reference["grad_norms"]),
@@ -312,14 +312,14 @@ def differences(
 
 
 def largest_difference(values: list[float], reference: list[float]) -> float | None:
-    """The largest absolute difference of two curves; None when they have not the same steps."""
+    """Return the largest absolute difference of two curves; None if their steps differ."""
     if len(values) != len(reference):
         return None
     return max((abs(value - other) for value, other in zip(values, reference, strict=True)), default=None)
 
 
 def weights_difference(run: Path, reference: Path) -> float | None:
-    """The largest of |a - b| / |b| (Frobenius norms) over the tensors of the reference, None when the run lacks one.
+    """Return the largest |a - b| / |b| (Frobenius norms) over the reference's tensors; None if the run lacks one.
 
     A run may hold more: ZeRO-1 and ZeRO-2 save an output head that is tied to the embeddings once more by itself.
     """

@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def same(self) -> bool:
-        """Whether nothing tells the run from one that was never killed."""
+        """Return whether weights, rows and losses equal those of the uninterrupted run."""
         return self.same_weights and self.same_rows and self.same_losses
 
 
@@ -58,7 +58,7 @@ class Experiment:
     config: str = "cpu"
 
     def run(self, kills: int, seed: int, tell: Callable[[Trial], None]) -> list[Trial]:
-        """The run alone, then `kills` times killed once and resumed. Raises `UserError` if a run fails by itself."""
+        """Run once uninterrupted, then `kills` times killed and resumed. Raises `UserError` if a run fails by itself."""
         whole = self.folder / "whole"
         seconds = self._finish(whole)
         moments = random.Random(seed)
@@ -141,7 +141,7 @@ def kill_family(pid: int) -> None:
 
 
 def table(trials: list[Trial]) -> str:
-    """A line a kill."""
+    """Format a line for each kill."""
     lines = ["kill   after s   steps done   resumed from   half-written   weights  rows  losses"]
     for number, trial in enumerate(trials, start=1):
         same = ["same" if same else "OTHER" for same in (trial.same_weights, trial.same_rows, trial.same_losses)]
@@ -153,7 +153,7 @@ def table(trials: list[Trial]) -> str:
 
 
 def as_json(trials: list[Trial]) -> list[dict[str, object]]:
-    """Trials as plain values."""
+    """Convert trials to plain values."""
     return [asdict(trial) for trial in trials]
 
 

@@ -31,7 +31,7 @@ def make_output_dir(folder: Path) -> None:
 
 
 def random_model_of(options: RecipeOptions) -> Path:
-    """The folder of the random model, which is written unless it is there. Raises `UserError`."""
+    """Return the folder of the random model; write the model if it does not exist. Raises `UserError`."""
     import torch
 
     from qwen_vl_sft.tools.random_model import make_random_model
@@ -50,7 +50,7 @@ def random_model_of(options: RecipeOptions) -> Path:
 
 
 def about_machine() -> dict[str, Any]:
-    """What a measurement of this process holds for: versions, commit, GPU."""
+    """Return the versions, commit and GPU of this process."""
     import torch
 
     from qwen_vl_sft.checkpointing.run_folder import environment
@@ -60,7 +60,7 @@ def about_machine() -> dict[str, Any]:
 
 
 def format_table(results: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """A row a result; `columns` maps a result's key to its label and style. A column without any value is left out."""
+    """Format results as a Markdown table; `columns` maps a key to label and style; columns without values are left out."""
     shown = {name: column for name, column in columns.items() if any(_cell(result, name, "{}") for result in results)}
     rows = [[label for label, _ in shown.values()]]
     rows += [[_cell(result, name, style) for name, (_, style) in shown.items()] for result in results]

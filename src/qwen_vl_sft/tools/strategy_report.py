@@ -35,7 +35,7 @@ SMALLEST = 1e-9  # the log axis begins here, and equal losses are drawn on it
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A run in one line of a terminal."""
+    """Format a run in one line of a terminal."""
     name = f"{result['run']:<18}"
     if result["outcome"] != "ok":
         return name + textwrap.shorten(result["outcome"], WIDTH - len(name), placeholder="...")
@@ -49,7 +49,7 @@ def line(result: Mapping[str, Any]) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, and below what was refused or failed. Times and differences are those from the mode's first run."""
+    """Format a row for each run, then what was refused or failed; differences are from the mode's first run."""
     rows, notes = [], []
     for result in results:
         row = {**result, "outcome": _word(result["outcome"])}
@@ -67,7 +67,7 @@ def _word(outcome: str) -> str:
 
 
 def _distance(resumed: Mapping[str, Any]) -> str:
-    """How far a resumed run ended from the one that was never killed."""
+    """Describe how far a resumed run ended from the uninterrupted one."""
     found = [resumed[name] for name in ("loss_difference", "grad_norm_difference", "weights_difference")]
     if None in found:
         return "other steps or tensors"
@@ -85,7 +85,7 @@ def write_results(folder: Path, results: Sequence[Mapping[str, Any]], about: Map
 
 
 def plot_losses(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Losses of all runs above, their distance from the first run's below; a column of panels for each mode."""
+    """Plot the losses of all runs, and below them their distance from the first run's; a column for each mode."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
