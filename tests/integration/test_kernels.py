@@ -144,7 +144,7 @@ def test_a_copy_of_a_patched_model_computes_with_its_own_weights(family, monkeyp
     tokens = torch.tensor([[5, *[model.config.image_token_id] * 4, 6, 7]])
     embed = model.model.visual.patch_embed
     pixels = torch.randn(16, embed.in_channels * embed.temporal_patch_size * embed.patch_size**2)
-    batch = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "image_places": [0]}
+    batch = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "image_index": [0]}
     batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 7], dtype=torch.int32))
     batch |= dict.fromkeys(("max_length_q", "max_length_k"), 7)
     types = (tokens == model.config.image_token_id).long()

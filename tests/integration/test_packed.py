@@ -78,16 +78,16 @@ def test_an_image_goes_through_the_vision_tower_once(share, model, encoded):
     assert len(batch["image_grid_thw"]) == batch["stats"]["images"] == 2
     assert len(batch["pixel_values"]) == batch["stats"]["patches"] == 2 * len(one)
     torch.testing.assert_close(batch["pixel_values"][: len(one)], one, rtol=0, atol=0)
-    assert batch["image_places"] == ([0, 0, 0, 1, 1] if share else [0, 0, 0, 0, 1, 0, 1, 1])
+    assert batch["image_index"] == ([0, 0, 0, 1, 1] if share else [0, 0, 0, 0, 1, 0, 1, 1])
     torch.testing.assert_close(token_losses(model, batch), one_at_a_time(model, encoded), rtol=0, atol=1e-12)
-    wrong = {**batch, "image_places": [1 - place for place in batch["image_places"]]}
+    wrong = {**batch, "image_index": [1 - number for number in batch["image_index"]]}
     assert (token_losses(model, wrong) - token_losses(model, batch)).abs().max() > 1e-4
 
 
 def test_images_that_differ_are_not_taken_for_one(model, encoded):
     batch = join([[encoded[3]]], Positions(model.config))
     assert len(batch["image_grid_thw"]) == 2
-    assert "image_places" not in batch
+    assert "image_index" not in batch
 
 
 def test_keys_and_values_are_gathered_in_the_order_of_the_rows(model, encoded):
@@ -133,8 +133,8 @@ def wrong(name, batch):
             del batch[key]
     elif name == "positions of the sequence":
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
-    elif name == "places of what is learned":
-        batch["learned_places"] = batch["learned_places"] + 1
+    elif name == "positions of the targets":
+        batch["logit_positions"] = batch["logit_positions"] + 1
     return batch
 
 
@@ -162,7 +162,7 @@ def test_a_mask_beside_boundaries_is_an_error(model, encoded):
         token_losses(model, batch)
 
 
-@pytest.mark.parametrize("name", ["no boundaries", "positions of the sequence", "places of what is learned"])
+@pytest.mark.parametrize("name", ["no boundaries", "positions of the sequence", "positions of the targets"])
 def test_the_comparison_above_would_notice(name, model, encoded):
     batch = wrong(name, join([[row] for row in encoded], Positions(model.config)))
     difference = (token_losses(model, batch) - one_at_a_time(model, encoded)).abs().max()

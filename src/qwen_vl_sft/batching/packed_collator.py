@@ -86,7 +86,7 @@ class PackedCollator:
 def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str, Any]:
     """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
 
-    Returns `input_ids` [1, T]; `shift_labels` [1, N], the target tokens, and `learned_places` [N], the positions that
+    Returns `input_ids` [1, T]; `shift_labels` [1, N], the target tokens, and `logit_positions` [N], the positions that
     predict them; `position_ids` [3, 1, T], without a row of text positions, in which transformers would look for the
     beginnings of rows, waiting for the GPU; `cu_seq_lens_q`, `cu_seq_lens_k` [S + 1] int32, the boundaries of the pieces
     and of what they attend to; their largest lengths `max_length_q`, `max_length_k`; `kv_index` [K], for prefixes that
@@ -105,7 +105,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     starts = [0, *itertools.accumulate(lengths)]
     batch: dict[str, Any] = {
         "input_ids": torch.cat([piece.row.input_ids[piece.start : piece.stop] for piece in pieces])[None],
-        **_learned(torch.cat([_labels(piece) for piece in pieces])),
+        **_targets(torch.cat([_labels(piece) for piece in pieces])),
         "position_ids": torch.cat([piece.positions[:, piece.start : piece.stop] for piece in pieces], dim=1)[:, None],
         "cu_seq_lens_q": _boundaries(lengths),
         "cu_seq_lens_k": _boundaries(reach),
@@ -136,7 +136,7 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[
     """What images bring, one after another as they are shown.
 
     Returns `pixel_values` and `image_grid_thw` as in a padded batch, each different image once, with what
-    `Positions.patch_inputs` knows of them, and `image_places`, for each image shown which of the different ones it is,
+    `Positions.patch_inputs` knows of them, and `image_index`, for each image shown which of the different ones it is,
     when an image is shown twice. Images that bring features give `image_features` [image tokens, values] alone.
     """
     if shown[0].features is not None:
@@ -147,7 +147,7 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[
     found = {"pixel_values": torch.cat(pixels), "image_grid_thw": grids, **positions.patch_inputs(grids)}
     if len(different) < len(shown):
         numbers = {content_hash: number for number, content_hash in enumerate(different)}
-        found["image_places"] = [numbers[image.content_hash] for image in shown]
+        found["image_index"] = [numbers[image.content_hash] for image in shown]
     return found
 
 
@@ -182,12 +182,12 @@ def _labels(piece: Piece) -> torch.Tensor:
     return labels
 
 
-def _learned(labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Which places predict what, of `labels` [T]; where nothing is learned one place with nothing to predict."""
-    places = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
-    if not len(places):
-        places = torch.zeros(1, dtype=torch.long)
-    return {"shift_labels": labels[places + 1][None], "learned_places": places}
+def _targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the targets of `labels` [T] and the positions that predict them; one of each, ignored, where there is none."""
+    positions = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
+    if not len(positions):
+        positions = torch.zeros(1, dtype=torch.long)
+    return {"shift_labels": labels[positions + 1][None], "logit_positions": positions}
 
 
 def _images(piece: Piece) -> tuple[EncodedImage, ...]:

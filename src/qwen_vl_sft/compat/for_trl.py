@@ -22,7 +22,7 @@ def score_places_as_they_come(model: Any) -> None:
 
     @functools.wraps(forward)
     def without_mask(*args: Any, **kwargs: Any) -> Any:
-        if "learned_places" not in kwargs:
+        if "logit_positions" not in kwargs:
             return forward(*args, **kwargs)
         compacts, trl_utils._use_triton = trl_utils._use_triton, lambda device: False
         try:

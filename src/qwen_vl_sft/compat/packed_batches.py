@@ -13,21 +13,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_vl_sft.compat.registry import Patch, embedded_model
+from qwen_vl_sft.families.registry import family_of
 
 
 def take_packed_batches(model: Any) -> None:
     """Have a model take batches of the packed collator; all others go on as before.
 
-    `image_places`, a list, names for each image that is shown the one of `pixel_values` that it is: the vision tower runs
-    once on each, and its gradients add up. `image_features` [image tokens, values] are what the tower and its merger made
-    of the images before, for Qwen3-VL with the features of the deeper layers beside them; the tower does not run then,
-    also when there are none. `visual_places` [image tokens] say where Qwen3-VL adds the features of the deeper layers to
-    its first hidden states; by a mask it would wait for the GPU in each. `learned_places` [N] names the places that
-    predict something: the last hidden state is then [1, N, D], for no other place is read behind the last attention.
+    `image_index`, a list, gives for each image shown its number in `pixel_values`: the vision tower runs once on each
+    different image, and its gradients add up. `image_features` [image tokens, values] are what the tower and its mergers
+    made of the images before, layer beside layer; the tower does not run then, also when there are none.
+    `logit_positions` [N] are the positions that predict a target: the last hidden state is then [1, N, D], for no other
+    one is read behind the last attention. What else a batch brings is taken by the family (`prepare_packing`).
     """
     _take_images(model)
-    if hasattr(model.model.language_model, "_deepstack_process"):
-        _take_visual_places(model.model.language_model)
+    family_of(model.config).prepare_packing(model)
     layer = model.model.language_model.layers[-1]
     layer.forward = MethodType(_last_layer, layer)
 
@@ -62,61 +61,42 @@ def already_training(model: Any) -> Iterator[None]:
 
 
 def _last_layer(
-    layer: Any, hidden_states: torch.Tensor, learned_places: torch.Tensor | None = None, **kwargs: Any
+    layer: Any, hidden_states: torch.Tensor, logit_positions: torch.Tensor | None = None, **kwargs: Any
 ) -> Any:
-    """A layer [1, T, D] -> [1, N, D] that spares its widest products on all but the N places that are named.
+    """Compute a layer [1, T, D] -> [1, N, D] that spares its widest products on all but the N positions that are named.
 
     Losses and gradients are the same; answers are a few tokens of hundreds.
     """
-    if learned_places is None:
+    if logit_positions is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    reached = (hidden_states + attended).index_select(1, learned_places)
+    reached = (hidden_states + attended).index_select(1, logit_positions)
     return reached + layer.mlp(layer.post_attention_layernorm(reached))
 
 
 def _take_images(model: Any) -> None:
-    backbone = model.model
+    backbone, family = model.model, family_of(model.config)
     computed = type(backbone).get_image_features
     width = model.config.get_text_config().hidden_size
 
     @functools.wraps(computed)
-    def get_image_features(*args: Any, image_places: list[int] | None = None, **kwargs: Any) -> Any:
+    def get_image_features(*args: Any, image_index: list[int] | None = None, **kwargs: Any) -> Any:
         found = computed(*args, **kwargs)
-        if image_places is not None:
-            found.pooler_output = tuple(found.pooler_output[place] for place in image_places)
-            deeper = getattr(found, "deepstack_features", None) or []
-            if deeper:
-                found.deepstack_features = [tuple(layer[place] for place in image_places) for layer in deeper]
+        if image_index is not None:
+            layers = family.feature_layers(found)
+            return family.feature_output([tuple(layer[number] for number in image_index) for layer in layers])
         return found
 
     def bring(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         features = keywords.pop("image_features", None)
         if features is None:
             return None
-        last, *deeper = features.split(width, dim=-1)
-        found = SimpleNamespace(pooler_output=(last,), deepstack_features=[(layer,) for layer in deeper])
+        found = family.feature_output([(layer,) for layer in features.split(width, dim=-1)])
         return arguments, {**keywords, "mm_encoder_outputs": {"image": found} if len(features) else {}}
 
-    # Bound, as below: in a copy of the model it is the copy's.
+    # Bound: in a copy of the model it is the copy's.
     backbone.get_image_features = MethodType(get_image_features, backbone)
     backbone.register_forward_pre_hook(bring, with_kwargs=True)
-
-
-def _take_visual_places(language_model: Any) -> None:
-    by_mask = type(language_model)._deepstack_process
-
-    def add(model: Any, hidden_states: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if where.dtype == torch.bool:
-            return by_mask(model, hidden_states, where, features)
-        return hidden_states.index_add(1, where, features.to(hidden_states.dtype)[None])
-
-    def name_places(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        places = keywords.pop("visual_places", None)
-        return None if places is None else (arguments, {**keywords, "visual_pos_masks": places})
-
-    language_model._deepstack_process = MethodType(add, language_model)
-    language_model.register_forward_pre_hook(name_places, with_kwargs=True)
 
 
 def _counting_reads_back() -> bool:

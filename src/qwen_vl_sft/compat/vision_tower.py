@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from qwen_vl_sft.compat.registry import Patch
+from qwen_vl_sft.families.registry import family_of
 
 _BEFORE_PREFILL = "_prepare_multimodal_encoder_kwargs_for_generation"
 
@@ -21,7 +21,7 @@ def run_frozen_vision_without_gradients(model: nn.Module) -> None:
     The graph would be kept, and run backwards, because checkpointing makes its input require gradients. A tower in half
     precision needs no autocast, under which it would normalise into float32 and give other features than later.
     """
-    visual = next(module for name, module in model.named_modules() if name.endswith("visual"))
+    _, visual = family_of(model.config).tower_of(model)
     forward = visual.forward
     norms = {parameter.dtype for name, parameter in visual.named_parameters() if "norm" in name}
     autocasts = norms == {torch.float32}
@@ -41,9 +41,9 @@ def run_frozen_blocks_without_gradients(model: nn.Module) -> None:
     As with a tower that is frozen as a whole, checkpointing makes its input require gradients. Mergers of deeper layers
     take what leaves a block, as the last one does.
     """
-    for name, block in model.named_modules():
-        if re.search(r"(^|\.)visual\.blocks\.\d+$", name):
-            block.forward = torch.no_grad()(block.forward)
+    _, visual = family_of(model.config).tower_of(model)
+    for block in visual.blocks:
+        block.forward = torch.no_grad()(block.forward)
 
 
 def run_vision_in_every_batch(model: Any) -> None:
@@ -53,20 +53,17 @@ def run_vision_in_every_batch(model: Any) -> None:
     leave the others waiting for it. It runs between the embeddings and the language model, as in a batch with images:
     ZeRO-3 and FSDP2 expect modules in the same order everywhere. Batches that bring features run it nowhere.
     """
-    backbone, visual = model.model, model.model.visual
+    backbone, family = model.model, family_of(model.config)
+    _, visual = family.tower_of(model)
     waiting = [False]
 
-    def run_on_nothing(device: torch.device) -> torch.Tensor:
+    def run_on_nothing(device: torch.device) -> Any:
         side, patches = visual.spatial_merge_size, visual.patch_embed
         values = patches.in_channels * patches.temporal_patch_size * patches.patch_size**2
         pixels = torch.zeros(side * side, values, device=device)
         grid = torch.tensor([[1, side, side]], device=device)
         found = backbone.get_image_features(pixels, grid, return_dict=True)
-        features = [
-            *found.pooler_output,
-            *(part for layer in getattr(found, "deepstack_features", []) for part in layer),
-        ]
-        return 0.0 * sum(feature.sum() for feature in features)
+        return 0.0 * sum(feature.sum() for layer in family.feature_layers(found) for feature in layer)
 
     def look(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         cache = keywords.get("past_key_values")

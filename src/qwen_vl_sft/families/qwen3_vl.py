@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from qwen_vl_sft.families.base import (
@@ -49,8 +50,29 @@ def _patch_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
 
 
 def _packed_entries(layout: PackedLayout) -> dict[str, Any]:
-    """Return `visual_places` [image tokens], where the features of deeper layers are added."""
-    return {"visual_places": layout.visual_positions} if len(layout.visual_positions) else {}
+    """Return `visual_positions` [image tokens], where the features of deeper layers are added."""
+    return {"visual_positions": layout.visual_positions} if len(layout.visual_positions) else {}
+
+
+def _prepare_packing(model: Any) -> None:
+    """Have the language model take `visual_positions`; from a mask it would wait for the GPU in each of its layers."""
+    language_model = model.model.language_model
+    by_mask = type(language_model)._deepstack_process
+
+    def add(
+        language_model: Any, hidden_states: torch.Tensor, where: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        if where.dtype == torch.bool:
+            return by_mask(language_model, hidden_states, where, features)
+        return hidden_states.index_add(1, where, features.to(hidden_states.dtype)[None])
+
+    def take(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        positions = keywords.pop("visual_positions", None)
+        return None if positions is None else (arguments, {**keywords, "visual_pos_masks": positions})
+
+    # Bound: in a copy of the model it is the copy's.
+    language_model._deepstack_process = types.MethodType(add, language_model)
+    language_model.register_forward_pre_hook(take, with_kwargs=True)
 
 
 def _feature_layers(output: Any) -> FeatureLayers:
@@ -69,6 +91,7 @@ FAMILY = ModelFamily(
     mergers=("visual.merger", "visual.deepstack_merger_list"),
     patch_inputs=_patch_inputs,
     packed_entries=_packed_entries,
+    prepare_packing=_prepare_packing,
     feature_layers=_feature_layers,
     feature_output=_feature_output,
     count_feature_layers=_layers,
