@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from fixtures.processes import warm_processes
 
 pytest_plugins = ["fixtures.messages", "fixtures.models"]
 
@@ -17,9 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what `datasets` caches out of the user's home."""
+def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what `datasets` caches out of the user's home, also in the processes that tests start."""
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    with warm_processes():
+        yield

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fixtures.processes import run_process
+from fixtures.processes import Popen, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
 from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
@@ -314,14 +314,10 @@ def test_a_run_is_killed_after_its_checkpoint_and_resumed(experiment):
 
 def test_nothing_is_left_running_when_the_script_is_stopped(tmp_path):
     command = [sys.executable, SCRIPT, *SHORT, "--strategies", "ddp", "--output_dir", str(tmp_path)]
-    script = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Tests that run in the background of a shell are deaf to it, and so would be what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    # Tests that run in the background of a shell are deaf to Ctrl-C, and so would be what they start.
+    deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
+    script = Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, deaf)
     deadline = time.monotonic() + 60
     workers: list[psutil.Process] = []
     while len(workers) < 3 and time.monotonic() < deadline:  # the launcher and two processes

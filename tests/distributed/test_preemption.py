@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fixtures.processes import run_process
+from fixtures.processes import Popen, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.checkpointing.checkpoints import problem_of
 from qwen_vl_sft.config.reading import read_recipe
@@ -60,9 +60,7 @@ class Running:
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
         command += words({**ENDLESS, "output_dir": self.run, **keys})
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=env, stdout=file, stderr=file, start_new_session=True
-            )
+            self.process = Popen(command, cwd=REPOSITORY, env=env, stdout=file, stderr=file, start_new_session=True)
         self.family = []
 
     def wait_for(self, found):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from fixtures.faulty_runs import KEYS
+from fixtures.processes import Popen
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.resilience import watchdog
@@ -177,7 +177,7 @@ def start(folder, fault, config="cpu", **keys):
     env = {**os.environ, "FAULT": fault, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     # Files, since a pipe would wait for a process that is left over.
     with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=out, stderr=err)
+        process = Popen(command, cwd=REPOSITORY, env=env, stdout=out, stderr=err)
     try:
         process.wait(180)
     finally:

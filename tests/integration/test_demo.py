@@ -19,6 +19,7 @@ from PIL import Image
 
 from fixtures.answering import chart, write_builtin_run
 from fixtures.messages import png
+from fixtures.processes import Popen
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.config.settings import ModelSettings
@@ -178,7 +179,7 @@ def start(*words, uploads, cwd=REPOSITORY, **environment):
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(uploads)}
     environment = {**os.environ, **quiet, **environment}
     environment.pop("PYTHONPATH", None)
-    process = subprocess.Popen(
+    process = Popen(
         [sys.executable, *map(str, words)],
         cwd=cwd,
         env=environment,

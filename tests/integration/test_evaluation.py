@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from fixtures.evaluation import SYSTEM_MESSAGE, plan, read_rows, write_charts, write_run
 from fixtures.messages import conversation_row, png, write_messages
+from fixtures.processes import Popen, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.config.command_line import parse
@@ -476,9 +477,7 @@ def start_two_processes(run, folder, *arguments):
     ]
     command += ["scripts/evaluate.py", "--run", str(run), "--output_dir", str(folder), *ASKED, *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_all(process):
@@ -639,8 +638,7 @@ def test_the_most_tokens_are_those_of_the_run_unless_others_are_given(run, tmp_p
 
 
 def script(*arguments):
-    command = [sys.executable, "scripts/evaluate.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return run_process("scripts/evaluate.py", *arguments)
 
 
 def test_script_scores_predictions_and_ends_with_two_on_user_errors(tmp_path):
