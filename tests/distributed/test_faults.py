@@ -22,12 +22,12 @@ from fixtures.models import qwen2_vl
 from fixtures.processes import launch
 from fixtures.repository import REPOSITORY
 from fixtures.trainers import make_trainer
-from qwen_vl_sft.checkpointing.checkpoints import folders, problem_of
+from qwen_vl_sft.checkpointing.checkpoints import folders
+from qwen_vl_sft.checkpointing.manifest import problem_of
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.distributed.agreement import Agreement
 from qwen_vl_sft.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, exits_with_user_errors
-from qwen_vl_sft.resilience.logger_guard import guard_loggers
-from qwen_vl_sft.resilience.signals import Watch
+from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 
@@ -56,7 +56,7 @@ def run(monkeypatch, capsys, tmp_path):
             return launch(config, REPOSITORY / "tests/fixtures/faulty_run.py", *words, processes=processes)
         monkeypatch.setattr(os, "_exit", leave)
         monkeypatch.setattr(sys, "argv", ["scripts/sft.py", *words])
-        monkeypatch.setattr(Watch, "begin", lambda watch: None)
+        monkeypatch.setattr(SignalWatcher, "begin", lambda watch: None)
         monkeypatch.setattr(VisionSFTTrainer, "compute_loss", faulty_loss)
         monkeypatch.setattr(torch, "save", faulty_save)
         monkeypatch.chdir(REPOSITORY)
@@ -220,8 +220,8 @@ def fp16(ragged, tiny_processor, tmp_path, monkeypatch):
 
 
 def stop_if_unsound(trainer):
-    if trainer.record.unsound(trainer.args.device):
-        trainer.stop_if_unsound(trainer.state.global_step, trainer.record)
+    if trainer.guard.record.unsound(trainer.args.device):
+        trainer.guard.stop(trainer.state.global_step, trainer.guard.record)
 
 
 def test_a_gradient_scaler_that_looks_for_its_scale_is_no_fault(fp16):
@@ -257,7 +257,6 @@ def test_a_logger_that_is_down_does_not_end_a_run(method, step, ragged, tiny_pro
 
     monkeypatch.setattr(SummaryWriter, method, fail)
     trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, report_to="tensorboard")
-    guard_loggers(trainer)
     trainer.train()
     assert trainer.state.global_step == 2
     assert len(calls) == 1
@@ -268,7 +267,6 @@ def test_a_logger_that_is_down_does_not_end_a_run(method, step, ragged, tiny_pro
 
 def test_a_logger_that_is_up_is_told_everything(ragged, tiny_processor, tmp_path):
     trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, report_to="tensorboard")
-    guard_loggers(trainer)
     trainer.train()
     assert trainer.failed_loggers == {}
     (events,) = (tmp_path / "run").rglob("events.out.*")

@@ -17,14 +17,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fixtures.processes import Popen, run_process
 from fixtures.repository import REPOSITORY
-from qwen_vl_sft.checkpointing.checkpoints import problem_of
-from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.checkpointing import save_errors
+from qwen_vl_sft.checkpointing.manifest import problem_of
+from qwen_vl_sft.checkpointing.writer import CheckpointWriter
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import EXIT_PREEMPTED, Preempted, UserError
-from qwen_vl_sft.resilience import faults, signals
+from qwen_vl_sft.resilience import faults, signals, stopping
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
+from qwen_vl_sft.resilience.due_evaluation import DueEvaluation
 from qwen_vl_sft.resilience.faults import StepRecord
-from qwen_vl_sft.training import safety
+from qwen_vl_sft.resilience.step_guard import StepGuard
+from qwen_vl_sft.resilience.stopping import RunStopper
+from qwen_vl_sft.resilience.watchdog import Watchdog
 
 SCRIPT = "scripts/sft.py"
 ENDLESS = {
@@ -106,7 +110,7 @@ def start(tmp_path):
 
 
 def check_stopped(running, reason):
-    mark = json.loads((running.run / signals.MARK).read_text())
+    mark = json.loads((running.run / signals.PREEMPTED).read_text())
     assert mark["reason"] == reason
     assert problem_of(running.run / f"checkpoint-{mark['step']}") is None
     assert mark["checkpoint"] == f"checkpoint-{mark['step']}"
@@ -136,7 +140,7 @@ def test_a_stopped_run_goes_on_and_forgets_that_it_was_stopped(start):
     keys = {**ENDLESS, "output_dir": running.run, "resume_from_checkpoint": "latest", "max_steps": step + 1}
     finished = run_process(SCRIPT, *words(keys))
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert not (running.run / signals.MARK).exists()
+    assert not (running.run / signals.PREEMPTED).exists()
     assert (running.run / "adapter_model.safetensors").is_file()
 
 
@@ -164,7 +168,7 @@ def test_all_processes_agree_under_the_launcher(config, number, whom, reason, st
 
 
 def test_the_first_process_knows_why_though_another_has_noticed_first():
-    watch = signals.Watch()
+    watch = signals.SignalWatcher()
     assert watch.reason_of_all == "a signal to another process"
     watch._launcher = os.getppid()
     assert watch.reason_of_all == "a signal to another process"
@@ -186,8 +190,8 @@ def test_before_training_it_ends_at_once_with_nothing_to_save(start):
 # A mutex that is taken twice: the main thread waits in a library, and no signal wakes it.
 STUCK = """
 import ctypes, os, signal, sys, time
-from qwen_vl_sft.resilience.signals import Watch
-watch = Watch()
+from qwen_vl_sft.resilience.signals import SignalWatcher
+watch = SignalWatcher()
 watch.begin()
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 library.pthread_mutex_lock(mutex)
@@ -261,12 +265,28 @@ def test_the_deadline_leaves_time_for_the_save_and_the_evaluation():
     age = time.time() - psutil.Process().create_time()
     deadline = Deadline(int(age) + 100)
     assert not deadline.is_due(evaluates=True)
-    deadline.evaluation = 80.0
+    deadline.note_evaluation(80.0)
     assert deadline.is_due(evaluates=True)
     assert not deadline.is_due(evaluates=False)
-    deadline.save = 70.0
+    deadline.note_save(70.0)
     assert deadline.is_due(evaluates=False)
     assert not Deadline(None).is_due(evaluates=True)
+
+
+def make_stopper(folder, streams=False):
+    cpu, never = torch.device("cpu"), SimpleNamespace(eval_strategy="no", eval_delay=0)
+    return RunStopper(
+        folder,
+        DistributedContext("single", 1, 0, 0, True),
+        cpu,
+        signals.SignalWatcher(),
+        Deadline(None),
+        CheckpointWriter(folder, {}, None),
+        StepGuard(cpu, skips=True),
+        DueEvaluation(never),
+        Watchdog(folder, 0, 1, 60),
+        streams,
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,28 +294,22 @@ def test_the_deadline_leaves_time_for_the_save_and_the_evaluation():
     [(False, "Go on with --resume_from_checkpoint latest"), (True, "A stream cannot be gone on with: start anew")],
 )
 def test_a_stopped_run_is_told_what_can_be_done(streamed, told, tmp_path):
-    recipe = read_recipe(None, {"dataset_streaming": streamed, "output_dir": str(tmp_path)})
-    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
-    watched = safety.Safety(trainer, recipe, DistributedContext("single", 1, 0, 0, True), signals.Watch(), None)
+    watched = make_stopper(tmp_path, streams=streamed)
     watched.stopping = "SIGTERM"
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(Preempted, match=rf"after step 2 of 9; .*checkpoint-2 is written\. {told}"):
-        watched.on_save(trainer.args, SimpleNamespace(global_step=2, max_steps=9), None)
+        watched.on_save(None, SimpleNamespace(global_step=2, max_steps=9), None)
 
 
 def test_the_longest_step_is_told_with_its_data_and_without_what_follows_it(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(safety.time, "perf_counter", lambda: now[0])
-    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), record=StepRecord(), skip_unsound=True)
-    trainer.tell, trainer.evaluates_at_epoch_end = (lambda *told: None), (lambda: False)
-    trainer.save_seconds, trainer.watchdog, trainer.skipped = None, None, []
-    recipe = read_recipe(None, {"output_dir": str(tmp_path)})
-    watched = safety.Safety(trainer, recipe, DistributedContext("single", 1, 0, 0, True), signals.Watch(), None)
+    monkeypatch.setattr(stopping.time, "perf_counter", lambda: now[0])
+    watched = make_stopper(tmp_path)
     control = SimpleNamespace(should_evaluate=False)
     watched.on_train_begin(None, None, control)
     for step, seconds in enumerate((3.0, 5.0, 4.0), start=1):
         now[0] += seconds
-        watched.on_step_end(None, SimpleNamespace(global_step=step, max_steps=9), control)
+        watched.on_step_end(None, SimpleNamespace(global_step=step, max_steps=9, epoch=0.5), control)
         now[0] += 100
         watched.on_evaluate(None, None, control)
         now[0] += 100
@@ -351,13 +365,13 @@ def test_a_failed_save_leaves_no_half_and_names_the_last_good(error, tmp_path):
     half = tmp_path / "checkpoint-8"
     half.mkdir()
     told = pytest.raises(UserError, match=r"could not be written .* The last good checkpoint is checkpoint-4")
-    with told, faults.explained_save("a checkpoint", half, Path("checkpoint-4"), remove=True):
+    with told, save_errors.explained_save("a checkpoint", half, Path("checkpoint-4"), remove=True):
         raise error
     assert not half.exists()
 
 
 def test_what_is_no_failed_write_is_no_full_disk(tmp_path):
     bug = CheckpointException("write", {0: (KeyError("a bug"), traceback.StackSummary())})
-    with pytest.raises(CheckpointException), faults.explained_save("a checkpoint", tmp_path, None, remove=True):
+    with pytest.raises(CheckpointException), save_errors.explained_save("a checkpoint", tmp_path, None, remove=True):
         raise bug
     assert tmp_path.exists()

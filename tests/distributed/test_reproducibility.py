@@ -19,7 +19,7 @@ from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.resilience.signals import Watch
+from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.resolve import resolve
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
@@ -74,7 +74,7 @@ def train(monkeypatch, tmp_path):
     def run(name, **keys):
         monkeypatch.setattr(os, "_exit", told)
         monkeypatch.setattr(sys, "argv", ["scripts/sft.py", *words({**KEYS, "output_dir": tmp_path / name, **keys})])
-        monkeypatch.setattr(Watch, "begin", lambda watch: None)
+        monkeypatch.setattr(SignalWatcher, "begin", lambda watch: None)
         monkeypatch.chdir(REPOSITORY)
         runpy.run_path("scripts/sft.py", run_name="__main__")
         return tmp_path / name

@@ -6,7 +6,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -18,18 +17,19 @@ from fixtures.processes import launch, run_process
 from fixtures.repository import REPOSITORY
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import errors, tiny
-from qwen_vl_sft.checkpointing import checkpoints, resume_check
-from qwen_vl_sft.checkpointing.checkpoints import MARK, Checkpoint
+from qwen_vl_sft.checkpointing import checkpoints, manifest, resume_check, writer
+from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
+from qwen_vl_sft.checkpointing.manifest import MANIFEST
 from qwen_vl_sft.checkpointing.resumed_state import correct_state, take_schedule
 from qwen_vl_sft.checkpointing.rotation import rotate, set_aside
 from qwen_vl_sft.checkpointing.row_log import RowLog, forget_after, read_row_log
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.base_identity import identity_of_base
+from qwen_vl_sft.resilience import step_log, stopping
 from qwen_vl_sft.tools.kill_and_resume import Experiment
-from qwen_vl_sft.training import run_signature, safety
+from qwen_vl_sft.training import run_signature
 
 SCRIPT = "scripts/sft.py"
 ABOUT = {
@@ -51,7 +51,7 @@ def write_checkpoint(run: Path, step: int, processes: int = 1, mark: bool = True
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     if mark:
         about = {**ABOUT, "world": {"strategy": "ddp" if processes > 1 else "single", "processes": processes}}
-        checkpoints.write_mark(folder, about)
+        manifest.write_manifest(folder, about)
     return folder
 
 
@@ -80,9 +80,9 @@ def flip(folder):
 
 
 DAMAGE = {
-    "no mark": (lambda folder: (folder / MARK).unlink(), "complete.json is missing"),
-    "mark cut off": (lambda folder: (folder / MARK).write_text('{"files": {'), "complete.json cannot be read"),
-    "mark of nothing": (lambda folder: (folder / MARK).write_text("[]"), "complete.json cannot be read"),
+    "no mark": (lambda folder: (folder / MANIFEST).unlink(), "complete.json is missing"),
+    "mark cut off": (lambda folder: (folder / MANIFEST).write_text('{"files": {'), "complete.json cannot be read"),
+    "mark of nothing": (lambda folder: (folder / MANIFEST).write_text("[]"), "complete.json cannot be read"),
     "file cut off": (truncate, "optimizer.pt has 50 bytes, not 100"),
     "file gone": (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
     "file changed": (flip, "adapter_model.safetensors is not what was written"),
@@ -119,26 +119,27 @@ def test_without_a_mark_a_named_checkpoint_must_have_all_its_files(tmp_path):
 def test_what_was_never_saved_is_not_reset_in_silence(name, tmp_path):
     """A process whose part is on another machine's disk, under a mark that is right by itself."""
     folder = write_checkpoint(tmp_path, 8, processes=2)
-    checkpoints.check_parts(folder, 2)
+    manifest.check_parts(folder, 2)
     (folder / name).unlink()
-    checkpoints.write_mark(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
-    assert f"it holds no {name}" in checkpoints.problem_of(folder)
+    manifest.write_manifest(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
+    assert f"it holds no {name}" in manifest.problem_of(folder)
 
 
 def test_a_part_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path, 8, processes=2, mark=False)
     late = folder / "rng_state_1.pth"
     late.unlink()
-    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: late.write_bytes(b"x"))
-    checkpoints.check_parts(folder, 2)
+    monkeypatch.setattr(manifest.time, "sleep", lambda seconds: late.write_bytes(b"x"))
+    manifest.check_parts(folder, 2)
 
 
 def test_without_all_parts_there_is_no_mark_and_nothing_is_changed(ragged, tiny_processor, tmp_path, monkeypatch):
     """The other process has written its part on a disk of its own."""
     write_checkpoint(tmp_path / "run", 100)
-    monkeypatch.setattr(checkpoints, "_SECONDS_TO_SEE", 0.0)
-    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, save_strategy="steps", save_steps=1)
-    trainer.about = {**ABOUT, "world": {"strategy": "ddp", "processes": 2}}
+    monkeypatch.setattr(manifest, "_SECONDS_TO_SEE", 0.0)
+    keys = {"save_strategy": "steps", "save_steps": 1}
+    signature = {**ABOUT, "world": {"strategy": "ddp", "processes": 2}}
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, signature=signature, **keys)
     with pytest.raises(
         UserError, match=r"it holds no rng_state_0.pth, .*, so no run .* storage that all machines share"
     ):
@@ -220,12 +221,12 @@ def test_a_run_that_went_back_is_never_without_a_checkpoint_of_its_own(ragged, t
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "write_mark", killed)
+        patched.setattr(writer, "write_manifest", killed)
         with pytest.raises(Killed):
             train()
     assert latest(run) == (
         None,
-        [f"{run}/checkpoint-1 is passed over: it was not written to its end ({MARK} is missing)"],
+        [f"{run}/checkpoint-1 is passed over: it was not written to its end ({MANIFEST} is missing)"],
     )
     train()
     assert latest(run) == (2, [])
@@ -248,8 +249,8 @@ EPOCHS = {"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 1}
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(last, ragged, tiny_processor, tmp_path):
     """It follows the checkpoint of an epoch's last step; an epoch is one step here."""
 
-    def make():
-        return make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **EPOCHS, max_steps=3)
+    def make(resume=None):
+        return make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, resume=resume, **EPOCHS, max_steps=3)
 
     def evaluations(trainer, resume=None):
         trainer.train(resume_from_checkpoint=resume)
@@ -268,10 +269,9 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(last, ragged, tiny_pro
     trainer.evaluate = dies
     with pytest.raises(Killed):
         evaluations(trainer)
-    checkpoint, resumed = checkpoints.find(tmp_path / "run", "latest", print), make()
+    checkpoint = checkpoints.find(tmp_path / "run", "latest", print)
     assert checkpoint.step == last
-    resumed.evaluation_due, resumed.kept_step = checkpoint.evaluation_due, checkpoint.step
-    assert evaluations(resumed, str(checkpoint.path)) == wanted
+    assert evaluations(make(checkpoint), str(checkpoint.path)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -285,15 +285,17 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(last, ragged, tiny_pro
 def test_a_mark_tells_an_evaluation_that_is_still_to_come(keys, due, ragged, tiny_processor, tmp_path):
     arguments = {**EPOCHS, "per_device_train_batch_size": 3, **keys}
     make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **arguments).train()
-    marks = [json.loads((folder / MARK).read_text()) for folder in checkpoints.folders(tmp_path / "run")]
+    marks = [json.loads((folder / MANIFEST).read_text()) for folder in checkpoints.folders(tmp_path / "run")]
     assert [mark["evaluation_due"] for mark in marks] == due
 
 
 def test_an_evaluation_that_is_due_is_left_out_where_none_is_wanted(ragged, tiny_processor, tmp_path):
-    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, max_steps=1)
-    trainer.evaluation_due, trainer.eval_dataset = True, None
+    due = Checkpoint(tmp_path / "run/checkpoint-0", 0, {"evaluation_due": True})
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, resume=due, max_steps=1)
+    trainer.eval_dataset = None
+    assert trainer.evaluations.due
     trainer.train()
-    assert not trainer.evaluation_due
+    assert not trainer.evaluations.due
 
 
 def test_what_a_mark_does_not_tell_is_not_averaged_over(ragged, tiny_processor, tmp_path):
@@ -304,13 +306,13 @@ def test_what_a_mark_does_not_tell_is_not_averaged_over(ragged, tiny_processor, 
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
 
     def resume(step, so_far):
-        trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, **keys)
-        trainer.go_on_from(so_far)
-        trainer.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{step}"))
+        resumed = Checkpoint(tmp_path / f"run/checkpoint-{step}", step, {"so_far": so_far})
+        trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, resume=resumed, **keys)
+        trainer.train(resume_from_checkpoint=str(resumed.path))
         return trainer
 
     resume(1, {})
-    resumed = resume(3, json.loads((tmp_path / "run/checkpoint-3" / MARK).read_text())["so_far"])
+    resumed = resume(3, json.loads((tmp_path / "run/checkpoint-3" / MANIFEST).read_text())["so_far"])
     assert resumed.finished["steps_unknown"] == 1
     assert resumed.finished["loss_sum"] == pytest.approx(sum(losses[1:]), abs=1e-4)
 
@@ -507,14 +509,9 @@ def test_the_log_of_rows_reads_as_the_epoch_does_and_forgets_what_was_lost(tmp_p
 
 
 def test_steps_that_were_left_out_are_forgotten_with_what_was_lost(tmp_path):
-    recipe = read_recipe(None, {"output_dir": str(tmp_path), "log_row_ids": True})
-    accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
-    trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(device=torch.device("cpu")))
-    trainer.go_on_from, trainer.add_callback = (lambda so_far: None), (lambda callback: None)
-    (tmp_path / safety.SKIPPED).write_text('{"step": 2, "why": "a"}\n{"step": 5, "why": "b"}\n')
-    watch, context = SimpleNamespace(keep_workers=lambda: None), DistributedContext("single", 1, 0, 0, True)
-    safety.attach(trainer, recipe, context, watch, {}, Checkpoint(tmp_path / "checkpoint-4", 4, {}))
-    assert safety.skipped_steps(tmp_path) == 1
+    (tmp_path / step_log.SKIPPED).write_text('{"step": 2, "why": "a"}\n{"step": 5, "why": "b"}\n')
+    stopping.forget_former_end(tmp_path, 4)
+    assert step_log.skipped_steps(tmp_path) == 1
 
 
 # Real runs

@@ -49,7 +49,7 @@ def evaluation(tiny_processor):
     return scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("context", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
 def test_processes_answer_every_batch_and_where_weights_are_split_as_many_each(count, context):
     batches = [[number] for number in range(count)]
@@ -129,9 +129,9 @@ def test_training_is_the_same_with_and_without_it(evaluation, tiny_processor, tm
     rows = evaluation.rows.select(list(range(6)))
     for wanted in (False, True):
         arguments = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "eval_on_start": True}
-        trainer = make_trainer(copy.deepcopy(start), rows, tiny_processor, tmp_path / str(wanted), **arguments)
-        if wanted:
-            trainer.generation_metrics = GenerationMetrics(evaluation, Encoder(tiny_processor), 3, 2, 8)
+        answers = GenerationMetrics(evaluation, Encoder(tiny_processor), 3, 2, 8) if wanted else None
+        model, folder = copy.deepcopy(start), tmp_path / str(wanted)
+        trainer = make_trainer(model, rows, tiny_processor, folder, answers=answers, **arguments)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         measured = [entry["eval_relaxed_accuracy"] for entry in trainer.state.log_history if "eval_anls" in entry]

@@ -166,7 +166,8 @@ class Filling:
         for parameter in model.model.visual.parameters():
             parameter.requires_grad_(False)
         self.trainer = make_trainer(model, self.scan.rows, processor, tmp_path)
-        self.collator = PackedCollator(Collator(self.scan.rows, encoder, skip_bad_rows=True), Positions(model.config))
+        padded = Collator(self.scan.rows, encoder, skip_bad_rows=True)
+        self.collator = PackedCollator(padded, Positions(model.config), features=self.features.cache)
         self.trainer.data_collator = self.collator
         self.read = []
         visual, forward = model.model.visual, model.model.visual.forward

@@ -24,7 +24,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.random_state import random_state
-from qwen_vl_sft.training.memory import MARGIN, Fit, MemoryProbe, all_layers, choose, largest_batch, room_for
+from qwen_vl_sft.training.memory import MARGIN, Fit, MemoryProbe, all_layers, choose, found_fit, largest_batch, room_for
 
 HUGE = 10**12
 
@@ -156,11 +156,11 @@ def probed(ragged, tiny_processor, tmp_path):
 def test_more_room_means_fewer_checkpointed_layers(probed):
     layers = len(all_layers(qwen2_vl()))
     assert layers >= 4
-    none = probed(HUGE).memory_fit
+    none = found_fit(probed(HUGE))
     assert (none.layers, none.checkpointed) == (layers, 0)
-    every = probed(1).memory_fit
+    every = found_fit(probed(1))
     assert every.checkpointed == layers
-    between = probed((none.peak + every.peak) / 2 / (1 - MARGIN)).memory_fit
+    between = found_fit(probed((none.peak + every.peak) / 2 / (1 - MARGIN)))
     assert 0 < between.checkpointed < layers
     assert between.peak <= between.room * (1 - MARGIN)
     # One layer more that keeps its activations would not fit.
@@ -188,7 +188,7 @@ def test_a_trial_draws_no_random_numbers_and_leaves_no_gradient(probed, monkeypa
         assert all(parameter.grad is None for parameter in self.trainer.model.parameters())
 
     monkeypatch.setattr(memory.MemoryProbe, "on_train_begin", watched)
-    assert probed(HUGE).memory_fit is not None
+    assert found_fit(probed(HUGE)) is not None
     assert before
 
 
@@ -232,11 +232,11 @@ class Small(SavedActivations):
 
 
 def test_out_of_memory_in_a_trial_is_survived(probed):
-    every, none = probed(1).memory_fit, probed(HUGE).memory_fit
+    every, none = found_fit(probed(1)), found_fit(probed(HUGE))
     to_come = sum(3 * 4 * parameter.numel() for parameter in qwen2_vl().parameters())
     small = Small((every.peak + none.peak) // 2 - to_come)
     small.room = lambda: HUGE  # nothing but the failure tells
-    found = probed(None, memory=small).memory_fit
+    found = found_fit(probed(None, memory=small))
     assert 0 < found.checkpointed < found.layers
 
 

@@ -34,7 +34,7 @@ def sft(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(os, "_exit", leave)
-        monkeypatch.setattr(signals.Watch, "begin", lambda watch: None)
+        monkeypatch.setattr(signals.SignalWatcher, "begin", lambda watch: None)
         monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
         monkeypatch.chdir(REPOSITORY)
         spec.loader.exec_module(script)

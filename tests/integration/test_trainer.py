@@ -17,7 +17,8 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.modeling.base_model import freeze_vision_tower
+from qwen_vl_sft.modeling.base_model import freeze_vision_tower, trained_parts
+from qwen_vl_sft.modeling.chosen import Chosen
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.training import throughput
 from qwen_vl_sft.training.callbacks import format_log
@@ -76,7 +77,7 @@ def test_an_incomplete_last_step_weighs_its_own_tokens(ragged, tiny_processor, t
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx([token_mean(start, few, tiny_processor)], abs=1e-4)
-    assert trainer.meter.total.rows == 4
+    assert trainer.throughput.total.rows == 4
 
 
 def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, tiny_processor):
@@ -118,7 +119,9 @@ def test_a_tower_of_which_the_merger_trains_is_not_run_backwards(family, keys, r
         base.activation_checkpointing_enable()
         if finish:
             accelerator = SimpleNamespace(state=SimpleNamespace())
-            assert "vision" not in finish_model(SimpleNamespace(model=model, accelerator=accelerator), recipe, SINGLE)
+            run = SimpleNamespace(recipe=recipe, context=SINGLE, chosen=Chosen("sdpa", []))
+            finish_model(model, accelerator, run)
+            assert "vision" not in trained_parts(model)
         graphs = []
         for block in base.model.visual.blocks:
             block.register_forward_hook(lambda block, given, output, graphs=graphs: graphs.append(output.requires_grad))
@@ -139,8 +142,8 @@ def test_speed_is_logged_and_counted(ragged, tiny_processor, tmp_path):
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["tokens_per_second"] > 0
     assert 0 <= entry["data_wait"] <= 1
-    assert trainer.meter.total.rows == 12
-    assert trainer.meter.total.images == 12
+    assert trainer.throughput.total.rows == 12
+    assert trainer.throughput.total.images == 12
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
@@ -165,13 +168,13 @@ def test_evaluations_and_checkpoints_are_no_time_of_training(strategy, ragged, t
     slow("_save_optimizer_and_scheduler", 100.0)
     slow("compute_loss", 1.0)
     trainer.train()
-    trainer.meter.measure(trainer.accelerator)
-    assert trainer.meter.total_seconds == 4
-    trainer.evaluation_due = True
-    trainer.meter.go_on_from(throughput.ThroughputMeter(trainer.args.device).so_far(trainer.accelerator))
+    trainer.throughput.measure(trainer.accelerator)
+    assert trainer.throughput.total_seconds == 4
+    trainer.evaluations.postpone()
+    trainer.throughput.restore(throughput.ThroughputMeter(trainer.args.device).totals(trainer.accelerator))
     trainer.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{2 if strategy == 'epoch' else 3}"))
-    trainer.meter.measure(trainer.accelerator)
-    assert trainer.meter.total_seconds == (2 if strategy == "epoch" else 1)
+    trainer.throughput.measure(trainer.accelerator)
+    assert trainer.throughput.total_seconds == (2 if strategy == "epoch" else 1)
 
 
 def test_a_checkpoint_counts_the_rows_left_out_until_then(ragged, tiny_processor, tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ class Collator:
         filler: index of a good row. It stands, with nothing to learn, in a batch that would have no row at all; when it
             has turned bad itself and bad rows are left out, another one does.
         skip_overlong: the same for rows longer than `max_length`, which a stream meets only here.
-
-    With `positions` set, batches bring what the model would work out from tokens and grids, waiting for the GPU row by row.
+        positions: work out what the model would from tokens and grids, waiting for the GPU row by row; None leaves it to
+            the model.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class Collator:
         skip_bad_rows: bool = False,
         filler: int = 0,
         skip_overlong: bool = False,
+        positions: Positions | None = None,
     ) -> None:
         self.rows = rows
         self.encoder = encoder
         self.skip_bad_rows = skip_bad_rows
         self.filler = filler
         self.skip_overlong = skip_overlong
-        self.positions: Positions | None = None
+        self.positions = positions
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `pad` makes it; under "stats" what it asks of the model, and its "row_ids", as plain numbers.

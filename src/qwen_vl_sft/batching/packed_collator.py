@@ -50,15 +50,20 @@ class PackedCollator:
         rows: looks up and encodes single rows, with the recipe's rules for bad ones.
         positions: M-RoPE positions of a row.
         dtype: of pixel values, that of the vision tower's input, and of features.
-
-    With `features` set, batches bring what the vision tower made of their images before, and no pixels.
+        features: batches bring what the vision tower made of their images before, and no pixels.
     """
 
-    def __init__(self, rows: Collator, positions: Positions, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        rows: Collator,
+        positions: Positions,
+        dtype: torch.dtype = torch.float32,
+        features: FeatureCache | None = None,
+    ) -> None:
         self.rows = rows
         self.positions = positions
         self.dtype = dtype
-        self.features: FeatureCache | None = None
+        self.features = features
 
     def __call__(self, step: Sequence[MicroBatch]) -> dict[str, Any]:
         """The micro-batches of a step under `MICRO_BATCHES`, each as `join` makes it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing import checkpoints, manifest
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.pickles import problem_of_pickles
 from qwen_vl_sft.config.reading import Recipe
@@ -52,7 +52,7 @@ def checkpoint_to_resume(recipe: Recipe, context: DistributedContext, signature:
                 _tell(
                     "the best model so far was found on other rows or by another metric; it does not count from here on"
                 )
-            if not checkpoint.so_far:
+            if not checkpoint.totals:
                 _tell(
                     f"{checkpoint.path} does not tell its losses and times; metrics.json will be of the steps from here on"
                 )
@@ -71,7 +71,7 @@ def _best(checkpoint: Checkpoint) -> Path | None:
     if not checkpoints.is_checkpoint_name(name):
         return None
     best = checkpoint.path.parent / name
-    problem = checkpoints.problem_of(best)
+    problem = manifest.problem_of(best)
     if problem:
         _tell(f"{best}, the best so far, is passed over: {problem}; the best from here on will be loaded at the end")
     return None if problem else best
@@ -88,9 +88,9 @@ def _check_pickles(folder: Path) -> None:
 
 def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> list[str]:
     """Return notes on a resume that is allowed. Raises `UserError` with everything that stands against it."""
-    if not checkpoint.about:
+    if not checkpoint.manifest:
         return []
-    was, now = _settings(checkpoint.about), _settings(signature)
+    was, now = _settings(checkpoint.manifest), _settings(signature)
     changed = [name for name in sorted(was.keys() & now.keys()) if was[name] != now[name]]
     follows = {was.get("lr_scheduler_type"), now.get("lr_scheduler_type")} & set(_FOLLOW_EVALUATIONS)
     held = [] if follows else [name for name in changed if name in SCHEDULE_KEYS]
@@ -103,19 +103,19 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
     world_problem = _other_world(checkpoint, signature["world"])
     raise_all(problems + ([world_problem] if world_problem else []))
     notes = [f"{checkpoint.path} had {name} {was[name]}; the run goes on with {now[name]}" for name in held]
-    unknown = sorted(now.keys() - was.keys()) + ([] if "judge" in checkpoint.about else list(signature["judge"]))
+    unknown = sorted(now.keys() - was.keys()) + ([] if "judge" in checkpoint.manifest else list(signature["judge"]))
     if unknown:
         notes.append(f"{checkpoint.path} does not say its {', '.join(unknown)}: see that they are as they were")
-    if checkpoint.about["world"] != signature["world"]:
+    if checkpoint.manifest["world"] != signature["world"]:
         exact = "the dropout draws other numbers than before" if dropout else "losses agree up to rounding"
         notes.append(
-            f"{checkpoint.path} was written by {_words(checkpoint.about['world'])} and goes on with"
+            f"{checkpoint.path} was written by {_words(checkpoint.manifest['world'])} and goes on with"
             f" {_words(signature['world'])}: the same rows in the same steps, {exact}"
         )
     versions = signature["versions"]
     others = [
         f"{name} {old}, now {versions[name]}"
-        for name, old in checkpoint.about["versions"].items()
+        for name, old in checkpoint.manifest["versions"].items()
         if versions[name] != old
     ]
     if others:
@@ -124,15 +124,15 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
 
 
 def _settings(signature: dict[str, Any]) -> dict[str, Any]:
-    """Return what is compared, by key. A mark of an earlier version lacks some, or has `learning_rate` by itself."""
+    """Return what is compared, by key. A manifest of an earlier version lacks some, or has `learning_rate` by itself."""
     rate = {"learning_rate": signature["learning_rate"]} if "learning_rate" in signature else {}
     # Formerly written only where it was set.
     return {"cache_image_features": None, **signature["same"], **rate, **signature.get("schedule", {})}
 
 
 def _judged_alike(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:
-    """Return whether evaluations until then can be compared with those from here on, as far as the mark says."""
-    return bool(checkpoint.about.get("judge", signature["judge"]) == signature["judge"])
+    """Return whether evaluations until then compare with those from here on, as far as the manifest says."""
+    return bool(checkpoint.manifest.get("judge", signature["judge"]) == signature["judge"])
 
 
 def _differs(checkpoint: Checkpoint, name: str, was: Any, now: Any) -> str:
@@ -144,7 +144,7 @@ def _differs(checkpoint: Checkpoint, name: str, was: Any, now: Any) -> str:
 
 
 def _other_world(checkpoint: Checkpoint, now: dict[str, Any]) -> str | None:
-    was = checkpoint.about["world"]
+    was = checkpoint.manifest["world"]
     if was == now or (was["strategy"] in _WHOLE and now["strategy"] in _WHOLE):
         return None
     if was["strategy"] == now["strategy"] == "fsdp2":

@@ -5,8 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
+
+
+class CorrectState(TrainerCallback):
+    """Corrects the state that the Trainer has loaded from `resume` when training begins."""
+
+    def __init__(self, resume: Checkpoint) -> None:
+        self.resume = resume
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Correct it: the Trainer has loaded it by now."""
+        correct_state(state, args, self.resume)
 
 
 def correct_state(state: Any, args: Any, resume: Checkpoint) -> None:
@@ -25,7 +37,7 @@ def take_schedule(optimizer: Any, scheduler: Any, rate: float) -> None:
     """Have an optimizer and a scheduler that were loaded go on with this run's schedule, at the step where they are.
 
     Both bring the peak learning rate that the run began with, and the optimizer the rate of the next step. Schedules
-    that follow evaluations stay as they are (`training.resume_check`).
+    that follow evaluations stay as they are (`checkpointing.resume_check`).
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)
     if not isinstance(scheduler, LambdaLR):

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_vl_sft.checkpointing.checkpoints import MARK, folders, marked, step_of
+from qwen_vl_sft.checkpointing.checkpoints import complete, folders, step_of
+from qwen_vl_sft.checkpointing.manifest import MANIFEST
 
 _ABANDONED = "abandoned-"
 
@@ -15,11 +16,11 @@ _ABANDONED = "abandoned-"
 def rotate(run: Path, keep: int | None, newest: Path, best: str | None) -> None:
     """Delete the oldest checkpoints but `keep`, and what was never completed. `newest` and the best always stay.
 
-    Call it when `newest`, just written, is marked: at every moment the run has a whole checkpoint then.
+    Call it when `newest`, just written, has its manifest: at every moment the run has a complete checkpoint then.
     """
     if keep is None or keep < 1:
         return
-    whole = marked(run)
+    whole = complete(run)
     protected = {newest.name} | ({Path(best).name} if best else set())
     spare = [folder for folder in whole if folder.name not in protected]
     surplus = len(whole) - max(keep, len(protected))
@@ -31,8 +32,8 @@ def rotate(run: Path, keep: int | None, newest: Path, best: str | None) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint, its mark first: a deletion that is cut off leaves nothing that looks whole."""
-    (folder / MARK).unlink(missing_ok=True)
+    """Delete a checkpoint, its manifest first: a deletion that is cut off leaves nothing that looks whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -40,10 +41,10 @@ def set_aside(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> 
     """Rename what was saved after the step `after`, from which the run has gone on otherwise, and tell so.
 
     `latest` would find it, since its steps are higher than those of `new`, which stays. Call it when `new` is written and
-    before it is marked: a run that is killed in between still has the checkpoint that it went on from, and is not taken
+    before its manifest is: a run that is killed in between still has the checkpoint that it went on from, and is not taken
     back to what it had left. Raises `OSError`.
     """
-    left = [folder for folder in marked(run) if step_of(folder) > after and folder != new]
+    left = [folder for folder in complete(run) if step_of(folder) > after and folder != new]
     names = [make_room(folder).name for folder in left]
     if names:
         tell(
@@ -53,7 +54,7 @@ def set_aside(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> 
 
 
 def make_room(folder: Path) -> Path:
-    """Rename a checkpoint so that it is none of the run any more; its new place."""
+    """Rename a checkpoint so that it is none of the run any more; return its new place."""
     name = f"{_ABANDONED}{folder.name}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))

@@ -30,7 +30,7 @@ class Deadline:
     Args:
         seconds: of the whole run; None for no limit.
 
-    The caller keeps `step`, `save` and `evaluation` up to date: the longest so far, in seconds.
+    `step`, `save` and `evaluation` are the longest so far, in seconds, as they were noted.
     """
 
     def __init__(self, seconds: int | None) -> None:
@@ -40,8 +40,20 @@ class Deadline:
         self.save: float | None = None
         self._ends = psutil.Process().create_time() + seconds if seconds is not None else float("inf")
 
+    def note_step(self, seconds: float) -> None:
+        """Note how long a step took, with the wait for its data."""
+        self.step = max(self.step, seconds)
+
+    def note_save(self, seconds: float | None) -> None:
+        """Note how long the longest save took; None when there was none yet."""
+        self.save = seconds
+
+    def note_evaluation(self, seconds: float) -> None:
+        """Note how long an evaluation took."""
+        self.evaluation = max(self.evaluation, seconds)
+
     def is_due(self, evaluates: bool) -> bool:
-        """Return whether another step, with the evaluation due now, would leave too little time to save after it."""
+        """Return whether another step, with the evaluation that is due now, would leave too little time to save after it."""
         if self.seconds is None:
             return False
         unknown = min(max(_UNKNOWN_SHARE * self.seconds, _UNKNOWN_LEAST), _UNKNOWN_MOST)

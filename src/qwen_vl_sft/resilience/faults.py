@@ -1,18 +1,14 @@
-"""Errors of a step or a save, with the rows and the way out: NaN, out of memory, a full disk."""
+"""What can go wrong in a step, told with the rows and the way out: NaN, out of memory."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen_vl_sft.errors import UserError, first_line
 
@@ -35,7 +31,7 @@ class StepRecord:
     overflows: torch.Tensor | None = None
 
     def unsound(self, device: torch.device) -> torch.Tensor:
-        """Return 1 when a loss or the gradient is NaN or infinite, else 0, without waiting for the device.
+        """Return 1 when a loss or the gradient is NaN or infinite, else 0; nothing waits for the device.
 
         A gradient scaler looks for the largest scale that the gradient allows, so with one that is no fault for some steps.
         """
@@ -44,14 +40,14 @@ class StepRecord:
         return torch.stack(faults).max()
 
     def overflow(self, device: torch.device) -> torch.Tensor:
-        """1 when the gradient is NaN or infinite, else 0; nothing waits for the device."""
+        """Return 1 when the gradient is NaN or infinite, else 0; nothing waits for the device."""
         if self.grad_norm is None:
             return torch.zeros((), device=device)
         norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
         return 1 - torch.isfinite(torch.as_tensor(norm, device=device).reshape(())).float()
 
     def culprits(self) -> dict[str, Any]:
-        """Return the rows of this process, the rows of micro-batches without a finite loss, and the gradient's norm."""
+        """Return the rows of this process, those of micro-batches without a finite loss, and the gradient's norm."""
         bad = [rows for rows, loss in zip(self.rows, self.losses, strict=False) if not torch.isfinite(loss)]
         norm = self.grad_norm
         return {
@@ -64,7 +60,7 @@ class StepRecord:
 
 
 def describe_unsound(step: int, record: StepRecord) -> str:
-    """Describe what is NaN or infinite in a step, with row ids. All processes must call this together."""
+    """Describe what is NaN or infinite in a step, with row ids. All processes must call at once."""
     parts = gather_object([record.culprits()])
     rows = [row for part in parts for row in part["rows"]]
     bad = [row for part in parts for row in part["bad"]]
@@ -78,7 +74,7 @@ def describe_unsound(step: int, record: StepRecord) -> str:
 
 
 def unsound_error(described: str, can_skip: bool) -> UserError:
-    """Return the error that ends a run for a NaN."""
+    """Build the error that ends a run for a NaN."""
     skip = ", or set nonfinite: skip to leave such steps out" if can_skip else ""
     return UserError(
         f"{described}. Nothing was saved after it; look at these rows, lower learning_rate, raise warmup_steps{skip}."
@@ -87,7 +83,7 @@ def unsound_error(described: str, can_skip: bool) -> UserError:
 
 
 def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
-    """Return the rows and size of a micro-batch. Call it before the step, which may take entries out."""
+    """Describe rows and size of a micro-batch. Call it before the step, which may take entries out."""
     tokens, pixels = inputs["input_ids"], inputs.get("pixel_values")
     patches = 0 if pixels is None else pixels.shape[0]
     size = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {patches:,} image patches"
@@ -95,7 +91,7 @@ def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
 
 
 def describe_step(rows: list[int], batches: Sequence[dict[str, Any]]) -> str:
-    """Return the rows and tokens of all micro-batches of a step."""
+    """Describe rows and tokens of all micro-batches of a step."""
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return f"{len(rows)} row(s) (row_id {_listed(rows)}), {tokens:,} tokens"
 
@@ -121,50 +117,8 @@ def explained_out_of_memory(batch: str, packing: bool, checkpointing: bool) -> I
         ) from error
 
 
-@contextlib.contextmanager
-def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> Iterator[None]:
-    """Turn a failed write inside into a `UserError`; with `remove`, delete what was written of it."""
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        reason = _write_failure(error, folder)
-        if reason is None:
-            raise
-        if remove:
-            shutil.rmtree(folder, ignore_errors=True)
-        last = f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet"
-        raise UserError(
-            f"{what} could not be written to {folder}: {reason}. {last}; mend that, and go on with"
-            f" --resume_from_checkpoint latest"
-        ) from error
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _write_failure(error: BaseException, folder: Path) -> str | None:
-    """Return why a file could not be written, by any process if the error tells of all; None for another error."""
-    if isinstance(error, CheckpointException):
-        reasons = [_write_failure(failure, folder) for failure, _ in error.failures.values()]
-        return next(filter(None, reasons), None)
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text = str(error)
-    # safetensors and torch.save have errors of their own for a failed write.
-    if "os error" in text:
-        return text.splitlines()[0]
-    if "PytorchStreamWriter" in text or "inline_container" in text:
-        full = _is_full(folder)
-        return "No space left on device" if full else text.splitlines()[0]
-    return None
-
-
-def _is_full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder.parent).free < 2**20
-    except OSError as error:
-        return error.errno == errno.ENOSPC
 
 
 def _listed(rows: list[int]) -> str:

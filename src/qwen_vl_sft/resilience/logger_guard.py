@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,17 +15,20 @@ from qwen_vl_sft.errors import first_line
 _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
-def guard_loggers(trainer: Any) -> None:
-    """Keep loggers of `report_to` from ending a run: their first error goes to the trainer's `failed_loggers` and stderr.
+def guard_loggers(callbacks: Iterable[TrainerCallback]) -> dict[str, str]:
+    """Have no logger of `report_to` end a run: its first error is printed, and it is asked no more.
 
-    Everything that is logged stands in training_log.jsonl as well.
+    Returns why each has failed, by name, filled in while training. Everything that is logged stands in
+    training_log.jsonl as well.
     """
     names = {callback: name for name, callback in INTEGRATION_TO_CALLBACK.items()}
-    for callback in trainer.callback_handler.callbacks:
+    failed: dict[str, str] = {}
+    for callback in callbacks:
         name = names.get(type(callback))
         if name is not None:
             for event in _EVENTS:
-                setattr(callback, event, _guarded(getattr(callback, event), name, trainer.failed_loggers))
+                setattr(callback, event, _guarded(getattr(callback, event), name, failed))
+    return failed
 
 
 def _guarded(event: Callable[..., Any], name: str, failed: dict[str, str]) -> Callable[..., Any]:

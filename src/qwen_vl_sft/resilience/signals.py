@@ -21,7 +21,7 @@ from typing import Any
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.errors import EXIT_PREEMPTED
 
-MARK = "preempted.json"
+PREEMPTED = "preempted.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A second Ctrl-C within this many seconds may be the launcher's copy of the first.
 _REPEAT_SECONDS = 1.0
@@ -33,12 +33,12 @@ _HANDLER_SECONDS = 1.0
 _ORPHAN_SECONDS = 300.0
 
 
-class Watch:
+class SignalWatcher:
     """Remembers that this process was told to stop, or ends it at once while there is nothing to save."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.folder: Path | None = None
+        self._folder: Path | None = None
         self._since = 0.0
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
@@ -61,9 +61,13 @@ class Watch:
             self._launcher = os.getppid()
             threading.Thread(target=self._watch_parent, args=(self._launcher,), daemon=True).start()
 
+    def leave_word_in(self, folder: Path) -> None:
+        """Leave word in this run folder, if it is there, when the process is told to stop before training."""
+        self._folder = folder
+
     @property
     def reason_of_all(self) -> str:
-        """Return why the run ends after some process was told to stop, as far as this one knows."""
+        """Return why a run ends that some process was told to stop: what this one knows of it."""
         if self.reason is None and self._launcher not in (None, os.getppid()):
             return _LAUNCHER_GONE  # another process has noticed first
         return self.reason or "a signal to another process"
@@ -88,7 +92,7 @@ class Watch:
 
     @contextlib.contextmanager
     def while_training(self) -> Iterator[None]:
-        """Inside, there is something to save; afterwards, however it ends, signals have the system's handlers again."""
+        """Have something to save from now on; afterwards, however it ends, signals are the system's again."""
         self.training = True
         try:
             yield
@@ -132,8 +136,8 @@ class Watch:
             return
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"stopped by {reason} before training began; there is nothing to save", file=sys.stderr, flush=True)
-            if self.folder is not None and self.folder.is_dir():
-                write_mark(self.folder, reason, None, None)
+            if self._folder is not None and self._folder.is_dir():
+                write_preempted(self._folder, reason, None, None)
         os._exit(EXIT_PREEMPTED)
 
     def _end_when_stuck(self, heard: int) -> None:
@@ -155,10 +159,10 @@ class Watch:
         os._exit(EXIT_PREEMPTED)
 
 
-def write_mark(folder: Path, reason: str, step: int | None, checkpoint: Path | None) -> None:
-    """Write into the run folder that it was stopped, because launchers turn every exit code into 1."""
+def write_preempted(folder: Path, reason: str, step: int | None, checkpoint: Path | None) -> None:
+    """Leave word in the run folder that it was stopped, since launchers turn every exit code into 1."""
     entry = {"reason": reason, "step": step, "checkpoint": checkpoint.name if checkpoint else None}
-    atomic_write(folder / MARK, json.dumps(entry) + "\n")
+    atomic_write(folder / PREEMPTED, json.dumps(entry) + "\n")
 
 
 def _hear_no_more() -> None:
@@ -167,7 +171,7 @@ def _hear_no_more() -> None:
 
 
 def _has_launcher() -> bool:
-    """Return whether the parent process is a launcher, which this one must not outlive. A shell may end first."""
+    """Return whether the parent is a launcher, without which this process should not go on. A shell may well end first."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
     import psutil

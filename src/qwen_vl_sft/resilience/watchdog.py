@@ -1,4 +1,4 @@
-"""Watchdog for hung collectives: end the run and report what each process was doing.
+"""A watchdog for hung collectives: it ends the run, and tells what each process was doing.
 
 A collective that one process never joins would otherwise end in the communication library's own timeout, which names a
 tensor and no cause.
@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from enum import IntEnum
 from pathlib import Path
 
 from torch.distributed import PrefixStore, TCPStore
@@ -34,6 +35,12 @@ _FUNCTIONS = 5
 _WAITING_IN = ("torch/distributed/", "torch/nn/parallel/distributed.py", "deepspeed/comm/", "zero/partition_parameters")
 _INNERMOST = 3
 _BACKWARD = "_engine_run_backward"
+
+
+class Stage(IntEnum):
+    """What a step goes through, in this order; an evaluation and a checkpoint are those after the step."""
+
+    DATA, TOKENS, MICRO_BATCHES, GRADIENT, END, EVALUATION, SAVE = range(7)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Watchdog(threading.Thread):
     The first process to notice asks all of them what they are doing, and writes that to the standard error; each leaves
     the stacks of its threads in `stalled-rank-N.txt` of the run folder.
 
+    Start it when processes begin to wait for each other. One that was not started only notes what it is told.
+
     Args:
         folder: the run folder.
         rank: this process.
@@ -67,7 +76,7 @@ class Watchdog(threading.Thread):
     """
 
     def __init__(self, folder: Path, rank: int, processes: int, timeout: float) -> None:
-        super().__init__(name="stall-watch", daemon=True)
+        super().__init__(name="watchdog", daemon=True)
         self.folder, self.rank, self.processes = folder, rank, processes
         self.limit = timeout * _SHARE_OF_TIMEOUT
         self.interval = min(_LOOK_EVERY_SECONDS, self.limit / 40)
@@ -76,8 +85,8 @@ class Watchdog(threading.Thread):
         self._store: PrefixStore | None = None
         self._can_ask = True
 
-    def move(self, doing: str, place: tuple[int, ...]) -> None:
-        """Record that this process starts something else."""
+    def report_progress(self, doing: str, *place: int) -> None:
+        """Note what this process goes on to: `place` is step, stage, and a number."""
         self._now = (doing, place, time.monotonic())
 
     def end(self) -> None:
@@ -123,7 +132,7 @@ class Watchdog(threading.Thread):
         leave(1, message, show=speaks)
 
     def _exchange(self, standing: Standing) -> tuple[str, bool]:
-        """Return the report (on all processes but one its first line), and whether it still has to be shown."""
+        """Return the report, or on all processes but one its first line, and whether it is yet to be shown."""
         store = self._joined()
         store.set(str(self.rank), json.dumps(asdict(standing)))
         if store.add("reporters", 1) > 1:
@@ -136,7 +145,7 @@ class Watchdog(threading.Thread):
         return message, False
 
     def _patience(self) -> float:
-        """Return the seconds within which every process that can has noticed."""
+        """Return the seconds in which every process that can has noticed."""
         return 3 * self.interval + 5
 
     def _collect(self, store: PrefixStore) -> list[Standing | None]:
@@ -168,7 +177,7 @@ class Watchdog(threading.Thread):
 
 
 def format_report(standings: Sequence[Standing | None], seconds: float, folder: Path) -> str:
-    """Return what every process was doing; None for one that did not answer."""
+    """Describe what every process was doing; None for one that did not answer."""
     lines = [f"error: a process has waited for {seconds:,.0f} s, most of ddp_timeout, and the run is ended"]
     # Those that hold the others up, when there are too many to show all.
     order = sorted(range(len(standings)), key=lambda rank: _place(standings[rank]))[:_SHOWN]

@@ -96,7 +96,7 @@ class Variant:
 
     def work_done(self, steps: int) -> BatchStats:
         """Return the work so far: as our trainer counts it, or that of as many average rows for TRL's."""
-        meter = getattr(self.trainer, "meter", None)
+        meter = getattr(self.trainer, "throughput", None)
         if meter is not None:
             return meter.total + meter.work
         rows = steps * self.rows_per_step

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from qwen_vl_sft.checkpointing import checkpoints, run_folder
+from qwen_vl_sft.checkpointing import checkpoints, manifest, run_folder
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import read_file
@@ -187,7 +187,7 @@ class Experiment:
         run, log = self.folder / "runs" / f"{case.name}-killed", self.folder / f"{case.name}-killed.log"
         shutil.rmtree(run, ignore_errors=True)
         log.unlink(missing_ok=True)
-        mark = run / f"checkpoint-{self.kill_step}" / checkpoints.MARK
+        mark = run / f"checkpoint-{self.kill_step}" / manifest.MANIFEST
         code = self._train(case, run, log, self._saving(), until=mark.is_file)
         done = max(read_row_log(run), default=0)
         if code is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing import checkpoints, manifest
 from qwen_vl_sft.checkpointing.row_log import NAME, read_row_log
 from qwen_vl_sft.checkpointing.run_folder import LOG
 from qwen_vl_sft.errors import UserError
@@ -73,7 +73,7 @@ class Experiment:
         self._kill(folder, after)
         steps_done = max(read_row_log(folder), default=0)
         left = checkpoints.folders(folder)
-        good = [path for path in left if checkpoints.problem_of(path) is None]
+        good = [path for path in left if manifest.problem_of(path) is None]
         self._finish(folder)
         trial = Trial(
             seconds=round(after, 2),

@@ -19,19 +19,19 @@ class EpochOrder(TrainerCallback):
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """`state.epoch` is a whole number here, or on a resume the fraction already done."""
+        """Pass the epoch on: `state.epoch` is a whole number here, or on a resume the fraction already done."""
         self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class CheckWorld(TrainerCallback):
     """Stops a run whose model was not wrapped as the launcher was asked to."""
 
-    def __init__(self, context: DistributedContext) -> None:
+    def __init__(self, context: DistributedContext, trainer: Any) -> None:
         self.context = context
-        self.trainer: Any = None
+        self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """The Trainer has prepared the model by now."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check it: the Trainer has prepared the model by now."""
         check_running(self.context, self.trainer.accelerator, self.trainer.model_wrapped)
 
 
@@ -45,7 +45,7 @@ class Progress(ProgressCallback):
 
 
 def format_log(step: int, max_steps: int, logs: dict[str, Any]) -> str:
-    """One log entry in at most 80 columns."""
+    """Format a log entry in at most 80 columns."""
     names = {
         "loss": ("loss", "{:.4g}"),
         "eval_loss": ("eval loss", "{:.4f}"),

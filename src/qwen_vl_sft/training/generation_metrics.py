@@ -70,7 +70,7 @@ class GenerationMetrics:
         show_progress: bool = False,
         poll: Callable[[], None] | None = None,
     ) -> dict[str, float]:
-        """The mean of every metric over the sample, by name. All processes must call at once.
+        """Return the mean of every metric over the sample, by name. All processes must call at once.
 
         `model` is the one in training, as the strategy wrapped it. `poll` is called between batches, on all processes
         equally often; what it raises ends the measurement.
@@ -134,7 +134,7 @@ class GenerationMetrics:
 
 
 def share(batches: Sequence[Sequence[int]], rank: int, context: int, equal: bool) -> list[list[int]]:
-    """The batches of one process. With `equal`, all processes get as many, the last ones one that another answers too."""
+    """Return the batches of one process. With `equal`, all get as many, the last ones one that another answers too."""
     own = [list(batch) for batch in batches[rank::context]]
     if equal and len(own) < math.ceil(len(batches) / context):
         own.append(list(batches[-1]))
@@ -150,7 +150,7 @@ def is_split(model: Any) -> bool:
 
 
 def answering_model(model: Any, accelerator: Any) -> Any:
-    """What `generate` is called on. Split weights are gathered layer by layer as in training, never all at once."""
+    """Return what `generate` is called on. Split weights are gathered layer by layer as in training, never all at once."""
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
     if isinstance(model, FSDPModule):

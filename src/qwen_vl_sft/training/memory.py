@@ -41,7 +41,7 @@ class Fit:
 
 
 def room_for(plan: StepPlan, used: float, peak: float, room: float) -> int | None:
-    """The `tokens_per_batch` that memory has room for, if that would make steps of fewer micro-batches; else None.
+    """Return the `tokens_per_batch` that memory has room for, if that would make steps of fewer micro-batches; else None.
 
     Args:
         plan: of the run as it is.
@@ -61,16 +61,16 @@ class DeviceMemory:
         self.device = device
 
     def room(self) -> int:
-        """Bytes that this process has or can get."""
+        """Return the bytes that this process has or can get."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device)
 
     def used(self) -> int:
-        """Bytes in use now."""
+        """Return the bytes in use now."""
         return torch.cuda.memory_allocated(self.device)
 
     def peak_of(self, work: Callable[[], None]) -> int:
-        """Most bytes in use while `work` runs."""
+        """Return the most bytes in use while `work` runs."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         work()
@@ -89,11 +89,13 @@ class MemoryProbe(TrainerCallback):
     all processes agree on how many. Neither weights, gradients nor random numbers change.
 
     Args:
-        trainer: gets what was found as `memory_fit`.
+        trainer: computes it.
         largest: makes that micro-batch (`largest_batch`).
         automatic: choose which layers are checkpointed; otherwise all that the Trainer has set.
         plan: of packed rows; when memory has room for larger micro-batches, a line says so.
         memory: what is measured; None for the memory of the trainer's device.
+
+    `fit` is what was found, None before training begins.
     """
 
     def __init__(
@@ -109,9 +111,10 @@ class MemoryProbe(TrainerCallback):
         self.automatic = automatic
         self.plan = plan
         self.memory = memory or DeviceMemory(trainer.args.device)
+        self.fit: Fit | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is wrapped and the checkpoint loaded by now. Raises `UserError` when memory does not suffice."""
+        """Try it: the model is wrapped and the checkpoint loaded by now. Raises `UserError` when memory does not suffice."""
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         layers = checkpointed_layers(model)
@@ -136,9 +139,9 @@ class MemoryProbe(TrainerCallback):
         kept, most = choose(peak, len(layers), room) if self.automatic else (0, peak(0))
         _checkpoint_all_but(kept, layers)
         self.memory.forget()
-        trainer.memory_fit = Fit(len(all_layers(model)), len(layers) - kept, int(most), int(room / (1 - MARGIN)))
+        self.fit = Fit(len(all_layers(model)), len(layers) - kept, int(most), int(room / (1 - MARGIN)))
         if state.is_world_process_zero:
-            print(f"memory      {trainer.memory_fit}", flush=True)
+            print(f"memory      {self.fit}", flush=True)
             larger = room_for(self.plan, used, most, room) if self.plan and kept == len(layers) else None
             if larger:
                 print(f"            room for tokens_per_batch: {larger}, fewer and larger micro-batches", flush=True)
@@ -151,8 +154,14 @@ class MemoryProbe(TrainerCallback):
             return self.memory.peak_of(lambda: _forward_and_backward(self.trainer, model, inputs))
 
 
+def found_fit(trainer: Any) -> Fit | None:
+    """Return what the probe of a trainer has found, None without one."""
+    fits = [entry.fit for entry in trainer.callback_handler.callbacks if isinstance(entry, MemoryProbe)]
+    return next((fit for fit in fits if fit), None)
+
+
 def largest_batch(collator: Any, scan: Scan, sampler: Any, rows: int) -> dict[str, Any]:
-    """The micro-batch that needs most: of the packed steps of `sampler`, else of the `rows` longest rows padded."""
+    """Make the micro-batch that needs most: of the packed steps of `sampler`, else of the `rows` longest rows padded."""
     if isinstance(sampler, StepSampler):
         batch = collator([largest_micro_batch(sampler.plan)])[MICRO_BATCHES][0]
     else:
@@ -161,7 +170,7 @@ def largest_batch(collator: Any, scan: Scan, sampler: Any, rows: int) -> dict[st
 
 
 def choose(peak: Callable[[int], float], layers: int, room: float) -> tuple[int, float]:
-    """The largest number of layers that can keep their activations, and the peak then, in few trials.
+    """Return the largest number of layers that can keep their activations, and the peak then, in few trials.
 
     `peak` tells the bytes needed when so many do, and grows with them. The peak with none is returned even if it is above
     `room`: it has been seen to work.
@@ -179,7 +188,7 @@ def choose(peak: Callable[[int], float], layers: int, room: float) -> tuple[int,
 
 
 def _next_trial(known: dict[int, float], fits: int, above: int, room: float) -> int:
-    """Along the line through the last two that fit, but never far: it may be flat where something else needs more."""
+    """Choose along the line through the last two that fit, but never far: it may be flat where something else needs more."""
     below = max((number for number in known if number < fits), default=None)
     if below is None:
         return min(4, above - 1)
@@ -199,12 +208,12 @@ def all_layers(model: nn.Module) -> list[Any]:
 
 
 def checkpointed_layers(model: nn.Module) -> list[Any]:
-    """Those of them that are checkpointed."""
+    """Return those of them that are checkpointed."""
     return [layer for layer in all_layers(model) if layer.gradient_checkpointing]
 
 
 def bytes_to_come(model: nn.Module, optimizer: Any, deepspeed: bool) -> int:
-    """Bytes of gradients and of Adam's two moments that the first step will allocate; DeepSpeed has its own already."""
+    """Return the bytes of gradients and Adam's two moments that the first step allocates; DeepSpeed has its own already."""
     total = 0
     state = getattr(optimizer, "optimizer", optimizer).state if optimizer is not None else {}
     for parameter in model.parameters():
@@ -217,7 +226,7 @@ def bytes_to_come(model: nn.Module, optimizer: Any, deepspeed: bool) -> int:
 
 
 def _checkpoint_all_but(kept: int, layers: list[Any]) -> None:
-    """The last ones keep their activations: these are used first, and gone when the others are computed again."""
+    """Have the last ones keep their activations: these are used first, and gone when the others are computed again."""
     for place, layer in enumerate(layers):
         layer.gradient_checkpointing = place < len(layers) - kept
 
@@ -250,7 +259,7 @@ def _forward_and_backward(trainer: Any, model: Any, inputs: dict[str, Any]) -> N
 
 
 def _over_processes(accelerator: Any, value: float) -> float:
-    """The largest of all processes."""
+    """Return the largest of all processes."""
     if accelerator.num_processes == 1:
         return value
     found = torch.tensor(value, dtype=torch.float64, device=accelerator.device)

@@ -37,7 +37,7 @@ _SECONDS_TO_APPEAR = 10
 
 
 def fill(trainer: Any, features: ImageFeatures, skip_bad_rows: bool) -> None:
-    """Compute the features that are missing, and have the packed batches of training bring features instead of pixels.
+    """Compute the features that are missing; the packed batches of training bring features instead of pixels.
 
     Files that are damaged are computed again. All processes must call at once, before the strategy wraps the model:
     each then holds the whole tower, or can gather it, and works through its share alone.
@@ -57,11 +57,11 @@ def fill(trainer: Any, features: ImageFeatures, skip_bad_rows: bool) -> None:
         images = _Images(collator.rows.rows, collator.rows.encoder, features.places, skip_bad_rows)
         left_out = _compute(trainer, features, images, share) if _shares(trainer) else []
     _check_all_seen(features, set(_gathered(left_out, accelerator)), accelerator)
-    collator.features = features.cache
+    assert collator.features is features.cache
 
 
 def _missing(features: ImageFeatures, trainer: Any) -> list[str]:
-    """The images without a sound file, the same list on every process; each looks at its part."""
+    """Return the images without a sound file, the same list on every process; each looks at its part."""
     accelerator = trainer.accelerator
     mine = list(features.places)[accelerator.process_index :: accelerator.num_processes]
     with ThreadPoolExecutor(_THREADS) as threads, _progress(trainer, len(mine), "checking image features") as bar:
@@ -93,7 +93,7 @@ def _check_room(features: ImageFeatures, missing: list[str], accelerator: Any) -
 
 
 def _share(features: ImageFeatures, missing: list[str], trainer: Any) -> list[list[str]]:
-    """The images of this process in calls of the tower, alike in size over the processes."""
+    """Return the images of this process in calls of the tower, alike in size over the processes."""
     accelerator = trainer.accelerator
     workers = [rank for rank, able in enumerate(_gathered([_shares(trainer)], accelerator)) if able]
     if accelerator.process_index not in workers:
@@ -150,7 +150,7 @@ def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list
 
 @torch.no_grad()
 def run_tower(backbone: Any, images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
-    """Return what the tower makes of each image, on the CPU; deeper layers stand beside the last one."""
+    """Compute what the tower makes of each image, on the CPU; deeper layers stand beside the last one."""
     pixels = torch.cat([image.pixel_values for image in images if image.pixel_values is not None]).to(device)
     grids = torch.stack([image.grid for image in images]).to(device)
     found = backbone.get_image_features(pixels, grids, return_dict=True)
@@ -160,7 +160,7 @@ def run_tower(backbone: Any, images: Sequence[EncodedImage], device: torch.devic
 
 @contextmanager
 def _whole(visual: nn.Module, device: torch.device) -> Iterator[None]:
-    """The whole tower on the device: FSDP has not moved the model yet, and ZeRO-3 has split it."""
+    """Hold the whole tower on the device: FSDP has not moved the model yet, and ZeRO-3 has split it."""
     home, training = next(visual.parameters()).device, visual.training
     split = [parameter for parameter in visual.parameters() if hasattr(parameter, "ds_id")]
     gathered = nullcontext()
@@ -214,7 +214,7 @@ def _progress(trainer: Any, total: int, what: str) -> Any:
 
 
 def _gathered(values: list[Any], accelerator: Any) -> list[Any]:
-    """The values of all processes in one list, in the order of the processes."""
+    """Return the values of all processes in one list, in the order of the processes."""
     return gather_object(values) if accelerator.num_processes > 1 else values
 
 

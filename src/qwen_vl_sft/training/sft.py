@@ -1,7 +1,8 @@
-"""Building the trainer of a recipe, running it, and writing the run folder."""
+"""The trainer of a run: its arguments, how it is put together, the training, and what is written into the run folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
 
@@ -18,31 +19,38 @@ from qwen_vl_sft.batching.packed_collator import PackedCollator
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.batching.sampler import EpochSampler, places
-from qwen_vl_sft.checkpointing import checkpoints, run_folder
+from qwen_vl_sft.checkpointing import run_folder
+from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
+from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
+from qwen_vl_sft.checkpointing.resumed_state import CorrectState
+from qwen_vl_sft.checkpointing.save_errors import explained_save
+from qwen_vl_sft.compat.for_python import settle_before_forks
 from qwen_vl_sft.compat.for_torch import turn_off_tf32_in_convolutions
 from qwen_vl_sft.compat.for_transformers import prepare_final_save, use_one_gpu
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.distributed import launch, shared_folder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config
-from qwen_vl_sft.resilience.faults import explained_save
-from qwen_vl_sft.resilience.logger_guard import guard_loggers
+from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
+from qwen_vl_sft.resilience.signals import SignalWatcher
+from qwen_vl_sft.resilience.step_log import StepLog, skipped_steps
+from qwen_vl_sft.resilience.stopping import RunStopper, forget_former_end
+from qwen_vl_sft.training import plan, precompute_features
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, Progress
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.loss_plot import plot_loss
-from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
+from qwen_vl_sft.training.memory import MemoryProbe, found_fit, largest_batch
 from qwen_vl_sft.training.model_setup import finish_model, prepare_model
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
 from qwen_vl_sft.training.rules import EVALUATION_METRICS
-from qwen_vl_sft.training.safety import skipped_steps
-from qwen_vl_sft.training.saving_trainer import save_final_model
+from qwen_vl_sft.training.safeguards import Safeguards, make_safeguards
 from qwen_vl_sft.training.throughput import ThroughputMeter
 from qwen_vl_sft.training.trainer import SKIPPED_ROWS, VisionSFTTrainer
 
@@ -73,57 +81,123 @@ def sft_config(run: Run) -> SFTConfig:
     return config
 
 
-def build_trainer(run: Run, args: SFTConfig, data: PreparedData) -> VisionSFTTrainer:
-    """Load the model and set up TRL's trainer around it."""
+def find_resume(run: Run, signature: dict[str, Any]) -> Checkpoint | None:
+    """Return the checkpoint that a run goes on from, None for one that starts anew. All processes must call at once.
+
+    Raises `UserError` for a checkpoint that does not fit the run, and where processes do not see each other's files.
+    """
+    shared_folder.check_shared(run.output_dir, run.context)
+    return checkpoint_to_resume(run.recipe, run.context, signature)
+
+
+def build_trainer(
+    run: Run,
+    args: SFTConfig,
+    data: PreparedData,
+    resume: Checkpoint | None = None,
+    watcher: SignalWatcher | None = None,
+    signature: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> VisionSFTTrainer:
+    """Load the model and put its trainer together. All processes must call at once.
+
+    Args:
+        run: the resolved run.
+        args: its `sft_config`.
+        data: its data.
+        resume: the checkpoint that it goes on from.
+        watcher: knows when it is told to stop; None for a run that nothing stops, such as one that is measured.
+        signature: stands in the manifests of its checkpoints (`run_signature`).
+        callbacks: further ones.
+    """
     recipe, context = run.recipe, run.context
     model = prepare_model(run, data.encoder.pad_token_id)
-    meter, check_world = ThroughputMeter(args.device), CheckWorld(context)
+    positions = Positions(model.config)
     train_dataset, sampler = _train_places(run, data)
-    train_collator = _collator(recipe, data, data.train)
+    train_collator = _collator(recipe, data, data.train, positions)
+    collator: Any = train_collator
+    if recipe.run.packing:
+        # The vision tower casts pixels to its own type first thing; half the bytes then go to the GPU.
+        collator = PackedCollator(
+            train_collator, positions, model.dtype, data.features.cache if data.features else None
+        )
     evaluation = data.evaluation
-    collator = _packed(train_collator, model) if recipe.run.packing else train_collator
+    counter = FlopCounter.of(model.config, recipe.model.use_peft, run.structure.trained_parts, recipe.run.packing)
+    safeguards = make_safeguards(
+        args, signature, resume, skips_nonfinite=recipe.run.nonfinite == "skip", can_skip=not context.zero_stage
+    )
+    stopper = _stopper(run, args, safeguards, watcher) if watcher else None
     trainer = VisionSFTTrainer(
         model=model,
         args=args,
         data_collator=collator,
-        eval_collator=_collator(recipe, data, evaluation) if evaluation else train_collator,
+        eval_collator=_collator(recipe, data, evaluation, positions) if evaluation else train_collator,
         train_dataset=train_dataset,
         eval_dataset=places(len(evaluation.rows), args.eval_batch_size * context.processes) if evaluation else None,
         processing_class=data.encoder.processor,
         peft_config=lora_config(model, recipe.model) if recipe.model.use_peft else None,
         sampler=sampler,
-        meter=meter,
+        throughput=ThroughputMeter(args.device, counter),
         generation_metrics=_generation_metrics(recipe, data, args.eval_batch_size),
-        callbacks=[check_world, *([EpochOrder(sampler)] if sampler else [])],
+        safeguards=safeguards,
+        stopper=stopper,
+        callbacks=[*([EpochOrder(sampler)] if sampler else []), *callbacks],
     )
-    check_world.trainer = trainer
     for plain in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(plain)
     if not args.disable_tqdm:
         trainer.add_callback(Progress())
-    guard_loggers(trainer)
     finish_model(trainer.model, trainer.accelerator, run)
-    trained = run.structure.trained_parts
-    meter.counter = FlopCounter.of(model.config, recipe.model.use_peft, trained, recipe.run.packing)
+    trainer.add_callback(CheckWorld(context, trainer))
     # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
     stated = recipe.get("gradient_checkpointing_kwargs") or {}
     reentrant = stated.get("use_reentrant") or context.strategy == "zero3"
     if isinstance(data.train, Scan) and not context.on_cpu and not reentrant:
         largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
-        plan = sampler.plan if isinstance(sampler, StepSampler) else None
-        trainer.add_callback(MemoryProbe(trainer, largest, recipe.run.gradient_checkpointing == "auto", plan))
+        automatic = recipe.run.gradient_checkpointing == "auto"
+        trainer.add_callback(MemoryProbe(trainer, largest, automatic, data.step_plan))
+    if resume:
+        trainer.add_callback(CorrectState(resume))
+    if stopper:
+        trainer.add_callback(StepLog(run.output_dir, context.rank, safeguards.guard, recipe.run.log_row_ids))
+        trainer.add_callback(stopper)
     return trainer
 
 
-def train(run: Run, data: PreparedData, trainer: VisionSFTTrainer, resume: Path | None) -> dict[str, Any]:
+def train(
+    run: Run, data: PreparedData, trainer: VisionSFTTrainer, resume: Checkpoint | None, watcher: SignalWatcher
+) -> None:
+    """Train, and write the run folder. All processes must call at once."""
+    if data.features:
+        precompute_features.fill(trainer, data.features, run.recipe.data.bad_rows == "skip")
+    first = run.context.rank == 0
+    if first:
+        begin_run_folder(run, data)
+        forget_former_end(run.output_dir, resume.step if resume else 0)
+    trainer.accelerator.wait_for_everyone()
+    watcher.keep_workers()
+    if run.context.processes > 1:
+        settle_before_forks()
+    with watcher.while_training():
+        metrics = train_and_save(run, data, trainer, resume)
+        if first:
+            finish_run_folder(trainer, run.output_dir, metrics)
+            print(plan.outcome(metrics, run.output_dir), flush=True)
+    trainer.accelerator.end_training()
+
+
+def train_and_save(
+    run: Run, data: PreparedData, trainer: VisionSFTTrainer, resume: Checkpoint | None = None
+) -> dict[str, Any]:
     """Train, save the final model, and return the metrics of the run."""
-    recipe, context = run.recipe, run.context
     assert isinstance(trainer.model, nn.Module)
     parameters = count_parameters(trainer.model)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
     trainer.end_workers()
-    trainer.meter.measure(trainer.accelerator)
+    throughput = trainer.throughput
+    throughput.measure(trainer.accelerator)
     finished = trainer.finished
+    fit = found_fit(trainer)
     metrics = {
         # Of the whole run, also of what was trained before it was resumed, if that is known.
         "train_loss": finished["loss_sum"] / max(trainer.state.global_step - finished["steps_unknown"], 1),
@@ -134,21 +208,21 @@ def train(run: Run, data: PreparedData, trainer: VisionSFTTrainer, resume: Path 
         "best_checkpoint": trainer.state.best_model_checkpoint,
         # The commit of a base model from the Hub, None for a folder.
         "base_commit": getattr(trainer.model.config, "_commit_hash", None),
-        **trainer.meter.summary(context.processes),
-        **({"memory": asdict(trainer.memory_fit)} if trainer.memory_fit else {}),
-        "work": asdict(trainer.meter.total),
-        "skipped_while_training": trainer.meter.total.skipped,
+        **throughput.summary(run.context.processes),
+        **({"memory": asdict(fit)} if fit else {}),
+        "work": asdict(throughput.total),
+        "skipped_while_training": throughput.total.skipped,
         "skipped_while_evaluating": _skipped_while_evaluating(trainer),
-        "skipped_steps": skipped_steps(recipe.output_dir),
+        "skipped_steps": skipped_steps(run.output_dir),
         "failed_loggers": trainer.failed_loggers,
         "data": data.summary(),
         "parameters": {part: asdict(count) for part, count in parameters.items()},
     }
     prepare_final_save(trainer.accelerator)
-    if not recipe.model.use_peft and not trainer.is_deepspeed_enabled:
+    if not run.recipe.model.use_peft and not trainer.is_deepspeed_enabled:
         # DeepSpeed saves the copy that it computes with.
-        trainer.model.to(getattr(torch, recipe.model.dtype))
-    save_final_model(trainer, recipe.output_dir)
+        trainer.model.to(getattr(torch, run.recipe.model.dtype))
+    trainer.save_final_model(run.output_dir)
     return metrics
 
 
@@ -160,16 +234,31 @@ def begin_run_folder(run: Run, data: PreparedData) -> None:
     # What "auto" came to here; the recipe says only that it was asked.
     environment["chosen"] = asdict(run.chosen)
     message = data.encoder.system_message
-    run_folder.begin(recipe.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
+    run_folder.begin(run.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
 
 
 def finish_run_folder(trainer: VisionSFTTrainer, folder: Path, metrics: dict[str, Any]) -> None:
     """Write metrics, log and plot; call it on one process only. Raises `UserError` when they cannot be written."""
     history = trainer.state.log_history
-    last = checkpoints.newest_marked(folder, trainer.kept_step)
-    with explained_save("the metrics of the finished model", folder, last, remove=False):
+    with explained_save("the metrics of the finished model", folder, trainer.writer.newest(), remove=False):
         run_folder.finish(folder, metrics, history)
         plot_loss(history, folder / run_folder.LOSS_PLOT)
+
+
+def _stopper(run: Run, args: SFTConfig, safeguards: Safeguards, watcher: SignalWatcher) -> RunStopper:
+    limit = run.recipe.run.max_run_time
+    return RunStopper(
+        run.output_dir,
+        run.context,
+        args.device,
+        watcher,
+        Deadline(parse_duration(limit) if limit else None),
+        safeguards.writer,
+        safeguards.guard,
+        safeguards.evaluations,
+        safeguards.watchdog,
+        streams=run.recipe.data.dataset_streaming,
+    )
 
 
 def _train_places(run: Run, data: PreparedData) -> tuple[Any, EpochSampler | StepSampler | None]:
@@ -183,16 +272,12 @@ def _train_places(run: Run, data: PreparedData) -> tuple[Any, EpochSampler | Ste
     return items, EpochSampler(len(data.train.rows), len(items), run.recipe.data_seed)
 
 
-def _packed(collator: Collator, model: Any) -> PackedCollator:
-    # The vision tower casts pixels to its own type first thing; half the bytes then go to the GPU.
-    return PackedCollator(collator, Positions(model.config), model.dtype)
-
-
-def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows) -> Collator:
+def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows, positions: Positions) -> Collator:
     skip = recipe.data.bad_rows == "skip"
     if isinstance(part, Scan):
-        return Collator(part.rows, data.encoder, skip, part.filler)
-    return Collator(part, data.encoder, skip, skip_overlong=recipe.data.overlong == "drop")
+        return Collator(part.rows, data.encoder, skip, part.filler, positions=positions)
+    skip_overlong = recipe.data.overlong == "drop"
+    return Collator(part, data.encoder, skip, skip_overlong=skip_overlong, positions=positions)
 
 
 def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> GenerationMetrics | None:
@@ -211,7 +296,7 @@ def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> 
 
 
 def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
-    """The evaluation of the model that is saved: the best when that is loaded at the end, else the last."""
+    """Return the evaluation of the model that is saved: the best when that is loaded at the end, else the last."""
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
@@ -220,5 +305,5 @@ def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
 
 
 def _skipped_while_evaluating(trainer: VisionSFTTrainer) -> int:
-    """Rows that evaluations could not read, each as often as one met it; also of evaluations before a resume."""
+    """Count rows that evaluations could not read, each as often as one met it; also of evaluations before a resume."""
     return sum(int(entry.get(f"eval_{SKIPPED_ROWS}", 0)) for entry in trainer.state.log_history)

@@ -17,12 +17,11 @@ class ThroughputMeter:
 
     Args:
         device: where the model computes.
-
-    `counter`, when set, gives the model's FLOPs, for TFLOP/s and, on a known GPU, MFU.
+        counter: counts the model's FLOPs, for TFLOP/s and, on a known GPU, MFU; None for neither.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.counter: FlopCounter | None = None
+    def __init__(self, device: torch.device, counter: FlopCounter | None = None) -> None:
+        self.counter = counter
         self.device = device
         self.work = BatchStats()  # of this process since the last measure
         self.waited = 0.0  # seconds this process waited for data since the last measure
@@ -48,7 +47,7 @@ class ThroughputMeter:
             self._began = None
 
     def measure(self, accelerator: Any) -> dict[str, float]:
-        """Speed of all processes since the last call, as log entries. All processes must call at once."""
+        """Return the speed of all processes since the last call, as log entries. All processes must call at once."""
         self.pause()
         seconds, self._elapsed = self._elapsed, 0.0
         work, waited = self._of_all(accelerator)
@@ -62,13 +61,13 @@ class ThroughputMeter:
         return self.speeds(work, seconds, waited, accelerator.num_processes) if seconds and work.rows else {}
 
     def _of_all(self, accelerator: Any) -> tuple[BatchStats, float]:
-        """The work of all processes since the last measure, and the seconds that one waited on average."""
+        """Return the work of all processes since the last measure, and the seconds that one waited on average."""
         numbers = torch.tensor([*vars(self.work).values(), self.waited], dtype=torch.float64, device=self.device)
         *work, waited = accelerator.reduce(numbers, reduction="sum").tolist()
         return BatchStats(*map(int, work)), waited / accelerator.num_processes
 
-    def so_far(self, accelerator: Any) -> dict[str, Any]:
-        """What all processes have done in the whole run, as plain numbers. All processes must call at once."""
+    def totals(self, accelerator: Any) -> dict[str, Any]:
+        """Return what all processes have done in the whole run, as plain numbers. All processes must call at once."""
         self.pause()
         work, waited = self._of_all(accelerator)
         return {
@@ -78,19 +77,19 @@ class ThroughputMeter:
             "peak_memory": self.peak_memory,
         }
 
-    def go_on_from(self, so_far: Mapping[str, Any]) -> None:
-        """Count on from what `so_far` said at the checkpoint that a run goes on from."""
-        self.total, self.peak_memory = BatchStats.read(so_far["work"]), so_far["peak_memory"]
-        self.total_seconds, self.total_waited = so_far["seconds"], so_far["waited"]
+    def restore(self, totals: Mapping[str, Any]) -> None:
+        """Count on from what `totals` gave at the checkpoint that a run is resumed from."""
+        self.total, self.peak_memory = BatchStats.read(totals["work"]), totals["peak_memory"]
+        self.total_seconds, self.total_waited = totals["seconds"], totals["waited"]
 
     def summary(self, processes: int) -> dict[str, float]:
-        """Speed over the whole run."""
+        """Return the speed over the whole run."""
         if not self.total_seconds:
             return {}
         return self.speeds(self.total, self.total_seconds, self.total_waited, processes)
 
     def speeds(self, work: BatchStats, seconds: float, waited: float, processes: int) -> dict[str, float]:
-        """Rates of some work of all processes in some seconds; `data_wait` is a share of the seconds.
+        """Return the rates of some work of all processes in some seconds; `data_wait` is a share of the seconds.
 
         `peak_memory_gib` is that of the process that needed most, since the beginning of the run.
         """

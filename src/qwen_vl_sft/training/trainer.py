@@ -1,9 +1,12 @@
-"""TRL's SFTTrainer with exact normalisation on every model and world, and a clock on data and work."""
+"""TRL's SFTTrainer with an exact loss on every model and world, checkpoints that are whole, and resumes that are exact."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,94 +14,154 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
 
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
-from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
+from qwen_vl_sft.checkpointing.checkpoints import folder_of
+from qwen_vl_sft.checkpointing.resumed_state import take_schedule
+from qwen_vl_sft.checkpointing.save_errors import explained_save
 from qwen_vl_sft.compat.for_torch import end_workers
 from qwen_vl_sft.compat.packed_batches import already_training
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.loaded_weights import load_full_weights
+from qwen_vl_sft.random_state import random_state, set_random_state
+from qwen_vl_sft.resilience.faults import describe_micro_batch, describe_step, explained_out_of_memory
+from qwen_vl_sft.resilience.logger_guard import guard_loggers
+from qwen_vl_sft.resilience.stopping import EvaluationStopped, RunStopper
+from qwen_vl_sft.resilience.watchdog import Stage
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
-from qwen_vl_sft.training.memory import Fit
-from qwen_vl_sft.training.safe_trainer import ROW_IDS, SafeTrainer
+from qwen_vl_sft.training.safeguards import Safeguards, make_safeguards
 from qwen_vl_sft.training.throughput import ThroughputMeter, TimedIterator
 
+ROW_IDS = "row_ids"
 # Of an evaluation's metrics: rows that could not be read.
 SKIPPED_ROWS = "skipped_rows"
 
 
-class VisionSFTTrainer(SafeTrainer):
-    """Trains on batches of `Collator`, or on the packed steps of `PackedCollator`.
+class VisionSFTTrainer(SFTTrainer):
+    """Trains on batches of `Collator`, or on the packed steps of `PackedCollator`; these carry the ids of their rows.
 
     The loss is the mean over the learned tokens of the global batch; the evaluation loss the mean over the learned
     tokens of all evaluation rows. Both hold for any micro-batch size and any number of processes.
+
+    Args:
+        sampler: gives the order of rows, None for a stream.
+        throughput: measures speed.
+        eval_collator: makes the batches of evaluations.
+        generation_metrics: answers rows at every evaluation.
+        safeguards: write checkpoints and watch steps; None for those of `make_safeguards`.
+        stopper: asked before a checkpoint is written, and between the batches of an evaluation. It must be the last of
+            the trainer's callbacks.
+
+    All other arguments are those of TRL's trainer. `finished` is what the whole run has come to (`totals`), at its end;
+    `failed_loggers` tells why loggers have failed, by name.
     """
 
     def __init__(
         self,
         *args: Any,
         sampler: EpochSampler | StepSampler | None,
-        meter: ThroughputMeter,
+        throughput: ThroughputMeter,
         eval_collator: Collator,
         generation_metrics: GenerationMetrics | None = None,
+        safeguards: Safeguards | None = None,
+        stopper: RunStopper | None = None,
         **kwargs: Any,
     ) -> None:
         self._sampler = sampler
-        self.meter = meter
+        self.throughput = throughput
         self.eval_collator = eval_collator
         self.generation_metrics = generation_metrics
-        self.memory_fit: Fit | None = None
+        self.stopper = stopper
         super().__init__(*args, **kwargs)
-        trained: Any = self.model
-        for collator in (self.data_collator, eval_collator):
-            if isinstance(collator, Collator):
-                collator.positions = Positions(trained.config)
+        pieces = safeguards or make_safeguards(self.args)
+        self.writer, self.guard, self.evaluations = pieces.writer, pieces.guard, pieces.evaluations
+        self.watchdog = pieces.watchdog
+        self._before = dict(pieces.totals)
+        if "meter" in self._before:
+            throughput.restore(self._before["meter"])
+        # The Trainer would delete old checkpoints before the new one is complete, and at the end before the model is
+        # saved; the writer does it instead.
+        self.args.save_total_limit = None
+        self.finished: dict[str, Any] = {}
+        self.failed_loggers = guard_loggers(self.callback_handler.callbacks)
         # Of this process: loss, right tokens, learned tokens, entropy.
         self._train_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._eval_sums = torch.zeros_like(self._train_sums)
         self._eval_skipped = 0
-        self.pause = meter.pause
+        self._began = time.monotonic()
+        self._after_loss: tuple[Any, ...] | None = None
+        self._held: dict[str, torch.Tensor] = {}
         # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
         # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares. Can go when TRL
         # sets this attribute for models that it gives its fused output head.
         self.model_accepts_loss_kwargs = True
 
-    def so_far(self) -> dict[str, Any]:
-        """Also what the meter has counted."""
-        return {**super().so_far(), "meter": self.meter.so_far(self.accelerator)}
+    def totals(self) -> dict[str, Any]:
+        """Return what the whole run has come to, also before it was resumed. All processes must call at once.
 
-    def go_on_from(self, so_far: Mapping[str, Any]) -> None:
-        """Also for the meter."""
-        super().go_on_from(so_far)
-        if "meter" in so_far:
-            self.meter.go_on_from(so_far["meter"])
+        `loss_sum` are the losses of all steps added up but the first `steps_unknown`, of which the checkpoint that the
+        run was resumed from did not tell; `seconds` are those of training, evaluations and saves; `meter` is what
+        `throughput` has counted. Call it while training.
+        """
+        unknown = 0 if "loss_sum" in self._before else self._initial_global_step
+        # Since the last log; each process has its own.
+        unlogged = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean").item()
+        return {
+            "loss_sum": self._before.get("loss_sum", 0.0) + self._total_loss_scalar + unlogged,
+            "steps_unknown": self._before.get("steps_unknown", unknown),
+            "seconds": self._before.get("seconds", 0.0) + time.monotonic() - self._began,
+            "meter": self.throughput.totals(self.accelerator),
+        }
+
+    # A step
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Fetch the micro-batches of one step, and count the seconds that takes."""
-        self.meter.resume()
+        """Fetch the micro-batches of one step, count the seconds that takes, and keep the ids of their rows.
+
+        Overridden because packed steps bring their micro-batches in one, whose learned tokens the workers have counted.
+        """
+        step = self.state.global_step + 1
+        self.watchdog.report_progress(f"step {step}, waiting for its data", step, Stage.DATA)
+        self.throughput.resume()
         timed = TimedIterator(epoch_iterator)
         steps, count = super().get_batch_samples(timed, num_batches, device)
-        self.meter.waited += timed.seconds
+        self.throughput.waited += timed.seconds
+        batches = [batch for step in steps for batch in step.get(MICRO_BATCHES, [step])]
+        self.guard.begin([batch.pop(ROW_IDS, []) for batch in batches])
         if steps and MICRO_BATCHES in steps[0]:
-            count = self._count_learned(steps[0][MICRO_BATCHES], device)
+            count = self._count_learned(batches, device)
         return steps, count
 
     def _count_learned(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """The learned tokens of a step on all processes, without waiting for the GPU: the workers have counted them."""
+        """Count the learned tokens of a step on all processes, without waiting for the GPU."""
         count = torch.tensor(sum(batch["stats"]["target_tokens"] for batch in batches))
+        self._report_counting(self.guard.row_ids(), batches)
         if device.type == "cuda":
             count = count.pin_memory().to(device, non_blocking=True)
         summed: torch.Tensor = self.accelerator.reduce(count, reduction="sum")
         return summed
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # Overridden to report it: here processes wait for each other.
+        if batch_samples and "input_ids" in batch_samples[0]:
+            rows = [row for batch in batch_samples for row in batch.get(ROW_IDS, [])]
+            self._report_counting(rows or self.guard.row_ids(), batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _report_counting(self, rows: list[int], batches: list[dict[str, Any]]) -> None:
+        step, batch = self.state.global_step + 1, describe_step(rows, batches)
+        doing = f"step {step}, adding up the learned tokens of all processes: {batch}"
+        self.watchdog.report_progress(doing, step, Stage.TOKENS)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward over a micro-batch, or over all packed micro-batches of an optimizer step."""
-        self.meter.resume()  # after an evaluation that a resume made up for, between the data and the step
+        self.throughput.resume()  # after an evaluation that a resume made up for, between the data and the step
         if MICRO_BATCHES not in inputs:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return self._micro_batch_step(model, inputs, *args, **kwargs)
         batches = inputs[MICRO_BATCHES]
         losses = []
         for number, batch in enumerate(batches):
@@ -108,14 +171,46 @@ class VisionSFTTrainer(SafeTrainer):
             waits = last or self.is_deepspeed_enabled
             syncs = nullcontext() if waits else self.accelerator.no_sync(model)
             with syncs, already_training(model) if number else nullcontext():
-                losses.append(super().training_step(model, batch, *args, **kwargs))
+                losses.append(self._micro_batch_step(model, batch, *args, **kwargs))
         return torch.stack(losses).sum()
 
+    def _micro_batch_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        place = len(self.guard.record.losses)
+        batch = describe_micro_batch(self.guard.next_rows(), inputs)
+        step, number = self.state.global_step + 1, f"{place + 1} of {len(self.guard.record.rows)}"
+        doing = f"step {step}, forward of micro-batch {number}: {batch}"
+        self.watchdog.report_progress(doing, step, Stage.MICRO_BATCHES, 2 * place)
+        backward = f"step {step}, backward of micro-batch {number}: {batch}"
+        self._after_loss = (backward, step, Stage.MICRO_BATCHES, 2 * place + 1)
+        packing = "cu_seq_lens_q" in inputs
+        with explained_out_of_memory(batch, packing, bool(self.args.activation_checkpointing)):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        return self.guard.note_loss(loss)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Report the end of the forward pass of a step: the Trainer goes on with the backward, where processes wait."""
+        stack = super().compute_loss_context_manager()
+        if self._after_loss:
+            stack.callback(self.watchdog.report_progress, *self._after_loss)
+            self._after_loss = None
+        return stack
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Overridden to look at the gradient before the optimizer takes it.
+        step = self.state.global_step + 1
+        self.watchdog.report_progress(f"step {step}, norm of its gradient", step, Stage.GRADIENT)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.guard.leaves_out(step, norm, self.accelerator):
+            # Without gradients the optimizer changes neither weights nor its own state.
+            model.zero_grad(set_to_none=True)
+        return norm
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None: the meter counts them, and the Trainer would go through all weights in every micro-batch."""
+        """Return none: the meter counts them, and the Trainer would go through all weights in every micro-batch."""
         return 0
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Overridden for what must not go to the GPU, or not be rounded.
         # Where the vision tower needs the grids for their sizes alone, reading them from the GPU would make it wait.
         kept = {"image_grid_thw": inputs.pop("image_grid_thw")} if "image_cu_seqlens" in inputs else {}
         if "image_interp_weights" in inputs:
@@ -124,12 +219,13 @@ class VisionSFTTrainer(SafeTrainer):
         return {**super()._prepare_inputs(inputs), **kept}
 
     def _prepare_input(self, data: Any) -> Any:
+        # Overridden to copy without waiting.
         if isinstance(data, torch.Tensor):
             data = data.to(self.args.device, non_blocking=True)  # from pinned memory, while the GPU computes
         return super()._prepare_input(data)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader of training rows; that of packed steps gives each process its own, so nothing is dealt out again."""
+        """Return the loader of training rows; that of packed steps gives each process its own, so nothing is dealt again."""
         if not isinstance(self._sampler, StepSampler):
             return super().get_train_dataloader()
         return step_loader(self._sampler, self.data_collator, self.args)
@@ -140,7 +236,7 @@ class VisionSFTTrainer(SafeTrainer):
             _, right, learned, entropy = self._take(self._train_sums)
             self._train_sums = torch.zeros_like(self._train_sums)
             logs.update(mean_token_accuracy=right / max(learned, 1), entropy=entropy / max(learned, 1))
-            logs.update(self.meter.measure(self.accelerator))
+            logs.update(self.throughput.measure(self.accelerator))
         super().log(logs, start_time)
 
     def compute_loss(
@@ -150,14 +246,14 @@ class VisionSFTTrainer(SafeTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The sum over this micro-batch's learned tokens, over `num_items_in_batch`, those of the global batch.
+        """Return the sum over this micro-batch's learned tokens, over `num_items_in_batch`, those of the global batch.
 
         TRL's own version gathers its metrics from all processes in every micro-batch, and waits for the device each
         time; here they are summed on the device and reduced when they are logged.
         """
         assert not return_outputs, "the logits are never built"
         assert num_items_in_batch is not None, "the loss is a mean over the tokens of the global batch"
-        self.meter.work += BatchStats(**inputs.pop("stats"))
+        self.throughput.work += BatchStats(**inputs.pop("stats"))
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = -outputs.log_probs  # zero where nothing is learned
         if getattr(self.args, "loss_type", "nll") == "dft":  # https://huggingface.co/papers/2508.05629
@@ -205,15 +301,43 @@ class VisionSFTTrainer(SafeTrainer):
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
         if self.generation_metrics is not None:
             answered = self.generation_metrics.measure(
-                self.model_wrapped, self.accelerator, self.state.global_step, not self.args.disable_tqdm, self.poll
+                self.model_wrapped,
+                self.accelerator,
+                self.state.global_step,
+                not self.args.disable_tqdm,
+                self._check_stop,
             )
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in answered.items()})
             skipped = max(skipped, self.generation_metrics.left_out)
         output.metrics[f"{metric_key_prefix}_{SKIPPED_ROWS}"] = int(skipped)
         return output
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Overridden so that a run that is told to stop need not finish an evaluation.
+        step = self.state.global_step
+        self.watchdog.report_progress(f"step {step}, evaluating after it", step, Stage.EVALUATION)
+        self.throughput.pause()
+        numbers = random_state()
+        try:
+            metrics = super()._evaluate(*args, **kwargs)
+            self.evaluations.note(step)
+            return metrics
+        except EvaluationStopped:
+            # The checkpoint is that of the moment before, and a resume begins with this evaluation.
+            set_random_state(numbers)
+            self.evaluations.postpone()
+            # A resume that is stopped in its first evaluation has this checkpoint already.
+            if step != self.writer.newest_own_step:
+                self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
+
+    def _check_stop(self) -> None:
+        if self.stopper is not None:
+            self.stopper.check_stop(self.state.global_step)
+
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The loader of evaluation rows, which have a collator of their own."""
+        """Return the loader of evaluation rows, which have a collator of their own."""
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
             return super().get_eval_dataloader(*args, **kwargs)
@@ -227,13 +351,108 @@ class VisionSFTTrainer(SafeTrainer):
     def _take(self, sums: torch.Tensor) -> list[float]:
         return self.accelerator.reduce(sums, reduction="sum").tolist()
 
+    # A save
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; an adapter that DeepSpeed trains as the optimizer holds it. All processes must call at once."""
+        assert isinstance(self.model, nn.Module)
+        exact = is_peft_model(self.model) and self.is_deepspeed_enabled
+        self._held = held_by_deepspeed(self.model) if exact else {}
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._held = {}
+
+    def save_final_model(self, folder: Path) -> None:
+        """Save the finished model. Raises `UserError` when it cannot be written. All processes must call at once."""
+        with explained_save("the finished model", folder, self.writer.newest(), remove=False):
+            self.save_model(str(folder))
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Overridden to save what DeepSpeed steps on (`save_model`).
+        if state_dict:
+            state_dict = {name: self._held.get(name, value) for name, value in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Overridden so that a checkpoint is complete or not there, and holds sound steps alone.
+        self.throughput.pause()
+        if self.stopper is not None:
+            self.stopper.check_pending_step(self.state)
+        step, save = self.state.global_step, super()._save_checkpoint
+
+        def report(doing: str, number: int) -> None:
+            self.watchdog.report_progress(f"step {step}, {doing}", step, Stage.SAVE, number)
+
+        self.writer.write(
+            step,
+            self.accelerator,
+            self.args.should_save,
+            save=lambda: save(model, trial),
+            entries=self._manifest_entries,
+            best=lambda: self.state.best_model_checkpoint,
+            report=report,
+        )
+
+    def _manifest_entries(self) -> dict[str, Any]:
+        due = self.evaluations.due or self.evaluations.comes_at_epoch_end(self.state)
+        return {"evaluation_due": due, "so_far": self.totals()}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Overridden to save the best: between two checkpoints it would be gone, and the Trainer would load an older one.
+        best = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
+    # A resume
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Overridden to start the clock.
+        self._began = time.monotonic()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Overridden for a resume from the last step's checkpoint: the Trainer would train one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Overridden because the schedule that was saved would win over the recipe's.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            take_schedule(self.optimizer, self.lr_scheduler, self.args.learning_rate)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Overridden to evaluate where the stopped run would have: its random numbers are those of that moment now.
+        super()._load_rng_state(checkpoint)
+        self._evaluate_what_is_due()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Overridden for a resume from the last step's checkpoint, after which an evaluation may be due, and for totals.
+        self._evaluate_what_is_due()
+        self.finished = self.totals()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _evaluate_what_is_due(self) -> None:
+        if self.evaluations.take():
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            best = folder_of(self.writer.run, self.state.global_step)
+            if self.state.best_global_step == self.state.global_step and best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Overridden because the Trainer finds none of the names of a whole model (`load_full_weights`).
         if self._holds_full_weights():
             load_full_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        # Overridden for the same reason.
         if self._holds_full_weights():
             assert self.state.best_model_checkpoint is not None
             load_full_weights(self.model, self.state.best_model_checkpoint)
@@ -241,17 +460,34 @@ class VisionSFTTrainer(SafeTrainer):
             super()._load_best_model()
 
     def _holds_full_weights(self) -> bool:
-        """Whether this process holds a whole model that trains without an adapter."""
+        """Return whether this process holds a whole model that trains without an adapter."""
         return not (is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's card shows how to use a text model."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Overridden because the order of an epoch is ours.
         return self._sampler
 
 
 def _sums(outputs: Any) -> torch.Tensor:
-    """Loss, right tokens, learned tokens and entropy of a micro-batch; all are zero where nothing is learned."""
+    """Sum up loss, right tokens, learned tokens and entropy of a micro-batch; all are zero where nothing is learned."""
     summed = (-outputs.log_probs, outputs.is_top1, outputs.label_mask, outputs.entropy)
     return torch.stack([values.detach().sum().double() for values in summed])
+
+
+def held_by_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Gather the float32 copies that DeepSpeed steps on of what trains in less, by name. All processes must call at once.
+
+    The model itself holds them rounded to bfloat16, and so would a file of it, other than that of DDP.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    held = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            whole = safe_get_full_fp32_param(parameter)
+            if whole is not None:
+                held[name] = whole.detach().cpu()
+    return held

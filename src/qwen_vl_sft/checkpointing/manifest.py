@@ -1,0 +1,120 @@
+"""The manifest of a checkpoint, `complete.json`: what says that it was written to its end, and proves that it still is.
+
+A checkpoint is many files, written by several processes. Only when all of them have finished does the first process
+write the manifest, with the size and digest of every file. What has none, or does not agree with it, was cut off or
+damaged, and is never resumed from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_sft.atomic_write import PARTIAL, atomic_write
+from qwen_vl_sft.errors import UserError
+
+MANIFEST = "complete.json"
+STATE = "trainer_state.json"
+# Of a larger file only the two ends are read: a 7B model's optimizer has tens of GiB.
+_DIGEST_WHOLE = 256 * 2**20
+_DIGEST_END = 16 * 2**20
+# What another machine has written may be seen late.
+_SECONDS_TO_SEE = 30.0
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the manifest of a checkpoint says of its run; nothing for one without a manifest."""
+    path = folder / MANIFEST
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    told.pop("files", None)
+    return told
+
+
+def check_parts(folder: Path, processes: int) -> None:
+    """Raise `UserError` where not all that so many processes have written is to be seen: no run could go on from that."""
+    missing, until = lacks(folder, processes), time.monotonic() + _SECONDS_TO_SEE
+    while missing and time.monotonic() < until:
+        time.sleep(1)
+        missing = lacks(folder, processes)
+    if missing:
+        raise UserError(
+            f"{folder}: every process has written its part of this checkpoint, but {missing}, so no run could go on from"
+            f" it. output_dir must be on storage that all machines share. What is there is left, without its {MANIFEST}"
+        )
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint that is complete (`check_parts`): `entries` and its files. Raises `OSError`."""
+    files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
+    atomic_write(folder / MANIFEST, json.dumps({**entries, "files": files}, indent=2))
+
+
+def problem_of(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from; None when it is complete and undamaged."""
+    if not (folder / MANIFEST).is_file():
+        return f"it was not written to its end ({MANIFEST} is missing)"
+    try:
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wanted, processes = dict(told["files"]), int(told["world"]["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    try:
+        for name, entry in wanted.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
+            if _digest(path) != entry["sha256"]:
+                return f"{name} is not what was written (its sha256 differs)"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    return lacks(folder, processes)
+
+
+def lacks(folder: Path, processes: int | None) -> str | None:
+    """Return what a resume needs that is not there, which the libraries would do without in silence; None for nothing.
+
+    `processes`: of the run that wrote it, None if not known.
+    """
+    names = set(_files(folder))
+    needed = {STATE, "scheduler.pt"}
+    if any(name.startswith("pytorch_model_fsdp_0/") for name in names):
+        needed |= {"pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"}
+    elif any(name.startswith("global_step") for name in names):
+        needed |= {"latest"}
+    else:
+        needed |= {"optimizer.pt"}
+        if not any(name.endswith(".safetensors") or name.startswith("pytorch_model") for name in names):
+            return "it holds no weights"
+    if processes == 1:
+        needed |= {"rng_state.pth"}
+    elif processes:
+        needed |= {f"rng_state_{rank}.pth" for rank in range(processes)}
+    elif not any(name.startswith("rng_state") for name in names):
+        return "it holds no state of the random numbers"
+    missing = sorted(needed - names)
+    hint = " (save_only_model leaves out what a resume needs)" if "optimizer.pt" in missing else ""
+    return f"it holds no {', '.join(missing)}{hint}" if missing else None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in found.items() if name not in (MANIFEST, MANIFEST + PARTIAL)}
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file; of the first and last 16 MiB when it is larger than 256 MiB."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _DIGEST_WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(file.read(_DIGEST_END))
+        file.seek(size - _DIGEST_END)
+        digest.update(file.read())
+        return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""Writing the checkpoints of a run: whole or not at all, with a manifest, and no more of them than are kept."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_sft.checkpointing import checkpoints, rotation
+from qwen_vl_sft.checkpointing.manifest import MANIFEST, check_parts, write_manifest
+from qwen_vl_sft.checkpointing.save_errors import explained_save
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run; any trainer that can save its state into a folder can use it.
+
+    Args:
+        run: the run folder.
+        signature: of the run; every manifest holds it. `world` tells the number of processes.
+        keep: checkpoints that stay, None for all.
+        newest_own_step: step of the newest checkpoint of this run in its folder, 0 for none: the one it goes on from.
+    """
+
+    def __init__(self, run: Path, signature: Mapping[str, Any], keep: int | None, newest_own_step: int = 0) -> None:
+        self.run = run
+        self.signature = dict(signature)
+        self.keep = keep
+        self.newest_own_step = newest_own_step
+        self.longest_seconds: float | None = None  # of the saves so far
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint of this run."""
+        return checkpoints.newest_complete(self.run, self.newest_own_step)
+
+    def write(
+        self,
+        step: int,
+        accelerator: Any,
+        writes: bool,
+        save: Callable[[], None],
+        entries: Callable[[], dict[str, Any]],
+        best: Callable[[], str | None],
+        report: Callable[[str, int], None],
+    ) -> None:
+        """Write the checkpoint of a step, and delete those that are not kept. All processes must call at once.
+
+        Args:
+            step: the optimizer step that has ended.
+            accelerator: waits for all processes.
+            writes: whether this process writes the manifest; the first one does.
+            save: writes this process's part into the checkpoint's folder.
+            entries: gives what the manifest says beside the signature; called on all processes once all have saved.
+            best: gives the best checkpoint so far, which stays.
+            report: told what is done, with a number that grows.
+
+        Raises `UserError` when it cannot be written; half of it does not stay then.
+        """
+        began = time.perf_counter()
+        report("saving a checkpoint", 0)
+        folder = checkpoints.folder_of(self.run, step)
+        with explained_save("a checkpoint", folder, self.newest(), remove=True):
+            if writes and folder.exists():
+                _clear(folder)
+            accelerator.wait_for_everyone()
+            # The Trainer looks whether the best checkpoint's folder exists in order to load it at the end. Under FSDP
+            # with split checkpoints nothing has made the newest one's folder by then, or only some processes see it,
+            # and the others wait for them for ever. May go when transformers makes the folder first.
+            folder.mkdir(parents=True, exist_ok=True)
+            accelerator.wait_for_everyone()
+            save()
+            report("its checkpoint is written", 1)
+            accelerator.wait_for_everyone()
+            told = entries()
+            if writes:
+                check_parts(folder, self.signature["world"]["processes"])
+                rotation.set_aside(self.run, self.newest_own_step, folder, _tell)
+                write_manifest(folder, {**self.signature, **told})
+        self.newest_own_step = step
+        if writes:
+            rotation.rotate(self.run, self.keep, folder, best())
+        report("its checkpoint is complete", 2)
+        # Nobody leaves before the manifest is written.
+        accelerator.wait_for_everyone()
+        self.longest_seconds = max(time.perf_counter() - began, self.longest_seconds or 0.0)
+
+
+def _clear(folder: Path) -> None:
+    """Make room for a checkpoint: half of it, from a run that was killed, may have files of more processes."""
+    if (folder / MANIFEST).is_file():
+        _tell(f"{folder}, which an earlier attempt had saved, is kept as {rotation.make_room(folder).name}")
+    else:
+        shutil.rmtree(folder)
+
+
+def _tell(message: str) -> None:
+    print(f"checkpoints: {message}", file=sys.stderr, flush=True)
