@@ -139,3 +139,39 @@ def test_the_readme_names_modules_where_they_are():
     named = re.findall(r"^      (\w+)/ +(.+)$", tree, re.MULTILINE)
     modules = [PACKAGE / folder / name for folder, line in named for name in re.findall(r"(?:\w+/)*\w+\.py|\w+/", line)]
     assert not [str(path) for path in modules if not path.exists()]
+
+
+def module_path(name: list[str]) -> Path | None:
+    """Return the file of `name` of the package, or of the module or package that the last part is taken from."""
+    for parts in (name, name[:-1]):
+        for path in (PACKAGE.joinpath(*parts).with_suffix(".py"), PACKAGE.joinpath(*parts) / "__init__.py"):
+            if parts and path.is_file():
+                return path
+    return None
+
+
+def imported_by(folder: str) -> tuple[set[Path], set[str]]:
+    """Return the modules of the package that a folder imports, directly or not, and the other packages these import."""
+    found: set[Path] = set()
+    others: set[str] = set()
+    left = list((PACKAGE / folder).glob("*.py"))
+    while left:
+        path = left.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                others |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                others.add(str(node.module).split(".")[0])
+        paths = (module_path(name) for name in imported_names(path, PACKAGE.name))
+        left += [path for path in paths if path is not None and path not in found]
+    return found, others
+
+
+def test_settings_need_neither_torch_nor_evaluation_nor_the_hub():
+    """Reading a recipe needs TRL, whose fields are its keys, and nothing of what a run does later."""
+    modules, others = imported_by("config")
+    folders = {path.relative_to(PACKAGE).parts[0] for path in modules if path.parent != PACKAGE}
+    assert folders == {"config", "tiny"}
+    assert "trl" in others
+    assert not others & {"torch", "huggingface_hub", "peft"}

@@ -1,0 +1,114 @@
+"""The pieces of a trainer by themselves: what a step, a checkpoint and an evaluation that is due need of it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwen_vl_sft.checkpointing import checkpoints, writer
+from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
+from qwen_vl_sft.checkpointing.manifest import MANIFEST, read_manifest
+from qwen_vl_sft.checkpointing.writer import CheckpointWriter
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.resilience.due_evaluation import DueEvaluation
+from qwen_vl_sft.resilience.step_guard import StepGuard
+from qwen_vl_sft.training.safeguards import make_safeguards
+
+CPU = torch.device("cpu")
+ALONE = SimpleNamespace(mixed_precision="no", wait_for_everyone=lambda: None, reduce=lambda value, reduction: value)
+SIGNATURE = {"world": {"strategy": "single", "processes": 1}, "same": {"seed": 1}}
+
+
+def write(one, step, told=None, best=None):
+    """Write a checkpoint of nothing but the names of files that a resume looks for."""
+
+    def save():
+        for name in ("trainer_state.json", "scheduler.pt", "optimizer.pt", "model.safetensors", "rng_state.pth"):
+            (checkpoints.folder_of(one.run, step) / name).write_text(json.dumps({"global_step": step}))
+
+    def report(doing, number):
+        (told if told is not None else []).append((doing, number))
+
+    one.write(step, ALONE, True, save, lambda: {"so_far": {"seconds": 3.0}}, lambda: best, report)
+
+
+def test_a_checkpoint_holds_the_signature_and_what_the_trainer_tells(tmp_path):
+    one, told = CheckpointWriter(tmp_path, SIGNATURE, keep=None), []
+    assert one.newest() is None
+    write(one, 2, told)
+    assert read_manifest(tmp_path / "checkpoint-2") == {**SIGNATURE, "so_far": {"seconds": 3.0}}
+    assert (one.newest(), one.newest_own_step) == (tmp_path / "checkpoint-2", 2)
+    assert one.longest_seconds > 0
+    assert [number for _, number in told] == [0, 1, 2]
+    found = checkpoints.find(tmp_path, "latest", print)
+    assert (found.step, found.totals, found.evaluation_due) == (2, {"seconds": 3.0}, False)
+
+
+def test_the_best_checkpoint_outlives_those_that_are_kept(tmp_path):
+    one = CheckpointWriter(tmp_path, SIGNATURE, keep=1)
+    for step in (2, 4, 6):
+        write(one, step, best=str(tmp_path / "checkpoint-2"))
+    assert [folder.name for folder in checkpoints.complete(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_a_disk_that_is_full_leaves_nothing_half(tmp_path, monkeypatch):
+    one = CheckpointWriter(tmp_path, SIGNATURE, keep=None)
+    write(one, 2)
+
+    def full(folder, entries):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_manifest", full)
+    with pytest.raises(UserError, match=r"No space left on device\. The last good checkpoint is .*checkpoint-2"):
+        write(one, 4)
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert one.newest_own_step == 2
+    assert (tmp_path / "checkpoint-2" / MANIFEST).is_file()
+
+
+def test_a_step_that_is_not_finite_is_left_out_only_where_that_is_asked(monkeypatch):
+    monkeypatch.setattr("qwen_vl_sft.resilience.faults.gather_object", lambda parts: parts)
+    for skips in (False, True):
+        guard = StepGuard(CPU, skips)
+        guard.begin([[3], [5, 7]])
+        assert (guard.next_rows(), guard.row_ids()) == ([3], [3, 5, 7])
+        assert guard.note_loss(torch.tensor(1.0)) == 1
+        assert guard.next_rows() == [5, 7]
+        assert torch.isnan(guard.note_loss(torch.tensor(float("nan")))) == (not skips)
+        assert guard.leaves_out(4, 1.0, ALONE) == skips
+        assert guard.skipped == (
+            ["step 4: the loss of row(s) 5, 7 is NaN or infinite. The rows (row_id) of the step: 3, 5, 7"]
+            if skips
+            else []
+        )
+        with pytest.raises(UserError, match=r"row\(s\) 5, 7 is NaN or infinite.* set nonfinite: skip"):
+            guard.stop(4, guard.record)
+        guard.begin([[9]])
+        guard.note_loss(torch.tensor(2.0))
+        assert not guard.leaves_out(5, 1.0, ALONE)
+
+
+def test_an_evaluation_is_due_until_it_is_taken():
+    by_epoch = SimpleNamespace(eval_strategy="epoch", eval_delay=0)
+    evaluations, state = DueEvaluation(by_epoch, due=True), SimpleNamespace(epoch=1.0, global_step=4, max_steps=8)
+    assert evaluations.take()
+    assert not evaluations.take()
+    assert evaluations.comes_at_epoch_end(state)
+    assert not evaluations.comes_at_epoch_end(SimpleNamespace(epoch=1.5, global_step=6, max_steps=8))
+    evaluations.note(4)
+    assert not evaluations.comes_at_epoch_end(state)
+    evaluations.postpone()
+    assert evaluations.due
+    assert not DueEvaluation(SimpleNamespace(eval_strategy="no", eval_delay=0), due=True).take()
+
+
+def test_a_checkpoint_of_another_folder_is_none_of_the_run(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path / "run"), world_size=1, process_index=0, ddp_timeout=60, device=CPU)
+    args.save_total_limit = 2
+    for folder, own in (("run", 4), ("other", 0)):
+        resume = Checkpoint(tmp_path / folder / "checkpoint-4", 4, {"evaluation_due": True, "so_far": {"seconds": 2.0}})
+        pieces = make_safeguards(args, SIGNATURE, resume)
+        assert (pieces.writer.newest_own_step, pieces.writer.keep) == (own, 2)
+        assert (pieces.evaluations.due, pieces.totals) == (True, {"seconds": 2.0})
+    assert make_safeguards(args).writer.signature == {"world": {"processes": 1}}
