@@ -157,7 +157,7 @@ PATCHES = (
         broken="<=5.23",
         kind="extension",
         without="A resumed run reports the mean loss of its last part.",
-        applied_by="training.saving_trainer.SavingTrainer.so_far",
+        applied_by="training.trainer.VisionSFTTrainer.totals",
         reads={
             "transformers.trainer.Trainer": (
                 "self._tr_loss",

@@ -57,7 +57,6 @@ def fill(trainer: Any, features: ImageFeatures, skip_bad_rows: bool) -> None:
         images = _Images(collator.rows.rows, collator.rows.encoder, features.places, skip_bad_rows)
         left_out = _compute(trainer, features, images, share) if _shares(trainer) else []
     _check_all_seen(features, set(_gathered(left_out, accelerator)), accelerator)
-    assert collator.features is features.cache
 
 
 def _missing(features: ImageFeatures, trainer: Any) -> list[str]:
