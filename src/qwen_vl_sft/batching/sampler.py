@@ -52,7 +52,7 @@ class EpochSampler(Sampler[int]):
 
 
 def step_loader(sampler: StepSampler, collate: Callable[..., Any], args: TrainingArguments) -> DataLoader[Any]:
-    """A data loader of packed steps, those of one process."""
+    """Return a data loader of packed steps, those of one process."""
     workers = args.dataloader_num_workers
     return DataLoader(
         _AsIs(),

@@ -11,7 +11,7 @@ from qwen_vl_sft.compat.registry import Patch, embedded_model, source_of
 
 
 def _sdpa_loops_over_images() -> bool:
-    """Whether the vision tower's attention splits images in Python unless its name holds "flash"."""
+    """Return whether the vision tower's attention splits images in Python unless its name holds "flash"."""
     from transformers.utils.generic import is_flash_attention_requested
 
     source = inspect.getsource(type(embedded_model().model.visual.blocks[0].attn).forward)
@@ -20,7 +20,7 @@ def _sdpa_loops_over_images() -> bool:
 
 
 def _ligers_own_patch_fails() -> bool:
-    """Whether liger-kernel's patch of the embedded model's family does not import."""
+    """Return whether liger-kernel's patch of the embedded model's family does not import."""
     try:
         importlib.import_module(f"liger_kernel.transformers.model.{embedded_model().config.model_type}")
     except ImportError:
@@ -75,6 +75,39 @@ PATCHES = (
             "https://github.com/huggingface/transformers/pull/45041",
         ),
         still_needed=lambda: isinstance(embedded_model().model.visual.patch_embed.proj, nn.Conv3d),
+    ),
+    Patch(
+        name="fuse_rotary_embedding",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="Rotary embeddings are computed in chains of small operations.",
+        applied_by="modeling.kernels.use_fused_kernels",
+        reads={
+            "model.model.language_model.layers.0.self_attn.forward": ("rotary_pos_emb(", "cos, sin"),
+            "model.model.visual.blocks.0.attn.forward": ("rotary_pos_emb_vision(query_states, key_states, cos, sin)",),
+        },
+    ),
+    Patch(
+        name="positions_without_a_model",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="The model works out positions in every forward, and waits for the GPU; workers hold no model.",
+        applied_by="families.base.rope_index_of_class",
+        relies_on={
+            "model.model.get_rope_index": ("input_ids", "image_grid_thw"),
+            "model.model.get_vision_position_ids": (),
+        },
+    ),
+    Patch(
+        name="go_on_with_this_runs_schedule",
+        package="torch",
+        broken="<=2.11",
+        kind="extension",
+        without="A resume goes on with the peak learning rate that the checkpoint was saved with.",
+        applied_by="checkpointing.resumed_state.take_schedule",
+        reads={"torch.optim.lr_scheduler.LRScheduler": ("_last_lr", "base_lrs")},
     ),
     Patch(
         name="fuse_lora",

@@ -36,13 +36,13 @@ def round_as_one_process_does(accelerator: Any) -> None:
 
 
 def _fsdp_leaves_out_cpus() -> bool:
-    """Whether the list of types that become FSDP, which stands before that branch, lacks MULTI_CPU."""
+    """Return whether the list of types that become FSDP, which stands before that branch, lacks MULTI_CPU."""
     before, branch, _ = source_of("accelerate.state.AcceleratorState.__init__").partition("DistributedType.FSDP\n")
     return bool(branch) and "MULTI_CPU" not in before.rpartition("self.distributed_type in [")[2].partition("]")[0]
 
 
 def _fsdp_rounds_gradients() -> bool:
-    """Whether the policy for bf16 still reduces gradients in bfloat16, and casts what layers are given."""
+    """Return whether the policy for bf16 still reduces gradients in bfloat16, and casts what layers are given."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)

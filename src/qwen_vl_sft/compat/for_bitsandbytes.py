@@ -22,7 +22,7 @@ def keep_4bit_weights_unpacked(model: nn.Module) -> None:
 
 
 def _evaluation_repacks() -> bool:
-    """Whether a forward in evaluation changes the stored bytes of a 4-bit layer that may use the CPU kernel."""
+    """Return whether a forward in evaluation changes the stored bytes of a 4-bit layer that may use the CPU kernel."""
     import torch
     from bitsandbytes.nn import Linear4bit
 

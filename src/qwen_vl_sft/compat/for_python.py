@@ -28,7 +28,7 @@ def settle_before_forks() -> None:
 
 
 def _runs_on(version: str) -> bool:
-    """Whether this package still supports a version of Python."""
+    """Return whether this package still supports a version of Python."""
     return SpecifierSet(metadata.metadata("qwen_vl_sft")["Requires-Python"]).contains(version)
 
 

@@ -74,7 +74,7 @@ def end_workers(loaders: Iterable[Any]) -> None:
 
 
 def _copies_change_nans() -> bool:
-    """Whether a copy of bfloat16 values on a GPU, as FSDP2 makes it, changes bits of those that look like NaN."""
+    """Return whether a copy of bfloat16 values on a GPU, as FSDP2 makes it, changes bits of those that look like NaN."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").to(torch.int16)
     copied = torch.empty_like(bits).view(torch.bfloat16)
     torch._foreach_copy_([copied], [bits.view(torch.bfloat16)])
@@ -82,7 +82,7 @@ def _copies_change_nans() -> bool:
 
 
 def _convolutions_keep_tf32() -> bool:
-    """Whether convolutions may compute in TF32 when all float32 is to be computed as such."""
+    """Return whether convolutions may compute in TF32 when all float32 is to be computed as such."""
     backends: Any = torch.backends
     before = backends.fp32_precision
     try:
@@ -93,7 +93,7 @@ def _convolutions_keep_tf32() -> bool:
 
 
 def _sigterm_ends_workers() -> bool:
-    """Whether a process with PyTorch's handlers of workers ends by a SIGTERM from another process than its parent."""
+    """Return whether a process with PyTorch's handlers of workers ends by a SIGTERM from another process than its parent."""
     import subprocess
 
     ready, tell = os.pipe()
@@ -112,7 +112,7 @@ def _sigterm_ends_workers() -> bool:
 
 
 def _ends_late() -> bool:
-    """Whether a process that keeps the worker of a loader of pinned batches takes seconds to end."""
+    """Return whether a process that keeps the worker of a loader of pinned batches takes seconds to end."""
     import subprocess
     import sys
 

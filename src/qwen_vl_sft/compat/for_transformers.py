@@ -42,7 +42,7 @@ def prepare_final_save(accelerator: Any) -> None:
 
 
 def _saves_no_split_model() -> bool:
-    """Whether `save_model` writes nothing where FSDP keeps split checkpoints."""
+    """Return whether `save_model` writes nothing where FSDP keeps split checkpoints."""
     from unittest.mock import MagicMock
 
     from transformers import Trainer
@@ -54,7 +54,7 @@ def _saves_no_split_model() -> bool:
 
 
 def _resume_loads_by_names_in_memory() -> bool:
-    """Whether names of files and of memory differ in the embedded model, and a resume does not translate them."""
+    """Return whether names of files and of memory differ in the embedded model, and a resume does not translate them."""
     saved = _names_in_the_file()
     loading = source_of("transformers.trainer.Trainer._load_from_checkpoint")
     return not saved <= set(embedded_model().state_dict()) and "model.load_state_dict(state_dict, False)" in loading
@@ -71,7 +71,7 @@ def _names_in_the_file() -> set[str]:
 
 
 def _failing_callback_ends_training() -> bool:
-    """Whether an error of a callback leaves the Trainer's loop."""
+    """Return whether an error of a callback leaves the Trainer's loop."""
     from transformers import TrainerCallback
     from transformers.trainer_callback import CallbackHandler
 

@@ -52,7 +52,7 @@ def call_head_after_backbone(model: Any) -> None:
 
 
 def _head_is_not_called() -> bool:
-    """Whether the fused head leaves out the hooks of the layer whose weight it reads."""
+    """Return whether the fused head leaves out the hooks of the layer whose weight it reads."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
@@ -67,7 +67,7 @@ def _head_is_not_called() -> bool:
 
 
 def _trl_leaves_normalisation_to_the_model() -> bool:
-    """Whether TRL's trainer neither says that it normalises by itself nor that its models take the count of tokens."""
+    """Return whether TRL's trainer neither says that it normalises by itself nor that its models take the count of tokens."""
     from trl import SFTTrainer
 
     says = "model_accepts_loss_kwargs = True" in source_of("trl.trainer.sft_trainer.SFTTrainer")

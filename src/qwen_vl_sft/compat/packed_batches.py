@@ -17,7 +17,7 @@ from qwen_vl_sft.families.registry import family_of
 
 
 def take_packed_batches(model: Any) -> None:
-    """Have a model take batches of the packed collator; all others go on as before.
+    """Have a model take batches of the packed collator; it takes all others as before.
 
     `image_index`, a list, gives for each image shown its number in `pixel_values`: the vision tower runs once on each
     different image, and its gradients add up. `image_features` [image tokens, values] are what the tower and its mergers
@@ -52,7 +52,7 @@ def count_no_placeholders_in_training(model: Any) -> None:
 
 @contextmanager
 def already_training(model: Any) -> Iterator[None]:
-    """`model.train()` does nothing here: the Trainer calls it in every micro-batch, and there are thousands of modules."""
+    """Make `model.train()` do nothing meanwhile: the Trainer calls it in every micro-batch, for thousands of modules."""
     model.train = lambda mode=True: model
     try:
         yield
@@ -100,7 +100,7 @@ def _take_images(model: Any) -> None:
 
 
 def _counting_reads_back() -> bool:
-    """Whether `get_placeholder_mask` of the embedded model turns a tensor into a Python number."""
+    """Return whether `get_placeholder_mask` of the embedded model turns a tensor into a Python number."""
     backbone = type(embedded_model().model)
     tokens = SimpleNamespace(config=SimpleNamespace(image_token_id=1, video_token_id=2))
     read = []

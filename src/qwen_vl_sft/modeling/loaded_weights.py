@@ -1,4 +1,4 @@
-"""Whether all weights of a model came from its files: transformers gives those that it does not find random values."""
+"""Check that all weights of a model came from its files: transformers gives random values to those it does not find."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_loaded(loading: Mapping[str, Collection[Any]], what: str) -> None:
 
 
 def loading_problems(loading: Mapping[str, Collection[Any]]) -> list[str]:
-    """A text for each weight that did not come from a file, or that had no place.
+    """Return a text for each weight that did not come from a file, or that had no place.
 
     Tied weights, of which one is enough, are not among them. Under ZeRO-3 transformers reports missing weights alone.
     """

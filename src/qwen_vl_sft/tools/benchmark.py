@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from qwen_vl_sft.batching.packing import StepSampler
+from qwen_vl_sft.compat.for_transformers import use_one_gpu
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.data.dataset import Rows
@@ -231,7 +232,7 @@ def trl_trainer(recipe: Recipe, context: DistributedContext, data: PreparedData)
         logging_steps=10_000,
         **launch.training_arguments(context),
     )
-    args._n_gpu = min(args.n_gpu, 1)
+    use_one_gpu(args)
     return SFTTrainer(
         model=model,
         args=args,
