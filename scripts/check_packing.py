@@ -28,11 +28,11 @@ def main() -> None:
     options = parse(CheckPackingOptions, usage=__doc__)
     quiet_libraries(rank=0)
     from qwen_vl_sft.tools.check_packing import COLUMNS, compare
-    from qwen_vl_sft.tools.measuring import about_machine, format_table
+    from qwen_vl_sft.tools.measuring import format_table, machine_facts
 
     results, good = compare(options)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**about_machine(), "rows": options.rows, "results": results}, indent=2)
+    text = json.dumps({**machine_facts(), "rows": options.rows, "results": results}, indent=2)
     (options.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
     print(format_table(results, COLUMNS))
     sys.exit(0 if good else 1)

@@ -43,7 +43,7 @@ def main() -> None:
             results.append(result)
             print(strategy_report.line(result), flush=True)
             # After each run: what is done stays when the rest is stopped.
-            strategy_report.write_results(options.output_dir, results, experiment.about(results))
+            strategy_report.write_results(options.output_dir, results, experiment.facts(results))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     print(strategy_report.table(results))

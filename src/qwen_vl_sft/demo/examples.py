@@ -77,11 +77,11 @@ def _write(rows: Rows, number: int, folder: Path) -> Iterator[Example]:
             found.append((conversation, read_question(raw, conversation, rows.format)))
     step = max(1, len(found) // number)
     folder.mkdir(parents=True, exist_ok=True)
-    for place, (conversation, question) in enumerate(found[::step][:number]):
+    for index, (conversation, question) in enumerate(found[::step][:number]):
         paths = []
         for count, image in enumerate(conversation.media):
             kind = (image.open().format or "png").lower()
-            path = folder / f"example-{place + 1}{'-' + str(count + 1) if count else ''}.{kind}"
+            path = folder / f"example-{index + 1}{'-' + str(count + 1) if count else ''}.{kind}"
             # The file's own bytes: another encoding could change the answer.
             path.write_bytes(image.data if image.data is not None else Path(str(image.path)).read_bytes())
             paths.append(path)

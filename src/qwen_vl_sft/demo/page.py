@@ -128,31 +128,31 @@ class Handlers:
         sources = self.answerer.sources
         names = run_names(sources)
         return [
-            (label(name, source.tuned), place)
-            for place, (name, source) in enumerate(zip(names, sources, strict=True))
+            (label(name, source.tuned), run_index)
+            for run_index, (name, source) in enumerate(zip(names, sources, strict=True))
             if source.tuned
         ]
 
-    def message(self, place: int) -> str:
+    def message(self, run_index: int) -> str:
         """Return a run's own system message."""
-        return self.answerer.sources[place].system_message or ""
+        return self.answerer.sources[run_index].system_message or ""
 
-    def pixels(self, place: int) -> dict[str, Any]:
+    def pixels(self, run_index: int) -> dict[str, Any]:
         """Build the field of the pixel limit, which can be lowered to the processor's smallest but not raised."""
-        size = self.answerer.processors[place].image_processor.size
+        size = self.answerer.processors[run_index].image_processor.size
         low, high = size["shortest_edge"], size["longest_edge"]
         text = f"Most pixels of an image ({low:,} to {high:,}); larger ones are reduced"
         return {"value": high, "minimum": low, "maximum": high, "label": text}
 
-    def choose(self, place: int) -> tuple[str, Any]:
+    def choose(self, run_index: int) -> tuple[str, Any]:
         """Switch to another run: restore its own system message and pixel limit."""
-        return self.message(place), gr.update(**self.pixels(place))
+        return self.message(run_index), gr.update(**self.pixels(run_index))
 
     def answer(
         self,
         files: list[tuple[str, Any]] | None,
         question: str,
-        place: int,
+        run_index: int,
         message: str,
         base_too: bool,
         pixels: int | None,
@@ -161,12 +161,12 @@ class Handlers:
         shown = ["", NOTHING, "", NOTHING]
         try:
             conversation = ask(question, self.read(files or []))
-            most = self.answerer.sources[place].recipe.run.max_new_tokens
+            most = self.answerer.sources[run_index].recipe.run.max_new_tokens
             for number, arm in enumerate(("prompted" if base_too else "base", "tuned")):
                 shown[2 * number + 1] = ANSWERING
                 yield tuple(shown)  # type: ignore[misc]
-                encoder = self.answerer.encoder(arm, place, message, int(pixels) if pixels else None)
-                for said in self.answerer.stream(conversation, arm, encoder, most, place):
+                encoder = self.answerer.encoder(arm, run_index, message, int(pixels) if pixels else None)
+                for said in self.answerer.stream(conversation, arm, encoder, most, run_index):
                     shown[2 * number : 2 * number + 2] = [said.text, self.time(said)]
                     yield tuple(shown)  # type: ignore[misc]
         except UserError as error:

@@ -148,14 +148,17 @@ def write_run(source: Source, folder: Path) -> None:
     config = json.loads((tuned.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     _write_json(folder / ADAPTER_CONFIG, config | {"base_model_name_or_path": name})
     for file in PROCESSOR_FILES:
-        found = next((place / file for place in (tuned.folder, tuned.home) if (place / file).is_file()), None)
+        found = next(
+            (source_folder / file for source_folder in (tuned.folder, tuned.home) if (source_folder / file).is_file()),
+            None,
+        )
         if found:
             shutil.copyfile(found, folder / file)
     (folder / run_folder.SYSTEM_MESSAGE).write_text(source.system_message or "", encoding="utf-8")
     # Of the data only what the page asks with: a data set's name may be a folder of this machine.
     data = {key: getattr(source.recipe.data, key) for key in ("dataset_format", "min_pixels", "max_pixels")}
-    asked = data | {"max_new_tokens": source.recipe.run.max_new_tokens}
-    recipe = asdict(source.recipe.model) | {"model_name_or_path": name} | asked
+    settings_of_page = data | {"max_new_tokens": source.recipe.run.max_new_tokens}
+    recipe = asdict(source.recipe.model) | {"model_name_or_path": name} | settings_of_page
     (folder / run_folder.RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     accuracy = relaxed_accuracy(tuned)
     if accuracy is not None:

@@ -51,8 +51,8 @@ class AnswerFiles:
         """Add the answers of a batch."""
         lines = []
         for row_id, answer in answers.items():
-            said = {"answer": answer.text, "ended": answer.ended} if answer else {"answer": None}
-            lines.append(json.dumps({"arm": arm, "row_id": row_id, **said}) + "\n")
+            entry = {"answer": answer.text, "ended": answer.ended} if answer else {"answer": None}
+            lines.append(json.dumps({"arm": arm, "row_id": row_id, **entry}) + "\n")
         with self._writing(), open(self._path(rank), "a", encoding="utf-8") as file:
             file.write("".join(lines))
 
@@ -92,10 +92,10 @@ def check_output_dir(folder: Path, in_use_allowed: bool) -> None:
     foreign = [name for name, key in ((SUMMARY_FILE, "scores"), (SETTINGS_FILE, "arms")) if _lacks(folder / name, key)]
     if foreign:
         raise UserError(f"--output_dir: {folder} holds a {foreign[0]} that no evaluation wrote; name another folder")
-    held = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
-    if held and not in_use_allowed:
+    existing = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
+    if existing and not in_use_allowed:
         raise UserError(
-            f"--output_dir: {folder} holds an evaluation already ({', '.join(held)}); go on with it with --resume,"
+            f"--output_dir: {folder} holds an evaluation already ({', '.join(existing)}); go on with it with --resume,"
             f" replace it with --overwrite, or name another folder"
         )
 
@@ -120,13 +120,13 @@ def deal(batches: Sequence[Sequence[int]], done: Iterable[int], rank: int, proce
     return open_batches[rank::processes]
 
 
-def different_settings(former: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def different_settings(previous: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Describe each setting that differs between two evaluations: `name: former, now current`."""
-    names = sorted({*former, *current})
+    names = sorted({*previous, *current})
     return [
-        f"{name}: {former.get(name)}, now {current.get(name)}"
+        f"{name}: {previous.get(name)}, now {current.get(name)}"
         for name in names
-        if former.get(name) != current.get(name)
+        if previous.get(name) != current.get(name)
     ]
 
 

@@ -47,7 +47,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     task = prepare(plan)
     files = AnswerFiles(plan.output_dir)
     settings = describe_task(plan, task)
-    arms = _arms_with_former(plan, task.arms, files, settings)
+    arms = _arms_with_previous(plan, task.arms, files, settings)
     barrier = join_processes(context)
     if context.rank == 0:
         if plan.options.overwrite:
@@ -85,8 +85,8 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
 
 def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:
     """Return a function from a `row_id` to the row's images, not decoded yet."""
-    places = {question.row_id: place for place, question in enumerate(task.questions)}
-    return lambda row_id: task.conversation(places[row_id]).media
+    index_of = {question.row_id: index for index, question in enumerate(task.questions)}
+    return lambda row_id: task.conversation(index_of[row_id]).media
 
 
 def join_processes(context: DistributedContext) -> Any:
@@ -114,9 +114,9 @@ def answer_all(
     Returns the rows that this process answered for each arm, and the seconds that took, without loading.
     """
     model, speed = None, {}
-    places = {question.row_id: place for place, question in enumerate(task.questions)}
+    index_of = {question.row_id: index for index, question in enumerate(task.questions)}
     for arm in arms:
-        done = {places[row_id] for row_id in answered.get(arm, {})}
+        done = {index_of[row_id] for row_id in answered.get(arm, {})}
         share = deal(task.batches, done, context.rank, context.processes)
         if not share:
             continue
@@ -133,9 +133,9 @@ def answer_all(
         with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=context.rank > 0) as progress:
             for batch, given in _generate(plan, model, prompts, share):
                 new = {
-                    task.questions[place].row_id: None if place in prompts.unreadable else answer
-                    for place, answer in zip(batch, given, strict=True)
-                    if place not in done
+                    task.questions[index].row_id: None if index in prompts.unreadable else answer
+                    for index, answer in zip(batch, given, strict=True)
+                    if index not in done
                 }
                 files.append(context.rank, arm, new)
                 progress.update(len(batch))
@@ -202,19 +202,19 @@ def cut_answers(
     return {arm: sum(answer is not None and not answer.ended for answer in given) for arm, given in scored.items()}
 
 
-def _arms_with_former(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:
+def _arms_with_previous(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:
     """Return the arms to score, with those of the resumed evaluation. Raises `UserError` if its settings differ."""
-    former = files.read_settings() if plan.options.resume else {}
-    former_arms = former.pop("arms", [])
-    if not former:
+    previous = files.read_settings() if plan.options.resume else {}
+    previous_arms = previous.pop("arms", [])
+    if not previous:
         return list(arms)
-    different = different_settings(former, settings)
+    different = different_settings(previous, settings)
     if different:
         raise UserError(
             f"--resume: {plan.output_dir} was begun with other settings ({'; '.join(different)});"
             f" give the same ones, start anew with --overwrite, or name another --output_dir"
         )
-    return [arm for arm in ARMS if arm in {*former_arms, *arms}]
+    return [arm for arm in ARMS if arm in {*previous_arms, *arms}]
 
 
 def _device(context: DistributedContext) -> str:

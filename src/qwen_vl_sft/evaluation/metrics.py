@@ -178,12 +178,12 @@ def _normalise(text: str) -> str:
 def _edit_distance(first: str, second: str) -> int:
     """Return the Levenshtein distance, by len(first) numpy operations on len(second) values."""
     letters = np.array([ord(letter) for letter in second], dtype=np.int64)
-    places = np.arange(len(second) + 1)
-    previous = places
+    columns = np.arange(len(second) + 1)
+    previous = columns
     for number, letter in enumerate(first, start=1):
         current = np.empty_like(previous)
         current[0] = number
         current[1:] = np.minimum(previous[1:] + 1, previous[:-1] + (letters != ord(letter)))
         # An insertion costs one a place: current[j] = min over k <= j of current[k] + j - k.
-        previous = np.minimum.accumulate(current - places) + places
+        previous = np.minimum.accumulate(current - columns) + columns
     return int(previous[-1])

@@ -69,16 +69,16 @@ def page_data(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], charts: Ch
     A row's `arms` are `[answer, right, kind]` in the order of `arms`; `kind` is None when the answer is right.
     """
     images: list[tuple[str, int, int]] = []
-    places: dict[Any, int] = {}
+    image_indices: dict[Any, int] = {}
     shown = []
     for row in rows:
-        held = []
+        chart_indices = []
         for chart in charts(row["row_id"]) if charts else ():
             key = hashlib.sha256(chart.data).hexdigest() if chart.data is not None else chart.path
-            if key not in places:
-                places[key] = len(images)
+            if key not in image_indices:
+                image_indices[key] = len(images)
                 images.append(embed(chart.decode()))
-            held.append(places[key])
+            chart_indices.append(image_indices[key])
         answered = [_judged(row["arms"][arm], row["answers"]) for arm in arms]
         shown.append(
             {
@@ -86,7 +86,7 @@ def page_data(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], charts: Ch
                 "question": row["question"],
                 "gold": row["answers"],
                 "split": row[SPLIT_COLUMN],
-                "charts": held,
+                "charts": chart_indices,
                 "arms": answered,
             }
         )
@@ -196,8 +196,8 @@ def _comparisons(entries: Iterable[Mapping[str, Any]]) -> str:
 def _errors(data: Mapping[str, Any]) -> str:
     """Return how many wrong answers of each kind every arm gave."""
     body = []
-    for place, arm in enumerate(data["arms"]):
-        counts = Counter(row["arms"][place][2] for row in data["rows"])
+    for index, arm in enumerate(data["arms"]):
+        counts = Counter(row["arms"][index][2] for row in data["rows"])
         body.append([escape(arm), *(f"{counts[kind]:,}" for kind in KINDS)])
     return "<h2>Wrong answers by kind</h2>" + _table("wrong answers by kind", ["arm", *KINDS.values()], body)
 

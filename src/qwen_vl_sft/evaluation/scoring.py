@@ -134,15 +134,15 @@ def _percent(cell: Mapping[str, float]) -> str:
 
 
 def _comparison_table(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    former = ""
+    previous = ""
     for entry in entries:
         pair = f"{entry['second']} - {entry['first']}"
         cell = entry["difference"]
         difference = f"{100 * cell['mean']:+.1f} [{100 * cell['low']:+.1f}, {100 * cell['high']:+.1f}]"
         won = f"{entry['second_wins']}:{entry['first_wins']}"
         split = f"{_short(entry['split'], 8)} ({entry['rows']:,})"
-        yield _comparison_line("" if pair == former else pair, split, difference, won, f"{entry['p_value']:.2g}")
-        former = pair
+        yield _comparison_line("" if pair == previous else pair, split, difference, won, f"{entry['p_value']:.2g}")
+        previous = pair
 
 
 def _comparison_line(pair: str, split: str, difference: str, won: str, p_value: str) -> str:

@@ -44,9 +44,9 @@ class Task:
     rows_digest: str
     left_out: int = 0
 
-    def conversation(self, place: int) -> Conversation:
+    def conversation(self, index: int) -> Conversation:
         """Return the conversation of a place, up to the answer that is scored."""
-        return self.rows.conversation(self.rows.dataset[place]).up_to_last_answer()
+        return self.rows.conversation(self.rows.dataset[index]).up_to_last_answer()
 
 
 class Prompts:
@@ -115,9 +115,9 @@ class _Measured:
 def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, _Measured]:
     """Measure each row before it is asked, by the row's index."""
 
-    def read(raw: Mapping[str, Any], asked: Conversation) -> _Measured:
-        question = read_question(raw, asked, rows.format)
-        return _Measured(question, estimate_length(encoder, asked), digest_of_row(question, asked))
+    def read(raw: Mapping[str, Any], conversation: Conversation) -> _Measured:
+        question = read_question(raw, conversation, rows.format)
+        return _Measured(question, estimate_length(encoder, conversation), digest_of_row(question, conversation))
 
     try:
         return read_usable(rows, read, skip_bad_rows)
@@ -154,9 +154,9 @@ def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format
     return Question(raw[ROW_ID], conversation.last_question, answers, split_name(raw.get(SPLIT_COLUMN)))
 
 
-def digest_of_row(question: Question, asked: Conversation) -> str:
+def digest_of_row(question: Question, conversation: Conversation) -> str:
     """Digest what a row asks and accepts; its images count with their encoded bytes. Raises `BadRow`."""
-    content = [asdict(question), asked.messages, [item.content_hash for item in asked.media]]
+    content = [asdict(question), conversation.messages, [item.content_hash for item in conversation.media]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -45,7 +45,7 @@ def format_table(answers: Mapping[str, Answer]) -> str:
 
 def to_json(question: str, images: Sequence[str], source: Source, answers: Mapping[str, Answer]) -> str:
     """Format a question and every arm's answer as one line of JSON."""
-    asked = {
+    request = {
         "question": question,
         "images": list(images),
         "run": str(source.tuned.folder) if source.tuned else None,
@@ -53,8 +53,8 @@ def to_json(question: str, images: Sequence[str], source: Source, answers: Mappi
         "precision": precision_summary(source),
         "system_message": source.system_message,
     }
-    said = {}
+    answers_by_arm = {}
     for arm, answer in answers.items():
         seconds = {"first_seconds": round(answer.first_seconds, 3), "seconds": round(answer.seconds, 3)}
-        said[arm] = {"answer": answer.text, "tokens": answer.tokens, **seconds}
-    return json.dumps({**asked, "arms": said}, ensure_ascii=False)
+        answers_by_arm[arm] = {"answer": answer.text, "tokens": answer.tokens, **seconds}
+    return json.dumps({**request, "arms": answers_by_arm}, ensure_ascii=False)

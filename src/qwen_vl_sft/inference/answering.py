@@ -99,87 +99,89 @@ class Answerer:
         check_one_base(sources)
         self.sources = list(sources)
         self.processors = [load_run_processor(source) for source in sources]
-        self._world = read_context(any(bool(source.recipe.get("use_cpu")) for source in sources))
+        self._context = read_context(any(bool(source.recipe.get("use_cpu")) for source in sources))
         self._base: Any = None
         self._full: dict[int, Any] = {}
         self._lock = threading.Lock()
 
     def load(self, arms: Collection[str]) -> None:
         """Load what the arms need. Raises `UserError`."""
-        tuned = {place: source.tuned for place, source in enumerate(self.sources) if source.tuned and "tuned" in arms}
-        adapters = {place: model.folder for place, model in tuned.items() if model.is_adapter}
+        tuned = {
+            run_index: source.tuned for run_index, source in enumerate(self.sources) if source.tuned and "tuned" in arms
+        }
+        adapters = {run_index: model.folder for run_index, model in tuned.items() if model.is_adapter}
         with reported_memory():
             if adapters or set(arms) & {"base", "prompted"}:
-                self._base = load_arm(self.sources[0], "base", None, self._world)
-            for place, folder in adapters.items():
-                self._base = attach_adapter(self._base, folder, _adapter_name(place))
-            for place in tuned.keys() - adapters.keys():
-                self._full[place] = load_arm(self.sources[place], "tuned", None, self._world)
+                self._base = load_arm(self.sources[0], "base", None, self._context)
+            for run_index, folder in adapters.items():
+                self._base = attach_adapter(self._base, folder, _adapter_name(run_index))
+            for run_index in tuned.keys() - adapters.keys():
+                self._full[run_index] = load_arm(self.sources[run_index], "tuned", None, self._context)
         for model in (self._base, *self._full.values()):
             if model is not None:
                 model.eval()
 
     def encoder(
-        self, arm: str, place: int = 0, system_message: str | None = None, max_pixels: int | None = None
+        self, arm: str, run_index: int = 0, system_message: str | None = None, max_pixels: int | None = None
     ) -> Encoder:
         """Build an arm's encoder; a given system message or pixel limit wins over the run's."""
-        processor = self.processors[place]
+        processor = self.processors[run_index]
         if max_pixels is not None:
             processor = copy.copy(processor)
             processor.image_processor = copy.copy(processor.image_processor)
             set_pixel_limits(processor, None, max_pixels)
-        message = self.sources[place].system_message if system_message is None else system_message
+        message = self.sources[run_index].system_message if system_message is None else system_message
         return make_encoder(arm, processor, message or "")
 
     def check(self, conversation: Conversation, encoder: Encoder) -> None:
         """Raise `UserError` for a conversation that cannot be asked; needs no model."""
-        with _named():
+        with _as_request():
             encoder.encode_prompt(conversation)
 
     def stream(
-        self, conversation: Conversation, arm: str, encoder: Encoder, max_new_tokens: int, place: int = 0
+        self, conversation: Conversation, arm: str, encoder: Encoder, max_new_tokens: int, run_index: int = 0
     ) -> Iterator[Answer]:
         """Answer token by token; the last answer is the finished one. Raises `UserError`.
 
         Whoever stops iterating stops the generation too, at its next token.
         """
-        listener = _Listener(encoder)
+        listener = _AnswerStreamer(encoder)
 
         def answer() -> None:
             # The thread that generates holds the lock: an iterator that is left behind must not keep it.
             try:
-                with self._lock, self._weights(arm, place) as model, reported_memory(), _named():
+                with self._lock, self._weights(arm, run_index) as model, reported_memory(), _as_request():
                     listener.begin()
                     rows = [encoder.encode_prompt(conversation)]
-                    left = StoppingCriteriaList([listener.is_left])
+                    criteria = StoppingCriteriaList([listener.is_abandoned])
                     [given] = generate_batch(
-                        model, encoder, rows, max_new_tokens, streamer=listener, stopping_criteria=left
+                        model, encoder, rows, max_new_tokens, streamer=listener, stopping_criteria=criteria
                     )
                     listener.finish(given.text)
             except BaseException as error:
-                listener.said.put(error)
+                listener.received.put(error)
 
         worker = threading.Thread(target=answer, daemon=True)
         worker.start()
         try:
             while True:
-                heard = listener.said.get()
-                if isinstance(heard, BaseException):
-                    raise heard
-                yield heard
-                if heard.finished:
+                answer_so_far = listener.received.get()
+                if isinstance(answer_so_far, BaseException):
+                    raise answer_so_far
+                yield answer_so_far
+                if answer_so_far.finished:
                     return
         finally:
-            listener.left.set()
+            listener.abandoned.set()
             # Python must not end in the middle of the model's last step.
             worker.join(timeout=STOPPING_SECONDS)
 
     @contextlib.contextmanager
-    def _weights(self, arm: str, place: int) -> Iterator[Any]:
-        if arm == "tuned" and place in self._full:
-            yield self._full[place]
+    def _weights(self, arm: str, run_index: int) -> Iterator[Any]:
+        if arm == "tuned" and run_index in self._full:
+            yield self._full[run_index]
         elif arm == "tuned":
-            self._base.set_adapter(_adapter_name(place))
+            self._base.set_adapter(_adapter_name(run_index))
             yield self._base
         elif isinstance(self._base, PeftModel):
             with self._base.disable_adapter():
@@ -188,12 +190,12 @@ class Answerer:
             yield self._base
 
 
-class _Listener(BaseStreamer):
+class _AnswerStreamer(BaseStreamer):
     """Turns generated tokens into answers, and tells `generate` when nobody listens any more."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.said: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
-        self.left = threading.Event()
+        self.received: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        self.abandoned = threading.Event()
         self._encoder = encoder
         self._tokens: list[int] | None = None
         self._began = self._first = 0.0
@@ -216,12 +218,12 @@ class _Listener(BaseStreamer):
     def finish(self, text: str) -> None:
         self._say(text, finished=True)
 
-    def is_left(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
+    def is_abandoned(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.abandoned.is_set(), device=input_ids.device)
 
     def _say(self, text: str, finished: bool) -> None:
         tokens = len(self._tokens or ())
-        self.said.put(Answer(text, tokens, self._first, time.perf_counter() - self._began, finished))
+        self.received.put(Answer(text, tokens, self._first, time.perf_counter() - self._began, finished))
 
 
 @contextlib.contextmanager
@@ -237,7 +239,7 @@ def reported_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
+def _as_request() -> Iterator[None]:
     """Word a `BadRow` for a request, which belongs to no row."""
     try:
         yield
@@ -245,6 +247,6 @@ def _named() -> Iterator[None]:
         raise UserError(f"the request {error}; take it out") from None
 
 
-def _adapter_name(place: int) -> str:
+def _adapter_name(run_index: int) -> str:
     # PEFT looks for an adapter's name inside the names of weights, so none may be part of another, nor of a layer's.
-    return f"run{place:04d}"
+    return f"run{run_index:04d}"

@@ -30,7 +30,7 @@ MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Spoken:
+class Outputs:
     """What a model says: logits of each answer's tokens [N, vocabulary] float32, and one greedy answer a row."""
 
     logits: torch.Tensor
@@ -40,15 +40,15 @@ class Spoken:
 def check_weights(task: Merge, folder: Path) -> None:
     """Compare each written tensor with the base's: targets changed, all others the same bits. Raises `UserError`."""
     problems = []
-    held: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            held |= dict.fromkeys(file.keys(), path)
-    different = set(held) ^ {weight.output for weight in task.weights}
+            file_of |= dict.fromkeys(file.keys(), path)
+    different = set(file_of) ^ {weight.output for weight in task.weights}
     if different:
         raise _failed([f"{min(different)} is in the base or in the merged model, but not in both"])
     for weight in tqdm(task.weights, desc="checking", unit="tensor"):
-        with open_weights(weight.file) as base, open_weights(held[weight.output]) as merged:
+        with open_weights(weight.file) as base, open_weights(file_of[weight.output]) as merged:
             before = task.before(weight, base.get_tensor(weight.key)).to(task.dtype)
             after = merged.get_tensor(weight.output)
         if after.shape != before.shape or after.dtype != before.dtype:
@@ -81,10 +81,10 @@ def check_model(task: Merge, folder: Path, samples: Samples | None) -> dict[str,
     if samples is None:
         return {}
     encoder, conversations = samples.encoder(folder), samples.conversations
-    merged = speak(model, encoder, conversations)
+    merged = compute_outputs(model, encoder, conversations)
     del model
     adapted = load_adapted(plan, plan.trained if plan.options.nf4_aware else plan.base)
-    reference = speak(adapted, encoder, conversations)
+    reference = compute_outputs(adapted, encoder, conversations)
     found = compare(merged, reference)
     with adapted.disable_adapter():
         plain = answer_logits(adapted, encoder, conversations)
@@ -102,7 +102,7 @@ def check_model(task: Merge, folder: Path, samples: Samples | None) -> dict[str,
     differences = {"against_adapter": found}
     if plan.trained_quantized and not plan.options.nf4_aware:
         differences["against_training"] = compare(
-            merged, speak(load_adapted(plan, plan.trained), encoder, conversations)
+            merged, compute_outputs(load_adapted(plan, plan.trained), encoder, conversations)
         )
     return differences
 
@@ -142,7 +142,7 @@ def load_adapted(plan: Plan, settings: Any) -> Any:
     return attach_adapter(load_model(settings, plan.on_cpu), plan.tuned.folder)
 
 
-def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Spoken:
+def compute_outputs(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Outputs:
     """Compute the model's logits of the given answers, and its own answers."""
     from qwen_vl_sft.inference.generation import generate_answers
 
@@ -150,7 +150,7 @@ def speak(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -
     answers = generate_answers(model, encoder, conversations, 1, MAX_NEW_TOKENS)
     del model
     gc.collect()
-    return Spoken(logits, answers)
+    return Outputs(logits, answers)
 
 
 def answer_logits(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> torch.Tensor:
@@ -169,7 +169,7 @@ def answer_logits(model: Any, encoder: Encoder, conversations: Sequence[Conversa
     return torch.cat(logits)
 
 
-def compare(one: Spoken, other: Spoken) -> dict[str, Any]:
+def compare(one: Outputs, other: Outputs) -> dict[str, Any]:
     """Return maximum and mean difference of logits, the root mean square of `other`'s, and rows with equal answers."""
     difference = (one.logits - other.logits).abs()
     return {

@@ -65,9 +65,9 @@ def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None
     config = merged_config(config, plan.options.dtype, unties)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # A checkpoint may hold weights alone; the run around it has the processor with its pixel limits.
-    places = [plan.tuned.folder, plan.tuned.home]
+    folders = [plan.tuned.folder, plan.tuned.home]
     for name in (*PROCESSOR_FILES, run_folder.SYSTEM_MESSAGE):
-        _copy_first(name, places, folder)
+        _copy_first(name, folders, folder)
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         for name in PROCESSOR_FILES:
             _copy_first(name, [base], folder)
@@ -88,8 +88,8 @@ def merged_config(config: dict[str, Any], dtype: str, unties: bool) -> dict[str,
     return config if "torch_dtype" in config else config | {"dtype": dtype}
 
 
-def _copy_first(name: str, places: Sequence[Path], folder: Path) -> None:
-    found = next((place / name for place in places if (place / name).is_file()), None)
+def _copy_first(name: str, folders: Sequence[Path], folder: Path) -> None:
+    found = next((source / name for source in folders if (source / name).is_file()), None)
     if found:
         shutil.copyfile(found, folder / name)
 

@@ -71,9 +71,9 @@ def make_plan(options: Options) -> Plan:
         raise UserError(f"--run: {options.run} is a merged model already; name the run folder with the adapter")
     tuned = find_tuned(options.run, needed=True)
     if not tuned.is_adapter:
-        held = next(name for name in FULL_MODEL_FILES if (options.run / name).is_file())
+        model_file = next(name for name in FULL_MODEL_FILES if (options.run / name).is_file())
         raise UserError(
-            f"--run: {options.run} holds a full model ({held}) and no adapter, so there is nothing to merge; use it as it is"
+            f"--run: {options.run} holds a full model ({model_file}) and no adapter, so there is nothing to merge; use it as it is"
         )
     recipe = read_recipe(tuned.home / RECIPE, {})
     if options.nf4_aware and not recipe.model.load_in_4bit:
@@ -91,9 +91,9 @@ def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> M
     from qwen_vl_sft.config.reading import BUILTIN
 
     if options.base:
-        asked = str(BUILTIN.get(options.base, os.path.expanduser(options.base)))
-        same = asked == settings.model_name_or_path
-        return replace(settings, model_name_or_path=asked, model_revision=settings.model_revision if same else "main")
+        stated = str(BUILTIN.get(options.base, os.path.expanduser(options.base)))
+        same = stated == settings.model_name_or_path
+        return replace(settings, model_name_or_path=stated, model_revision=settings.model_revision if same else "main")
     config = read_adapter_config(tuned.folder)
     name: str | None = config.get("base_model_name_or_path")
     if name and settings.model_name_or_path and name != settings.model_name_or_path:

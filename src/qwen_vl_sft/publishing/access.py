@@ -102,21 +102,21 @@ def explain(error: Exception, where: str) -> str:
             return f"{where}: {error.filename} cannot be read ({error.strerror})"
         return f"{where}: the connection failed ({redact(_first_line(error))}); check the network"
     status = error.response.status_code
-    said = redact(error.server_message or error.response.headers.get("X-Error-Message") or "")
-    told = f"{status}: {said}" if said else str(status)
+    message = redact(error.server_message or error.response.headers.get("X-Error-Message") or "")
+    answer = f"{status}: {message}" if message else str(status)
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return f"{where}: the Hub does not know this token ({told}); {_LOGIN} (HF_TOKEN wins over the login)"
+        return f"{where}: the Hub does not know this token ({answer}); {_LOGIN} (HF_TOKEN wins over the login)"
     if status in (401, 404):
-        return f"{where}: not found, or not visible to this token ({told}); check the name and the token's account"
+        return f"{where}: not found, or not visible to this token ({answer}); check the name and the token's account"
     if status == 403:
-        return f"{where}: this token may not do that ({told}); use one with write access to it ({_TOKENS})"
+        return f"{where}: this token may not do that ({answer}); use one with write access to it ({_TOKENS})"
     if status in (409, 412):
-        return f"{where}: somebody else has changed the repository meanwhile ({told})"
+        return f"{where}: somebody else has changed the repository meanwhile ({answer})"
     if status == 429:
-        return f"{where}: too many requests for the Hub's limits ({told}); wait a little"
+        return f"{where}: too many requests for the Hub's limits ({answer}); wait a little"
     if status >= 500:
-        return f"{where}: the Hub failed ({told}); try again later"
-    return f"{where}: the Hub refused it ({told})"
+        return f"{where}: the Hub failed ({answer}); try again later"
+    return f"{where}: the Hub refused it ({answer})"
 
 
 def redact(text: str) -> str:

@@ -148,8 +148,8 @@ class PushWhileTraining(TrainerCallback):
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def _link(source: Path, place: Path) -> None:
+def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, place)
+        os.link(source, target)
     except OSError:  # not every file system has hard links
-        shutil.copyfile(source, place)
+        shutil.copyfile(source, target)

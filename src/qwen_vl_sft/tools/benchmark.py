@@ -35,8 +35,8 @@ from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.tools.measuring import (
     TEXT,
     TRAINING_ALONE,
-    about_machine,
     format_table,
+    machine_facts,
     make_output_dir,
     random_model_of,
 )
@@ -355,7 +355,7 @@ def summarise(measured: Sequence[dict[str, dict[str, float]]], reference: str) -
     return results
 
 
-def write_results(folder: Path, results: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+def write_results(folder: Path, results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Write results.json, results.md and speed.png."""
     import matplotlib
 
@@ -363,7 +363,7 @@ def write_results(folder: Path, results: Sequence[dict[str, Any]], about: dict[s
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps({**facts, "results": results}, indent=2) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(format_table(results, COLUMNS) + "\n", encoding="utf-8")
     figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(results) + 1.2), layout="constrained")
     names, speeds = [result["variant"] for result in results], [result["rows_per_second"] for result in results]
@@ -396,7 +396,7 @@ def run_session(options: BenchmarkOptions) -> str:
         print(f"round {number + 1}: {speeds} rows/s", flush=True)
         # After each round: what was measured stays, whatever ends the run.
         results = summarise(measured, reference=names[0])
-        write_results(options.output_dir, results, _about(options, keys, steps, measured, variants))
+        write_results(options.output_dir, results, _facts(options, keys, steps, measured, variants))
     return format_table(results, COLUMNS)
 
 
@@ -408,7 +408,7 @@ def steps_of_a_round(variant: Variant, seconds: float) -> int:
     return max(3, math.ceil(max(FEWEST_ROWS, seconds * speed) / variant.rows_per_step))
 
 
-def _about(
+def _facts(
     options: BenchmarkOptions, keys: dict[str, Any], steps: dict[str, int], measured: Any, variants: Any
 ) -> dict[str, Any]:
     return {
@@ -419,5 +419,5 @@ def _about(
         "tokens_per_row": variants[0].tokens_per_row,
         "steps": steps,
         "rounds": measured,
-        **about_machine(),
+        **machine_facts(),
     }

@@ -152,7 +152,7 @@ class Experiment:
                 first.setdefault(case.mode, result)
             yield result
 
-    def about(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def facts(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the machine and the recipes of the results."""
         done = next((result["run"] for result in results if result["outcome"] == "ok"), None)
         recipes = {mode: yaml.safe_load(path.read_text(encoding="utf-8")) for mode, path in self.recipes.items()}
@@ -163,16 +163,16 @@ class Experiment:
         return self.folder / "runs" / case.name
 
     def _run_case(self, case: Case, first: dict[str, Any] | None) -> dict[str, Any]:
-        about = {"run": case.name, "mode": case.mode, "strategy": case.strategy, "processes": case.processes}
+        facts = {"run": case.name, "mode": case.mode, "strategy": case.strategy, "processes": case.processes}
         run, log = self.run_folder(case), self.folder / f"{case.name}.log"
         shutil.rmtree(run, ignore_errors=True)
         log.unlink(missing_ok=True)
         began = time.monotonic()
         code = self._train(case, run, log, self._saving())
-        about["seconds"] = round(time.monotonic() - began, 1)
+        facts["seconds"] = round(time.monotonic() - began, 1)
         if code != 0:
-            return {**about, "outcome": stopped(code, run, log, self.timeout)}
-        result = {**about, "outcome": "ok", **finished(run, self.warmup)}
+            return {**facts, "outcome": stopped(code, run, log, self.timeout)}
+        result = {**facts, "outcome": "ok", **finished(run, self.warmup)}
         if first is not None:
             result["times_first"] = result["rows_per_second"] / first["rows_per_second"]
             result |= differences(result, first, run, self.folder / "runs" / first["run"])
@@ -278,8 +278,8 @@ def finished(run: Path, warmup: int) -> dict[str, Any]:
 def machine_of(run: Path) -> dict[str, Any]:
     """Return the versions, commit, GPUs and CPU cores of a finished run."""
     environment = json.loads((run / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))
-    told = {name: environment[name] for name in ("versions", "python", "devices", "git_commit")}
-    return {**told, "cpu_cores": os.cpu_count()}
+    facts = {name: environment[name] for name in ("versions", "python", "devices", "git_commit")}
+    return {**facts, "cpu_cores": os.cpu_count()}
 
 
 def stopped(code: int | None, run: Path, log: Path, timeout: float) -> str:

@@ -49,14 +49,14 @@ def random_model_of(options: RecipeOptions) -> Path:
     return folder
 
 
-def about_machine() -> dict[str, Any]:
+def machine_facts() -> dict[str, Any]:
     """Return the versions, commit and GPU of this process."""
     import torch
 
     from qwen_vl_sft.checkpointing.run_folder import environment
 
-    told = environment({}, {}, [torch.cuda.get_device_name()] if torch.cuda.is_available() else ["cpu"])
-    return {name: told[name] for name in ("versions", "python", "devices", "git_commit")}
+    facts = environment({}, {}, [torch.cuda.get_device_name()] if torch.cuda.is_available() else ["cpu"])
+    return {name: facts[name] for name in ("versions", "python", "devices", "git_commit")}
 
 
 def format_table(results: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
@@ -64,7 +64,7 @@ def format_table(results: Sequence[Mapping[str, Any]], columns: Mapping[str, tup
     shown = {name: column for name, column in columns.items() if any(_cell(result, name, "{}") for result in results)}
     rows = [[label for label, _ in shown.values()]]
     rows += [[_cell(result, name, style) for name, (_, style) in shown.items()] for result in results]
-    widths = [max(3, *(len(row[place]) for row in rows)) for place in range(len(shown))]
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(shown))]
     left = [style == TEXT for _, style in shown.values()]
     rules = ["-" * width if text else "-" * (width - 1) + ":" for width, text in zip(widths, left, strict=True)]
     padded = [

@@ -53,12 +53,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     rows, notes = [], []
     for result in results:
         row = {**result, "outcome": _word(result["outcome"])}
-        told = {"": result["outcome"]}
+        outcomes = {"": result["outcome"]}
         if "resumed" in result:
-            told[", resumed"] = result["resumed"]["outcome"]
-            row["resumed"] = _word(told[", resumed"]) or _distance(result["resumed"])
+            outcomes[", resumed"] = result["resumed"]["outcome"]
+            row["resumed"] = _word(outcomes[", resumed"]) or _distance(result["resumed"])
         rows.append(row)
-        notes += [f"- {result['run']}{part}: {text}" for part, text in told.items() if text != "ok"]
+        notes += [f"- {result['run']}{part}: {text}" for part, text in outcomes.items() if text != "ok"]
     return "\n".join([format_table(rows, COLUMNS), *([""] if notes else []), *notes])
 
 
@@ -74,9 +74,9 @@ def _distance(resumed: Mapping[str, Any]) -> str:
     return "identical" if not any(found) else f"loss {found[0]:.0e}, weights {found[2]:.0e}"
 
 
-def write_results(folder: Path, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+def write_results(folder: Path, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
     """Write results.json, results.md and loss.png."""
-    text = json.dumps({**about, "results": list(results)}, indent=1)
+    text = json.dumps({**facts, "results": list(results)}, indent=1)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     (folder / "results.md").write_text(table(results) + "\n", encoding="utf-8")
     done = [result for result in results if result["outcome"] == "ok"]
@@ -92,8 +92,8 @@ def plot_losses(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     modes = list(dict.fromkeys(result["mode"] for result in results))
     figure = Figure(figsize=(max(8, 5.5 * len(modes)), 7), layout="constrained")
     panels = figure.subplots(2, len(modes), squeeze=False, sharex="col", height_ratios=(3, 2))
-    for place, mode in enumerate(modes):
-        upper, lower = panels[0][place], panels[1][place]
+    for column, mode in enumerate(modes):
+        upper, lower = panels[0][column], panels[1][column]
         _draw([result for result in results if result["mode"] == mode], upper, lower)
         upper.set_title(mode)
     panels[0][0].set_ylabel("loss per learned token (nats)")
