@@ -131,7 +131,8 @@ def test_shared_rows_give_the_loss_of_separate_rows():
     """Several questions after one image are computed exactly as if each stood alone."""
     import torch
 
-    from qwen_vl_sft.tools.tiny import batches, model, processor, prompts
+    from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
+    from qwen_vl_sft.tools.tiny import batches, model, processor
 
     torch.manual_seed(0)
     tiny_processor = processor.build_processor()
@@ -140,7 +141,7 @@ def test_shared_rows_give_the_loss_of_separate_rows():
     asked = [(charts.draw(chart), questions.ask(Random(1), chart, 3)) for chart in sampled_charts(2)]
 
     def logits(examples):
-        batch = batcher(examples, prompts.CHARTQA, verbose=True)
+        batch = batcher(examples, CHARTQA_SYSTEM_MESSAGE, verbose=True)
         answer = batch.pop("labels")[:, 1:] != batches.IGNORE
         with torch.no_grad():
             return tiny(**batch).logits[:, :-1][answer]

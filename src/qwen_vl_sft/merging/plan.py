@@ -73,7 +73,8 @@ def make_plan(options: Options) -> Plan:
     if not tuned.is_adapter:
         model_file = next(name for name in FULL_MODEL_FILES if (options.run / name).is_file())
         raise UserError(
-            f"--run: {options.run} holds a full model ({model_file}) and no adapter, so there is nothing to merge; use it as it is"
+            f"--run: {options.run} holds a full model ({model_file}) and no adapter, so there is nothing to merge;"
+            f" use it as it is"
         )
     recipe = read_recipe(tuned.home / RECIPE, {})
     if options.nf4_aware and not recipe.model.load_in_4bit:

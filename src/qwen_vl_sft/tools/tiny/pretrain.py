@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from qwen_vl_sft.tools.tiny import prompts
+from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 from qwen_vl_sft.tools.tiny.batches import IGNORE, Batcher, Example
 from qwen_vl_sft.tools.tiny.charts import Chart, draw, random_chart
-from qwen_vl_sft.tools.tiny.questions import ask, captions
+from qwen_vl_sft.tools.tiny.questions import BRIEF_PROMPTS, DEFAULT_PROMPT, VERBOSE_PROMPTS, ask, captions
 
 EQUAL_SIZE = "flash_equal_size"  # "flash" in the name makes the vision tower pass cu_seqlens and call it once
 
@@ -129,8 +129,8 @@ def _examples(rng: Random, charts: int, questions: int, held_out: Collection[Cha
 def _system(rng: Random, verbose: bool) -> str:
     """Draw a system message, mostly one that will be used later: the template's own, or the tutorial's."""
     if verbose:
-        return prompts.DEFAULT if rng.random() < 0.8 else rng.choice(prompts.VERBOSE)
-    return prompts.CHARTQA if rng.random() < 0.5 else rng.choice(prompts.BRIEF)
+        return DEFAULT_PROMPT if rng.random() < 0.8 else rng.choice(VERBOSE_PROMPTS)
+    return CHARTQA_SYSTEM_MESSAGE if rng.random() < 0.5 else rng.choice(BRIEF_PROMPTS)
 
 
 def _loss(model: Qwen2VLForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:

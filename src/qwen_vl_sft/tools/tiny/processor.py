@@ -8,10 +8,10 @@ from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
+from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 from qwen_vl_sft.tiny import ASSETS_DIR
-from qwen_vl_sft.tools.tiny import prompts
 from qwen_vl_sft.tools.tiny.charts import SIZE, random_chart
-from qwen_vl_sft.tools.tiny.questions import ask
+from qwen_vl_sft.tools.tiny.questions import BRIEF_PROMPTS, DEFAULT_PROMPT, VERBOSE_PROMPTS, ask
 
 VOCAB_SIZE = 640
 # The real names in the real order; they follow the ordinary entries, as in the real vocabulary.
@@ -41,7 +41,14 @@ def _corpus() -> Iterator[str]:
     for _ in range(2000):
         for question in ask(rng, random_chart(rng), 4):
             yield from (question.text, question.label, question.brief, question.sentence)
-    for message in (prompts.CHARTQA, prompts.DEFAULT, *prompts.BRIEF, *prompts.VERBOSE, "system\n", "assistant\n"):
+    for message in (
+        CHARTQA_SYSTEM_MESSAGE,
+        DEFAULT_PROMPT,
+        *BRIEF_PROMPTS,
+        *VERBOSE_PROMPTS,
+        "system\n",
+        "assistant\n",
+    ):
         yield from [message] * 50
     yield from ["user\n"] * 50
 

@@ -14,6 +14,20 @@ WORDS = {
     "pie": ("slice", "larger", "largest", "smallest"),
 }
 
+# System messages of pretraining, and the style of answer that each asks for.
+DEFAULT_PROMPT = "You are a helpful assistant."  # what the chat template inserts when there is no system message
+
+BRIEF_PROMPTS = (
+    "Answer with a single word, number, or short phrase.",
+    "Be concise.",
+    "You are a helpful assistant. Give short answers.",
+    "Analyze the chart image and respond with concise answers. Avoid additional explanation.",
+)
+VERBOSE_PROMPTS = (
+    "Answer in full sentences.",
+    "You are a helpful assistant. Explain what the chart shows in a full sentence.",
+)
+
 
 @dataclass(frozen=True)
 class Question:
