@@ -41,7 +41,7 @@ def main() -> None:
     try:
         summary = evaluate(plan, report=True)
     except KeyboardInterrupt:
-        further = f"; go on with --resume in {plan.output_dir}" if (plan.output_dir / SETTINGS_FILE).exists() else ""
+        further = f"; continue with --resume in {plan.output_dir}" if (plan.output_dir / SETTINGS_FILE).exists() else ""
         leave(EXIT_INTERRUPTED, f"\ninterrupted{further}", show=rank == 0)
     if summary is not None:
         precision = summary["precision"]

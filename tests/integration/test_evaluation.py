@@ -329,7 +329,7 @@ def test_a_place_that_cannot_be_written_is_told(run, tmp_path):
     (tmp_path / "settings.json").mkdir()
     for write in (files.clear, lambda: files.write_settings({})):
         with pytest.raises(
-            UserError, match=r"--output_dir: .* cannot be written: .*; free space and go on with --resume"
+            UserError, match=r"--output_dir: .* cannot be written: .*; free space and continue with --resume"
         ):
             write()
 
@@ -439,7 +439,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted_by_any_number_of_proc
 )
 def test_a_row_that_cannot_be_read_is_named_with_the_way_out(row, message, run, broken, tmp_path):
     asked = ("--run", run, "--output_dir", tmp_path, "--split", f"test[{row}:{row + 1}]", "--max_new_tokens", 2)
-    with pytest.raises(UserError, match=message + r".*; mend it, or .*--bad_rows skip"):
+    with pytest.raises(UserError, match=message + r".*; fix it, or .*--bad_rows skip"):
         evaluate(plan(*asked, *on_broken(broken)))
     with pytest.raises(UserError, match="none of "):
         evaluate(plan(*asked, *on_broken(broken, "--bad_rows", "skip", "--overwrite")))
@@ -669,7 +669,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(begun, run, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         runpy.run_path(str(REPOSITORY / "scripts/evaluate.py"), run_name="__main__")
-    assert told == [(130, f"interrupted; go on with --resume in {tmp_path}" if begun else "interrupted", True)]
+    assert told == [(130, f"interrupted; continue with --resume in {tmp_path}" if begun else "interrupted", True)]
 
 
 @pytest.mark.skipif(not (MODEL_DIR / "config.json").exists(), reason="the embedded model is not built yet")

@@ -390,7 +390,7 @@ RIGHTS = {
     "reader of an organization": (WRITER, "museum/x", [], "alice is in museum as read"),
     "fine-grained elsewhere": (SCOPED, "alice/x", [], "is fine-grained and may not write to alice/x"),
     "malformed": (WRITER, "a/b/c", [], "--repo_id: 'a/b/c' is not the name of a repository"),
-    "public meant private": (WRITER, "alice/open", [], "exists and is public, and a private one was asked for"),
+    "public meant private": (WRITER, "alice/open", [], "exists and is public, but you asked for a private one"),
     "private meant public": (WRITER, "alice/closed", ["--public"], "exists and is private"),
     "somebody's repository": (OTHER, "alice/open", ["--public"], "bob may not write to alice/open"),
     "branch and request": (WRITER, "alice/x", ["--branch", "v2", "--create_pr"], "exclude each other"),
@@ -702,7 +702,7 @@ def test_dry_run_shows_files_and_card_and_asks_nobody(run):
     assert text.startswith("15 files, ")
     assert "to alice/name (private if new), main\n" in text
     assert "  adapter_config.json  (made for the Hub)\n" in text
-    assert "files of a former push, of the same kind of model, that are not among these are removed there" in text
+    assert "obsolete files from our previous push of the same kind of model are deleted there" in text
     assert "model-index:" in text
 
 

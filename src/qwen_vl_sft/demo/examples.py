@@ -1,4 +1,4 @@
-"""Examples on the page: rows of a run's own evaluation data, with the answers they should get."""
+"""Examples on the page: rows of the run's evaluation data with their right answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the page names runs and models, without the folders of the machine that serves them."""
+"""Names of runs and models on the page, without local folders."""
 
 from __future__ import annotations
 

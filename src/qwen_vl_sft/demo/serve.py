@@ -1,4 +1,4 @@
-"""Serving the page: models first, then the server, then its address."""
+"""Serve the page: load the models, start the server, print its address."""
 
 from __future__ import annotations
 

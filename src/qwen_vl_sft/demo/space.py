@@ -1,4 +1,4 @@
-"""`--export_space`: the page as a folder that is a Hugging Face Space, ready to be pushed."""
+"""Export the page as a folder that is a Hugging Face Space, ready to be pushed (`--export_space`)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def export_space(options: Options) -> None:
 
 
 def card(names: Sequence[str], sources: Sequence[Source]) -> str:
-    """README.md: the front matter that configures a Space, and what it shows."""
+    """Format README.md: the front matter that configures a Space, and what it shows."""
     base, version = model_name(sources[0].recipe.model), metadata.version("gradio")
     front: dict[str, Any] = {
         "title": "Base and tuned, side by side",

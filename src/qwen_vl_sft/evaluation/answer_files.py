@@ -1,4 +1,4 @@
-"""Answers on disk while an evaluation runs: one file a process, one line a row, so that a killed run can go on."""
+"""Answer files of a running evaluation: one file a process, one line a row, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class AnswerFiles:
         try:
             return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError:
-            raise UserError(f"output_dir: {path} is damaged; start anew with --overwrite") from None
+            raise UserError(f"output_dir: {path} is damaged; start over with --overwrite") from None
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Note what this run is about, for a later --resume."""
@@ -79,7 +79,7 @@ class AnswerFiles:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing_to(self.folder, "free space and go on with --resume, or name another folder")
+        return writing_to(self.folder, "free space and continue with --resume, or name another folder")
 
     def _path(self, rank: int) -> Path:
         return self.folder / PARTS_FOLDER / f"rank-{rank:05d}.jsonl"
@@ -95,7 +95,7 @@ def check_output_dir(folder: Path, in_use_allowed: bool) -> None:
     existing = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
     if existing and not in_use_allowed:
         raise UserError(
-            f"--output_dir: {folder} holds an evaluation already ({', '.join(existing)}); go on with it with --resume,"
+            f"--output_dir: {folder} holds an evaluation already ({', '.join(existing)}); continue it with --resume,"
             f" replace it with --overwrite, or name another folder"
         )
 
@@ -104,7 +104,7 @@ def _lacks(path: Path, key: str) -> bool:
     """Return whether this JSON file is not ours: ours all hold this key."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # there is none, or a kill has left half of it
+    except (OSError, ValueError):  # missing, or half written by a process that was killed
         return False
     return not isinstance(content, dict) or key not in content
 

@@ -1,4 +1,4 @@
-"""Scoring a model on a split of the data, with any number of processes, so that a killed run can go on.
+"""Score a model on a split of the data, on any number of processes; a killed evaluation can be resumed.
 
 Each process answers whole batches into a file of its own; the first one joins the files in row order and scores them.
 """
@@ -190,7 +190,7 @@ def collect(
         if len(texts) == len(arms):
             rows.append(score_row(question, texts))
     if not rows:
-        raise UserError(f"none of the {len(questions)} rows can be read; mend them, and evaluate anew with --overwrite")
+        raise UserError(f"none of the {len(questions)} rows can be read; fix them, and evaluate again with --overwrite")
     return rows
 
 
@@ -212,7 +212,7 @@ def _arms_with_previous(plan: Plan, arms: Sequence[str], files: AnswerFiles, set
     if different:
         raise UserError(
             f"--resume: {plan.output_dir} was begun with other settings ({'; '.join(different)});"
-            f" give the same ones, start anew with --overwrite, or name another --output_dir"
+            f" give the same ones, start over with --overwrite, or name another --output_dir"
         )
     return [arm for arm in ARMS if arm in {*previous_arms, *arms}]
 

@@ -36,7 +36,7 @@ class Options:
         "default: RUN/evaluation, or evaluation here; --predictions writes only if given",
         metavar="folder",
     )
-    resume: bool = option(False, "go on with the evaluation in output_dir; arms may be added")
+    resume: bool = option(False, "continue the evaluation in output_dir; arms may be added")
     overwrite: bool = option(False, "replace the evaluation in output_dir")
     recipe_keys: dict[str, str] = recipe_keys(*RECIPE_KEYS, "bad_rows")
 

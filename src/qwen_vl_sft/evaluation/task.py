@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
 # Stands in a batch for a row that cannot be read.
 _STAND_IN = Conversation([{"role": "user", "content": [{"type": "text", "text": "?"}]}], [])
-WAY_OUT = "mend it, or leave such rows out with --bad_rows skip"
+WAY_OUT = "fix it, or leave such rows out with --bad_rows skip"
 
 
 @dataclass(frozen=True)

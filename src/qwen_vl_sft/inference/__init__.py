@@ -1,1 +1,1 @@
-"""One question at a time, answered as a stream."""
+"""Answer with a base model or a run: load it, generate in batches or as a stream."""

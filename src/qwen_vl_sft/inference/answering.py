@@ -1,4 +1,4 @@
-"""Answering one conversation at a time, as a stream of text: a base model, and any number of runs on it.
+"""Answer one conversation at a time as a stream of text, with a base model and any number of runs on it.
 
 The prompt and the decoding are those of an evaluation, so the whole answer is the one that an evaluation scores.
 """

@@ -1,4 +1,4 @@
-"""Loading what answers: the processor and the model of an arm, and a run's adapter on its base model."""
+"""Load the processor and the model of an arm, and attach a run's adapter to its base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two halves of a merge: the base model's files under their own key names, and the adapter that belongs on them."""
+"""Read the two halves of a merge: the base model's files under their own key names, and the adapter."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
 
 @contextlib.contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """`safe_open` whose failures say which file."""
+    """Open a safetensors file; failures name the file."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -1,4 +1,4 @@
-"""Proofs of a merged model before it is put in place: its tensors against the base's, and its logits and answers."""
+"""Check a merged model before it is moved to the output folder: its tensors, logits and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a merged model: written beside its place and moved there at the end, with all that belongs to a model."""
+"""The folder of a merged model: written to a temporary folder with everything that belongs to a model, then moved."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def staged(output: Path, needed: int) -> Iterator[Path]:
 
 
 def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None:
-    """Configuration, processor, prompt and recipe, so that the folder is a model and a run of its own.
+    """Write configuration, processor, system message and recipe, so that the folder is a complete model and run.
 
     Args:
         plan: the merge.

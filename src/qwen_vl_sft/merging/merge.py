@@ -1,4 +1,4 @@
-"""Merging an adapter into its base model, shard by shard, so that memory stays near one shard and the adapter.
+"""Merge an adapter into its base model, shard by shard, so that memory stays near one shard and the adapter.
 
 The result is written to a temporary folder, checked, and only then moved to the output folder.
 """

@@ -1,4 +1,4 @@
-"""Rows of the run on which a merged model is compared. They are read before anything is merged."""
+"""Read the rows on which a merged model is compared, before anything is merged."""
 
 from __future__ import annotations
 

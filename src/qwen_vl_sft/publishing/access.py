@@ -1,4 +1,4 @@
-"""Access to the Hub: the token and what it may do, and the client's errors in words. No text here ever holds the token."""
+"""Access to the Hub: check what the token may do, and explain the client's errors. No text here contains the token."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def check_access(target: Target) -> Access:
         return Access(api, target, user, exists=False, private=target.private)
     if target.private and not info.private:
         raise UserError(
-            f"push: {target.repo_id} exists and is public, and a private one was asked for; its visibility is not changed"
+            f"push: {target.repo_id} exists and is public, but you asked for a private one; its visibility is not changed"
             f" here. Publish to it openly with --public (hub_private_repo: false), make it private on its settings page,"
             f" or name another repository"
         )
     if not target.private and info.private:
         raise UserError(
-            f"push: {target.repo_id} exists and is private, and a public one was asked for; its visibility is not changed"
+            f"push: {target.repo_id} exists and is private, but you asked for a public one; its visibility is not changed"
             f" here. Leave --public (hub_private_repo: false) out, or make it public on its settings page first"
         )
     if not target.create_pr:

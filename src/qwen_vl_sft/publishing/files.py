@@ -1,4 +1,4 @@
-"""The files that are published, and nothing else: a list of what may go, with this machine's paths and any token kept out."""
+"""The list of files to publish, without local paths; a file with the token is refused."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _processor(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment(value: dict[str, Any]) -> dict[str, Any]:
-    # The resolved recipe says what the command asked for.
+    # The resolved recipe has what the command set.
     return without_paths({name: entry for name, entry in value.items() if name != "command"})
 
 
@@ -149,7 +149,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _measured(path: str, content: Path | bytes) -> PublishedFile:
-    """Size and both digests that the Hub states: SHA-256 for large files, git's SHA-1 for small ones."""
+    """Compute size and both digests that the Hub states: SHA-256 for large files, git's SHA-1 for small ones."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     if isinstance(content, bytes):

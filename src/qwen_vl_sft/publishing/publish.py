@@ -30,7 +30,7 @@ def describe(published: PublishedModel, target: Target, licence: dict[str, str] 
     visibility = "private" if target.private else "public"
     request = " as a pull request" if target.create_pr else ""
     head = f"{len(files)} files, {_bytes(total)}, to {target.repo_id} ({visibility} if new), {target.revision}{request}"
-    removed = "files of a former push, of the same kind of model, that are not among these are removed there, and named"
+    removed = "obsolete files from our previous push of the same kind of model are deleted there, and listed"
     return "\n".join([head, *(_line(file) for file in files), removed, "", card.rstrip()])
 
 

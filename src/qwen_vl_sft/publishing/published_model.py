@@ -185,9 +185,9 @@ def _read_json(path: Path, needed: bool) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--run: {path} cannot be read ({error}); mend or delete it") from None
+        raise UserError(f"--run: {path} cannot be read ({error}); fix or delete it") from None
     if not isinstance(value, dict):
-        raise UserError(f"--run: {path} does not hold what the scripts write there; mend or delete it")
+        raise UserError(f"--run: {path} does not hold what the scripts write there; fix or delete it")
     return value
 
 

@@ -136,7 +136,7 @@ def _committed_after_all(
     access: Access, files: Sequence[PublishedFile], head: str, where: str, error: Exception
 ) -> str:
     """Return the revision of a commit whose reply was lost. Raises `UserError` with the first failure if there is none."""
-    told = f"push: {explain(error, where)}"
+    failure = f"push: {explain(error, where)}"
     try:
         if access.target.create_pr:
             revision = _open_pull_request(access, files)
@@ -147,10 +147,10 @@ def _committed_after_all(
             if not moved or differences(access, files, revision):
                 revision = None
     except HUB_ERRORS:
-        raise UserError(f"{told}. Whether it was committed could not be asked; {AGAIN}") from None
+        raise UserError(f"{failure}. Cannot tell whether it was committed; {AGAIN}") from None
     if revision is None:
         left = "somebody else committed meanwhile" if moved else "Nothing was committed"
-        raise UserError(f"{told}. {left}; {AGAIN}") from None
+        raise UserError(f"{failure}. {left}; {AGAIN}") from None
     return revision
 
 

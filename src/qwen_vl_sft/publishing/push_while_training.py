@@ -1,4 +1,4 @@
-"""`push_to_hub` of a recipe: rights checked first, checkpoints published in the background, the finished run at the end.
+"""`push_to_hub` of a recipe: check the rights, push checkpoints in the background, then the finished run.
 
 The Trainer's own `push_to_hub` is never used: it uploads the whole folder, and a push of its that fails is not reported.
 """

@@ -161,7 +161,7 @@ class RepeatedRows(Rows):
     once: int = 1
 
     def encode(self, item: Mapping[str, Any], encoder: Encoder, read_media: ReadMedia | None = None) -> Encoded:
-        """As that of `Rows`, but that an image has another hash each time."""
+        """Encode a row as `Rows` does, with another image hash in each repetition."""
         row = super().encode(item, encoder, read_media)
         time = item["row"] // self.once
         # Those of the first time are the ones that kept features are filed by.

@@ -43,7 +43,7 @@ Losses = dict[int, list[float]]
 
 
 def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
-    """Per-token losses and adapter gradients, in float32 and in bfloat16, of one, padded, packed and shared rows.
+    """Compare token losses and adapter gradients of single, padded, packed and shared rows, in each precision.
 
     Everything is compared with float32, one row at a time, without fused kernels. With `fused_kernels` each precision
     runs without and with them. Returns the results, and whether all are no further from float32 than `TOLERATED` times as

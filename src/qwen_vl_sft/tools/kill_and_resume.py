@@ -127,7 +127,7 @@ class Experiment:
 
 
 def kill_family(pid: int) -> None:
-    """SIGKILL a process and everything that it started, data loaders' workers included."""
+    """Kill a process and everything that it started with SIGKILL, data loader workers included."""
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""What the measuring scripts share: the output folder, the random model, the machine, the table of results."""
+"""Shared by the measuring scripts: output folder, random model, facts of the machine, table of results."""
 
 from __future__ import annotations
 

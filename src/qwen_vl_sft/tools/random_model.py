@@ -1,4 +1,4 @@
-"""Models of a real shape with random weights: for benchmarks, and for tests without a network."""
+"""Make models of a real shape with random weights, for benchmarks and for tests without a network."""
 
 from __future__ import annotations
 
