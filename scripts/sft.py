@@ -37,7 +37,7 @@ def main() -> None:
     from qwen_vl_sft.training.run_signature import run_signature
 
     # Settings and world
-    recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys))
+    recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))
     run = resolve(recipe, launch.read_context(use_cpu=recipe.get("use_cpu")))
     publisher = push_while_training.prepare(run.recipe, run.context)
     watcher.leave_word_in(run.output_dir)

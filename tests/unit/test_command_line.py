@@ -9,7 +9,16 @@ from typing import Literal
 import pytest
 
 from fixtures.repository import REPOSITORY
-from qwen_vl_sft.config.command_line import REQUIRED, any_recipe_key, format_help, names, option, parse, recipe_keys
+from qwen_vl_sft.config.command_line import (
+    REQUIRED,
+    any_recipe_key,
+    format_help,
+    names,
+    option,
+    parse,
+    recipe_keys,
+    recipe_values,
+)
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 
 
@@ -91,6 +100,22 @@ def test_words_for_the_recipe_and_second_names():
     )
     with pytest.raises(UserError, match="--config is given twice"):
         parse(AnyKey, ["--settings", "a", "--config", "b"])
+
+
+def test_a_mistyped_option_beside_recipe_keys_is_named():
+    @dataclass(frozen=True)
+    class Measuring(AnyKey):
+        strategies: str = option("ddp", "some of ddp,zero2")
+
+    options = parse(Measuring, ["--strateges", "zero2", "--learning_rat", "1", "--seed", "1"])
+    with pytest.raises(UserError, match=r"^command line: unknown option --strateges; did you mean --strategies\?$"):
+        recipe_values(options.keys, options)
+    # A recipe's keys are checked when it is read, also those that nearly are an option.
+    assert recipe_values({"seed": ["1"], "evaluation_strategy": ["no"], "learning_rat": ["1"]}, options) == {
+        "seed": 1,
+        "evaluation_strategy": False,
+        "learning_rat": 1,
+    }
 
 
 def test_help_names_types_and_defaults():

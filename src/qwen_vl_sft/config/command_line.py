@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import yaml
 
 from qwen_vl_sft.config.coercion import coerce, expected, load_yaml
-from qwen_vl_sft.config.settings import GROUPS
+from qwen_vl_sft.config.settings import FORMER_KEYS, GROUPS, REFUSED_KEYS
 from qwen_vl_sft.errors import UserError, raise_all
 
 Options = TypeVar("Options")
@@ -133,11 +133,20 @@ def split_words(arguments: Sequence[str], last_wins: bool = False) -> dict[str, 
     return found
 
 
-def recipe_values(words: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Read the words of recipe keys as YAML; a key without a word is true. Imports the training libraries."""
-    from qwen_vl_sft.config.reading import text_keys
+def recipe_values(words: Mapping[str, Sequence[str]], options: Any = None) -> dict[str, Any]:
+    """Read the words of recipe keys as YAML; a key without a word is true. Imports the training libraries.
 
-    texts = text_keys() if words else set()
+    Raises `UserError` for a mistyped option of `options`; other unknown keys are reported when the recipe is read.
+    """
+    if not words:
+        return {}
+    from qwen_vl_sft.config.reading import key_hints, text_keys
+
+    own, keys = option_names(type(options)) if options else [], [*key_hints(), *REFUSED_KEYS, *FORMER_KEYS]
+    nearest = {name: difflib.get_close_matches(name, [*own, *keys], n=1) for name in words if name not in keys}
+    mistyped = [name for name, near in nearest.items() if set(near) & set(own)]
+    raise_all([f"command line: {_unknown(name, own)}" for name in mistyped])
+    texts = text_keys()
     values = {name: [_yaml(word, name in texts) for word in parts] for name, parts in words.items()}
     return {name: True if not parts else parts[0] if len(parts) == 1 else parts for name, parts in values.items()}
 

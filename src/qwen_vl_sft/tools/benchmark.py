@@ -380,7 +380,7 @@ def write_results(folder: Path, results: Sequence[dict[str, Any]], facts: dict[s
 def run_session(options: BenchmarkOptions) -> str:
     """Run everything and write the results; returns the table. Raises `UserError`."""
     names = read_names(options.variants)
-    keys = recipe_values(options.recipe_keys)
+    keys = recipe_values(options.recipe_keys, options)
     make_output_dir(options.output_dir)
     model_dir = random_model_of(options)
     variants = []

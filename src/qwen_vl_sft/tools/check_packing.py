@@ -50,7 +50,7 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
     far as rows one at a time without kernels in the same precision.
     """
     model_dir = random_model_of(options) if options.config else None
-    keys = recipe_values(options.recipe_keys)
+    keys = recipe_values(options.recipe_keys, options)
     results: list[dict[str, Any]] = []
     reference: tuple[Losses, dict[str, torch.Tensor]] | None = None
     good = True

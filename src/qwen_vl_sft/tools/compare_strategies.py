@@ -55,7 +55,7 @@ _MESSAGE = re.compile(r"^error: (?:\d+ problems\n  - )?(.+)", re.MULTILINE)
 def plan_experiment(options: CompareStrategiesOptions) -> tuple[Experiment, list[Case]]:
     """Check the request, make the random model if one is asked for, and write a recipe a mode. Raises `UserError`."""
     cases = list(grid(options.strategies, options.processes, options.modes))
-    keys = {"max_steps": STEPS, **recipe_values(options.recipe_keys)}
+    keys = {"max_steps": STEPS, **recipe_values(options.recipe_keys, options)}
     steps = keys["max_steps"]
     if not isinstance(steps, int) or not 0 <= options.warmup < steps:
         raise UserError(f"--warmup {options.warmup} leaves nothing of --max_steps {steps}; give more steps")
