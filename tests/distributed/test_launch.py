@@ -16,7 +16,7 @@ from torch import nn
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.distributed.launch import DistributedContext, check_running, read_context, training_arguments
-from qwen_vl_sft.distributed.launcher_request import Asked, Process, ancestors, asked_of_launcher
+from qwen_vl_sft.distributed.launcher_request import LauncherRequest, Process, ancestors, read_launcher_request
 from qwen_vl_sft.errors import UserError
 
 CONFIGS = REPOSITORY / "accelerate_configs"
@@ -76,7 +76,7 @@ def test_a_launched_group_of_one_is_wrapped_in_ddp():
         (False, ALONE, None, 0, True),
         (False, {"ACCELERATE_USE_CPU": "true"}, None, 1, True),
         # `use_cpu: true` beside MULTI_GPU: the launcher drops it
-        (False, RANK_1_OF_2, Asked("x.yaml", "MULTI_GPU", 2, on_cpu=True), 2, True),
+        (False, RANK_1_OF_2, LauncherRequest("x.yaml", "MULTI_GPU", 2, on_cpu=True), 2, True),
     ],
 )
 def test_what_puts_a_run_on_the_cpu(use_cpu, env, asked, gpus, on_cpu):
@@ -123,8 +123,8 @@ def test_slurm_may_give_each_process_its_own_gpu():
 # What the launcher was asked for
 
 
-def asked_by(command: str) -> Asked:
-    asked = asked_of_launcher([Process(tuple(command.split()), REPOSITORY)])
+def asked_by(command: str) -> LauncherRequest:
+    asked = read_launcher_request([Process(tuple(command.split()), REPOSITORY)])
     assert asked is not None
     return asked
 
@@ -141,7 +141,9 @@ def asked_by(command: str) -> Asked:
 )
 def test_every_way_to_call_the_launcher_is_seen(start):
     asked = asked_by(f"{start} --multi_gpu --num_processes 3 train.py --num_processes 9")
-    assert asked == Asked("accelerate launch (`--num_processes`, `--multi_gpu`)", "MULTI_GPU", 3, on_cpu=False)
+    assert asked == LauncherRequest(
+        "accelerate launch (`--num_processes`, `--multi_gpu`)", "MULTI_GPU", 3, on_cpu=False
+    )
 
 
 @pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
@@ -161,7 +163,9 @@ def test_the_default_configuration_counts_unless_cpu_is_asked_for(monkeypatch, t
     default = tmp_path / "default.yaml"
     default.write_text("{distributed_type: FSDP, num_processes: 4}")
     monkeypatch.setattr(config_args, "default_config_file", str(default))
-    assert asked_by("accelerate launch train.py") == Asked(f"accelerate launch ({default})", "FSDP", 4, on_cpu=False)
+    assert asked_by("accelerate launch train.py") == LauncherRequest(
+        f"accelerate launch ({default})", "FSDP", 4, on_cpu=False
+    )
     assert asked_by("accelerate launch --cpu train.py").kind is None
 
 
@@ -177,25 +181,29 @@ def test_the_default_configuration_counts_unless_cpu_is_asked_for(monkeypatch, t
     ],
 )
 def test_nothing_is_asked_without_a_readable_accelerate_launch_right_above(commands):
-    assert asked_of_launcher([Process(tuple(command.split()), REPOSITORY) for command in commands]) is None
+    assert read_launcher_request([Process(tuple(command.split()), REPOSITORY) for command in commands]) is None
 
 
 def test_the_real_ancestors_are_readable():
     assert next(ancestors()).argv
-    assert asked_of_launcher() is None
+    assert read_launcher_request() is None
 
 
 @pytest.mark.parametrize(
     ("asked", "env", "words"),
     [
-        (Asked("s (`--cpu`)", None, 2, True, cpu_flag=True), ALONE, ["`--cpu`", "2", "1 process", "cpu.yaml"]),
-        (Asked("s", "FSDP", 2, True, cpu_flag=True), ALONE, ["FSDP", "--cpu"]),
-        (Asked("c.yaml", "MULTI_CPU", 2, False), ALONE, ["c.yaml", "MULTI_CPU", "cpu.yaml"]),
-        (Asked("c.yaml", "NO", 8, False), ALONE, ["c.yaml", "num_processes 8", "ddp.yaml"]),
-        (Asked("s", None, 2, False), ALONE, ["num_processes 2", "1 process"]),
-        (Asked("c.yaml", "DEEPSPEED", 2, False), RANK_1_OF_2, ["DEEPSPEED", "(ddp)", "unset"]),
-        (Asked("c.yaml", "MULTI_GPU", 3, False), RANK_1_OF_2, ["num_processes 3", "2 processes"]),
-        (Asked("c.yaml", "MULTI_XPU", 2, False), RANK_1_OF_2, ["MULTI_XPU", "not supported"]),
+        (
+            LauncherRequest("s (`--cpu`)", None, 2, True, cpu_flag=True),
+            ALONE,
+            ["`--cpu`", "2", "1 process", "cpu.yaml"],
+        ),
+        (LauncherRequest("s", "FSDP", 2, True, cpu_flag=True), ALONE, ["FSDP", "--cpu"]),
+        (LauncherRequest("c.yaml", "MULTI_CPU", 2, False), ALONE, ["c.yaml", "MULTI_CPU", "cpu.yaml"]),
+        (LauncherRequest("c.yaml", "NO", 8, False), ALONE, ["c.yaml", "num_processes 8", "ddp.yaml"]),
+        (LauncherRequest("s", None, 2, False), ALONE, ["num_processes 2", "1 process"]),
+        (LauncherRequest("c.yaml", "DEEPSPEED", 2, False), RANK_1_OF_2, ["DEEPSPEED", "(ddp)", "unset"]),
+        (LauncherRequest("c.yaml", "MULTI_GPU", 3, False), RANK_1_OF_2, ["num_processes 3", "2 processes"]),
+        (LauncherRequest("c.yaml", "MULTI_XPU", 2, False), RANK_1_OF_2, ["MULTI_XPU", "not supported"]),
     ],
 )
 def test_a_launch_that_became_something_else_is_refused(asked, env, words):
@@ -206,14 +214,14 @@ def test_a_launch_that_became_something_else_is_refused(asked, env, words):
 @pytest.mark.parametrize(
     ("asked", "env"),
     [
-        (Asked("s", None, None, False), ALONE),
-        (Asked("s", None, 2, False), RANK_1_OF_2),
-        (Asked("s (`--cpu`)", None, None, True, cpu_flag=True), ALONE),
-        (Asked("c.yaml", "MULTI_CPU", 1, False), ALONE),
-        (Asked("c.yaml", "NO", 1, False), ALONE),
-        (Asked("c.yaml", "MULTI_GPU", 2, False), RANK_1_OF_2),
-        (Asked("c.yaml", "FSDP", 2, False), FSDP2),
-        (Asked("c.yaml", "DEEPSPEED", 2, False), ZERO),
+        (LauncherRequest("s", None, None, False), ALONE),
+        (LauncherRequest("s", None, 2, False), RANK_1_OF_2),
+        (LauncherRequest("s (`--cpu`)", None, None, True, cpu_flag=True), ALONE),
+        (LauncherRequest("c.yaml", "MULTI_CPU", 1, False), ALONE),
+        (LauncherRequest("c.yaml", "NO", 1, False), ALONE),
+        (LauncherRequest("c.yaml", "MULTI_GPU", 2, False), RANK_1_OF_2),
+        (LauncherRequest("c.yaml", "FSDP", 2, False), FSDP2),
+        (LauncherRequest("c.yaml", "DEEPSPEED", 2, False), ZERO),
     ],
 )
 def test_a_launch_that_is_what_was_asked_passes(asked, env):
@@ -221,7 +229,7 @@ def test_a_launch_that_is_what_was_asked_passes(asked, env):
 
 
 def test_one_process_asked_for_takes_one_of_several_gpus():
-    assert read(ALONE, Asked("single_gpu.yaml", "NO", 1, False), gpus=8).strategy == "single"
+    assert read(ALONE, LauncherRequest("single_gpu.yaml", "NO", 1, False), gpus=8).strategy == "single"
 
 
 # What is running

@@ -10,7 +10,7 @@ from fixtures.repository import REPOSITORY
 from qwen_vl_sft import cli
 from qwen_vl_sft.cli import LAUNCH_OPTIONS, build_command, format_files, format_help, split_launch_options
 from qwen_vl_sft.config.reading import key_hints
-from qwen_vl_sft.distributed.launcher_request import Process, asked_of_launcher
+from qwen_vl_sft.distributed.launcher_request import Process, read_launcher_request
 from qwen_vl_sft.errors import UserError
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -47,7 +47,7 @@ def test_launch_options_start_the_launcher(words, launcher):
 
 def test_what_the_launcher_was_asked_for_is_read_from_its_command_line(tmp_path):
     command = build_command("evaluate", ["--accelerate_config", "fsdp2", "--num_processes", "7", "--run", "x"])
-    asked = asked_of_launcher([Process(tuple(command), tmp_path)])
+    asked = read_launcher_request([Process(tuple(command), tmp_path)])
     assert asked is not None
     assert (asked.kind, asked.processes) == ("FSDP", 7)
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
-from qwen_vl_sft.distributed.launcher_request import Asked, asked_of_launcher
+from qwen_vl_sft.distributed.launcher_request import LauncherRequest, read_launcher_request
 from qwen_vl_sft.distributed.slurm import unlike_allotted
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.shipped_files import LAUNCH_CONFIGS, find_file
@@ -46,7 +46,7 @@ class DistributedContext:
 def read_context(
     use_cpu: bool,
     env: Mapping[str, str] = os.environ,
-    find_asked: Callable[[], Asked | None] = asked_of_launcher,
+    find_request: Callable[[], LauncherRequest | None] = read_launcher_request,
     count_gpus: Callable[[], int] = torch.cuda.device_count,
 ) -> DistributedContext:
     """Return the context that the environment describes, without touching a process group or GPU.
@@ -55,10 +55,10 @@ def read_context(
     `UserError` for a launch that could not train, and for one that would silently train otherwise than asked.
     """
     _refuse_unsupported(env)
-    asked = find_asked()
+    request = find_request()
     # Counting asks the driver's management library; it creates no CUDA context.
     gpus = count_gpus()
-    on_cpu = use_cpu or _is_on(env, "ACCELERATE_USE_CPU") or (asked is not None and asked.on_cpu) or gpus == 0
+    on_cpu = use_cpu or _is_on(env, "ACCELERATE_USE_CPU") or (request is not None and request.on_cpu) or gpus == 0
     context = DistributedContext(
         strategy=_read_strategy(env),
         processes=int(env.get("WORLD_SIZE", 1)),
@@ -66,10 +66,10 @@ def read_context(
         local_rank=int(env.get("LOCAL_RANK", 0)),
         on_cpu=on_cpu,
     )
-    chose_one_process = asked is not None and asked.processes == 1
-    problems = _unlike_asked(context, asked) + _device_problems(context, env, gpus, chose_one_process)
+    chose_one_process = request is not None and request.processes == 1
+    problems = _request_problems(context, request) + _device_problems(context, env, gpus, chose_one_process)
     raise_all(problems + unlike_allotted(context.processes, on_cpu, env))
-    if gpus == 0 and not (use_cpu or "CUDA_VISIBLE_DEVICES" in env or (asked is not None and asked.on_cpu)):
+    if gpus == 0 and not (use_cpu or "CUDA_VISIBLE_DEVICES" in env or (request is not None and request.on_cpu)):
         logger.warning("No GPU is visible: this run is on the CPU.")
     if context.processes == 1 and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         logger.warning("This Slurm step has %s tasks, and each of them trains alone.", env["SLURM_STEP_NUM_TASKS"])
@@ -180,20 +180,22 @@ def _read_zero(env: Mapping[str, str]) -> Strategy:
     return strategy  # type: ignore[return-value]
 
 
-def _unlike_asked(context: DistributedContext, asked: Asked | None) -> list[str]:
+def _request_problems(context: DistributedContext, request: LauncherRequest | None) -> list[str]:
     """Return what `accelerate launch` was asked for and did not do."""
-    if asked is None:
+    if request is None:
         return []
     kind = KINDS.get(context.strategy, "DEEPSPEED")
     got = f"{context.processes} process{'es' if context.processes > 1 else ''} ({context.strategy})"
-    if asked.kind not in {None, "MULTI_CPU", *KINDS.values(), "DEEPSPEED"}:
-        return [f"{asked.source}: distributed_type {asked.kind} is not supported. Use one of the files in {CONFIGS}/."]
-    wanted = f"{asked.kind or 'any type'}, num_processes {asked.processes or 'unset'}"
-    same_kind = asked.kind in {None, kind} or (asked.kind == "MULTI_CPU" and asked.processes == 1)
-    if same_kind and asked.processes in {None, context.processes}:
+    if request.kind not in {None, "MULTI_CPU", *KINDS.values(), "DEEPSPEED"}:
+        return [
+            f"{request.source}: distributed_type {request.kind} is not supported. Use one of the files in {CONFIGS}/."
+        ]
+    wanted = f"{request.kind or 'any type'}, num_processes {request.processes or 'unset'}"
+    same_kind = request.kind in {None, kind} or (request.kind == "MULTI_CPU" and request.processes == 1)
+    if same_kind and request.processes in {None, context.processes}:
         return []
-    if asked.cpu_flag or asked.kind == "MULTI_CPU":
-        cause = "--cpu" if asked.cpu_flag else "MULTI_CPU"
+    if request.cpu_flag or request.kind == "MULTI_CPU":
+        cause = "--cpu" if request.cpu_flag else "MULTI_CPU"
         why = f"accelerate starts a single process for {cause}, whatever num_processes says"
         way_out = f"For several processes on the CPU use `--config_file {CONFIGS}/cpu.yaml` without --cpu"
     elif context.strategy == "single":
@@ -202,7 +204,7 @@ def _unlike_asked(context: DistributedContext, asked: Asked | None) -> list[str]
     else:
         why = "a wrapper script, or an environment variable set by hand, changed it on the way"
         way_out = "Make num_processes a multiple of num_machines, and unset WORLD_SIZE and ACCELERATE_* in your shell"
-    return [f"{asked.source} asked for {wanted}, but this run has {got}: {why}. {way_out}."]
+    return [f"{request.source} asked for {wanted}, but this run has {got}: {why}. {way_out}."]
 
 
 def _device_problems(

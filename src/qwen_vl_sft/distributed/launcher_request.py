@@ -27,7 +27,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LauncherRequest:
     """A request to `accelerate launch`; `None` where it names nothing and accelerate chooses.
 
     `kind` is a name of accelerate's `DistributedType`. `source` says where the request stands, for messages.
@@ -53,7 +53,7 @@ def ancestors() -> Iterator[Process]:
             continue
 
 
-def asked_of_launcher(chain: Iterable[Process] | None = None) -> Asked | None:
+def read_launcher_request(chain: Iterable[Process] | None = None) -> LauncherRequest | None:
     """Return the request to the `accelerate launch` above this process; `None` if there is none, or a nearer launcher."""
     for process in ancestors() if chain is None else chain:
         arguments = _launch_arguments(process.argv)
@@ -76,7 +76,7 @@ def _launch_arguments(argv: tuple[str, ...]) -> list[str] | None:
     return None
 
 
-def _read_request(arguments: list[str], folder: Path) -> Asked | None:
+def _read_request(arguments: list[str], folder: Path) -> LauncherRequest | None:
     """Resolve flags first, then the configuration file, as in accelerate's own `_validate_launch_command`."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
@@ -102,4 +102,4 @@ def _read_request(arguments: list[str], folder: Path) -> Asked | None:
         on_cpu = on_cpu or bool(config.use_cpu)
         sources.append(f"{file}")
     source = f"accelerate launch ({', '.join(sources)})" if sources else "accelerate launch"
-    return Asked(source, kind, processes, on_cpu, bool(flags.cpu))
+    return LauncherRequest(source, kind, processes, on_cpu, bool(flags.cpu))
