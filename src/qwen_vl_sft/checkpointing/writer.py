@@ -67,7 +67,7 @@ class CheckpointWriter:
             accelerator.wait_for_everyone()
             # The Trainer looks whether the best checkpoint's folder exists in order to load it at the end. Under FSDP
             # with split checkpoints nothing has made the newest one's folder by then, or only some processes see it,
-            # and the others wait for them for ever. May go when transformers makes the folder first.
+            # and the others wait for them for ever.
             folder.mkdir(parents=True, exist_ok=True)
             accelerator.wait_for_everyone()
             save()

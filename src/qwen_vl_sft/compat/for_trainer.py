@@ -41,12 +41,10 @@ PATCHES = (
     _override("_save", "An adapter that DeepSpeed trains is saved rounded to bfloat16.", "output_dir", "state_dict"),
     _override(
         "_save_checkpoint",
-        "A checkpoint cut off by a crash looks whole. Under FSDP some processes see the folder of the best checkpoint and"
-        " others do not, and wait for ever.",
+        "A checkpoint cut off by a crash looks whole.",
         "model",
         "trial",
-        reads=("os.path.exists(best_checkpoint_dir)", "self.save_model("),
-        link="https://github.com/huggingface/accelerate/issues/3010",
+        reads=("self.save_model(",),
     ),
     _override(
         "_determine_best_metric",

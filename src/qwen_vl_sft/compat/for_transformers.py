@@ -53,6 +53,12 @@ def _saves_no_split_model() -> bool:
     return not trainer._save.called
 
 
+def _looks_for_a_folder_it_does_not_make() -> bool:
+    """Return whether each process looks for the best checkpoint's folder by itself, and none makes it before."""
+    before, looks, _ = source_of("transformers.trainer.Trainer._save_checkpoint").partition("os.path.exists(best_check")
+    return bool(looks) and "makedirs" not in before
+
+
 def _resume_loads_by_names_in_memory() -> bool:
     """Return whether names of files and of memory differ in the embedded model, and a resume does not translate them."""
     saved = _names_in_the_file()
@@ -116,6 +122,15 @@ PATCHES = (
         applied_by="compat.for_transformers.prepare_final_save",
         links=("https://github.com/huggingface/transformers/issues/30491",),
         still_needed=_saves_no_split_model,
+    ),
+    Patch(
+        name="make_the_checkpoints_folder_first",
+        package="transformers",
+        broken="<=5.23",
+        without="Under FSDP some processes see the folder of the best checkpoint and others do not, and wait for ever.",
+        applied_by="checkpointing.writer.CheckpointWriter",
+        links=("https://github.com/huggingface/accelerate/issues/3010",),
+        still_needed=_looks_for_a_folder_it_does_not_make,
     ),
     Patch(
         name="load_full_weights",

@@ -1,7 +1,7 @@
 """Put fused kernels in place of chains of small operations, each on its own switch.
 
-liger-kernel's own patch of Qwen2-VL does not import with transformers 5.23 (it looks for an output class that is gone,
-https://github.com/linkedin/Liger-Kernel), so its single kernels are put in here. May go when that patch imports.
+liger-kernel's own patch of Qwen2-VL does not import with transformers 5.23 (it looks for an output class that is gone),
+so its single kernels are put in here.
 """
 
 from __future__ import annotations

@@ -96,8 +96,7 @@ class VisionSFTTrainer(SFTTrainer):
         self._after_loss: tuple[Any, ...] | None = None
         self._held: dict[str, torch.Tensor] = {}
         # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
-        # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares. Can go when TRL
-        # sets this attribute for models that it gives its fused output head.
+        # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares.
         self.model_accepts_loss_kwargs = True
 
     def totals(self) -> dict[str, Any]:
