@@ -13,6 +13,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
+from qwen_vl_sft.families.base import ChatFormat
 
 IMAGE = ImageFile(png("red", (56, 56)), None)  # 2x2 merged patches: four image tokens
 
@@ -177,3 +178,12 @@ def test_a_text_only_row(tiny_processor):
     assert encoded.media == ()
     assert encoded.image_grid_thw.shape == (0, 3)
     assert int((encoded.labels != -100).sum()) >= 2
+
+
+def test_the_family_says_what_the_template_takes_and_which_tokens_are_structural(tiny_processor):
+    chat = ChatFormat(template_options={"add_vision_id": True}, structural=("<|box_start|>",))
+    encoder = Encoder(tiny_processor, chat=chat)
+    for encoded in (encoder.encode(chart()), encoder.encode_prompt(chart())):
+        assert "Picture 1: <|vision_start|>" in tiny_processor.tokenizer.decode(encoded.input_ids)
+    with pytest.raises(BadRow, match=r"has the special token <\|box_start\|> inside the text of its user message"):
+        encoder.encode(chart("Where is <|box_start|>?"))

@@ -43,11 +43,13 @@ class EncodedFilm:
 class FilmMedium:
     kind = "video"
     placeholder = "<video>"
-    token = "<|video_pad|>"
     token_type = 2
 
     def file(self, value, folder):
         return Film(int(value))
+
+    def token(self, chat):
+        return chat.video
 
     def count_patches(self, file, processor, decode=False):
         return file.frames * 16

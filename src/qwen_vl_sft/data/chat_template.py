@@ -6,12 +6,7 @@ from typing import Any
 
 from qwen_vl_sft.data.conversation import Message
 from qwen_vl_sft.errors import BadRow
-
-END_OF_TURN = "<|im_end|>"
-# What the tutorial's collator leaves out of the loss when it trains on everything.
-VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-# Tokens that give a conversation its structure: inside a text they would forge a turn or an image.
-STRUCTURAL_TOKENS = ("<|im_start|>", END_OF_TURN, "<|endoftext|>", "<|vision_pad|>", *VISUAL_TOKENS)
+from qwen_vl_sft.families.base import ChatFormat
 
 
 class ChatTemplate:
@@ -19,17 +14,19 @@ class ChatTemplate:
 
     Args:
         processor: a processor of the Qwen-VL family, with its tokenizer and chat template.
+        chat: the model family's special tokens and template options.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, chat: ChatFormat) -> None:
         self._processor = processor
+        self.chat = chat
         self.vocabulary: dict[str, int] = processor.tokenizer.get_vocab()
-        self.end_of_turn_id = self.vocabulary[END_OF_TURN]
+        self.end_of_turn_id = self.vocabulary[chat.end_of_turn]
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Render messages as text, with one token for each picture that they show."""
         text = self._processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.chat.template_options
         )
         assert isinstance(text, str)
         return text
@@ -43,18 +40,17 @@ class ChatTemplate:
         """Return the ids of those special tokens that the model has."""
         return [self.vocabulary[token] for token in tokens if token in self.vocabulary]
 
+    def check_texts(self, messages: list[Message]) -> None:
+        """Raise `BadRow` for a text that holds a structural token, which would forge a turn or an image."""
+        for message in messages:
+            for part in message["content"]:
+                for token in self.chat.structural if part["type"] == "text" else ():
+                    if token in part["text"]:
+                        raise BadRow(f"has the special token {token} inside the text of its {message['role']} message")
+
 
 def with_system_message(messages: list[Message], system_message: str | None) -> list[Message]:
     """Put a system message before messages that bring none."""
     if system_message is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": [{"type": "text", "text": system_message}]}, *messages]
-
-
-def check_texts(messages: list[Message]) -> None:
-    """Raise `BadRow` for a text that holds a structural token."""
-    for message in messages:
-        for part in message["content"]:
-            for token in STRUCTURAL_TOKENS if part["type"] == "text" else ():
-                if token in part["text"]:
-                    raise BadRow(f"has the special token {token} inside the text of its {message['role']} message")

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from qwen_vl_sft.data.chat_template import STRUCTURAL_TOKENS, ChatTemplate, check_texts, with_system_message
+from qwen_vl_sft.data.chat_template import ChatTemplate, with_system_message
 from qwen_vl_sft.data.conversation import Conversation, generation_prompt
 from qwen_vl_sft.data.labels import IGNORE_INDEX, LabelRule, tokenize_turns
 from qwen_vl_sft.data.media import MEDIA, EncodedMedia, MediaFile, ReadMedia
 from qwen_vl_sft.data.row_lengths import RowLength
 from qwen_vl_sft.errors import OverLongRow
+from qwen_vl_sft.families.base import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Encoder:
         system_message: put before conversations that bring none; None leaves the template's own default.
         train_on: "assistant" learns answers and their end-of-turn; "all" every token but visual ones and padding.
         max_length: most tokens of a row, None for no limit. A longer row raises `OverLongRow`: an image is never cut.
+        chat: the model family's special tokens and template options; None for those that all of Qwen-VL share.
     """
 
     def __init__(
@@ -63,17 +65,20 @@ class Encoder:
         system_message: str | None = None,
         train_on: str = "assistant",
         max_length: int | None = None,
+        chat: ChatFormat | None = None,
     ) -> None:
         self.processor = processor
         self.system_message = system_message
         self.train_on = train_on
         self.max_length = max_length
-        self._template = template = ChatTemplate(processor)
+        self._template = template = ChatTemplate(processor, chat or ChatFormat())
         self._rule = LabelRule(template, train_on)
         self.end_of_turn_id = template.end_of_turn_id
         self.pad_token_id = processor.tokenizer.pad_token_id
-        self.structural_ids = frozenset(template.ids_of(STRUCTURAL_TOKENS))
-        self.media_token_ids = {kind: template.vocabulary[medium.token] for kind, medium in MEDIA.items()}
+        self.structural_ids = frozenset(template.ids_of(template.chat.structural))
+        self.media_token_ids = {
+            kind: template.vocabulary[medium.token(template.chat)] for kind, medium in MEDIA.items()
+        }
 
     def encode(self, conversation: Conversation, read_media: ReadMedia | None = None) -> Encoded:
         """Encode a whole conversation for training. Raises `BadRow` or `OverLongRow`.
@@ -86,7 +91,7 @@ class Encoder:
     def encode_prompt(self, conversation: Conversation) -> Encoded:
         """Encode the prompt of the last answer, ready to generate it. Raises `BadRow` or `OverLongRow`."""
         messages = generation_prompt(with_system_message(conversation.messages, self.system_message))
-        check_texts(messages)
+        self._template.check_texts(messages)
         ids = self._template.tokenize(self._template.render(messages, add_generation_prompt=True))
         return self._with_media(ids, [False] * len(ids), conversation, self.read_media)
 

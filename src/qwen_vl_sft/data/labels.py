@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from qwen_vl_sft.data.chat_template import END_OF_TURN, VISUAL_TOKENS, ChatTemplate, check_texts
+from qwen_vl_sft.data.chat_template import ChatTemplate
 from qwen_vl_sft.data.conversation import Message, text_of, training_prompt
 from qwen_vl_sft.errors import BadRow, UserError
 
 IGNORE_INDEX = -100
-_END_OF_THOUGHT = "</think>"
 
 
 def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[list[int], list[bool]]:
@@ -21,7 +20,8 @@ def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[lis
 
     Raises `BadRow`, and `UserError` for a template that has no fixed text for earlier turns.
     """
-    check_texts(messages)
+    template.check_texts(messages)
+    end_of_turn, end_of_thought = template.chat.end_of_turn, template.chat.end_of_thought
     ids: list[int] = []
     is_target: list[bool] = []
     done = ""  # the text that `ids` stand for
@@ -37,10 +37,10 @@ def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[lis
                 " on rows with one answer each, or an Instruct model; a template of your own must keep earlier turns"
             )
         answer = through_answer[len(prompt) :]
-        if _END_OF_THOUGHT in answer and _END_OF_THOUGHT not in text_of(message):
+        if end_of_thought in answer and end_of_thought not in text_of(message):
             raise BadRow(
                 "has an answer without a thought, and the model's chat template opens one before every answer, so"
-                f" that {answer[: answer.rindex(END_OF_TURN)]!r} would be learned; write <think>...</think> before"
+                f" that {answer[: answer.rindex(end_of_turn)]!r} would be learned; write <think>...</think> before"
                 " the answer, or train an Instruct model"
             )
         prompt_ids = template.tokenize(prompt[len(done) :])
@@ -49,7 +49,7 @@ def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[lis
         ids += prompt_ids + answer_ids[:answer_length]
         is_target += [False] * len(prompt_ids) + [True] * answer_length
         # What the template puts after the end-of-turn (a newline) is the beginning of the next prompt.
-        done = through_answer[: through_answer.rindex(END_OF_TURN) + len(END_OF_TURN)]
+        done = through_answer[: through_answer.rindex(end_of_turn) + len(end_of_turn)]
     tail = template.tokenize(template.render(messages)[len(done) :])
     return ids + tail, is_target + [False] * len(tail)
 
@@ -64,7 +64,7 @@ class LabelRule:
 
     def __init__(self, template: ChatTemplate, train_on: str) -> None:
         self.train_on = train_on
-        self._visual = torch.tensor(template.ids_of(VISUAL_TOKENS))
+        self._visual = torch.tensor(template.ids_of(template.chat.visual))
 
     def labels(self, input_ids: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
         """Return `input_ids` [T] with `IGNORE_INDEX` wherever a token is no target; `is_target` [T] marks answers."""

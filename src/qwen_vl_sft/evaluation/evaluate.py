@@ -126,7 +126,7 @@ def answer_all(
             gc.collect()
             torch.cuda.empty_cache()
         model = _load(plan, arm, model, context)
-        encoder = make_encoder(arm, task.processor, task.system_message)
+        encoder = make_encoder(plan, arm, task.processor, task.system_message)
         prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
         title = arm if context.processes == 1 else f"{arm}, process 0 of {context.processes}"
         began = time.perf_counter()

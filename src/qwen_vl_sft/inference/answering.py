@@ -55,7 +55,7 @@ def ask(question: str, images: Sequence[ImageFile]) -> Conversation:
     """Build a conversation of one question after its images, as in ChartQA's rows."""
     if not question.strip():
         raise UserError("the question is empty; write one")
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    content = [*({"type": image.kind} for image in images), {"type": "text", "text": question}]
     return Conversation([{"role": "user", "content": content}], list(images))
 
 
@@ -131,7 +131,7 @@ class Answerer:
             processor.image_processor = copy.copy(processor.image_processor)
             set_pixel_limits(processor, None, max_pixels)
         message = self.sources[run_index].system_message if system_message is None else system_message
-        return make_encoder(arm, processor, message or "")
+        return make_encoder(self.sources[run_index], arm, processor, message or "")
 
     def check(self, conversation: Conversation, encoder: Encoder) -> None:
         """Raise `UserError` for a conversation that cannot be asked; needs no model."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from qwen_vl_sft.checkpointing.run_folder import SYSTEM_MESSAGE
 from qwen_vl_sft.data.conversation import Conversation
@@ -16,6 +16,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.task import read_usable
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.merging.plan import Plan
 
 
@@ -31,7 +32,8 @@ class Samples:
         message = folder / SYSTEM_MESSAGE
         stored = message.read_text(encoding="utf-8") if message.is_file() else None
         system = self.row_format.resolve_system_message(stored)
-        return Encoder(AutoProcessor.from_pretrained(folder), system_message=system)
+        chat = family_of(AutoConfig.from_pretrained(folder)).chat
+        return Encoder(AutoProcessor.from_pretrained(folder), system_message=system, chat=chat)
 
 
 def read_samples(plan: Plan) -> Samples | None:

@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from qwen_vl_sft.families.base import ChatFormat
+
 File = TypeVar("File")
 Encoded = TypeVar("Encoded")
 
@@ -21,17 +23,18 @@ class Medium(Protocol[File, Encoded]):
     Attributes:
         kind: type of its content parts ("image"); rows bring it in a column of this name, several in one with an s.
         placeholder: stands for it inside the text of a row ("<image>").
-        token: stands for it in the text of the chat template ("<|image_pad|>"), once for each token that it costs.
         token_type: the value of these tokens in `mm_token_type_ids`.
     """
 
     kind: str
     placeholder: str
-    token: str
     token_type: int
 
     def file(self, value: Any, folder: Path | None) -> File:
         """Return the value of a column as a file; paths are relative to `folder`. Raises `BadRow`."""
+
+    def token(self, chat: ChatFormat) -> str:
+        """Return what stands for it in the text of the chat template, once, and for each token that it costs."""
 
     def count_patches(self, file: File, processor: Any, decode: bool = False) -> int:
         """Count patches from the header alone; `decode` also proves the content readable. Raises `BadRow`."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from qwen_vl_sft.data.media.image_file import ImageFile, image_file
+from qwen_vl_sft.families.base import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class ImageMedium:
 
     kind = "image"
     placeholder = "<image>"
-    token = "<|image_pad|>"
     token_type = 1
 
     def file(self, value: Any, folder: Path | None) -> ImageFile:
         """Return an image column's value as a file; see `image_file`. Raises `BadRow`."""
         return image_file(value, folder)
+
+    def token(self, chat: ChatFormat) -> str:
+        """Return the family's token of a merged patch."""
+        return chat.image
 
     def count_patches(self, file: ImageFile, processor: Any, decode: bool = False) -> int:
         """Count patches from the header; `decode` also proves the pixels readable. Raises `BadRow`."""
