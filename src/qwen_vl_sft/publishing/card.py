@@ -128,6 +128,7 @@ def _introduction(published: PublishedModel) -> Iterator[str]:
 
 
 def _results(published: PublishedModel) -> Iterator[str]:
+    """Yield the results section from `published.evaluation`, the summary.json that results.py has found and checked."""
     summary = published.evaluation
     if summary is None:
         yield "Not evaluated: no scores were stored with this model when it was published."
