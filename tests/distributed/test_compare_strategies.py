@@ -260,6 +260,9 @@ def test_layers_that_train_in_full_beside_an_adapter_do_so_under_every_strategy(
             assert (saved[f"base_model.model.model.{name}"] - first).abs().max() > 1e-3, f"{run.name}: {name}"
 
 
+# Several times what a new process takes to start on a slow machine.
+PATIENCE = 6
+
 FAKE = """
 import json, pathlib, sys, time
 words = sys.argv[1:]
@@ -292,7 +295,9 @@ def experiment(tmp_path, monkeypatch):
     for what in ("good", "refused", "sleeps"):
         recipes[what] = tmp_path / f"{what}.yaml"
         recipes[what].write_text(json.dumps({"what": what}))
-    return compare_strategies.Experiment(tmp_path / "out", recipes, on_cpu=True, warmup=1, timeout=2, kill_step=2)
+    return compare_strategies.Experiment(
+        tmp_path / "out", recipes, on_cpu=True, warmup=1, timeout=PATIENCE, kill_step=2
+    )
 
 
 def test_a_refusal_or_a_hanging_run_costs_the_others_nothing(experiment):
@@ -300,7 +305,7 @@ def test_a_refusal_or_a_hanging_run_costs_the_others_nothing(experiment):
     results = list(experiment.run([Case("single", 1, what) for what in ("refused", "sleeps", "good")]))
     log = experiment.folder / "sleeps-single-1.log"
     told = [result["outcome"] for result in results]
-    assert told == ["refused: it is too small", f"failed: not done after 2 s; see {log}", "ok"]
+    assert told == ["refused: it is too small", f"failed: not done after {PATIENCE} s; see {log}", "ok"]
     assert (results[2]["rows_per_second"], results[2]["counted_steps"]) == (3, 3)
 
 
@@ -318,13 +323,16 @@ def test_nothing_is_left_running_when_the_script_is_stopped(tmp_path):
     deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
     script = Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     signal.signal(signal.SIGINT, deaf)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     workers: list[psutil.Process] = []
-    while len(workers) < 3 and time.monotonic() < deadline:  # the launcher and two processes
+    trainers = 0
+    while trainers < 3 and time.monotonic() < deadline:  # the launcher and two processes
         workers = psutil.Process(script.pid).children(recursive=True)
+        trainers = sum(any(word.endswith("scripts/sft.py") for word in worker.cmdline()) for worker in workers)
         time.sleep(0.1)
+    assert trainers >= 3
     script.send_signal(signal.SIGINT)
-    assert script.wait(timeout=30) == 128 + signal.SIGINT
+    assert script.wait(timeout=120) == 128 + signal.SIGINT
     assert [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE] == []
 
 

@@ -31,6 +31,8 @@ from qwen_vl_sft.resilience.stopping import RunStopper
 from qwen_vl_sft.resilience.watchdog import Watchdog
 
 SCRIPT = "scripts/sft.py"
+# In seconds, on a machine several times slower than most; nothing waits so long where all is well.
+STARTING, ENDING = 240, 120
 ENDLESS = {
     "recipe": "recipes/quickstart.yaml",
     "max_steps": 4000,
@@ -68,7 +70,7 @@ class Running:
         self.family = []
 
     def wait_for(self, found):
-        until = time.monotonic() + 120
+        until = time.monotonic() + STARTING
         while not found():
             assert self.process.poll() is None, self.output.read_text()[-3000:]
             assert time.monotonic() < until, self.output.read_text()[-3000:]
@@ -100,8 +102,9 @@ class Running:
 def start(tmp_path):
     started = []
 
-    def run(config, **keys):
-        started.append(Running(config, tmp_path, **keys))
+    def run(config, folder="", **keys):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        started.append(Running(config, tmp_path / folder, **keys))
         return started[-1]
 
     yield run
@@ -125,7 +128,7 @@ def test_ctrl_c_saves_and_ends_with_75(start):
     running = start(None)
     running.wait_for_steps()
     os.killpg(running.process.pid, signal.SIGINT)
-    assert running.end(within=20) == EXIT_PREEMPTED
+    assert running.end(within=ENDING) == EXIT_PREEMPTED
     check_stopped(running, "SIGINT")
 
 
@@ -135,7 +138,7 @@ def test_a_stopped_run_goes_on_and_forgets_that_it_was_stopped(start):
     running.wait_for_steps()
     for entry in [*running.family, running.process]:
         entry.send_signal(signal.SIGTERM)
-    assert running.end(within=20) == EXIT_PREEMPTED
+    assert running.end(within=ENDING) == EXIT_PREEMPTED
     step = check_stopped(running, "SIGTERM")
     keys = {**ENDLESS, "output_dir": running.run, "resume_from_checkpoint": "latest", "max_steps": step + 1}
     finished = run_process(SCRIPT, *words(keys))
@@ -163,7 +166,7 @@ def test_all_processes_agree_under_the_launcher(config, number, whom, reason, st
         "all": [running.process, *running.family],
     }[whom]:
         entry.send_signal(number)
-    assert running.end(within=30) != 0
+    assert running.end(within=ENDING) != 0
     check_stopped(running, reason)
 
 
@@ -182,7 +185,7 @@ def test_before_training_it_ends_at_once_with_nothing_to_save(start):
     running = start(None)
     running.wait_for(lambda: "model " in running.output.read_text())
     running.process.send_signal(signal.SIGTERM)
-    assert running.end(within=10) == EXIT_PREEMPTED
+    assert running.end(within=ENDING) == EXIT_PREEMPTED
     assert "stopped by SIGTERM before training began; there is nothing to save" in running.output.read_text()
     assert not running.run.exists()
 
@@ -226,11 +229,18 @@ def test_a_process_that_is_stuck_in_a_library_ends_too(number):
 
 
 def test_a_run_ends_before_its_time_is_up(start):
-    began = time.time()
-    running = start(None, max_run_time="25s")
+    began = time.monotonic()
+    measured = start(None, folder="measured")
+    measured.wait_for_steps()
+    # What this machine takes to start a run tells what it takes to end one.
+    starting = time.monotonic() - began
+    measured.kill()
+    limit = 5 + round(2 * starting)
+    began = time.monotonic()
+    running = start(None, max_run_time=f"{limit}s")
     running.wait_for_steps()
-    assert running.end(within=40) == EXIT_PREEMPTED
-    assert time.time() - began < 27
+    assert running.end(within=limit + ENDING) == EXIT_PREEMPTED
+    assert time.monotonic() - began < limit + max(2, starting / 2)
     check_stopped(running, "max_run_time")
 
 
@@ -240,8 +250,8 @@ def test_a_process_that_dies_takes_the_group_down_and_its_end_is_told(start):
     trainer = next(entry for entry in running.trainers() if entry.parent().pid == running.process.pid)
     trainer.kill()
     began = time.monotonic()
-    assert running.end(within=60) == 1
-    assert time.monotonic() - began < 60
+    assert running.end(within=ENDING) == 1
+    assert time.monotonic() - began < ENDING
     text = running.output.read_text()
     assert "Signal 9 (SIGKILL) received" in text
     assert "a collective failed, mostly because another process has ended, whose message then says why: " in text

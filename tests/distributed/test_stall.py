@@ -90,7 +90,7 @@ def watch(monkeypatch, tmp_path):
 
 
 def test_who_moves_is_not_ended_and_who_stops_is(watch, tmp_path):
-    entry = watch(0, timeout=1.0)
+    entry = watch(0, timeout=3.0)
     finished = []
 
     def run():
@@ -100,14 +100,14 @@ def test_who_moves_is_not_ended_and_who_stops_is(watch, tmp_path):
 
     thread = watchdog.threading.Thread(target=run)
     thread.start()
-    for number in range(20):
+    for number in range(35):
         entry.move(f"step {number}", (number,))
         time.sleep(0.1)
     assert thread.is_alive(), "it was ended although it moved"
     thread.join(20)
     ((code, message, _),) = finished
     assert code == 1
-    assert "process 0: step 19, for 1 s; in _wait_for_tstate_lock < join < test_who_moves" in message
+    assert re.search(r"process 0: step 34, for \d s; in _wait_for_tstate_lock < join < test_who_moves", message)
     assert "test_stall.py" in (tmp_path / "stalled-rank-0.txt").read_text()
 
 

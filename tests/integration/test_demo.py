@@ -201,7 +201,7 @@ def stop(process, uploads):
     """Stop a server as a scheduler does; nothing that visitors sent may be left."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(timeout=20)
+        process.wait(timeout=120)
     finally:
         process.kill()
         process.stdout.close()
