@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(name, tmp_path)
     assert "checkpoint-8 is passed over: " in messages[0]
     assert told in messages[0]
     if name != "no mark":
-        with pytest.raises(UserError, match=r"checkpoint-8 cannot be gone on from: .*latest"):
+        with pytest.raises(UserError, match=r"cannot resume from .*checkpoint-8: .*latest"):
             checkpoints.find(tmp_path, str(tmp_path / "checkpoint-8"), messages.append)
 
 

@@ -193,7 +193,7 @@ class Filling:
 @pytest.fixture
 def filling(tmp_path, tiny_processor):
     found = Filling(tmp_path, tiny_processor, open_rows(str(tiny.DATA_DIR), "val", max_rows=24))
-    assert len(found.features.places) == len(set(found.scan.lengths.prefix.tolist())) == DISTINCT
+    assert len(found.features.locations) == len(set(found.scan.lengths.prefix.tolist())) == DISTINCT
     return found
 
 
@@ -235,10 +235,10 @@ def test_a_run_that_was_killed_leaves_nothing_half(filling, monkeypatch):
         filling.fill()
     monkeypatch.setattr(Path, "replace", put)
     assert any(path.name.endswith(".partial") for path in filling.files())
-    whole = sum(filling.features.cache.holds(key) for key in filling.features.places)
-    assert whole == sum(filling.features.cache.is_sound(key) for key in filling.features.places) == 3
+    whole = sum(filling.features.cache.holds(key) for key in filling.features.locations)
+    assert whole == sum(filling.features.cache.is_sound(key) for key in filling.features.locations) == 3
     assert filling.fill() == DISTINCT - 3
-    assert all(filling.features.cache.is_sound(key) for key in filling.features.places)
+    assert all(filling.features.cache.is_sound(key) for key in filling.features.locations)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fixtures.messages import conversation_row
 from qwen_vl_sft.batching.collator import NO_ROW, Collator, pad
-from qwen_vl_sft.batching.sampler import EpochSampler, places
+from qwen_vl_sft.batching.sampler import EpochSampler, filled_items
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
@@ -181,5 +181,5 @@ def test_the_order_changes_with_the_epoch_and_the_seed():
 
 
 def test_places():
-    assert places(5, 4)["row"] == [0, 1, 2, 3, 4, NO_ROW, NO_ROW, NO_ROW]
-    assert len(places(8, 4)) == 8
+    assert filled_items(5, 4)["row"] == [0, 1, 2, 3, 4, NO_ROW, NO_ROW, NO_ROW]
+    assert len(filled_items(8, 4)) == 8

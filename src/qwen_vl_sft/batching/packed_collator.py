@@ -66,7 +66,7 @@ class PackedCollator:
         self.features = features
 
     def __call__(self, step: Sequence[MicroBatch]) -> dict[str, Any]:
-        """The micro-batches of a step under `MICRO_BATCHES`, each as `join` makes it."""
+        """Return the micro-batches of a step under `MICRO_BATCHES`, each as `join` makes it."""
         return {MICRO_BATCHES: [self._micro_batch(groups) for groups in step]}
 
     def _micro_batch(self, groups: MicroBatch) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
 
 
 def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[str, Any]:
-    """What images bring, one after another as they are shown.
+    """Return what images bring, one after another as they are shown.
 
     Returns `pixel_values` and `image_grid_thw` as in a padded batch, each different image once, with what
     `Positions.patch_inputs` knows of them, and `image_index`, for each image shown which of the different ones it is,
@@ -196,7 +196,7 @@ def _targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _images(piece: Piece) -> tuple[EncodedImage, ...]:
-    """The images that begin inside a piece."""
+    """Return the images that begin inside a piece."""
     row = piece.row
     if not row.media:
         return ()
@@ -213,7 +213,7 @@ def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
 def _stats(
     groups: Sequence[Sequence[Encoded]], pieces: Sequence[Piece], shown: Sequence[EncodedImage], batch: dict[str, Any]
 ) -> BatchStats:
-    """What the micro-batch asks of the model; a shared prefix is computed once, an image once, and no features at all."""
+    """Return what the micro-batch asks of the model; a shared prefix and an image count once, features not at all."""
     patches = batch["image_grid_thw"].prod(-1) if "image_grid_thw" in batch else torch.zeros(0, dtype=torch.long)
     return BatchStats(
         tokens=sum(len(piece) for piece in pieces),

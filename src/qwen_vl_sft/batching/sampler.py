@@ -15,8 +15,8 @@ from qwen_vl_sft.batching.collator import NO_ROW
 from qwen_vl_sft.batching.packing import StepSampler, epoch_order
 
 
-def places(rows: int, multiple_of: int) -> Dataset:
-    """Dataset items `{"row": index}` for `rows` rows, filled up with empty places to a whole number of batches.
+def filled_items(rows: int, multiple_of: int) -> Dataset:
+    """Return dataset items `{"row": index}` for `rows` rows, filled up with empty places to a whole number of batches.
 
     Without them the launcher would fill up with rows that are trained on, or counted, twice.
     """

@@ -103,8 +103,8 @@ def _named(folder: Path, tell: Callable[[str], None]) -> Checkpoint:
         problem = f"{problem}; {missing}"
     if problem is not None:
         raise UserError(
-            f"resume_from_checkpoint: {folder} cannot be gone on from: {problem}. Name an older checkpoint, or {LATEST}"
-            f" for the newest whole one of output_dir"
+            f"resume_from_checkpoint: cannot resume from {folder}: {problem}. Name an older checkpoint, or {LATEST} for"
+            f" the newest complete one of output_dir"
         )
     return _read(folder)
 

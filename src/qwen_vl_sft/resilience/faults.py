@@ -78,7 +78,7 @@ def unsound_error(described: str, can_skip: bool) -> UserError:
     skip = ", or set nonfinite: skip to leave such steps out" if can_skip else ""
     return UserError(
         f"{described}. Nothing was saved after it; look at these rows, lower learning_rate, raise warmup_steps{skip}."
-        f" Go on from the last checkpoint with --resume_from_checkpoint latest"
+        f" Resume from the last checkpoint with --resume_from_checkpoint latest"
     )
 
 
@@ -113,7 +113,7 @@ def explained_out_of_memory(batch: str, packing: bool, checkpointing: bool) -> I
         raise UserError(
             f"out of memory in a micro-batch of {batch}: {first}. Set a smaller"
             f" {smaller} (global_batch_size may stay), lower max_pixels or max_length{saved}, or load_in_4bit:"
-            f" true. Go on from the last checkpoint with --resume_from_checkpoint latest"
+            f" true. Resume from the last checkpoint with --resume_from_checkpoint latest"
         ) from error
 
 

@@ -25,8 +25,8 @@ from qwen_vl_sft.resilience.step_log import SKIPPED
 from qwen_vl_sft.resilience.watchdog import STACKS, Stage, Watchdog
 
 TIME_IS_UP = "max_run_time"
-_RESUME = "Go on with --resume_from_checkpoint latest"
-_START_ANEW = "A stream cannot be gone on with: start anew with more time, or set dataset_streaming: false"
+_RESUME = "Resume with --resume_from_checkpoint latest"
+_START_ANEW = "A stream cannot be resumed: start anew with more time, or set dataset_streaming: false"
 
 
 class EvaluationStopped(Exception):

@@ -188,7 +188,7 @@ def format_report(standings: Sequence[Standing | None], seconds: float, folder: 
         lines.append(f"  and {len(standings) - _SHOWN} more, which are further on")
     lines.append(
         f"{_verdict(standings)}; {folder / STACKS.format(rank='N')} holds the stacks of each. If it was only slow, raise"
-        " ddp_timeout. Go on with --resume_from_checkpoint latest"
+        " ddp_timeout. Resume with --resume_from_checkpoint latest"
     )
     return "\n".join(lines)
 

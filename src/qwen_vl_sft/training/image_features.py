@@ -28,7 +28,7 @@ _FORMAT = 3
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageLocation:
     """Where an image is shown: the row, which of its images it is, and its merged tokens."""
 
     row: int
@@ -38,20 +38,20 @@ class Place:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """The cache of a run, what its folder depends on, and a place of each different image, by content hash."""
+    """The cache of a run, what its folder depends on, and a location of each different image, by content hash."""
 
     cache: FeatureCache
-    about: dict[str, Any]
-    places: dict[str, Place]
+    identity: dict[str, Any]
+    locations: dict[str, ImageLocation]
 
     def size(self, content_hashes: Iterable[str]) -> int:
         """Return the bytes that these images take on disk."""
-        return sum(self.cache.size(self.places[content_hash].tokens) for content_hash in content_hashes)
+        return sum(self.cache.size(self.locations[content_hash].tokens) for content_hash in content_hashes)
 
     def describe(self) -> str:
         """Describe them in a line of the plan, at most 80 columns."""
-        missing = [content_hash for content_hash in self.places if not self.cache.holds(content_hash)]
-        whole = f"{len(self.places):,} images in {self.cache.storage}, {in_words(self.size(self.places))}"
+        missing = [content_hash for content_hash in self.locations if not self.cache.holds(content_hash)]
+        whole = f"{len(self.locations):,} images in {self.cache.storage}, {in_words(self.size(self.locations))}"
         return f"features    {whole}; {len(missing):,} to compute, {in_words(self.size(missing))}"
 
 
@@ -69,21 +69,21 @@ def plan_features(recipe: Recipe, structure: ModelStructure, train: Scan, encode
         return None
     _check_frozen(structure)
     image_processor = encoder.processor.image_processor
-    about = _about(recipe, image_processor)
+    identity = _identity(recipe, image_processor)
     name = re.sub(r"[^\w.-]+", "_", Path(str(recipe.model.model_name_or_path)).name)
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     config = load_config(recipe.model)
     parts = family_of(config).count_feature_layers(config)
     width = parts * config.get_text_config().hidden_size
     folder = _home(recipe.run.image_features_dir) / f"{name}-{recipe.run.cache_image_features}-{digest}"
     cache = FeatureCache(folder, recipe.run.cache_image_features, width, parts)
-    places: dict[str, Place] = {}
+    locations: dict[str, ImageLocation] = {}
     for row, (hashes, patches) in enumerate(zip(train.content_hashes, train.image_patches, strict=True)):
         for number, (content_hash, count) in enumerate(zip(hashes, patches, strict=True)):
-            places.setdefault(content_hash, Place(row, number, count // image_processor.merge_size**2))
-    if not places:
+            locations.setdefault(content_hash, ImageLocation(row, number, count // image_processor.merge_size**2))
+    if not locations:
         raise UserError("cache_image_features: no training row has an image; leave it out")
-    return ImageFeatures(cache, about, places)
+    return ImageFeatures(cache, identity, locations)
 
 
 def _check_frozen(structure: ModelStructure) -> None:
@@ -97,7 +97,7 @@ def _check_frozen(structure: ModelStructure) -> None:
         )
 
 
-def _about(recipe: Recipe, image_processor: Any) -> dict[str, Any]:
+def _identity(recipe: Recipe, image_processor: Any) -> dict[str, Any]:
     """Return everything that features depend on but the image: other values make another folder."""
     settings = recipe.model
     # What the weights are computed in; a tower in half precision is not autocast (`patches`).

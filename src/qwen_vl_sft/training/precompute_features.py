@@ -25,7 +25,7 @@ from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import is_vision_frozen
-from qwen_vl_sft.training.image_features import ImageFeatures, Place, in_words
+from qwen_vl_sft.training.image_features import ImageFeatures, ImageLocation, in_words
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,13 @@ def fill(trainer: Any, features: ImageFeatures, skip_bad_rows: bool) -> None:
     assert isinstance(collator, PackedCollator)
     assert is_vision_frozen(trainer.model)
     if accelerator.is_main_process:
-        features.cache.begin(features.about)
+        features.cache.begin(features.identity)
     missing = _missing(features, trainer)
     _check_room(features, missing, accelerator)
     left_out = []
     if missing:
         share = _share(features, missing, trainer)
-        images = _Images(collator.rows.rows, collator.rows.encoder, features.places, skip_bad_rows)
+        images = _Images(collator.rows.rows, collator.rows.encoder, features.locations, skip_bad_rows)
         left_out = _compute(trainer, features, images, share) if _shares(trainer) else []
     _check_all_seen(features, set(_gathered(left_out, accelerator)), accelerator)
 
@@ -62,7 +62,7 @@ def fill(trainer: Any, features: ImageFeatures, skip_bad_rows: bool) -> None:
 def _missing(features: ImageFeatures, trainer: Any) -> list[str]:
     """Return the images without a sound file, the same list on every process; each looks at its part."""
     accelerator = trainer.accelerator
-    mine = list(features.places)[accelerator.process_index :: accelerator.num_processes]
+    mine = list(features.locations)[accelerator.process_index :: accelerator.num_processes]
     with ThreadPoolExecutor(_THREADS) as threads, _progress(trainer, len(mine), "checking image features") as bar:
         sound = []
         for whole in threads.map(features.cache.is_sound, mine):
@@ -79,7 +79,7 @@ def _check_room(features: ImageFeatures, missing: list[str], accelerator: Any) -
     """Say what will be written, and refuse when it does not fit."""
     folder, needed = features.cache.folder, features.size(missing)
     free = shutil.disk_usage(_existing(folder)).free
-    counts = f"{len(missing):,} of {len(features.places):,} images to compute"
+    counts = f"{len(missing):,} of {len(features.locations):,} images to compute"
     text = f"{counts}, {in_words(needed)}; {in_words(free)} are free"
     if accelerator.is_main_process:
         print(f"features    {text}: {folder}", flush=True)
@@ -97,11 +97,11 @@ def _share(features: ImageFeatures, missing: list[str], trainer: Any) -> list[li
     workers = [rank for rank, able in enumerate(_gathered([_shares(trainer)], accelerator)) if able]
     if accelerator.process_index not in workers:
         return []
-    ordered = sorted(missing, key=lambda name: (-features.places[name].tokens, name))
+    ordered = sorted(missing, key=lambda name: (-features.locations[name].tokens, name))
     calls: list[list[str]] = []
     room = 0
     for content_hash in ordered[workers.index(accelerator.process_index) :: len(workers)]:
-        tokens = features.places[content_hash].tokens
+        tokens = features.locations[content_hash].tokens
         if tokens > room:
             calls.append([])
             room = _TOKENS_PER_CALL
@@ -192,7 +192,7 @@ def _wait(writing: Sequence[Future[None]], cache: FeatureCache) -> None:
 
 def _check_all_seen(features: ImageFeatures, left_out: set[str], accelerator: Any) -> None:
     """Every process must find every file, or it would notice in the middle of training."""
-    wanted = [content_hash for content_hash in features.places if content_hash not in left_out]
+    wanted = [content_hash for content_hash in features.locations if content_hash not in left_out]
     for _ in range(_SECONDS_TO_APPEAR):
         wanted = [content_hash for content_hash in wanted if not features.cache.holds(content_hash)]
         if not wanted:
@@ -202,7 +202,7 @@ def _check_all_seen(features: ImageFeatures, left_out: set[str], accelerator: An
     if any(unseen):
         worst = max(range(len(unseen)), key=unseen.__getitem__)
         raise UserError(
-            f"image_features_dir: process {worst} does not see {unseen[worst]:,} of {len(features.places):,} files in"
+            f"image_features_dir: process {worst} does not see {unseen[worst]:,} of {len(features.locations):,} files in"
             f" {features.cache.folder}; name a folder that all machines share"
         )
 
@@ -224,17 +224,17 @@ def _existing(folder: Path) -> Path:
 class _Images(Dataset[Any]):
     """Images by hash, decoded in the loader's workers; None for one that cannot be read, where bad rows are skipped."""
 
-    def __init__(self, rows: Rows, encoder: Encoder, places: dict[str, Place], skip_bad_rows: bool) -> None:
+    def __init__(self, rows: Rows, encoder: Encoder, locations: dict[str, ImageLocation], skip_bad_rows: bool) -> None:
         self.rows = rows
         self.encoder = encoder
-        self.places = places
+        self.locations = locations
         self.skip_bad_rows = skip_bad_rows
 
     def __getitem__(self, content_hash: str) -> EncodedImage | None:
-        place = self.places[content_hash]
+        location = self.locations[content_hash]
         try:
-            with self.rows.opened({"row": place.row}) as (conversation, _):
-                image = self.encoder.read_media(conversation.media[place.number])
+            with self.rows.opened({"row": location.row}) as (conversation, _):
+                image = self.encoder.read_media(conversation.media[location.number])
                 if image.content_hash != content_hash:
                     raise BadRow("shows an image that has changed since the rows were checked")
                 return image

@@ -18,7 +18,7 @@ from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import PackedCollator
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.positions import Positions
-from qwen_vl_sft.batching.sampler import EpochSampler, places
+from qwen_vl_sft.batching.sampler import EpochSampler, filled_items
 from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
@@ -113,7 +113,7 @@ def build_trainer(
     recipe, context = run.recipe, run.context
     model = prepare_model(run, data.encoder.pad_token_id)
     positions = Positions(model.config)
-    train_dataset, sampler = _train_places(run, data)
+    train_dataset, sampler = _train_items(run, data)
     train_collator = _collator(recipe, data, data.train, positions)
     collator: Any = train_collator
     if recipe.run.packing:
@@ -133,7 +133,9 @@ def build_trainer(
         data_collator=collator,
         eval_collator=_collator(recipe, data, evaluation, positions) if evaluation else train_collator,
         train_dataset=train_dataset,
-        eval_dataset=places(len(evaluation.rows), args.eval_batch_size * context.processes) if evaluation else None,
+        eval_dataset=filled_items(len(evaluation.rows), args.eval_batch_size * context.processes)
+        if evaluation
+        else None,
         processing_class=data.encoder.processor,
         peft_config=lora_config(model, recipe.model) if recipe.model.use_peft else None,
         sampler=sampler,
@@ -261,14 +263,14 @@ def _stopper(run: Run, args: SFTConfig, safeguards: Safeguards, watcher: SignalW
     )
 
 
-def _train_places(run: Run, data: PreparedData) -> tuple[Any, EpochSampler | StepSampler | None]:
+def _train_items(run: Run, data: PreparedData) -> tuple[Any, EpochSampler | StepSampler | None]:
     if data.step_plan is not None:
-        return places(len(data.step_plan.sizes.tokens), 1), StepSampler(data.step_plan, run.context.rank)
+        return filled_items(len(data.step_plan.sizes.tokens), 1), StepSampler(data.step_plan, run.context.rank)
     if not isinstance(data.train, Scan):
         # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
         return data.train.dataset.repeat(None), None
     assert run.global_batch.rows is not None, "recipe rules refuse padded steps of so many tokens"
-    items = places(len(data.train.rows), run.global_batch.rows)
+    items = filled_items(len(data.train.rows), run.global_batch.rows)
     return items, EpochSampler(len(data.train.rows), len(items), run.recipe.data_seed)
 
 

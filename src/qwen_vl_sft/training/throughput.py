@@ -46,6 +46,14 @@ class ThroughputMeter:
             self._elapsed += time.perf_counter() - self._began
             self._began = None
 
+    def add(self, stats: BatchStats) -> None:
+        """Count what a micro-batch of this process asks of the model."""
+        self.work += stats
+
+    def add_wait(self, seconds: float) -> None:
+        """Count seconds that this process waited for data."""
+        self.waited += seconds
+
     def measure(self, accelerator: Any) -> dict[str, float]:
         """Return the speed of all processes since the last call, as log entries. All processes must call at once."""
         self.pause()

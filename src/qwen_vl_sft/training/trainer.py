@@ -128,7 +128,7 @@ class VisionSFTTrainer(SFTTrainer):
         self.throughput.resume()
         timed = TimedIterator(epoch_iterator)
         steps, count = super().get_batch_samples(timed, num_batches, device)
-        self.throughput.waited += timed.seconds
+        self.throughput.add_wait(timed.seconds)
         batches = [batch for step in steps for batch in step.get(MICRO_BATCHES, [step])]
         self.guard.begin([batch.pop(ROW_IDS, []) for batch in batches])
         if steps and MICRO_BATCHES in steps[0]:
@@ -252,7 +252,7 @@ class VisionSFTTrainer(SFTTrainer):
         """
         assert not return_outputs, "the logits are never built"
         assert num_items_in_batch is not None, "the loss is a mean over the tokens of the global batch"
-        self.throughput.work += BatchStats(**inputs.pop("stats"))
+        self.throughput.add(BatchStats(**inputs.pop("stats")))
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = -outputs.log_probs  # zero where nothing is learned
         if getattr(self.args, "loss_type", "nll") == "dft":  # https://huggingface.co/papers/2508.05629
