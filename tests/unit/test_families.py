@@ -129,6 +129,11 @@ def test_positions_reach_a_worker_that_is_spawned():
 
 def test_stats_of_an_earlier_version_are_read():
     assert BatchStats.read({"tokens": 9, "learned": 4}) == BatchStats.read({"tokens": 9, "target_tokens": 4})
+    assert (
+        BatchStats.read(BatchStats(target_tokens=4).stored()).target_tokens
+        == BatchStats(target_tokens=4).stored()["learned"]
+        == 4
+    )
 
 
 def knowledge_of_families(text):

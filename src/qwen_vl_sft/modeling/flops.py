@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen_vl_sft.families.base import ForwardFlops
@@ -63,8 +63,12 @@ class BatchStats:
 
     @classmethod
     def read(cls, stored: Mapping[str, int]) -> BatchStats:
-        """Return the stats that `asdict` gave, also of an earlier version, which named target tokens `learned`."""
+        """Return the stats that `stored` gave."""
         return cls(**{"target_tokens" if name == "learned" else name: value for name, value in stored.items()})
+
+    def stored(self) -> dict[str, int]:
+        """Return the stats by the keys of a run's files, which call target tokens `learned`."""
+        return {"learned" if name == "target_tokens" else name: value for name, value in asdict(self).items()}
 
     def __add__(self, other: BatchStats) -> BatchStats:
         return BatchStats(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

@@ -212,7 +212,7 @@ def train_and_save(
         "base_commit": getattr(trainer.model.config, "_commit_hash", None),
         **throughput.summary(run.context.processes),
         **({"memory": asdict(fit)} if fit else {}),
-        "work": asdict(throughput.total),
+        "work": throughput.total.stored(),
         "skipped_while_training": throughput.total.skipped,
         "skipped_while_evaluating": _skipped_while_evaluating(trainer),
         "skipped_steps": skipped_steps(run.output_dir),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ class ThroughputMeter:
         self.pause()
         work, waited = self._of_all(accelerator)
         return {
-            "work": asdict(self.total + work),
+            "work": (self.total + work).stored(),
             "seconds": self.total_seconds + self._elapsed,
             "waited": self.total_waited + waited,
             "peak_memory": self.peak_memory,
