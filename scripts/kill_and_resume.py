@@ -47,7 +47,7 @@ def main() -> None:
         raise UserError("--kills, --processes: at least 1")
     if options.config != "cpu" and options.processes == 1:
         raise UserError(f"config: {options.config} needs several processes; add --processes 2")
-    launch_config(options.config)
+    launch_config(options.config, "config")
     words = words_of(options.packing, options.recipe_keys)
     make_output_dir(options.output_dir)
     if any(options.output_dir.iterdir()):

@@ -70,12 +70,15 @@ def script(name: str) -> Path:
     return path
 
 
-def launch_config(name: str) -> Path:
-    """Return an accelerate configuration by its path or shipped name, such as `ddp`. Raises `UserError`."""
+def launch_config(name: str, option: str = "accelerate_config") -> Path:
+    """Return an accelerate configuration by its path or shipped name, such as `ddp`.
+
+    Raises `UserError`, which names the `option` that gave the name.
+    """
     found = find_file(name, LAUNCH_CONFIGS)
     if found is None:
         shipped = [Path(path).stem for path in shipped_names(LAUNCH_CONFIGS) if path.endswith(".yaml")]
-        raise UserError(f"accelerate_config: {name} does not exist; name a file, or one of {', '.join(shipped)}")
+        raise UserError(f"{option}: {name} does not exist; name a file, or one of {', '.join(shipped)}")
     return found
 
 
