@@ -461,6 +461,10 @@ def test_names_of_this_machine_are_taken_out():
     assert public_name("/home/alice") == "local:here"
     assert public_name("Qwen/Qwen2-VL-7B-Instruct") == "Qwen/Qwen2-VL-7B-Instruct"
     assert public_name(str(tiny.MODEL_DIR)) == "builtin:tiny-qwen2-vl"
+    elsewhere = "/opt/my env/qwen_vl_sft/tiny/assets"
+    assert public_name(f"{elsewhere}/model") == "builtin:tiny-qwen2-vl"
+    assert public_name(f"{elsewhere}/model/more") == "local:more"
+    assert without_paths(f"{elsewhere}/data [test]") == "builtin:tiny-charts [test]"
     cleaned = without_paths(
         {
             "source": "/home/alice/my data/charts [train[:10%]]",

@@ -7,9 +7,10 @@ import pytest
 from trl import SFTConfig
 
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft import tiny
 from qwen_vl_sft.config.coercion import coerce, load_yaml
 from qwen_vl_sft.config.command_line import format_help, parse, recipe_values
-from qwen_vl_sft.config.reading import key_hints, read_recipe
+from qwen_vl_sft.config.reading import build, key_hints, read_recipe
 from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.training import plan
@@ -322,3 +323,10 @@ def test_help_names_our_keys_first():
     assert text.index("--dataset_name") < text.index("--lora_scope") < text.index("--global_batch_size")
     assert text.index("--global_batch_size") < text.index("--learning_rate")
     assert "--packing_strategy " not in text
+
+
+def test_the_embedded_model_of_an_installation_that_is_gone_is_found_in_this_one(tmp_path):
+    gone = tmp_path / "qwen_vl_sft/tiny/assets/model"
+    assert build({"model_name_or_path": str(gone)}).model.model_name_or_path == str(tiny.MODEL_DIR)
+    gone.mkdir(parents=True)
+    assert build({"model_name_or_path": str(gone)}).model.model_name_or_path == str(gone)

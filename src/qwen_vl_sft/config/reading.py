@@ -28,9 +28,6 @@ from qwen_vl_sft.config.settings import (
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.shipped_files import RECIPES, find_file, shipped_names
 
-# What ships with the package.
-BUILTIN = {"builtin:tiny-qwen2-vl": tiny.MODEL_DIR, "builtin:tiny-charts": tiny.DATA_DIR}
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -122,9 +119,7 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
 
 def build(values: Mapping[str, Any]) -> Recipe:
     """Build a recipe from typed values; keys that are not named take their defaults."""
-    values = {
-        name: str(BUILTIN.get(value, value)) if isinstance(value, str) else value for name, value in values.items()
-    }
+    values = {name: _resolve_builtin(value) if isinstance(value, str) else value for name, value in values.items()}
     if isinstance(model := values.get("model_name_or_path"), str):
         # transformers takes a name as it is, and a base in the adapter's configuration must be found from elsewhere too.
         values["model_name_or_path"] = os.path.expanduser(model)
@@ -151,6 +146,12 @@ def _resolved(training: dict[str, Any]) -> dict[str, Any]:
     if training.get("dataloader_persistent_workers") and not training.get("dataloader_num_workers"):
         training["dataloader_persistent_workers"] = False  # PyTorch refuses to keep workers where there are none
     return training
+
+
+def _resolve_builtin(value: str) -> str:
+    """Return the folder of `builtin:NAME`, also for the folder of another installation that is gone; else the value."""
+    moved = tiny.builtin_name(value) if not os.path.exists(value) else None
+    return str(tiny.BUILTIN.get(moved or value, value))
 
 
 def _names(group: type) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_vl_sft.config.reading import BUILTIN
+from qwen_vl_sft import tiny
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import Rows, open_rows, spread
 from qwen_vl_sft.errors import UserError
@@ -33,7 +33,7 @@ def collect_examples(source: Source, number: int, folder: Path) -> list[Example]
     """Collect rows of the run's evaluation split, else of the charts that ship with this package; images go into `folder`."""
     data = source.recipe.data
     splits = list(dict.fromkeys(split for split in (data.dataset_test_split, *TRIED_SPLITS) if split))
-    wanted: list[tuple[str, str, str | None, str]] = [(str(BUILTIN["builtin:tiny-charts"]), "test", None, "auto")]
+    wanted: list[tuple[str, str, str | None, str]] = [(str(tiny.DATA_DIR), "test", None, "auto")]
     if data.dataset_name:
         own = [(data.dataset_name, split, data.dataset_config, data.dataset_format) for split in splits]
         wanted = [*own, *wanted]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_vl_sft.config.reading import BUILTIN
+from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.evaluation.metrics import HEADLINE
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
@@ -46,5 +46,4 @@ def label(name: str, tuned: TunedModel) -> str:
 def model_name(settings: ModelSettings) -> str:
     """Return the base model's name: its Hub id, its builtin name, or the last part of its folder."""
     path = str(settings.model_name_or_path)
-    builtin = {str(folder): name for name, folder in BUILTIN.items()}
-    return builtin.get(path, Path(path).name if Path(path).exists() else path)
+    return tiny.builtin_name(path) or (Path(path).name if Path(path).exists() else path)

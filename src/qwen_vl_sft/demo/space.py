@@ -19,7 +19,6 @@ import yaml
 import qwen_vl_sft
 from qwen_vl_sft import tiny
 from qwen_vl_sft.checkpointing import run_folder
-from qwen_vl_sft.config.reading import BUILTIN
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo import examples as example_files
 from qwen_vl_sft.demo.naming import EVALUATION, model_name, relaxed_accuracy, run_names
@@ -116,7 +115,7 @@ def card(names: Sequence[str], sources: Sequence[Source]) -> str:
         "short_description": "Base and fine-tuned Qwen-VL on your image",
         "suggested_hardware": hardware(sources[0].recipe.model),
     }
-    if base not in BUILTIN:
+    if base not in tiny.BUILTIN:
         front["models"] = [base]
     lines = []
     for name, source in zip(names, sources, strict=True):
@@ -201,7 +200,7 @@ def _problems(sources: Sequence[Source]) -> list[str]:
                 f"--export_space: {source.tuned.folder} holds a full model, and a Space takes adapters on a model of the"
                 f" Hub; serve it from a machine of yours with scripts/demo.py"
             )
-        elif Path(name).exists() and model_name(source.recipe.model) not in BUILTIN:
+        elif Path(name).exists() and model_name(source.recipe.model) not in tiny.BUILTIN:
             problems.append(
                 f"--export_space: the base model of {source.tuned.folder} is the folder {name}, which a Space does not have;"
                 f" give its Hub id with --model_name_or_path"

@@ -89,10 +89,10 @@ def make_plan(options: Options) -> Plan:
 
 def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
     """Return the recipe's model settings with the base to merge into: --base, else that of the adapter and the recipe."""
-    from qwen_vl_sft.config.reading import BUILTIN
+    from qwen_vl_sft import tiny
 
     if options.base:
-        stated = str(BUILTIN.get(options.base, os.path.expanduser(options.base)))
+        stated = str(tiny.BUILTIN.get(options.base, os.path.expanduser(options.base)))
         same = stated == settings.model_name_or_path
         return replace(settings, model_name_or_path=stated, model_revision=settings.model_revision if same else "main")
     config = read_adapter_config(tuned.folder)

@@ -395,9 +395,7 @@ def _outcome(published: PublishedModel) -> dict[str, str]:
     if "steps" in metrics:
         rows["steps"] = f"{metrics['steps']:,}, {metrics.get('epochs') or 0:.2f} epochs"
     if stats.get("tokens"):
-        # Runs of an earlier version have the second number as `learned`.
-        targets = stats.get("target_tokens", stats.get("learned", 0))
-        rows["tokens read"] = f"{stats['tokens']:,}, of them {targets:,} learned"
+        rows["tokens read"] = f"{stats['tokens']:,}, of them {stats.get('learned', 0):,} learned"
     if "train_runtime" in metrics:
         minutes = metrics["train_runtime"] / 60
         rows["time"] = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"

@@ -17,7 +17,6 @@ _BRANCH = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]*[A-Za-z0-9_-])?")
 _PATH = re.compile(r"(?<![\w.:/<>~])(?:~|/[^\s/:'\"\[\],]+)(?:/[^\s/:'\"\[\],]+)+/?")
 # A text that is nothing but a path, perhaps with spaces in it, and perhaps with a split in brackets after it.
 _WHOLE_PATH = re.compile(r"((?:~|/[^/\n]+)/[^\n]+?)( \[[^\]]*\])?")
-_BUILTIN = {str(tiny.MODEL_DIR): "builtin:tiny-qwen2-vl", str(tiny.DATA_DIR): "builtin:tiny-charts"}
 
 
 def problem_of_repo_id(name: str) -> str | None:
@@ -49,8 +48,9 @@ def hub_id(name: str | None) -> str | None:
 
 def public_name(name: str) -> str:
     """Return the name of a model or dataset without local folders: `builtin:NAME`, a Hub id, or `local:NAME`."""
-    if name in _BUILTIN:
-        return _BUILTIN[name]
+    builtin = tiny.builtin_name(name)
+    if builtin:
+        return builtin
     return f"local:{_last_part(name)}" if is_local(name) else name
 
 
@@ -62,8 +62,8 @@ def without_paths(value: Any) -> Any:
         return [without_paths(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    for path, name in _BUILTIN.items():
-        value = value.replace(path, name)
+    for name, folder in tiny.BUILTIN.items():
+        value = tiny.ANYWHERE[name].sub(name, value.replace(str(folder), name))
     whole = _WHOLE_PATH.fullmatch(value)
     if whole:
         return f"local:{_last_part(whole[1])}{whole[2] or ''}"
