@@ -101,7 +101,7 @@ def test_who_moves_is_not_ended_and_who_stops_is(watch, tmp_path):
     thread = watchdog.threading.Thread(target=run)
     thread.start()
     for number in range(35):
-        entry.move(f"step {number}", (number,))
+        entry.report_progress(f"step {number}", number)
         time.sleep(0.1)
     assert thread.is_alive(), "it was ended although it moved"
     thread.join(20)
