@@ -16,6 +16,7 @@ from fixtures.processes import launch
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
 from qwen_vl_sft.checkpointing import run_folder
+from qwen_vl_sft.checkpointing.writer import CheckpointWriter
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import UserError
@@ -171,10 +172,11 @@ def test_a_folder_that_cannot_be_emptied_or_finished_is_told(tmp_path, monkeypat
     monkeypatch.setattr(shutil, "rmtree", fails)
     with pytest.raises(UserError, match="run cannot be written: Read-only file system; name another folder"):
         run_folder.begin(run, True, "", None, {})
-    trainer = SimpleNamespace(state=SimpleNamespace(log_history=[]), kept_step=4)
+    writer = CheckpointWriter(run, {}, None, newest_own_step=4)
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=[]), writer=writer)
     monkeypatch.setattr(run_folder, "finish", fails)
     with pytest.raises(UserError, match=r"metrics of the finished model could not be written .*Read-only file system"):
-        sft.finish_run_folder(SimpleNamespace(output_dir=run), trainer, {})
+        sft.finish_run_folder(trainer, run, {})
 
 
 # The commit

@@ -132,7 +132,7 @@ def test_all_processes_end_with_one_report(watch, capsys):
     for entry in (first, second):
         entry._patience = lambda: 2.0
     second.interval = 0.1
-    second.move("step 2, waiting for its data", (2, 0))
+    second.report_progress("step 2, waiting for its data", 2, 0)
     left = []
 
     def run(entry):
