@@ -18,7 +18,7 @@ from fixtures.processes import launch, run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import Collator, pad
 from qwen_vl_sft.batching.global_batch import GlobalBatch
-from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join, seam
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join, prefix_length
 from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.packed_batches import take_packed_batches
@@ -92,7 +92,7 @@ def test_images_that_differ_are_not_taken_for_one(model, encoded):
 
 def test_keys_and_values_are_gathered_in_the_order_of_the_rows(model, encoded):
     batch = join([[encoded[5]], [encoded[0], encoded[1]]], Positions(model.config))
-    text, shared = len(encoded[5].input_ids), seam(encoded[0])
+    text, shared = len(encoded[5].input_ids), prefix_length(encoded[0])
     first, second = len(encoded[0].input_ids) - shared, len(encoded[1].input_ids) - shared
     prefix = list(range(text, text + shared))
     one = list(range(text + shared, text + shared + first))
@@ -179,25 +179,26 @@ def test_generation_on_the_packed_attention_is_that_of_plain_attention(encoded, 
     assert generate_batch(plain, encoder, rows, 8) == generate_batch(packed, encoder, rows, 8)
 
 
-def test_the_seam_is_after_the_last_image_before_an_answer(encoded, tiny_processor):
+def test_a_prefix_ends_after_the_last_image_before_an_answer(encoded, tiny_processor):
     end = tiny_processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
     for row, images in ((encoded[0], 1), (encoded[3], 2)):
-        assert int(row.input_ids[seam(row) - 1]) == end
-        assert int((row.input_ids[: seam(row)] == end).sum()) == images
-    assert seam(encoded[5]) == 0
+        assert int(row.input_ids[prefix_length(row) - 1]) == end
+        assert int((row.input_ids[: prefix_length(row)] == end).sum()) == images
+    assert prefix_length(encoded[5]) == 0
 
 
 def test_scanned_prefixes_are_those_of_the_encoded_rows(tiny_processor):
     found = scan(open_rows(str(tiny.DATA_DIR), "val"), Encoder(tiny_processor))
     rows = [found.rows.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(found.rows))]
-    assert found.lengths.prefix_tokens.tolist() == [seam(row) for row in rows]
+    assert found.lengths.prefix_tokens.tolist() == [prefix_length(row) for row in rows]
     by_prefix = {}
     for number, row in zip(found.lengths.prefix.tolist(), rows, strict=True):
         by_prefix.setdefault(number, []).append(row)
     assert len(by_prefix) < len(rows)
     for alike in by_prefix.values():
         first = alike[0]
-        assert all(torch.equal(row.input_ids[: seam(first)], first.input_ids[: seam(first)]) for row in alike)
+        prefix = first.input_ids[: prefix_length(first)]
+        assert all(torch.equal(row.input_ids[: len(prefix)], prefix) for row in alike)
         assert all(torch.equal(pixels(row), pixels(first)) for row in alike)
 
 

@@ -180,6 +180,6 @@ def test_the_order_changes_with_the_epoch_and_the_seed():
     assert order(1, 0)[20:] == [20, 21, 22, 23]
 
 
-def test_places():
+def test_indices_are_filled_up():
     assert filled_items(5, 4)["row"] == [0, 1, 2, 3, 4, NO_ROW, NO_ROW, NO_ROW]
     assert len(filled_items(8, 4)) == 8

@@ -59,7 +59,7 @@ class Collator:
         self.positions = positions
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch as `pad` does; under "stats" what it asks of the model, and its "row_ids", as plain numbers.
+        """Return a batch as `pad` makes it; under "stats" its `BatchStats`, and its "row_ids", as plain numbers.
 
         With `positions` also `position_ids` [3, B, T] and what `Positions.patch_inputs` knows of the images.
         """
@@ -77,7 +77,7 @@ class Collator:
         return batch
 
     def encode_all(self, items: Sequence[dict[str, Any]], read_media: ReadMedia | None = None) -> list[Encoded]:
-        """Return the rows of these items that can be used."""
+        """Encode the rows of these items that can be used."""
         return [row for item in items if (row := self._encode(item, read_media)) is not None]
 
     def _encode(self, item: dict[str, Any], read_media: ReadMedia | None) -> Encoded | None:
@@ -93,7 +93,7 @@ class Collator:
             return None
 
     def filler_row(self, items: Sequence[dict[str, Any]], read_media: ReadMedia | None = None) -> Encoded:
-        """Return what stands in for a batch without any usable row: a good row with nothing to learn."""
+        """Return what stands in for a batch without any usable row: a good row without targets."""
         if self.rows.streamed:
             raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
         if not self.skip_bad_rows:
@@ -108,7 +108,7 @@ class Collator:
 
 
 def row_stats(row: Encoded) -> BatchStats:
-    """Return what one row asks of the model."""
+    """Count what one row asks of the model."""
     patches = row.image_grid_thw.prod(-1)
     return BatchStats(
         tokens=len(row.input_ids),

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from qwen_vl_sft.batching.packing import Group, MicroBatch, StepPlan
+from qwen_vl_sft.batching.packing import MicroBatch, PrefixGroup, StepPlan
 
 # How much an order minds the tokens of a micro-batch, against the rows of a step.
 _WEIGHTS = (0.0, 0.5, 1.0)
@@ -62,12 +62,12 @@ class _Search:
                 left = left - self._use(part)
         return batch
 
-    def _fitting(self, group: Group, left: np.ndarray) -> Group:
-        part: Group = []
+    def _fitting(self, group: PrefixGroup, left: np.ndarray) -> PrefixGroup:
+        part: PrefixGroup = []
         for row in group:
             if (self._use([*part, row]) <= left).all():
                 part.append(row)
         return part
 
-    def _use(self, group: Group) -> np.ndarray:
+    def _use(self, group: PrefixGroup) -> np.ndarray:
         return np.array([self.sizes.of(group)[0], len(group), self.sizes.tokens[group].sum()])

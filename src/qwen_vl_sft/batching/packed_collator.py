@@ -156,7 +156,7 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[
     return found
 
 
-def seam(row: Encoded) -> int:
+def prefix_length(row: Encoded) -> int:
     """Where the part of a row ends that rows on the same images can share: after the last image before any answer."""
     image = row.mm_token_type_ids.bool()
     learned = (row.labels != IGNORE_INDEX).nonzero()
@@ -169,7 +169,7 @@ def seam(row: Encoded) -> int:
 
 def _pieces(group: Sequence[Encoded], positions: Positions, start: int) -> list[Piece]:
     first = group[0]
-    shared = seam(first) if len(group) > 1 else 0
+    shared = prefix_length(first) if len(group) > 1 else 0
     if not shared:
         assert len(group) == 1, "rows of a group share a prefix"
         return [Piece(first, positions(first), 0, len(first.input_ids), range(0))]
@@ -213,7 +213,7 @@ def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
 def _stats(
     groups: Sequence[Sequence[Encoded]], pieces: Sequence[Piece], shown: Sequence[EncodedImage], batch: dict[str, Any]
 ) -> BatchStats:
-    """Return what the micro-batch asks of the model; a shared prefix and an image count once, features not at all."""
+    """Count what the model computes: a shared prefix once, an image once, and nothing for images that bring features."""
     patches = batch["image_grid_thw"].prod(-1) if "image_grid_thw" in batch else torch.zeros(0, dtype=torch.long)
     return BatchStats(
         tokens=sum(len(piece) for piece in pieces),

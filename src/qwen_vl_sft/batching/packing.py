@@ -18,9 +18,9 @@ from torch.utils.data import Sampler
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.row_lengths import RowLengths
 
-# Rows that are computed on one copy of their prefix; without sharing a single row.
-Group = list[int]
-MicroBatch = list[Group]
+# Rows that share one copy of their prefix; without sharing a single row.
+PrefixGroup = list[int]
+MicroBatch = list[PrefixGroup]
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
@@ -114,23 +114,23 @@ class StepPlan:
                 return self._deal(bins, count)
         raise AssertionError("every row fits a micro-batch of its own")
 
-    def groups(self, rows: Sequence[int]) -> list[Group]:
+    def groups(self, rows: Sequence[int]) -> list[PrefixGroup]:
         """Return these rows in groups on one prefix that each fit a micro-batch; single rows when nothing is shared."""
         if not self.share_prefixes:
             return [[row] for row in rows]
-        found: dict[tuple[int, int], Group] = {}
+        found: dict[tuple[int, int], PrefixGroup] = {}
         for row in rows:
             prefix = int(self.sizes.prefix[row])
             found.setdefault((prefix, -1 if prefix >= 0 else row), []).append(row)
         return [part for group in found.values() for part in self._fitting(group)]
 
-    def _fitting(self, group: Group) -> list[Group]:
+    def _fitting(self, group: PrefixGroup) -> list[PrefixGroup]:
         if len(group) == 1 or self.sizes.of(group)[0] <= self.tokens_per_batch:
             return [group]
         half = len(group) // 2
         return self._fitting(group[:half]) + self._fitting(group[half:])
 
-    def _enough(self, groups: list[Group], bins: int) -> list[Group]:
+    def _enough(self, groups: list[PrefixGroup], bins: int) -> list[PrefixGroup]:
         """Cut the largest groups until no process is without rows, as far as there are rows."""
         groups = list(groups)
         while len(groups) < bins and any(len(group) > 1 for group in groups):
@@ -140,7 +140,7 @@ class StepPlan:
             groups += [largest[:half], largest[half:]]
         return groups
 
-    def _fill(self, groups: list[Group], bins: int) -> list[tuple[np.ndarray, MicroBatch]] | None:
+    def _fill(self, groups: list[PrefixGroup], bins: int) -> list[tuple[np.ndarray, MicroBatch]] | None:
         """Put the longest first into the lightest bin, by tokens or patches, whichever it has more of. None if it fails."""
         costs = [self.sizes.of(group) for group in groups]
         scale = np.maximum(sum(costs), 1.0)

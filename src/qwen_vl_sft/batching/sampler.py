@@ -25,11 +25,11 @@ def filled_items(rows: int, multiple_of: int) -> Dataset:
 
 
 class EpochSampler(Sampler[int]):
-    """Places in a new random order each epoch, the empty ones last.
+    """Gives row indices in a new random order each epoch, then those that fill up.
 
     Args:
         rows: number of rows.
-        total: number of places.
+        total: number of items that `padded_indices` gives.
         seed: seed of the order.
     """
 
