@@ -16,7 +16,7 @@ from qwen_vl_sft.batching.packing import StepSampler, epoch_order
 
 
 def filled_items(rows: int, multiple_of: int) -> Dataset:
-    """Return dataset items `{"row": index}` for `rows` rows, filled up with empty places to a whole number of batches.
+    """Return dataset items `{"row": index}` for `rows` rows, filled up with `NO_ROW` to a whole number of batches.
 
     Without them the launcher would fill up with rows that are trained on, or counted, twice.
     """
@@ -29,7 +29,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         rows: number of rows.
-        total: number of items that `padded_indices` gives.
+        total: number of items that `filled_items` gives.
         seed: seed of the order.
     """
 
