@@ -317,6 +317,14 @@ def test_a_run_is_killed_after_its_checkpoint_and_resumed(experiment):
     assert (resumed["loss_difference"], resumed["grad_norm_difference"]) == (0, 0)
 
 
+def names(process, script):
+    """Whether a script stands in the command line of a process that is still there."""
+    try:
+        return any(word.endswith(script) for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def test_nothing_is_left_running_when_the_script_is_stopped(tmp_path):
     command = [sys.executable, SCRIPT, *SHORT, "--strategies", "ddp", "--output_dir", str(tmp_path)]
     # Tests that run in the background of a shell are deaf to Ctrl-C, and so would be what they start.
@@ -329,8 +337,8 @@ def test_nothing_is_left_running_when_the_script_is_stopped(tmp_path):
     while trainers < 3 and time.monotonic() < deadline:  # the launcher and two processes
         below = psutil.Process(script.pid).children(recursive=True)
         # Those that wait to be forked end a moment after the process that they belong to.
-        workers = [worker for worker in below if not any(word.endswith("warm_python.py") for word in worker.cmdline())]
-        trainers = sum(any(word.endswith("scripts/sft.py") for word in worker.cmdline()) for worker in workers)
+        workers = [worker for worker in below if not names(worker, "warm_python.py")]
+        trainers = sum(names(worker, "scripts/sft.py") for worker in workers)
         time.sleep(0.1)
     assert trainers >= 3
     script.send_signal(signal.SIGINT)
