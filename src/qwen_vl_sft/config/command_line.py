@@ -76,8 +76,14 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
     """
     options, keys = _declared(kind)
     takes_any_key = keys is not None and keys.metadata["recipe_keys"] is None
-    # A recipe's keys stand once, as in its file; options alone may be repeated, as in a shell script's defaults.
-    words = split_words(sys.argv[1:] if arguments is None else arguments, last_wins=not takes_any_key)
+    # Keys of a recipe may be given once, as in its file, and so may all options of the script that trains it. Elsewhere
+    # an option may be repeated, as where a shell script's defaults come first.
+    once = keys is not None and keys.metadata.get("listed", False)
+    own = {entry.name for entry in options}
+    words = split_words(
+        sys.argv[1:] if arguments is None else arguments,
+        repeatable=lambda name: not once and (name in own or not takes_any_key),
+    )
     hints, problems, values = typing.get_type_hints(kind), [], {}
     try:
         wants_help = "help" in words and _switch(words.pop("help"))
@@ -109,10 +115,13 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
     return kind(**values)
 
 
-def split_words(arguments: Sequence[str], last_wins: bool = False) -> dict[str, list[str]]:
+def split_words(
+    arguments: Sequence[str], repeatable: Callable[[str], bool] = lambda name: False
+) -> dict[str, list[str]]:
     """Split `--key value --list a b --switch --key=value` into keys and the words of each.
 
-    Raises `UserError` for a word without a key, and for a key that is given twice unless the last one wins.
+    A `repeatable` key takes the last value. Raises `UserError` for a word without a key and for any other key that is
+    given twice.
     """
     found: dict[str, list[str]] = {}
     position = 0
@@ -127,7 +136,7 @@ def split_words(arguments: Sequence[str], last_wins: bool = False) -> dict[str, 
             words.append(arguments[position])
             position += 1
         name = name.replace("-", "_")
-        if name in found and not last_wins:
+        if name in found and not repeatable(name):
             raise UserError(f"command line: --{name} is given twice; keep one")
         found[name] = words
     return found
