@@ -59,7 +59,7 @@ def main() -> None:
 def score_file(options: Options) -> None:
     """Score a file of predictions; files are written only where --output_dir says."""
     from qwen_vl_sft.evaluation.answer_files import check_output_dir
-    from qwen_vl_sft.evaluation.predictions import score_predictions
+    from qwen_vl_sft.evaluation.prediction_files import score_predictions
     from qwen_vl_sft.evaluation.report import write_report
     from qwen_vl_sft.evaluation.scoring import format_summary, write_results
 

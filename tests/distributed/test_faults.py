@@ -212,15 +212,15 @@ def fp16(ragged, tiny_processor, tmp_path, monkeypatch):
         trainer.autocast_smart_context_manager = contextlib.nullcontext
         accelerator.prepare_model = lambda model, **options: model
         checks = TrainerCallback()
-        checks.on_step_end = lambda args, state, control, **others: stop_if_unsound(trainer)
+        checks.on_step_end = lambda args, state, control, **others: stop_if_not_finite(trainer)
         trainer.add_callback(checks)
         return trainer
 
     return make
 
 
-def stop_if_unsound(trainer):
-    if trainer.guard.record.unsound(trainer.args.device):
+def stop_if_not_finite(trainer):
+    if trainer.guard.record.not_finite(trainer.args.device):
         trainer.guard.stop(trainer.state.global_step, trainer.guard.record)
 
 

@@ -331,21 +331,21 @@ def test_the_longest_step_is_told_with_its_data_and_without_what_follows_it(tmp_
 
 
 @pytest.mark.parametrize(
-    ("losses", "norm", "unsound"),
+    ("losses", "norm", "not_finite"),
     [([1.0, 2.0], 3.0, 0), ([1.0, float("nan")], 3.0, 1), ([1.0], float("inf"), 1), ([], None, 0)],
 )
-def test_a_step_is_unsound_when_anything_of_it_is_not_finite(losses, norm, unsound):
+def test_a_step_is_not_finite_when_anything_of_it_is_not_finite(losses, norm, not_finite):
     record = StepRecord([[1], [2]], [torch.tensor(loss) for loss in losses], norm)
-    assert float(record.unsound(torch.device("cpu"))) == unsound
+    assert float(record.not_finite(torch.device("cpu"))) == not_finite
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "overflows", "unsound"),
+    ("loss", "norm", "overflows", "not_finite"),
     [(1.0, float("inf"), 1, 0), (1.0, float("nan"), 15, 0), (1.0, float("inf"), 16, 1), (float("inf"), 1.0, 0, 1)],
 )
-def test_a_gradient_scaler_may_leave_out_some_steps(loss, norm, overflows, unsound):
+def test_a_gradient_scaler_may_leave_out_some_steps(loss, norm, overflows, not_finite):
     record = StepRecord([[1]], [torch.tensor(loss)], norm, torch.tensor(float(overflows)))
-    assert float(record.unsound(torch.device("cpu"))) == unsound
+    assert float(record.not_finite(torch.device("cpu"))) == not_finite
 
 
 def test_out_of_memory_names_rows_and_size():

@@ -21,7 +21,7 @@ from qwen_vl_sft.checkpointing import checkpoints, manifest, resume_check, write
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.manifest import MANIFEST
 from qwen_vl_sft.checkpointing.resumed_state import correct_state, take_schedule
-from qwen_vl_sft.checkpointing.rotation import rotate, set_aside
+from qwen_vl_sft.checkpointing.rotation import rotate, rename_abandoned
 from qwen_vl_sft.checkpointing.row_log import RowLog, forget_after, read_row_log
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
@@ -119,7 +119,7 @@ def test_without_a_mark_a_named_checkpoint_must_have_all_its_files(tmp_path):
 def test_what_was_never_saved_is_not_reset_in_silence(name, tmp_path):
     """A process whose part is on another machine's disk, under a mark that is right by itself."""
     folder = write_checkpoint(tmp_path, 8, processes=2)
-    manifest.check_parts(folder, 2)
+    manifest.check_all_files_visible(folder, 2)
     (folder / name).unlink()
     manifest.write_manifest(folder, {**ABOUT, "world": {"strategy": "ddp", "processes": 2}})
     assert f"it holds no {name}" in manifest.problem_of(folder)
@@ -130,7 +130,7 @@ def test_a_part_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
     late = folder / "rng_state_1.pth"
     late.unlink()
     monkeypatch.setattr(manifest.time, "sleep", lambda seconds: late.write_bytes(b"x"))
-    manifest.check_parts(folder, 2)
+    manifest.check_all_files_visible(folder, 2)
 
 
 def test_without_all_parts_there_is_no_mark_and_nothing_is_changed(ragged, tiny_processor, tmp_path, monkeypatch):
@@ -185,8 +185,8 @@ def test_what_a_run_has_left_is_kept_where_latest_does_not_look(tmp_path):
         write_checkpoint(tmp_path, step)
     write_checkpoint(tmp_path, 90, mark=False)
     new, told = write_checkpoint(tmp_path, 60), []
-    set_aside(tmp_path, 50, new, told.append)
-    set_aside(tmp_path, 50, new, told.append)
+    rename_abandoned(tmp_path, 50, new, told.append)
+    rename_abandoned(tmp_path, 50, new, told.append)
     assert names(tmp_path) == [
         "abandoned-checkpoint-100",
         "abandoned-checkpoint-80",
@@ -199,7 +199,7 @@ def test_what_a_run_has_left_is_kept_where_latest_does_not_look(tmp_path):
     assert "went on from step 50" in told[0]
     assert "abandoned-checkpoint-80, abandoned-checkpoint-100" in told[0]
     write_checkpoint(tmp_path, 80)
-    set_aside(tmp_path, 60, new, told.append)
+    rename_abandoned(tmp_path, 60, new, told.append)
     assert "abandoned-checkpoint-80-2" in names(tmp_path)
 
 
@@ -466,12 +466,12 @@ def test_a_mark_tells_by_what_the_best_was_found():
 def test_the_best_by_another_metric_or_on_other_rows_does_not_count(loads_best):
     now = {**ABOUT, "judge": {**ABOUT["judge"], "metric_for_best_model": "relaxed_accuracy"}}
     checkpoint = Checkpoint(Path("run/checkpoint-4"), 4, ABOUT)
-    assert resume_check._judged_alike(checkpoint, ABOUT)
-    assert not resume_check._judged_alike(checkpoint, now)
+    assert resume_check._same_metric_and_eval_rows(checkpoint, ABOUT)
+    assert not resume_check._same_metric_and_eval_rows(checkpoint, now)
     state = TrainerState(best_model_checkpoint="run/checkpoint-2", best_metric=0.5, best_global_step=2)
     arguments = TrainingArguments("run", use_cpu=True)
     arguments.load_best_model_at_end = loads_best
-    correct_state(state, arguments, replace(checkpoint, judged_alike=False))
+    correct_state(state, arguments, replace(checkpoint, same_metric_and_eval_rows=False))
     assert (state.best_model_checkpoint, state.best_metric, state.best_global_step) == (None, None, None)
 
 
@@ -510,7 +510,7 @@ def test_the_log_of_rows_reads_as_the_epoch_does_and_forgets_what_was_lost(tmp_p
 
 def test_steps_that_were_left_out_are_forgotten_with_what_was_lost(tmp_path):
     (tmp_path / step_log.SKIPPED).write_text('{"step": 2, "why": "a"}\n{"step": 5, "why": "b"}\n')
-    stopping.forget_former_end(tmp_path, 4)
+    stopping.remove_leftovers_of_stopped_run(tmp_path, 4)
     assert step_log.skipped_steps(tmp_path) == 1
 
 

@@ -33,9 +33,9 @@ from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
-from qwen_vl_sft.evaluation.evaluate import answer_all, collect, cut_answers, evaluate
+from qwen_vl_sft.evaluation.evaluate import answer_all, collect, count_truncated, evaluate
 from qwen_vl_sft.evaluation.options import Options, Plan
-from qwen_vl_sft.evaluation.predictions import score_predictions
+from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
 from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question
@@ -94,7 +94,7 @@ def test_neither_processes_nor_kills_nor_order_change_a_score(lengths, batch_siz
         answers = files.read()
         rows = collect(rng.sample(questions, len(questions)), answers, ["base"])
     assert rows == expected
-    assert cut_answers(rows, answers, ["base"]) == cut_answers(expected, {"base": alone}, ["base"])
+    assert count_truncated(rows, answers, ["base"]) == count_truncated(expected, {"base": alone}, ["base"])
     assert summarise(rng.sample(rows, len(rows)), ["base"]) == summarise(expected, ["base"])
 
 

@@ -207,7 +207,7 @@ def test_predictions_get_a_page_too(tmp_path):
 
 
 def test_a_row_of_a_capped_evaluation_keeps_its_own_chart(tmp_path):
-    from qwen_vl_sft.data.dataset import open_rows, spread
+    from qwen_vl_sft.data.dataset import open_rows, select_evenly
     from qwen_vl_sft.evaluation.evaluate import charts_of
     from qwen_vl_sft.evaluation.task import Task
 
@@ -217,7 +217,7 @@ def test_a_row_of_a_capped_evaluation_keeps_its_own_chart(tmp_path):
         turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "1"}]
         lines.append(json.dumps({"messages": turns, "images": [f"{number}.png"]}) + "\n")
     (tmp_path / "test.jsonl").write_text("".join(lines))
-    rows = spread(open_rows(str(tmp_path), "test"), 3)
+    rows = select_evenly(open_rows(str(tmp_path), "test"), 3)
     questions = [Question(raw["row_id"], "?", ["1"], None) for raw in rows.dataset]
     charts_by_row = charts_of(Task(rows, questions, [], ("base",), "", None, ""))
     assert {row_id: charts_by_row(row_id)[0].open().width for row_id in (0, 3, 6)} == {0: 30, 3: 33, 6: 36}

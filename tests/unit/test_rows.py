@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fixtures.messages import conversation_row, png, write_messages
-from qwen_vl_sft.data.dataset import in_memory, open_rows, spread
+from qwen_vl_sft.data.dataset import in_memory, open_rows, select_evenly
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE, accepted_answers
@@ -408,8 +408,8 @@ def test_slices_shuffle_and_cap(messages_folder):
 
 def test_a_cap_of_evaluation_rows_is_spread_over_the_split(messages_folder):
     rows = open_rows(str(messages_folder([conversation_row(answer=str(number)) for number in range(10)])), "train")
-    assert list(spread(rows, 4).dataset["row_id"]) == [0, 2, 5, 7]
-    assert len(spread(rows, 20)) == len(spread(rows, None)) == 10
+    assert list(select_evenly(rows, 4).dataset["row_id"]) == [0, 2, 5, 7]
+    assert len(select_evenly(rows, 20)) == len(select_evenly(rows, None)) == 10
 
 
 def test_streaming(messages_folder):

@@ -76,7 +76,7 @@ def test_a_step_that_is_not_finite_is_left_out_only_where_that_is_asked(monkeypa
         assert guard.note_loss(torch.tensor(1.0)) == 1
         assert guard.next_rows() == [5, 7]
         assert torch.isnan(guard.note_loss(torch.tensor(float("nan")))) == (not skips)
-        assert guard.leaves_out(4, 1.0, ALONE) == skips
+        assert guard.should_skip(4, 1.0, ALONE) == skips
         assert guard.skipped == (
             ["step 4: the loss of row(s) 5, 7 is NaN or infinite. The rows (row_id) of the step: 3, 5, 7"]
             if skips
@@ -86,21 +86,21 @@ def test_a_step_that_is_not_finite_is_left_out_only_where_that_is_asked(monkeypa
             guard.stop(4, guard.record)
         guard.begin([[9]])
         guard.note_loss(torch.tensor(2.0))
-        assert not guard.leaves_out(5, 1.0, ALONE)
+        assert not guard.should_skip(5, 1.0, ALONE)
 
 
 def test_an_evaluation_is_due_until_it_is_taken():
     by_epoch = SimpleNamespace(eval_strategy="epoch", eval_delay=0)
     evaluations, state = DueEvaluation(by_epoch, due=True), SimpleNamespace(epoch=1.0, global_step=4, max_steps=8)
-    assert evaluations.take()
-    assert not evaluations.take()
+    assert evaluations.take_pending()
+    assert not evaluations.take_pending()
     assert evaluations.comes_at_epoch_end(state)
     assert not evaluations.comes_at_epoch_end(SimpleNamespace(epoch=1.5, global_step=6, max_steps=8))
     evaluations.note(4)
     assert not evaluations.comes_at_epoch_end(state)
     evaluations.postpone()
     assert evaluations.due
-    assert not DueEvaluation(SimpleNamespace(eval_strategy="no", eval_delay=0), due=True).take()
+    assert not DueEvaluation(SimpleNamespace(eval_strategy="no", eval_delay=0), due=True).take_pending()
 
 
 def test_a_checkpoint_of_another_folder_is_none_of_the_run(tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.checkpointing.manifest import MANIFEST, STATE, lacks, problem_of, read_manifest
+from qwen_vl_sft.checkpointing.manifest import MANIFEST, STATE, missing_file, problem_of, read_manifest
 from qwen_vl_sft.errors import UserError
 
 LATEST = "latest"
@@ -20,7 +20,7 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 class Checkpoint:
     """A checkpoint to resume from. `manifest` is what its manifest says of the run; empty for one without.
 
-    `best` is the checkpoint of the best evaluation until then, None when there is none to load. `judged_alike`: the run
+    `best` is the checkpoint of the best evaluation until then, None when there is none to load. `same_metric_and_eval_rows`: the run
     that goes on evaluates the same rows by the same metric, so that what was the best until then still counts.
     """
 
@@ -28,7 +28,7 @@ class Checkpoint:
     step: int
     manifest: dict[str, Any]
     best: Path | None = None
-    judged_alike: bool = True
+    same_metric_and_eval_rows: bool = True
 
     @property
     def evaluation_due(self) -> bool:
@@ -96,7 +96,7 @@ def _named(folder: Path, tell: Callable[[str], None]) -> Checkpoint:
     problem = problem_of(folder)
     if problem is not None and not (folder / MANIFEST).exists():
         # Of a run before there were manifests, or copied without it: the set of files can be checked, not what they hold.
-        missing = lacks(folder, processes=None)
+        missing = missing_file(folder, processes=None)
         if missing is None:
             tell(f"{folder} has no {MANIFEST}; its files are all there, but that they are whole cannot be told")
             return _read(folder)

@@ -35,12 +35,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return told
 
 
-def check_parts(folder: Path, processes: int) -> None:
+def check_all_files_visible(folder: Path, processes: int) -> None:
     """Raise `UserError` where not all that so many processes have written is to be seen: no run could go on from that."""
-    missing, until = lacks(folder, processes), time.monotonic() + _SECONDS_TO_SEE
+    missing, until = missing_file(folder, processes), time.monotonic() + _SECONDS_TO_SEE
     while missing and time.monotonic() < until:
         time.sleep(1)
-        missing = lacks(folder, processes)
+        missing = missing_file(folder, processes)
     if missing:
         raise UserError(
             f"{folder}: every process has written its part of this checkpoint, but {missing}, so no run could go on from"
@@ -49,7 +49,7 @@ def check_parts(folder: Path, processes: int) -> None:
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint that is complete (`check_parts`): `entries` and its files. Raises `OSError`."""
+    """Write the manifest of a checkpoint that is complete (`check_all_files_visible`): `entries` and its files. Raises `OSError`."""
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
     atomic_write(folder / MANIFEST, json.dumps({**entries, "files": files}, indent=2))
 
@@ -74,10 +74,10 @@ def problem_of(folder: Path) -> str | None:
                 return f"{name} is not what was written (its sha256 differs)"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    return lacks(folder, processes)
+    return missing_file(folder, processes)
 
 
-def lacks(folder: Path, processes: int | None) -> str | None:
+def missing_file(folder: Path, processes: int | None) -> str | None:
     """Return what a resume needs that is not there, which the libraries would do without in silence; None for nothing.
 
     `processes`: of the run that wrote it, None if not known.

@@ -43,11 +43,11 @@ def checkpoint_to_resume(recipe: Recipe, context: DistributedContext, signature:
         else:
             for note in check(checkpoint, signature, recipe.model.lora_dropout if recipe.model.use_peft else 0.0):
                 _tell(note)
-            alike = _judged_alike(checkpoint, signature)
+            alike = _same_metric_and_eval_rows(checkpoint, signature)
             best = _best(checkpoint) if alike and recipe.get("load_best_model_at_end") else None
             for folder in [checkpoint.path, *([best] if best else [])] if recipe.model.use_safetensors else []:
                 _check_pickles(folder)
-            found = replace(checkpoint, best=best, judged_alike=alike)
+            found = replace(checkpoint, best=best, same_metric_and_eval_rows=alike)
             if not alike and (recipe.get("load_best_model_at_end") or recipe.get("save_strategy") == "best"):
                 _tell(
                     "the best model so far was found on other rows or by another metric; it does not count from here on"
@@ -95,7 +95,7 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
     follows = {was.get("lr_scheduler_type"), now.get("lr_scheduler_type")} & set(_FOLLOW_EVALUATIONS)
     held = [] if follows else [name for name in changed if name in SCHEDULE_KEYS]
     problems = [_differs(checkpoint, name, was[name], now[name]) for name in changed if name not in held]
-    if follows and not _judged_alike(checkpoint, signature):
+    if follows and not _same_metric_and_eval_rows(checkpoint, signature):
         problems.append(
             f"resume_from_checkpoint: {checkpoint.path} was evaluated on other rows or by another metric, which"
             f" lr_scheduler_type {now['lr_scheduler_type']} follows; set them back, or start a new run in another output_dir"
@@ -130,7 +130,7 @@ def _settings(signature: dict[str, Any]) -> dict[str, Any]:
     return {"cache_image_features": None, **signature["same"], **rate, **signature.get("schedule", {})}
 
 
-def _judged_alike(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:
+def _same_metric_and_eval_rows(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:
     """Return whether evaluations until then compare with those from here on, as far as the manifest says."""
     return bool(checkpoint.manifest.get("judge", signature["judge"]) == signature["judge"])
 

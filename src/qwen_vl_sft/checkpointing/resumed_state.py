@@ -29,7 +29,7 @@ def correct_state(state: Any, args: Any, resume: Checkpoint) -> None:
     state.compute_steps(args, state.max_steps)
     if args.load_best_model_at_end:
         state.best_model_checkpoint = str(resume.best) if resume.best else None
-    if not resume.judged_alike or (args.load_best_model_at_end and resume.best is None):
+    if not resume.same_metric_and_eval_rows or (args.load_best_model_at_end and resume.best is None):
         state.best_model_checkpoint = state.best_metric = state.best_global_step = None
 
 

@@ -37,7 +37,7 @@ def delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> None:
+def rename_abandoned(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> None:
     """Rename what was saved after the step `after`, from which the run has gone on otherwise, and tell so.
 
     `latest` would find it, since its steps are higher than those of `new`, which stays. Call it when `new` is written and
@@ -45,7 +45,7 @@ def set_aside(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> 
     back to what it had left. Raises `OSError`.
     """
     left = [folder for folder in complete(run) if step_of(folder) > after and folder != new]
-    names = [make_room(folder).name for folder in left]
+    names = [rename_out_of_the_way(folder).name for folder in left]
     if names:
         tell(
             f"{run} went on from {f'step {after}' if after else 'the start'}; what an earlier attempt had saved after it"
@@ -53,7 +53,7 @@ def set_aside(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> 
         )
 
 
-def make_room(folder: Path) -> Path:
+def rename_out_of_the_way(folder: Path) -> Path:
     """Rename a checkpoint so that it is none of the run any more; return its new place."""
     name = f"{_ABANDONED}{folder.name}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.checkpointing import checkpoints, rotation
-from qwen_vl_sft.checkpointing.manifest import MANIFEST, check_parts, write_manifest
+from qwen_vl_sft.checkpointing.manifest import MANIFEST, check_all_files_visible, write_manifest
 from qwen_vl_sft.checkpointing.save_errors import explained_save
 
 
@@ -75,8 +75,8 @@ class CheckpointWriter:
             accelerator.wait_for_everyone()
             told = entries()
             if writes:
-                check_parts(folder, self.signature["world"]["processes"])
-                rotation.set_aside(self.run, self.newest_own_step, folder, _tell)
+                check_all_files_visible(folder, self.signature["world"]["processes"])
+                rotation.rename_abandoned(self.run, self.newest_own_step, folder, _tell)
                 write_manifest(folder, {**self.signature, **told})
         self.newest_own_step = step
         if writes:
@@ -90,7 +90,7 @@ class CheckpointWriter:
 def _clear(folder: Path) -> None:
     """Make room for a checkpoint: half of it, from a run that was killed, may have files of more processes."""
     if (folder / MANIFEST).is_file():
-        _tell(f"{folder}, which an earlier attempt had saved, is kept as {rotation.make_room(folder).name}")
+        _tell(f"{folder}, which an earlier attempt had saved, is kept as {rotation.rename_out_of_the_way(folder).name}")
     else:
         shutil.rmtree(folder)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from qwen_vl_sft.data.dataset import Rows, evenly_spread
+from qwen_vl_sft.data.dataset import Rows, even_indices
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
@@ -46,7 +46,7 @@ def agreed_scan(context: DistributedContext, rows: Rows, look: Callable[[], Scan
 def sample_digest(rows: Rows) -> str:
     """Digest a few rows, evenly spread; the same rows give the same digest, wherever they lie."""
     assert isinstance(rows.dataset, Dataset)
-    sample = rows.dataset.select(evenly_spread(len(rows), _SAMPLED))
+    sample = rows.dataset.select(even_indices(len(rows), _SAMPLED))
     return hashlib.sha256(repr([_without_folders(row) for row in sample]).encode()).hexdigest()
 
 

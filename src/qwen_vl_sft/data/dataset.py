@@ -114,14 +114,14 @@ def open_rows(
     return Rows(dataset, _format_of(dataset, row_format, where), where, folder)
 
 
-def spread(rows: Rows, max_rows: int | None) -> Rows:
+def select_evenly(rows: Rows, max_rows: int | None) -> Rows:
     """Return at most so many rows, evenly over the split: ChartQA's first half is all human, its second all machine."""
     if max_rows is None or max_rows >= len(rows):
         return rows
-    return rows.select(evenly_spread(len(rows), max_rows))
+    return rows.select(even_indices(len(rows), max_rows))
 
 
-def evenly_spread(total: int, most: int | None) -> list[int]:
+def even_indices(total: int, most: int | None) -> list[int]:
     """Return at most `most` of `total` indices, evenly spread; all of them for None."""
     count = min(most or total, total)
     return [number * total // count for number in range(count)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.data.conversation import Conversation
-from qwen_vl_sft.data.dataset import Rows, open_rows, spread
+from qwen_vl_sft.data.dataset import Rows, open_rows, select_evenly
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.task import read_question
 from qwen_vl_sft.inference.source import Source
@@ -43,7 +43,7 @@ def collect_examples(source: Source, number: int, folder: Path) -> list[Example]
             streamed = not Path(name).exists()
             most = number * LOOKED_AT
             rows = open_rows(name, split, config, streamed, row_format, max_rows=most if streamed else None)
-            found = list(_write(rows if streamed else spread(rows, most), number, folder))
+            found = list(_write(rows if streamed else select_evenly(rows, most), number, folder))
         except UserError:
             continue
         if found:

@@ -67,7 +67,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     summary = summarise(rows, arms) | {
         "dataset": task.rows.name,
         "skipped_rows": task.left_out + len(task.questions) - len(rows),
-        "cut_answers": cut_answers(rows, answers, arms),
+        "cut_answers": count_truncated(rows, answers, arms),
         "settings": settings,
         "precision": precision_summary(plan),
         "speed": speed_of_arms(speeds),
@@ -194,7 +194,7 @@ def collect(
     return rows
 
 
-def cut_answers(
+def count_truncated(
     rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Mapping[int, GeneratedAnswer | None]], arms: Sequence[str]
 ) -> dict[str, int]:
     """Count the truncated answers per arm: those cut at `max_new_tokens`."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from qwen_vl_sft.data.conversation import Conversation
-from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, spread
+from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, select_evenly
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.errors import BadRow, UserError
@@ -81,7 +81,7 @@ def prepare(plan: Plan) -> Task:
     data, options = plan.recipe.data, plan.options
     if not data.dataset_name:
         raise UserError("dataset_name is not set, neither by --run nor by --dataset_name; name a dataset")
-    rows = spread(
+    rows = select_evenly(
         open_rows(data.dataset_name, options.split, data.dataset_config, row_format=data.dataset_format),
         options.max_samples,
     )

@@ -32,7 +32,7 @@ class DueEvaluation:
         """Leave an evaluation to the run that goes on from the checkpoint written next."""
         self.due = due
 
-    def take(self) -> bool:
+    def take_pending(self) -> bool:
         """Return whether one is to be made up for here and now; it is no longer due afterwards."""
         due, self.due = self.due, False
         return due and self.args.eval_strategy != "no"

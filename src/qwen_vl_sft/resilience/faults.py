@@ -30,16 +30,18 @@ class StepRecord:
     grad_norm: torch.Tensor | float | None = None
     overflows: torch.Tensor | None = None
 
-    def unsound(self, device: torch.device) -> torch.Tensor:
+    def not_finite(self, device: torch.device) -> torch.Tensor:
         """Return 1 when a loss or the gradient is NaN or infinite, else 0; nothing waits for the device.
 
         A gradient scaler looks for the largest scale that the gradient allows, so with one that is no fault for some steps.
         """
         faults = [1 - torch.isfinite(loss).float() for loss in self.losses]
-        faults.append(self.overflow(device) if self.overflows is None else (self.overflows >= _MOST_OVERFLOWS).float())
+        faults.append(
+            self.gradient_not_finite(device) if self.overflows is None else (self.overflows >= _MOST_OVERFLOWS).float()
+        )
         return torch.stack(faults).max()
 
-    def overflow(self, device: torch.device) -> torch.Tensor:
+    def gradient_not_finite(self, device: torch.device) -> torch.Tensor:
         """Return 1 when the gradient is NaN or infinite, else 0; nothing waits for the device."""
         if self.grad_norm is None:
             return torch.zeros((), device=device)
@@ -59,7 +61,7 @@ class StepRecord:
         }
 
 
-def describe_unsound(step: int, record: StepRecord) -> str:
+def describe_not_finite(step: int, record: StepRecord) -> str:
     """Describe what is NaN or infinite in a step, with row ids. All processes must call at once."""
     parts = gather_object([record.culprits()])
     rows = [row for part in parts for row in part["rows"]]
@@ -73,7 +75,7 @@ def describe_unsound(step: int, record: StepRecord) -> str:
     return f"step {step}: {what}. The rows (row_id) of the step: {_listed(rows)}"
 
 
-def unsound_error(described: str, can_skip: bool) -> UserError:
+def not_finite_error(described: str, can_skip: bool) -> UserError:
     """Build the error that ends a run for a NaN."""
     skip = ", or set nonfinite: skip to leave such steps out" if can_skip else ""
     return UserError(

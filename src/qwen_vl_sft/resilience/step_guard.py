@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qwen_vl_sft.resilience.faults import StepRecord, describe_unsound, unsound_error
+from qwen_vl_sft.resilience.faults import StepRecord, describe_not_finite, not_finite_error
 
 
 class StepGuard:
@@ -46,20 +46,20 @@ class StepGuard:
         self.record.losses.append(loss.detach())
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.skips else loss
 
-    def leaves_out(self, step: int, norm: Any, accelerator: Any) -> bool:
+    def should_skip(self, step: int, norm: Any, accelerator: Any) -> bool:
         """Note the gradient's norm; return whether the step is to be left out. All processes must call at once."""
         self.record.grad_norm = norm
         if accelerator.mixed_precision == "fp16":
             # A gradient scaler, DeepSpeed's or PyTorch's, leaves out steps whose gradient overflows in float16.
-            self._overflows = (self._overflows + 1) * self.record.overflow(self.device)
+            self._overflows = (self._overflows + 1) * self.record.gradient_not_finite(self.device)
             self.record.overflows = self._overflows
         if not self.skips:
             return False
-        unsound = accelerator.reduce(self.record.unsound(self.device), reduction="sum")
-        if unsound.item():
-            self.skipped.append(describe_unsound(step, self.record))
-        return bool(unsound.item())
+        not_finite = accelerator.reduce(self.record.not_finite(self.device), reduction="sum")
+        if not_finite.item():
+            self.skipped.append(describe_not_finite(step, self.record))
+        return bool(not_finite.item())
 
     def stop(self, step: int, record: StepRecord) -> None:
         """Raise `UserError` for a step that was not finite on any process. All processes must call at once."""
-        raise unsound_error(describe_unsound(step, record), self.can_skip)
+        raise not_finite_error(describe_not_finite(step, record), self.can_skip)

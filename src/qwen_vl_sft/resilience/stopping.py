@@ -153,23 +153,23 @@ class RunStopper(TrainerCallback):
     def _post(self, step: int, time_is_up: bool, checked: bool = False) -> None:
         record = self.guard.record
         checked = checked or self.guard.skips
-        unsound = torch.zeros((), device=self.device) if checked else record.unsound(self.device)
+        not_finite = torch.zeros((), device=self.device) if checked else record.not_finite(self.device)
         told = torch.tensor([float(self.watcher.reason is not None), float(time_is_up)])
         told = told.pin_memory().to(self.device, non_blocking=True) if self.agreement.on_gpu else told
-        self.agreement.post(torch.cat([told, unsound.reshape(1)]))
+        self.agreement.post(torch.cat([told, not_finite.reshape(1)]))
         self._posted = (step, record)
 
     def _act(self, flags: list[float] | None) -> str | None:
         """Raise for a step that was not finite; return the reason to stop, if there is one."""
         if flags is None:
             return None
-        told, time_is_up, unsound = flags
-        if unsound:
+        told, time_is_up, not_finite = flags
+        if not_finite:
             self.guard.stop(*self._posted)
         return self.watcher.reason_of_all if told else TIME_IS_UP if time_is_up else None
 
 
-def forget_former_end(folder: Path, step: int) -> None:
+def remove_leftovers_of_stopped_run(folder: Path, step: int) -> None:
     """Remove what an earlier attempt left in the run folder of its end, and of steps after the one resumed from.
 
     Call it on one process only, before training.

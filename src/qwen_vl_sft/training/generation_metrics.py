@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from qwen_vl_sft.atomic_write import atomic_write
-from qwen_vl_sft.data.dataset import evenly_spread
+from qwen_vl_sft.data.dataset import even_indices
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import BadRow
@@ -54,7 +54,7 @@ class GenerationMetrics:
         output_dir: Path | None = None,
         skip_bad_rows: bool = False,
     ) -> None:
-        self.sample = evenly_spread(len(evaluation.rows), rows)
+        self.sample = even_indices(len(evaluation.rows), rows)
         self.rows = evaluation.rows
         self.prompts = Prompts(evaluation.rows, encoder, skip_bad_rows)
         self.max_new_tokens = max_new_tokens

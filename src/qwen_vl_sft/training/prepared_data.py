@@ -9,7 +9,7 @@ from typing import Any
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.agreed_scan import agreed_scan
-from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, spread
+from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, select_evenly
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import Scan, scan
 from qwen_vl_sft.distributed import launch
@@ -141,7 +141,7 @@ def _evaluation_rows(data: DataSettings) -> Rows:
     assert split is not None
     if data.dataset_streaming:
         return in_memory(_open(data, split, cap))
-    return spread(_open(data, split, None), cap)
+    return select_evenly(_open(data, split, None), cap)
 
 
 def _scan(

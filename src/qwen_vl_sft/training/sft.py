@@ -40,7 +40,7 @@ from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.resilience.step_log import StepLog, skipped_steps
-from qwen_vl_sft.resilience.stopping import RunStopper, forget_former_end
+from qwen_vl_sft.resilience.stopping import RunStopper, remove_leftovers_of_stopped_run
 from qwen_vl_sft.training import plan, precompute_features
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, Progress
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
@@ -175,7 +175,7 @@ def train(
     first = run.context.rank == 0
     if first:
         begin_run_folder(run, data)
-        forget_former_end(run.output_dir, resume.step if resume else 0)
+        remove_leftovers_of_stopped_run(run.output_dir, resume.step if resume else 0)
     trainer.accelerator.wait_for_everyone()
     watcher.keep_workers()
     if run.context.processes > 1:

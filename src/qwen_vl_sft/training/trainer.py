@@ -199,7 +199,7 @@ class VisionSFTTrainer(SFTTrainer):
         step = self.state.global_step + 1
         self.watchdog.report_progress(f"step {step}, norm of its gradient", step, Stage.GRADIENT)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.guard.leaves_out(step, norm, self.accelerator):
+        if self.guard.should_skip(step, norm, self.accelerator):
             # Without gradients the optimizer changes neither weights nor its own state.
             model.zero_grad(set_to_none=True)
         return norm
@@ -437,7 +437,7 @@ class VisionSFTTrainer(SFTTrainer):
         return super()._finalize_training(*args, **kwargs)
 
     def _evaluate_what_is_due(self) -> None:
-        if self.evaluations.take():
+        if self.evaluations.take_pending():
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
             best = folder_of(self.writer.run, self.state.global_step)
             if self.state.best_global_step == self.state.global_step and best.is_dir():

@@ -64,11 +64,11 @@ class DataFormat:
     def read(self, row: Row, folder: Path | None) -> Conversation:
         """Return a row as a conversation; paths in it are relative to `folder`. Raises `BadRow`."""
         for name, message in self.refused.items():
-            if is_filled(row.get(name)):
+            if has_value(row.get(name)):
                 raise BadRow(message)
         for kind in unread_media():
             for name in (kind, f"{kind}s"):
-                if is_filled(row.get(name)):
+                if has_value(row.get(name)):
                     raise BadRow(f"has something in column {name}, and only images are read; leave such rows out")
         return self.parse(row, folder)
 
@@ -82,8 +82,8 @@ def unread_media() -> list[str]:
     return [kind for kind in _OTHER_MEDIA if kind not in MEDIA]
 
 
-def is_filled(value: Any) -> bool:
+def has_value(value: Any) -> bool:
     """Tell whether a column's value is more than empty: Arrow fills what is missing with nulls."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    return any(is_filled(entry) for entry in value) if isinstance(value, list) else value is not None and value != ""
+    return any(has_value(entry) for entry in value) if isinstance(value, list) else value is not None and value != ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.data.conversation import Conversation, Message
-from qwen_vl_sft.data.formats.base import Row, is_filled, unread_media
+from qwen_vl_sft.data.formats.base import Row, has_value, unread_media
 from qwen_vl_sft.data.media import MEDIA, MediaFile
 from qwen_vl_sft.data.media.base import Medium
 from qwen_vl_sft.errors import BadRow
@@ -32,7 +32,7 @@ def turns_as_conversation(turns: list[Message], row: Row, folder: Path | None) -
     for kind, found in values.items():
         wanted = sum(part["type"] == kind for part in asked)
         question = next((message for message in messages if message["role"] == "user"), None)
-        if not wanted and question and is_filled(row.get(kind)) and len(found) == 1:
+        if not wanted and question and has_value(row.get(kind)) and len(found) == 1:
             question["content"].insert(0, {"type": kind})
             wanted = 1
         if wanted != len(found):
@@ -61,7 +61,7 @@ def content_parts(content: Any) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        brought = next((name for name in _PAYLOADS if kind in ("text", *MEDIA) and is_filled(part.get(name))), None)
+        brought = next((name for name in _PAYLOADS if kind in ("text", *MEDIA) and has_value(part.get(name))), None)
         if brought:
             raise BadRow(f"has a content part that brings its own {brought}; put its images into the column images")
         if kind in MEDIA:
@@ -154,7 +154,7 @@ def _values(row: Row, medium: Medium[Any, Any]) -> list[Any]:
     one, several = medium.kind, f"{medium.kind}s"
     values = row.get(several) or []
     values = values if isinstance(values, list) else [values]
-    if not is_filled(row.get(one)):
+    if not has_value(row.get(one)):
         return values
     if values:
         raise BadRow(f"has both a column {one} and a column {several}; keep one")
