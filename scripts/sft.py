@@ -40,7 +40,7 @@ def main() -> None:
     recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))
     run = resolve(recipe, launch.read_context(use_cpu=recipe.get("use_cpu")))
     publisher = push_while_training.prepare(run.recipe, run.context)
-    watcher.leave_word_in(run.output_dir)
+    watcher.report_stop_in(run.output_dir)
     launch.start(run.context)
 
     # Data and plan

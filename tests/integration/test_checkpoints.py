@@ -21,7 +21,7 @@ from qwen_vl_sft.checkpointing import checkpoints, manifest, resume_check, write
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.manifest import MANIFEST
 from qwen_vl_sft.checkpointing.resumed_state import correct_state, take_schedule
-from qwen_vl_sft.checkpointing.rotation import rotate, rename_abandoned
+from qwen_vl_sft.checkpointing.rotation import rename_abandoned, rotate
 from qwen_vl_sft.checkpointing.row_log import RowLog, forget_after, read_row_log
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
@@ -97,7 +97,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(name, tmp_path)
     step, messages = latest(tmp_path)
     assert step == 4
     assert len(messages) == 1
-    assert "checkpoint-8 is passed over: " in messages[0]
+    assert messages[0].startswith("skipped ")
+    assert "checkpoint-8: " in messages[0]
     assert told in messages[0]
     if name != "no mark":
         with pytest.raises(UserError, match=r"cannot resume from .*checkpoint-8: .*latest"):
@@ -107,7 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(name, tmp_path)
 def test_without_a_mark_a_named_checkpoint_must_have_all_its_files(tmp_path):
     folder, told = write_checkpoint(tmp_path, 8, mark=False), []
     assert checkpoints.find(tmp_path, str(folder), told.append) == Checkpoint(folder, 8, {})
-    assert "that they are whole cannot be told" in told[0]
+    assert "its files are all there, but cannot be checked for damage" in told[0]
     for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors"):
         (folder / name).rename(tmp_path / name)
         with pytest.raises(UserError, match=r"it holds no"):
@@ -154,7 +155,8 @@ def test_a_run_without_a_whole_checkpoint_starts_anew(tmp_path):
     write_checkpoint(tmp_path, 4, mark=False)
     step, told = latest(tmp_path)
     assert step is None
-    assert "checkpoint-4 is passed over" in told[0]
+    assert told[0].startswith("skipped ")
+    assert "checkpoint-4: " in told[0]
 
 
 def names(run: Path) -> list[str]:
@@ -196,7 +198,7 @@ def test_what_a_run_has_left_is_kept_where_latest_does_not_look(tmp_path):
     ]
     assert latest(tmp_path)[0] == 60
     assert len(told) == 1
-    assert "went on from step 50" in told[0]
+    assert "resumed from step 50" in told[0]
     assert "abandoned-checkpoint-80, abandoned-checkpoint-100" in told[0]
     write_checkpoint(tmp_path, 80)
     rename_abandoned(tmp_path, 60, new, told.append)
@@ -226,7 +228,7 @@ def test_a_run_that_went_back_is_never_without_a_checkpoint_of_its_own(ragged, t
             train()
     assert latest(run) == (
         None,
-        [f"{run}/checkpoint-1 is passed over: it was not written to its end ({MANIFEST} is missing)"],
+        [f"skipped {run}/checkpoint-1: it was not written to its end ({MANIFEST} is missing)"],
     )
     train()
     assert latest(run) == (2, [])
@@ -332,8 +334,8 @@ def check(was, now, dropout=0.0):
 @pytest.mark.parametrize(
     ("was", "now", "words"),
     [
-        (("single", 1), ("ddp", 2), "goes on with 2 process(es) (ddp)"),
-        (("ddp", 4), ("ddp", 2), "goes on with 2 process(es) (ddp)"),
+        (("single", 1), ("ddp", 2), "continues with 2 process(es) (ddp)"),
+        (("ddp", 4), ("ddp", 2), "continues with 2 process(es) (ddp)"),
         (("fsdp2", 2), ("fsdp2", 4), "the same rows in the same steps"),
     ],
 )
@@ -373,10 +375,10 @@ def scheduled(**keys):
 
 def test_another_learning_rate_or_schedule_of_steps_is_noted():
     now = scheduled(learning_rate=1e-4, lr_scheduler_type="linear")
-    rate = "run/checkpoint-8 had learning_rate 0.0002; the run goes on with 0.0001"
+    rate = "run/checkpoint-8 had learning_rate 0.0002; the run continues with 0.0001"
     assert check(ABOUT, now) == [
         rate,
-        "run/checkpoint-8 had lr_scheduler_type cosine; the run goes on with linear",
+        "run/checkpoint-8 had lr_scheduler_type cosine; the run continues with linear",
     ]
 
 
@@ -450,7 +452,7 @@ def test_the_best_checkpoint_until_then_is_the_one_beside_it(there, tmp_path, ca
         assert (state.best_model_checkpoint, state.best_metric, state.best_global_step) == (str(best), 0.5, 2)
     else:
         assert (state.best_model_checkpoint, state.best_metric, state.best_global_step) == (None, None, None)
-    assert ("the best so far, is passed over: it was not written to its end" in capsys.readouterr().err) != there
+    assert ("the best so far: it was not written to its end" in capsys.readouterr().err) != there
 
 
 def test_a_mark_tells_by_what_the_best_was_found():
@@ -565,9 +567,11 @@ def test_two_processes_go_on_from_one_with_the_same_rows_and_losses(single_run, 
     (run / "checkpoint-4/optimizer.pt").write_bytes(b"")
     finished = launch("cpu", SCRIPT, *words({**SHORT, "output_dir": run, "resume_from_checkpoint": "latest"}))
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "checkpoint-6 is passed over: it was not written to its end" in finished.stderr
-    assert "checkpoint-4 is passed over: optimizer.pt has 0 bytes" in finished.stderr
-    assert "checkpoint-2 was written by 1 process(es) (single) and goes on with 2 process(es) (ddp)" in finished.stderr
+    assert "checkpoint-6: it was not written to its end" in finished.stderr
+    assert "checkpoint-4: optimizer.pt has 0 bytes" in finished.stderr
+    assert (
+        "checkpoint-2 was written by 1 process(es) (single) and continues with 2 process(es) (ddp)" in finished.stderr
+    )
     assert read_row_log(run) == read_row_log(single_run)
     assert len((run / "row_ids-1.jsonl").read_text().splitlines()) == 4
     assert not list(run.glob(".seen-by-all-*"))
@@ -627,7 +631,7 @@ def test_a_run_goes_on_with_another_learning_rate_and_other_intervals(config, si
     keys |= {"resume_from_checkpoint": "latest", "learning_rate": 8e-4, "save_steps": 1}
     finished = launch(config, SCRIPT, *words(keys))
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "checkpoint-4 had learning_rate 0.002; the run goes on with 0.0008" in finished.stderr
+    assert "checkpoint-4 had learning_rate 0.002; the run continues with 0.0008" in finished.stderr
     assert logged(run, "learning_rate") == pytest.approx(before[:4] + [0.4 * rate for rate in before[4:]])
     assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 5, 6)}
 

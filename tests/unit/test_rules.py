@@ -264,8 +264,8 @@ def test_the_best_model_needs_saves_where_it_is_evaluated(save, every, told):
     [
         (None, True, None),
         ("latest", False, None),
-        ("latest", True, "dataset_streaming cannot go on from checkpoint-4: "),
-        ("runs/other/checkpoint-2", False, "dataset_streaming cannot go on from runs/other/checkpoint-2: "),
+        ("latest", True, "dataset_streaming cannot resume from checkpoint-4: "),
+        ("runs/other/checkpoint-2", False, "dataset_streaming cannot resume from runs/other/checkpoint-2: "),
     ],
 )
 def test_a_stream_begins_where_there_is_no_checkpoint_yet(resume, saved, told, tmp_path):

@@ -18,10 +18,10 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to resume from. `manifest` is what its manifest says of the run; empty for one without.
+    """A checkpoint to resume from. `manifest` holds the entries of its manifest; it is empty if there is none.
 
-    `best` is the checkpoint of the best evaluation until then, None when there is none to load. `same_metric_and_eval_rows`: the run
-    that goes on evaluates the same rows by the same metric, so that what was the best until then still counts.
+    `best` is the checkpoint of the best evaluation so far, None when there is none to load. `same_metric_and_eval_rows`:
+    the resumed run evaluates the same rows by the same metric, so earlier scores still count.
     """
 
     path: Path
@@ -32,12 +32,12 @@ class Checkpoint:
 
     @property
     def evaluation_due(self) -> bool:
-        """Return whether an evaluation was to come next, for which the run that goes on makes up."""
+        """Return whether an evaluation was postponed, which the resumed run must do first."""
         return bool(self.manifest.get("evaluation_due"))
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Return what the whole run had come to by then (`VisionSFTTrainer.totals`)."""
+        """Return the totals of the run up to this checkpoint (`VisionSFTTrainer.totals`)."""
         return dict(self.manifest.get("so_far", {}))
 
 
@@ -64,7 +64,7 @@ def folders(run: Path) -> list[Path]:
 
 
 def complete(run: Path) -> list[Path]:
-    """Return those that were written to their end, by their steps; whether one is damaged since is not looked at."""
+    """Return the checkpoints that have a manifest, by their steps; their files are not checked for damage."""
     return [folder for folder in folders(run) if (folder / MANIFEST).is_file()]
 
 
@@ -77,8 +77,8 @@ def newest_complete(run: Path, last_step: int) -> Path | None:
 def find(run: Path, resume: str | None, tell: Callable[[str], None]) -> Checkpoint | None:
     """Return the checkpoint to resume from: the newest complete one of `run` for `latest`, else the folder named.
 
-    `latest` passes over what is not complete and tells so, and is None where nothing is left: a job that is queued again
-    starts anew if the first run did not get far enough. Raises `UserError` for a folder named that is not complete.
+    With `latest`, incomplete checkpoints are skipped and reported to `tell`; the result is None if none is left, so that a
+    requeued job can start from the beginning. Raises `UserError` if a folder that was named is not complete.
     """
     if resume is None:
         return None
@@ -88,17 +88,17 @@ def find(run: Path, resume: str | None, tell: Callable[[str], None]) -> Checkpoi
         problem = problem_of(folder)
         if problem is None:
             return _read(folder)
-        tell(f"{folder} is passed over: {problem}")
+        tell(f"skipped {folder}: {problem}")
     return None
 
 
 def _named(folder: Path, tell: Callable[[str], None]) -> Checkpoint:
     problem = problem_of(folder)
     if problem is not None and not (folder / MANIFEST).exists():
-        # Of a run before there were manifests, or copied without it: the set of files can be checked, not what they hold.
+        # Written before there were manifests, or copied without it: the names of the files can be checked, not their content.
         missing = missing_file(folder, processes=None)
         if missing is None:
-            tell(f"{folder} has no {MANIFEST}; its files are all there, but that they are whole cannot be told")
+            tell(f"{folder} has no {MANIFEST}; its files are all there, but cannot be checked for damage")
             return _read(folder)
         problem = f"{problem}; {missing}"
     if problem is not None:

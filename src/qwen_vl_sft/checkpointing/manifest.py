@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint, `complete.json`: what says that it was written to its end, and proves that it still is.
+"""The manifest of a checkpoint, `complete.json`, which shows that the checkpoint is complete and undamaged.
 
 A checkpoint is many files, written by several processes. Only when all of them have finished does the first process
-write the manifest, with the size and digest of every file. What has none, or does not agree with it, was cut off or
-damaged, and is never resumed from.
+write the manifest, with the size and digest of every file. A checkpoint without a manifest, or with other files, was cut
+off or damaged, and no run resumes from it.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ STATE = "trainer_state.json"
 # Of a larger file only the two ends are read: a 7B model's optimizer has tens of GiB.
 _DIGEST_WHOLE = 256 * 2**20
 _DIGEST_END = 16 * 2**20
-# What another machine has written may be seen late.
+# Files from another machine may become visible late.
 _SECONDS_TO_SEE = 30.0
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what the manifest of a checkpoint says of its run; nothing for one without a manifest."""
+    """Return the entries of a checkpoint's manifest, without its files; an empty dictionary if there is no manifest."""
     path = folder / MANIFEST
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    told.pop("files", None)
-    return told
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    manifest.pop("files", None)
+    return manifest
 
 
 def check_all_files_visible(folder: Path, processes: int) -> None:
-    """Raise `UserError` where not all that so many processes have written is to be seen: no run could go on from that."""
+    """Raise `UserError` unless the files of all processes are visible; wait for them first."""
     missing, until = missing_file(folder, processes), time.monotonic() + _SECONDS_TO_SEE
     while missing and time.monotonic() < until:
         time.sleep(1)
         missing = missing_file(folder, processes)
     if missing:
         raise UserError(
-            f"{folder}: every process has written its part of this checkpoint, but {missing}, so no run could go on from"
-            f" it. output_dir must be on storage that all machines share. What is there is left, without its {MANIFEST}"
+            f"{folder}: every process has written its part of this checkpoint, but {missing}, so no run can resume from"
+            f" it. output_dir must be on storage that all machines share. The files stay, without {MANIFEST}"
         )
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint that is complete (`check_all_files_visible`): `entries` and its files. Raises `OSError`."""
+    """Write the manifest of a complete checkpoint: `entries` and the list of its files. Raises `OSError`."""
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
     atomic_write(folder / MANIFEST, json.dumps({**entries, "files": files}, indent=2))
 
@@ -59,8 +59,8 @@ def problem_of(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return f"it was not written to its end ({MANIFEST} is missing)"
     try:
-        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        wanted, processes = dict(told["files"]), int(told["world"]["processes"])
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wanted, processes = dict(manifest["files"]), int(manifest["world"]["processes"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
     try:
@@ -78,9 +78,9 @@ def problem_of(folder: Path) -> str | None:
 
 
 def missing_file(folder: Path, processes: int | None) -> str | None:
-    """Return what a resume needs that is not there, which the libraries would do without in silence; None for nothing.
+    """Return the problem if a file is missing that a resume needs but the libraries would silently skip; else None.
 
-    `processes`: of the run that wrote it, None if not known.
+    `processes`: number of processes that wrote the checkpoint, None if not known.
     """
     names = set(_files(folder))
     needed = {STATE, "scheduler.pt"}
@@ -109,7 +109,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file; of the first and last 16 MiB when it is larger than 256 MiB."""
+    """Return the sha256 of a file; of the first and last 16 MiB when it is larger than 256 MiB."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _DIGEST_WHOLE:

@@ -1,7 +1,7 @@
 """Check the pickles of a checkpoint before DeepSpeed and FSDP load them without restrictions.
 
 transformers restricts what it unpickles itself to tensors and plain data. DeepSpeed's states, and the index and the numbers
-of PyTorch's distributed checkpoints, are loaded as they are: whoever wrote them could run code.
+of PyTorch's distributed checkpoints, are loaded without restrictions, so a crafted file could run code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 _DEEPSPEED_TAG, _DEEPSPEED_LATEST = "global_step", "latest"
 _FSDP_INDEX = ".metadata"
-# What stands in the index beside the types of `torch.distributed.checkpoint.metadata`.
+# What the index holds besides the types of `torch.distributed.checkpoint.metadata`.
 _IN_INDEX = {
     ("collections", "OrderedDict"),
     ("pathlib", "Path"),
@@ -80,7 +80,7 @@ def _problem_of_index(path: Path) -> str | None:
 
 
 class _IndexReader(pickle.Unpickler):
-    """Makes nothing but what the index of a distributed checkpoint consists of."""
+    """Unpickles only the types that the index of a distributed checkpoint consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a type of `_IN_INDEX`, of the index itself, or a dtype."""

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: it must train on the same rows in the same order, with the same weights."""
+"""Check that a run may resume from a checkpoint: same rows in the same order, same weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 
 
 def checkpoint_to_resume(recipe: Recipe, context: DistributedContext, signature: dict[str, Any]) -> Checkpoint | None:
-    """Return the checkpoint that this run goes on from, the same on every process. Raises `UserError` if it may not.
+    """Return the checkpoint that this run resumes from, the same on every process. Raises `UserError` if it may not.
 
-    Call it on all processes, joined by now (`distributed.launch.join`): the first one reads the folder and tells the
-    others. `signature` is that of this run (`training.run_signature`).
+    Call it on all processes after `distributed.launch.join`: the first one reads the folder and sends the result to the
+    others. `signature` is the signature of this run (`training.run_signature`).
     """
     resume = recipe.get("resume_from_checkpoint")
     if not resume:
@@ -39,7 +39,7 @@ def checkpoint_to_resume(recipe: Recipe, context: DistributedContext, signature:
     if context.rank == 0:
         checkpoint = checkpoints.find(recipe.output_dir, resume, _tell)
         if checkpoint is None:
-            _tell(f"{recipe.output_dir} holds no checkpoint to go on from; the run starts anew")
+            _tell(f"{recipe.output_dir} holds no checkpoint to resume from; the run starts from the beginning")
         else:
             for note in check(checkpoint, signature, recipe.model.lora_dropout if recipe.model.use_peft else 0.0):
                 _tell(note)
@@ -49,19 +49,17 @@ def checkpoint_to_resume(recipe: Recipe, context: DistributedContext, signature:
                 _check_pickles(folder)
             found = replace(checkpoint, best=best, same_metric_and_eval_rows=alike)
             if not alike and (recipe.get("load_best_model_at_end") or recipe.get("save_strategy") == "best"):
-                _tell(
-                    "the best model so far was found on other rows or by another metric; it does not count from here on"
-                )
+                _tell("the best model so far was chosen on other rows or by another metric; earlier scores are ignored")
             if not checkpoint.totals:
                 _tell(
-                    f"{checkpoint.path} does not tell its losses and times; metrics.json will be of the steps from here on"
+                    f"{checkpoint.path} does not record losses and times; metrics.json will cover only the steps from here on"
                 )
     resumed: Checkpoint | None = launch.from_first(context, found)
     return resumed
 
 
 def _best(checkpoint: Checkpoint) -> Path | None:
-    """Return the best checkpoint until then, beside this one: its file names the path where the run folder was then."""
+    """Return the best checkpoint so far. The state file names its old path, so it is looked up in this run folder."""
     try:
         state = json.loads((checkpoint.path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         name = Path(state.get("best_model_checkpoint") or "").name
@@ -73,7 +71,7 @@ def _best(checkpoint: Checkpoint) -> Path | None:
     best = checkpoint.path.parent / name
     problem = manifest.problem_of(best)
     if problem:
-        _tell(f"{best}, the best so far, is passed over: {problem}; the best from here on will be loaded at the end")
+        _tell(f"skipped {best}, the best so far: {problem}; the best one from here on will be loaded at the end")
     return None if problem else best
 
 
@@ -87,7 +85,7 @@ def _check_pickles(folder: Path) -> None:
 
 
 def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> list[str]:
-    """Return notes on a resume that is allowed. Raises `UserError` with everything that stands against it."""
+    """Return notes on a resume that is allowed. Raises `UserError` with every reason against it."""
     if not checkpoint.manifest:
         return []
     was, now = _settings(checkpoint.manifest), _settings(signature)
@@ -102,14 +100,14 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
         )
     world_problem = _other_world(checkpoint, signature["world"])
     raise_all(problems + ([world_problem] if world_problem else []))
-    notes = [f"{checkpoint.path} had {name} {was[name]}; the run goes on with {now[name]}" for name in held]
+    notes = [f"{checkpoint.path} had {name} {was[name]}; the run continues with {now[name]}" for name in held]
     unknown = sorted(now.keys() - was.keys()) + ([] if "judge" in checkpoint.manifest else list(signature["judge"]))
     if unknown:
-        notes.append(f"{checkpoint.path} does not say its {', '.join(unknown)}: see that they are as they were")
+        notes.append(f"{checkpoint.path} does not record its {', '.join(unknown)}: check that they are unchanged")
     if checkpoint.manifest["world"] != signature["world"]:
-        exact = "the dropout draws other numbers than before" if dropout else "losses agree up to rounding"
+        exact = "dropout draws other random numbers" if dropout else "losses agree up to rounding"
         notes.append(
-            f"{checkpoint.path} was written by {_words(checkpoint.manifest['world'])} and goes on with"
+            f"{checkpoint.path} was written by {_words(checkpoint.manifest['world'])} and continues with"
             f" {_words(signature['world'])}: the same rows in the same steps, {exact}"
         )
     versions = signature["versions"]
@@ -124,14 +122,14 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
 
 
 def _settings(signature: dict[str, Any]) -> dict[str, Any]:
-    """Return what is compared, by key. A manifest of an earlier version lacks some, or has `learning_rate` by itself."""
+    """Return the compared values by key. Manifests of earlier versions lack some, or have `learning_rate` at the top."""
     rate = {"learning_rate": signature["learning_rate"]} if "learning_rate" in signature else {}
     # Formerly written only where it was set.
     return {"cache_image_features": None, **signature["same"], **rate, **signature.get("schedule", {})}
 
 
 def _same_metric_and_eval_rows(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:
-    """Return whether evaluations until then compare with those from here on, as far as the manifest says."""
+    """Return whether earlier scores can be compared with later ones, as far as the manifest says."""
     return bool(checkpoint.manifest.get("judge", signature["judge"]) == signature["judge"])
 
 

@@ -13,7 +13,7 @@ from qwen_vl_sft.distributed.context import DistributedContext
 def _checkpoints(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     if recipe.get("save_only_model"):
         yield (
-            "save_only_model: true leaves out what a run needs to go on, so that one that is stopped would start anew;"
+            "save_only_model: true leaves out what a resume needs, so a stopped run would start from the beginning;"
             " leave it out: the finished model is saved whole in any case, and save_total_limit bounds the disk"
         )
     if recipe.get("save_on_each_node"):
@@ -30,11 +30,11 @@ def _resume(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     if not recipe.data.dataset_streaming:
         return
     saved = [folder.name for folder in complete(recipe.output_dir)] if recipe.training.get("output_dir") else []
-    # A queued job is always told `latest`; where there is none yet, it starts anew.
+    # A queued job always passes `latest`, also before there is a checkpoint.
     if resume and (resume != LATEST or saved):
         yield (
-            f"dataset_streaming cannot go on from {saved[-1] if resume == LATEST else resume}: where in the stream that was"
-            f" is not known; start anew in another output_dir, or set dataset_streaming: false there, which can be resumed"
+            f"dataset_streaming cannot resume from {saved[-1] if resume == LATEST else resume}: its place in the stream"
+            f" is not known; start a new run in another output_dir, or set dataset_streaming: false, which can resume"
         )
 
 

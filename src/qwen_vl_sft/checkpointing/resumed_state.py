@@ -1,4 +1,4 @@
-"""Correct what transformers takes from a checkpoint although the recipe or the run folder decides it."""
+"""Restore values that the recipe sets, after transformers overwrote them from the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class CorrectState(TrainerCallback):
         self.resume = resume
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Correct it: the Trainer has loaded it by now."""
+        """Correct the loaded state; by now the Trainer has loaded it."""
         correct_state(state, args, self.resume)
 
 
 def correct_state(state: Any, args: Any, resume: Checkpoint) -> None:
-    """Have a `TrainerState` that was loaded log, evaluate and save as often as `args` say, and load the best at the end.
+    """Make a loaded `TrainerState` log, evaluate and save as often as `args` say, and load the best model at the end.
 
-    The path of the best checkpoint leads to where the run folder was then. `Checkpoint.best` is the one to load.
+    The loaded path of the best checkpoint may be outdated; `Checkpoint.best` is used instead.
     """
     state.compute_steps(args, state.max_steps)
     if args.load_best_model_at_end:
@@ -34,10 +34,10 @@ def correct_state(state: Any, args: Any, resume: Checkpoint) -> None:
 
 
 def take_schedule(optimizer: Any, scheduler: Any, rate: float) -> None:
-    """Have an optimizer and a scheduler that were loaded go on with this run's schedule, at the step where they are.
+    """Make a loaded optimizer and scheduler continue with this run's schedule, at their step.
 
-    Both bring the peak learning rate that the run began with, and the optimizer the rate of the next step. Schedules
-    that follow evaluations stay as they are (`checkpointing.resume_check`).
+    Both hold the peak learning rate of the earlier run, and the optimizer the rate of the next step. Schedules that follow
+    evaluations are left unchanged (`checkpointing.resume_check`).
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)
     if not isinstance(scheduler, LambdaLR):

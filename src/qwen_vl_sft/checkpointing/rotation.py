@@ -14,7 +14,7 @@ _ABANDONED = "abandoned-"
 
 
 def rotate(run: Path, keep: int | None, newest: Path, best: str | None) -> None:
-    """Delete the oldest checkpoints but `keep`, and what was never completed. `newest` and the best always stay.
+    """Delete all but the newest `keep` checkpoints, and incomplete ones. `newest` and the best always stay.
 
     Call it when `newest`, just written, has its manifest: at every moment the run has a complete checkpoint then.
     """
@@ -32,29 +32,29 @@ def rotate(run: Path, keep: int | None, newest: Path, best: str | None) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first: a deletion that is cut off leaves nothing that looks whole."""
+    """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves nothing that looks complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def rename_abandoned(run: Path, after: int, new: Path, tell: Callable[[str], None]) -> None:
-    """Rename what was saved after the step `after`, from which the run has gone on otherwise, and tell so.
+    """Rename checkpoints later than step `after`, from which the run was restarted, and report it to `tell`.
 
-    `latest` would find it, since its steps are higher than those of `new`, which stays. Call it when `new` is written and
-    before its manifest is: a run that is killed in between still has the checkpoint that it went on from, and is not taken
-    back to what it had left. Raises `OSError`.
+    Otherwise `latest` would find them, since their steps are higher than that of `new`, which stays. Call it when `new` is
+    written but has no manifest yet: a run that is killed in between still has the checkpoint that it resumed from. Raises
+    `OSError`.
     """
     left = [folder for folder in complete(run) if step_of(folder) > after and folder != new]
     names = [rename_out_of_the_way(folder).name for folder in left]
     if names:
         tell(
-            f"{run} went on from {f'step {after}' if after else 'the start'}; what an earlier attempt had saved after it"
+            f"{run} resumed from {f'step {after}' if after else 'the start'}; what an earlier attempt had saved after it"
             f" is kept as {', '.join(names)}, where latest does not look. Delete what you do not need"
         )
 
 
 def rename_out_of_the_way(folder: Path) -> Path:
-    """Rename a checkpoint so that it is none of the run any more; return its new place."""
+    """Rename a checkpoint so that the run no longer finds it; return its new path."""
     name = f"{_ABANDONED}{folder.name}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))

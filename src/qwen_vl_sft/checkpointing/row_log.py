@@ -23,7 +23,7 @@ class RowLog:
 
 
 def forget_after(folder: Path, step: int, pattern: str = PATTERN) -> None:
-    """Take out, in the files of all processes, the steps after the checkpoint that a run goes on from."""
+    """Remove from the files of all processes the steps after the checkpoint that a run resumes from."""
     for path in folder.glob(pattern):
         kept = [line for line, entry in _lines(path) if entry["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

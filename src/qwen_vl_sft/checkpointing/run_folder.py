@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def problems_of_output_dir(folder: Path, overwrite: bool, resume: str | None) -> Iterator[str]:
-    """Return why a run may not write to `folder`; nothing when it may."""
+    """Yield the reasons why a run may not write to `folder`."""
     if folder.is_file():
         yield f"output_dir: {folder} is a file; name a folder"
         return

@@ -1,4 +1,4 @@
-"""Saves that fail, such as on a full disk: told with the last good checkpoint and the way out."""
+"""Turn a failed save, such as on a full disk, into an error that names the last good checkpoint and the way out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen_vl_sft.errors import UserError
 
 @contextlib.contextmanager
 def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> Iterator[None]:
-    """Turn a failure to write inside into a `UserError`; with `remove`, half of what was to be saved does not stay."""
+    """Turn a failure to write inside into a `UserError`; with `remove`, the half-written folder is removed."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -26,7 +26,7 @@ def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> 
             shutil.rmtree(folder, ignore_errors=True)
         last = f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet"
         raise UserError(
-            f"{what} could not be written to {folder}: {reason}. {last}; mend that, and go on with"
+            f"{what} could not be written to {folder}: {reason}. {last}; fix this, then resume with"
             f" --resume_from_checkpoint latest"
         ) from error
 

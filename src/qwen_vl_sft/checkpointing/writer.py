@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run: whole or not at all, with a manifest, and no more of them than are kept."""
+"""Write the checkpoints of a run, each completely or not at all, with a manifest, and delete the oldest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CheckpointWriter:
 
     Args:
         run: the run folder.
-        signature: of the run; every manifest holds it. `world` tells the number of processes.
+        signature: of the run, written into every manifest; `world` holds the number of processes.
         keep: checkpoints that stay, None for all.
-        newest_own_step: step of the newest checkpoint of this run in its folder, 0 for none: the one it goes on from.
+        newest_own_step: step of the checkpoint that the run resumes from, 0 for none; later of the newest one written.
     """
 
     def __init__(self, run: Path, signature: Mapping[str, Any], keep: int | None, newest_own_step: int = 0) -> None:
@@ -52,11 +52,11 @@ class CheckpointWriter:
             accelerator: waits for all processes.
             writes: whether this process writes the manifest; the first one does.
             save: writes this process's part into the checkpoint's folder.
-            entries: gives what the manifest says beside the signature; called on all processes once all have saved.
+            entries: returns further entries of the manifest; called on all processes once all have saved.
             best: gives the best checkpoint so far, which stays.
-            report: told what is done, with a number that grows.
+            report: called with what is being done, and a number that grows.
 
-        Raises `UserError` when it cannot be written; half of it does not stay then.
+        Raises `UserError` when it cannot be written; a half-written one is removed.
         """
         began = time.perf_counter()
         report("saving a checkpoint", 0)
@@ -73,11 +73,11 @@ class CheckpointWriter:
             save()
             report("its checkpoint is written", 1)
             accelerator.wait_for_everyone()
-            told = entries()
+            more = entries()
             if writes:
                 check_all_files_visible(folder, self.signature["world"]["processes"])
                 rotation.rename_abandoned(self.run, self.newest_own_step, folder, _tell)
-                write_manifest(folder, {**self.signature, **told})
+                write_manifest(folder, {**self.signature, **more})
         self.newest_own_step = step
         if writes:
             rotation.rotate(self.run, self.keep, folder, best())

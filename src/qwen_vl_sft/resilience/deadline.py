@@ -7,9 +7,9 @@ import time
 
 import psutil
 
-# Taken for a save as long as none has been measured: a share of the limit, in seconds between these two.
+# Assumed time of a save until one is measured: a share of the limit, between these two numbers of seconds.
 _UNKNOWN_SHARE, _UNKNOWN_LEAST, _UNKNOWN_MOST = 0.05, 2.0, 300.0
-# A save, or an evaluation, may take so much longer than the longest so far.
+# A save or an evaluation may take longer than the longest so far by this factor.
 _SLACK = 1.5
 _CLOCK = re.compile(r"^(?:(?P<d>\d+)-)?(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<s>\d+)$")
 _UNITS = re.compile(r"^(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?$")
@@ -30,7 +30,7 @@ class Deadline:
     Args:
         seconds: of the whole run; None for no limit.
 
-    `step`, `save` and `evaluation` are the longest so far, in seconds, as they were noted.
+    `step`, `save` and `evaluation` are the longest noted so far, in seconds.
     """
 
     def __init__(self, seconds: int | None) -> None:

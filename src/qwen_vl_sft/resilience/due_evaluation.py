@@ -1,4 +1,4 @@
-"""The evaluation that is still to come when a checkpoint is written, and that a resume makes up for."""
+"""Track an evaluation that was postponed until after a checkpoint, so that the resumed run can do it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class DueEvaluation:
 
     Args:
         args: the trainer's arguments.
-        due: the run goes on from a checkpoint after which it should have evaluated next.
+        due: the run resumes from a checkpoint after which an evaluation was due.
     """
 
     def __init__(self, args: Any, due: bool = False) -> None:
@@ -29,11 +29,11 @@ class DueEvaluation:
         return ends and wanted and self._evaluated_step != state.global_step
 
     def postpone(self, due: bool = True) -> None:
-        """Leave an evaluation to the run that goes on from the checkpoint written next."""
+        """Postpone an evaluation: the run that resumes from the next checkpoint does it."""
         self.due = due
 
     def take_pending(self) -> bool:
-        """Return whether one is to be made up for here and now; it is no longer due afterwards."""
+        """Return whether a postponed evaluation must run now; it is no longer pending afterwards."""
         due, self.due = self.due, False
         return due and self.args.eval_strategy != "no"
 

@@ -1,4 +1,4 @@
-"""What can go wrong in a step, told with the rows and the way out: NaN, out of memory."""
+"""Detect NaN and out-of-memory errors; say which rows caused them and what to change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from qwen_vl_sft.errors import UserError, first_line
 
 _SHOWN = 64
-# Steps in a row that a gradient scaler may leave out. It halves its scale at each: from 65,536, where PyTorch's and
+# Most steps in a row that a gradient scaler may skip. It halves its scale at each: from 65,536, where PyTorch's and
 # DeepSpeed's begin, to 1, below which the loss scale is not what makes a gradient infinite.
 _MOST_OVERFLOWS = 16
 
@@ -22,7 +22,7 @@ _MOST_OVERFLOWS = 16
 class StepRecord:
     """One optimizer step of this process: the rows of its micro-batches, their losses, and whether all were finite.
 
-    `overflows` is how many steps in a row, this one included, a gradient scaler has left out; None without one.
+    `overflows` is how many steps in a row, including this one, the gradient scaler has skipped; None without a scaler.
     """
 
     rows: list[list[int]] = field(default_factory=list)
@@ -31,9 +31,9 @@ class StepRecord:
     overflows: torch.Tensor | None = None
 
     def not_finite(self, device: torch.device) -> torch.Tensor:
-        """Return 1 when a loss or the gradient is NaN or infinite, else 0; nothing waits for the device.
+        """Return 1 when a loss or the gradient is NaN or infinite, else 0, without waiting for the device.
 
-        A gradient scaler looks for the largest scale that the gradient allows, so with one that is no fault for some steps.
+        A gradient scaler searches for the largest scale, so with one some infinite gradients in a row are normal.
         """
         faults = [1 - torch.isfinite(loss).float() for loss in self.losses]
         faults.append(
@@ -42,14 +42,14 @@ class StepRecord:
         return torch.stack(faults).max()
 
     def gradient_not_finite(self, device: torch.device) -> torch.Tensor:
-        """Return 1 when the gradient is NaN or infinite, else 0; nothing waits for the device."""
+        """Return 1 when the gradient is NaN or infinite, else 0, without waiting for the device."""
         if self.grad_norm is None:
             return torch.zeros((), device=device)
         norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
         return 1 - torch.isfinite(torch.as_tensor(norm, device=device).reshape(())).float()
 
     def culprits(self) -> dict[str, Any]:
-        """Return the rows of this process, those of micro-batches without a finite loss, and the gradient's norm."""
+        """Return this process's rows, the rows of micro-batches whose loss is not finite, and the gradient norm."""
         bad = [rows for rows, loss in zip(self.rows, self.losses, strict=False) if not torch.isfinite(loss)]
         norm = self.grad_norm
         return {
@@ -85,7 +85,7 @@ def not_finite_error(described: str, can_skip: bool) -> UserError:
 
 
 def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
-    """Describe rows and size of a micro-batch. Call it before the step, which may take entries out."""
+    """Describe rows and size of a micro-batch. Call it before the step, which may remove entries."""
     tokens, pixels = inputs["input_ids"], inputs.get("pixel_values")
     patches = 0 if pixels is None else pixels.shape[0]
     size = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {patches:,} image patches"
@@ -102,7 +102,7 @@ def describe_step(rows: list[int], batches: Sequence[dict[str, Any]]) -> str:
 def explained_out_of_memory(batch: str, packing: bool, checkpointing: bool) -> Iterator[None]:
     """Turn an out-of-memory error inside into a `UserError` that names the micro-batch and what to change.
 
-    `batch` is that of `describe_micro_batch`.
+    `batch` is the text of `describe_micro_batch`.
     """
     try:
         yield

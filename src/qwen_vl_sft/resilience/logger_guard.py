@@ -16,10 +16,10 @@ _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
 def guard_loggers(callbacks: Iterable[TrainerCallback]) -> dict[str, str]:
-    """Have no logger of `report_to` end a run: its first error is printed, and it is asked no more.
+    """Keep the run alive when a logger of `report_to` fails: print its first error, then stop calling it.
 
-    Returns why each has failed, by name, filled in while training. Everything that is logged stands in
-    training_log.jsonl as well.
+    Returns the error of each failed logger by name, filled in while training. training_log.jsonl has every log entry as
+    well.
     """
     names = {callback: name for name, callback in INTEGRATION_TO_CALLBACK.items()}
     failed: dict[str, str] = {}
@@ -41,8 +41,8 @@ def _guarded(event: Callable[..., Any], name: str, failed: dict[str, str]) -> Ca
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {first_line(error)}, at step {state.global_step}"
             print(
-                f"warning: report_to: {name} failed ({failed[name]}); training goes on without it, and"
-                f" training_log.jsonl will hold what it misses",
+                f"warning: report_to: {name} failed ({failed[name]}); training continues without it;"
+                f" training_log.jsonl has every entry",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,6 +1,6 @@
-"""Requests to stop: SIGTERM, SIGUSR1, Ctrl-C, or a launcher that has died.
+"""Handle requests to stop: SIGTERM, SIGUSR1, Ctrl-C, or the death of the launcher.
 
-Before training there is nothing to save, and the process ends at once. While training, the step goes on to its end; all
+Before training there is nothing to save, and the process ends at once. While training, the step is finished first; all
 processes then agree, save, and end with exit code 75. No heavy import here: signals are watched from the first moment.
 """
 
@@ -29,12 +29,12 @@ _PARENT_POLL_SECONDS = 1.0
 _LAUNCHER_GONE = "the end of its launcher"
 # Python's own handlers wait until the main thread is back in Python.
 _HANDLER_SECONDS = 1.0
-# What a process without its launcher may still take to save; a hung one must not hold its GPU for ever.
+# Time for a process without its launcher to save; a hung one must not hold its GPU for ever.
 _ORPHAN_SECONDS = 300.0
 
 
 class SignalWatcher:
-    """Remembers that this process was told to stop, or ends it at once while there is nothing to save."""
+    """Notes a request to stop, or ends the process at once while there is nothing to save."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -43,7 +43,7 @@ class SignalWatcher:
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
         self._launcher: int | None = None
-        self._told: int | None = None
+        self._signal_pipe: int | None = None
         # Shared with the workers of data loaders, which are forked.
         self._training = mmap.mmap(-1, 1)
 
@@ -51,23 +51,23 @@ class SignalWatcher:
         """Handle signals from now on. Under a launcher, watch that it is alive too."""
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
-        heard, self._told = os.pipe()
-        os.set_blocking(self._told, False)
-        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-        # What a forked process is told is not for this one.
-        os.register_at_fork(after_in_child=_hear_no_more)
+        heard, self._signal_pipe = os.pipe()
+        os.set_blocking(self._signal_pipe, False)
+        signal.set_wakeup_fd(self._signal_pipe, warn_on_full_buffer=False)
+        # Signals to a forked process must not wake this one.
+        os.register_at_fork(after_in_child=_ignore_signal_pipe)
         threading.Thread(target=self._end_when_stuck, args=(heard,), daemon=True).start()
         if _has_launcher():
             self._launcher = os.getppid()
             threading.Thread(target=self._watch_parent, args=(self._launcher,), daemon=True).start()
 
-    def leave_word_in(self, folder: Path) -> None:
-        """Leave word in this run folder, if it is there, when the process is told to stop before training."""
+    def report_stop_in(self, folder: Path) -> None:
+        """Write `preempted.json` into this run folder, if it exists, when the process is stopped before training."""
         self._folder = folder
 
     @property
     def reason_of_all(self) -> str:
-        """Return why a run ends that some process was told to stop: what this one knows of it."""
+        """Return the stop reason, as far as this process knows it."""
         if self.reason is None and self._launcher not in (None, os.getppid()):
             return _LAUNCHER_GONE  # another process has noticed first
         return self.reason or "a signal to another process"
@@ -82,7 +82,7 @@ class SignalWatcher:
         self._training[0] = int(value)
 
     def keep_workers(self) -> None:
-        """Keep data loaders' workers alive through a signal while training: the step needs them, and a whole job gets it.
+        """Keep data loader workers alive through a signal while training: the step needs them, and a job signals them too.
 
         Call it before any data loader is read.
         """
@@ -92,7 +92,7 @@ class SignalWatcher:
 
     @contextlib.contextmanager
     def while_training(self) -> Iterator[None]:
-        """Have something to save from now on; afterwards, however it ends, signals are the system's again."""
+        """Save on a signal inside this context; afterwards restore the earlier signal handlers."""
         self.training = True
         try:
             yield
@@ -105,10 +105,10 @@ class SignalWatcher:
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
-            if self._told is not None:
+            if self._signal_pipe is not None:
                 signal.set_wakeup_fd(-1)
-                os.close(self._told)
-                self._told = None
+                os.close(self._signal_pipe)
+                self._signal_pipe = None
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._pid:
@@ -145,7 +145,7 @@ class SignalWatcher:
         while received := os.read(heard, 1):
             before = not self.training
             time.sleep(_HANDLER_SECONDS)
-            if before and not self.training and self._told is not None and received[0] in SIGNALS:
+            if before and not self.training and self._signal_pipe is not None and received[0] in SIGNALS:
                 self._stop(signal.Signals(received[0]).name)
         os.close(heard)
 
@@ -160,18 +160,18 @@ class SignalWatcher:
 
 
 def write_preempted(folder: Path, reason: str, step: int | None, checkpoint: Path | None) -> None:
-    """Leave word in the run folder that it was stopped, since launchers turn every exit code into 1."""
+    """Write `preempted.json` into the run folder, since launchers turn every exit code into 1."""
     entry = {"reason": reason, "step": step, "checkpoint": checkpoint.name if checkpoint else None}
     atomic_write(folder / PREEMPTED, json.dumps(entry) + "\n")
 
 
-def _hear_no_more() -> None:
+def _ignore_signal_pipe() -> None:
     with contextlib.suppress(ValueError):  # forked by another thread than the main one
         signal.set_wakeup_fd(-1)
 
 
 def _has_launcher() -> bool:
-    """Return whether the parent is a launcher, without which this process should not go on. A shell may well end first."""
+    """Return whether the parent is a launcher, without which this process must end. A shell may end earlier."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
     import psutil

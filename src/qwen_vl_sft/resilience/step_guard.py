@@ -1,4 +1,4 @@
-"""Watching every optimizer step: which rows it has, and whether its losses and its gradient are finite."""
+"""Watch every optimizer step: which rows it has, and whether its losses and its gradient are finite."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qwen_vl_sft.resilience.faults import StepRecord, describe_not_finite, not_f
 
 
 class StepGuard:
-    """Keeps the record of the current step, and leaves steps out that are not finite where it is asked to.
+    """Keeps the record of the current step, and skips steps that are not finite if `skips` is set.
 
     Args:
         device: where the model computes.
-        skips: leave out steps whose loss or gradient is not finite; otherwise they end the run.
+        skips: skip steps whose loss or gradient is not finite; otherwise they end the run.
         can_skip: whether `nonfinite: skip` would work, which the error then offers.
 
-    `skipped` tells of each step that was left out.
+    `skipped` describes each skipped step.
     """
 
     def __init__(self, device: torch.device, skips: bool = False, can_skip: bool = True) -> None:
@@ -42,15 +42,15 @@ class StepGuard:
         return self.record.rows[place] if place < len(self.record.rows) else []
 
     def note_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Note the loss of a micro-batch; return it as it is logged, 0 where a loss that is not finite is left out."""
+        """Note the loss of a micro-batch; return it as it is logged: 0 for a loss that is skipped."""
         self.record.losses.append(loss.detach())
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.skips else loss
 
     def should_skip(self, step: int, norm: Any, accelerator: Any) -> bool:
-        """Note the gradient's norm; return whether the step is to be left out. All processes must call at once."""
+        """Note the gradient's norm; return whether the step should be skipped. All processes must call at once."""
         self.record.grad_norm = norm
         if accelerator.mixed_precision == "fp16":
-            # A gradient scaler, DeepSpeed's or PyTorch's, leaves out steps whose gradient overflows in float16.
+            # A gradient scaler, DeepSpeed's or PyTorch's, skips steps whose gradient overflows in float16.
             self._overflows = (self._overflows + 1) * self.record.gradient_not_finite(self.device)
             self.record.overflows = self._overflows
         if not self.skips:

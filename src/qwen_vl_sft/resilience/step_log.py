@@ -1,4 +1,4 @@
-"""What is kept of steps in the run folder: which rows each trained on, if asked, and which steps were left out."""
+"""Log steps in the run folder: the rows of each step, if asked, and the skipped steps."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class StepLog(TrainerCallback):
     Args:
         folder: the run folder.
         rank: of this process.
-        guard: has the rows of the step and the steps left out.
+        guard: has the rows of the step and the skipped steps.
         row_ids: write the row ids of every step.
     """
 
     def __init__(self, folder: Path, rank: int, guard: StepGuard, row_ids: bool) -> None:
         self.folder, self.first, self.guard = folder, rank == 0, guard
         self.row_log = RowLog(folder, rank) if row_ids else None
-        self._told = 0
+        self._reported = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add what the step has to tell."""
+        """Write the rows of the step, and new skipped steps."""
         if self.row_log:
             self.row_log.write(state.global_step, self.guard.record.rows)
-        for text in self.guard.skipped[self._told :] if self.first else []:
+        for text in self.guard.skipped[self._reported :] if self.first else []:
             print(f"skipped: {text}", flush=True)
             with (self.folder / SKIPPED).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "why": text}) + "\n")
-        self._told = len(self.guard.skipped)
+        self._reported = len(self.guard.skipped)
 
 
 def skipped_steps(folder: Path) -> int:
-    """Return how many optimizer steps of a run were left out."""
+    """Return the number of skipped optimizer steps of a run."""
     path = folder / SKIPPED
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return len({json.loads(line)["step"] for line in lines})

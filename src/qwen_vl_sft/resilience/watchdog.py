@@ -1,7 +1,6 @@
-"""A watchdog for hung collectives: it ends the run, and tells what each process was doing.
+"""A watchdog for hung collectives: it ends the run, and reports what each process was doing.
 
-A collective that one process never joins would otherwise end in the communication library's own timeout, which names a
-tensor and no cause.
+Otherwise the communication library's own timeout would end the run, and name a tensor instead of the cause.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _BACKWARD = "_engine_run_backward"
 
 
 class Stage(IntEnum):
-    """What a step goes through, in this order; an evaluation and a checkpoint are those after the step."""
+    """Stages of a step in order; an evaluation and a checkpoint belong to the step before them."""
 
     DATA, TOKENS, MICRO_BATCHES, GRADIENT, END, EVALUATION, SAVE = range(7)
 
@@ -47,7 +46,7 @@ class Stage(IntEnum):
 class Standing:
     """What a process is doing, and for how many seconds. `place` grows through a run, alike on all processes.
 
-    `functions` are those of the main thread, the innermost first; `waits` says that this one waits for other processes.
+    `functions` are the innermost functions of the main thread; `waits` is true if it waits for other processes.
     """
 
     doing: str
@@ -66,7 +65,7 @@ class Watchdog(threading.Thread):
     The first process to notice asks all of them what they are doing, and writes that to the standard error; each leaves
     the stacks of its threads in `stalled-rank-N.txt` of the run folder.
 
-    Start it when processes begin to wait for each other. One that was not started only notes what it is told.
+    Start it when processes begin to wait for each other. Until then it only notes progress.
 
     Args:
         folder: the run folder.
@@ -86,7 +85,7 @@ class Watchdog(threading.Thread):
         self._can_ask = True
 
     def report_progress(self, doing: str, *place: int) -> None:
-        """Note what this process goes on to: `place` is step, stage, and a number."""
+        """Note what this process does next: `place` is step, stage, and a number."""
         self._now = (doing, place, time.monotonic())
 
     def end(self) -> None:
@@ -98,7 +97,7 @@ class Watchdog(threading.Thread):
         seen, silent, looked = self._now, 0.0, time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
-            # The time that a suspended job does not run counts for nothing.
+            # Time in which the job was suspended does not count.
             silent = silent + min(now - looked, 2 * self.interval) if self._now is seen else 0.0
             seen, looked = self._now, now
             if silent > self.limit or self._is_asked():
@@ -111,7 +110,7 @@ class Watchdog(threading.Thread):
         try:
             return bool(self._joined().check(["reporters"]))
         except (RuntimeError, KeyError):
-            # A second attempt would only take as long again, and torch writes of each.
+            # A second attempt would take as long, and torch logs each one.
             self._can_ask = False
             return False
 
@@ -132,20 +131,20 @@ class Watchdog(threading.Thread):
         leave(1, message, show=speaks)
 
     def _exchange(self, standing: Standing) -> tuple[str, bool]:
-        """Return the report, or on all processes but one its first line, and whether it is yet to be shown."""
+        """Return the report (its first line on all processes but one), and whether it still has to be printed."""
         store = self._joined()
         store.set(str(self.rank), json.dumps(asdict(standing)))
         if store.add("reporters", 1) > 1:
             store.wait(["told"], timedelta(seconds=2 * self._patience()))
             return store.get("told").decode().splitlines()[0], False
         message = format_report(self._collect(store), self.limit, self.folder)
-        # The others end when this is told, and the launcher then ends this process.
+        # The others end when they read this, and the launcher then ends this process.
         print(message, file=sys.stderr, flush=True)
         store.set("told", message)
         return message, False
 
     def _patience(self) -> float:
-        """Return the seconds in which every process that can has noticed."""
+        """Return the seconds within which every responding process has noticed."""
         return 3 * self.interval + 5
 
     def _collect(self, store: PrefixStore) -> list[Standing | None]:
@@ -166,7 +165,7 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
 
     def _joined(self) -> PrefixStore:
-        """Open a connection of our own: that of the process group may be waiting in another thread."""
+        """Open a separate connection: the one of the process group may be waiting in another thread."""
         if self._store is None:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SECONDS_TO_CONNECT))
