@@ -16,8 +16,8 @@ from qwen_vl_sft.config.reading import key_hints, read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
-from qwen_vl_sft.training.nested_rules import NESTED_RULES, OPTIM_ARGS
 from qwen_vl_sft.training.rules import _evaluation
+from qwen_vl_sft.training.scheduler_and_optimizer_rules import OPTIM_ARGS, SCHEDULER_AND_OPTIMIZER_RULES
 
 
 def problems(rules, processes=1, strategy="ddp", **keys):
@@ -130,7 +130,7 @@ def test_layers_that_train_in_full_beside_an_adapter(keys, told):
     ],
 )
 def test_mistakes_inside_keys(keys, told):
-    found = problems(NESTED_RULES, **keys)
+    found = problems(SCHEDULER_AND_OPTIMIZER_RULES, **keys)
     assert len(found) == 1
     assert found[0].startswith(told)
 
@@ -154,7 +154,7 @@ def test_every_key_that_holds_keys_has_a_rule_or_is_refused():
     ],
 )
 def test_keys_inside_keys_that_are_read(keys):
-    assert problems(NESTED_RULES, **keys) == []
+    assert problems(SCHEDULER_AND_OPTIMIZER_RULES, **keys) == []
 
 
 def test_every_schedule_can_be_made_on_trial():
@@ -164,7 +164,7 @@ def test_every_schedule_can_be_made_on_trial():
     needs |= {kind: {"min_lr": 1e-7} for kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")}
     for kind in SchedulerType:
         keys = {"lr_scheduler_type": kind.value, "lr_scheduler_kwargs": needs.get(kind.value)}
-        assert problems(NESTED_RULES, **keys) == []
+        assert problems(SCHEDULER_AND_OPTIMIZER_RULES, **keys) == []
 
 
 def test_the_arguments_of_optimizers_are_those_that_transformers_reads():

@@ -5,35 +5,11 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 
-from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.launch import DistributedContext
 
 Rule = Callable[[Recipe, DistributedContext], Iterator[str]]
 _TOKENS_SEEN = ("all", "non_padding", "no")
-
-
-def resolve_batch(recipe: Recipe, processes: int) -> GlobalBatch:
-    """Return what one optimizer step takes over all processes."""
-    run = recipe.run
-    if run.global_batch_tokens is not None:
-        return GlobalBatch(tokens=run.global_batch_tokens)
-    if run.global_batch_size is not None:
-        return GlobalBatch(rows=run.global_batch_size)
-    per_step = recipe.get("per_device_train_batch_size") * processes
-    return GlobalBatch(rows=per_step * recipe.get("gradient_accumulation_steps"))
-
-
-def with_accumulation(recipe: Recipe, processes: int) -> Recipe:
-    """Return the recipe with the gradient accumulation that `global_batch_size` comes to, where that decides.
-
-    Packed steps are planned by their tokens instead.
-    """
-    rows = recipe.run.global_batch_size
-    if recipe.run.packing or rows is None:
-        return recipe
-    per_step = recipe.get("per_device_train_batch_size") * processes
-    return recipe.with_training(gradient_accumulation_steps=rows // per_step)
 
 
 def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
@@ -53,7 +29,7 @@ def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     elif not recipe.run.packing and whole % per_step:
         yield (
             f"global_batch_size {whole} is no multiple of per_device_train_batch_size {per_device} x {context.processes}"
-            f" process(es) = {per_step}; {_that_divides(whole, per_device, context.processes)}"
+            f" process(es) = {per_step}; {_suggest_valid_batch(whole, per_device, context.processes)}"
         )
     elif "gradient_accumulation_steps" in recipe.stated:
         product = per_step * recipe.get("gradient_accumulation_steps")
@@ -65,8 +41,8 @@ def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
             )
 
 
-def _that_divides(whole: int, per_device: int, processes: int) -> str:
-    """Return what can be written instead: the nearest whole batch, and if there is one, the largest part of it that fits."""
+def _suggest_valid_batch(whole: int, per_device: int, processes: int) -> str:
+    """Suggest the nearest valid global batch, and the largest valid batch per device if there is one."""
     per_step = per_device * processes
     ways = [f"global_batch_size {max(1, round(whole / per_step)) * per_step}"]
     if whole % processes == 0:

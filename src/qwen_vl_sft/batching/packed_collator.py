@@ -31,7 +31,7 @@ MICRO_BATCHES = "micro_batches"
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of tokens of one row, T in all, that follows `before` (tokens of the sequence, by place) in its row."""
+    """A run of tokens of one row of T tokens. It attends to the token range `before` of the sequence, and to itself."""
 
     row: Encoded
     positions: torch.Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwen_vl_sft.compat import (
-    elsewhere,
+    applied_in_other_modules,
     for_accelerate,
     for_bitsandbytes,
     for_deepspeed,
@@ -29,7 +29,7 @@ _MODULES = (
     for_python,
     packed_batches,
     vision_tower,
-    elsewhere,
+    applied_in_other_modules,
     for_trainer,
 )
 _TITLES = {

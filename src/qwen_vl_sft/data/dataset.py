@@ -99,7 +99,7 @@ def open_rows(
         streaming: read row by row instead of preparing the whole split first.
         row_format: name of a format (`formats.FORMATS`), or "auto" to tell by the columns.
         shuffle_seed: shuffle with this seed, before the cap; None keeps the order.
-        max_rows: at most so many rows.
+        max_rows: most rows to take, None for all.
 
     Raises `UserError` when the dataset, the split or the format is not there.
     """
@@ -115,14 +115,14 @@ def open_rows(
 
 
 def select_evenly(rows: Rows, max_rows: int | None) -> Rows:
-    """Return at most so many rows, evenly over the split: ChartQA's first half is all human, its second all machine."""
+    """Return at most `max_rows` rows, evenly spaced over the split: ChartQA's first half is all human, its second all machine."""
     if max_rows is None or max_rows >= len(rows):
         return rows
     return rows.select(even_indices(len(rows), max_rows))
 
 
 def even_indices(total: int, most: int | None) -> list[int]:
-    """Return at most `most` of `total` indices, evenly spread; all of them for None."""
+    """Return at most `most` of `total` indices, evenly spaced; all of them for None."""
     count = min(most or total, total)
     return [number * total // count for number in range(count)]
 

@@ -96,10 +96,10 @@ class RopeFunctions:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of one forward, counted as 2 a multiply-add, by what they grow with.
+    """FLOPs of one forward pass (2 per multiply-add), by the quantity that they are proportional to.
 
-    Those with weights cost a trained layer three times as much in training, those of two activations (`..._products`)
-    as soon as a gradient passes. Attention is counted over its causal half.
+    Products with trained weights cost three times the forward pass in training; products of two activations
+    (`..._products`) do too once a gradient passes. Attention is counted over its causal half.
 
     Attributes:
         per_token: layers of the language model.

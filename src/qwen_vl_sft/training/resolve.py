@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.batching.batch_rules import resolve_batch, with_accumulation
-from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.batching.global_batch import GlobalBatch, resolve_batch, with_accumulation
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, raise_all

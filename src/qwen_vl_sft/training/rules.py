@@ -19,7 +19,7 @@ from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.modeling.model_rules import MODEL_RULES
 from qwen_vl_sft.publishing.hub_rules import HUB_RULES
 from qwen_vl_sft.resilience.run_rules import RUN_RULES
-from qwen_vl_sft.training.nested_rules import NESTED_RULES
+from qwen_vl_sft.training.scheduler_and_optimizer_rules import SCHEDULER_AND_OPTIMIZER_RULES
 
 # What every evaluation measures while training; those of `METRICS` come with predict_with_generate.
 EVALUATION_METRICS = ("loss", "mean_token_accuracy")
@@ -134,7 +134,7 @@ def _loss(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     _required,
     *RANGE_RULES,
-    *NESTED_RULES,
+    *SCHEDULER_AND_OPTIMIZER_RULES,
     *MODEL_RULES,
     *BATCH_RULES,
     _evaluation,

@@ -1,4 +1,4 @@
-"""The run's signature: what a checkpoint's manifest says of its run, and a resume compares."""
+"""Return what a resume compares: number of processes, fixed settings, library versions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
 
 
 def _judge(recipe: Recipe, evaluation: Scan | None) -> dict[str, Any]:
-    """Return by what evaluations tell which model is the best."""
+    """Return the metric and the evaluation rows that choose the best model."""
     metric = (recipe.get("metric_for_best_model") or "loss").removeprefix("eval_")
     answers = ("max_predict_samples", "max_new_tokens") if metric in METRICS else ()
     return {

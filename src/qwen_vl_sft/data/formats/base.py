@@ -83,7 +83,7 @@ def unread_media() -> list[str]:
 
 
 def has_value(value: Any) -> bool:
-    """Tell whether a column's value is more than empty: Arrow fills what is missing with nulls."""
+    """Return whether the value is not empty (Arrow stores missing values as null)."""
     if isinstance(value, Mapping):
         value = list(value.values())
     return any(has_value(entry) for entry in value) if isinstance(value, list) else value is not None and value != ""

@@ -1,4 +1,4 @@
-"""Rules of a recipe on keys that hold keys of their own, which the libraries would look at when training begins."""
+"""Check recipe keys whose value is a mapping: lr_scheduler_kwargs, optim_args, gradient_checkpointing_kwargs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.launch import DistributedContext
 from qwen_vl_sft.errors import first_line
 
-# What transformers takes out for itself, and what `torch.utils.checkpoint.checkpoint` takes that a recipe can say.
+# Arguments that transformers reads itself, and those of `torch.utils.checkpoint.checkpoint` that a recipe can set.
 _CHECKPOINTING: dict[str, type] = {
     "every_n_layers": int,
     "offload": bool,
@@ -27,19 +27,19 @@ _CHECKPOINTING: dict[str, type] = {
     "debug": bool,
     "early_stop": bool,
 }
-# Schedules whose functions pass on what they are given.
+# Schedules whose functions pass their arguments on.
 _SCHEDULES: dict[SchedulerType, Callable[..., Any]] = {
     SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau,
     SchedulerType.GREEDY: GreedyLR,
 }
-# For these transformers reads no arguments at all, and says nothing.
+# For these transformers silently ignores all arguments.
 _WITHOUT_ARGUMENTS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 _GIVEN_BY_THE_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-# A schedule is made on trial for as many steps when the recipe does not say how many there will be.
+# Steps of a trial schedule when the recipe does not set their number.
 _MANY_STEPS = 1_000_000
 
-# What transformers reads of `optim_args` (`trainer_optimizer.py`), by the beginning of the optimizer's name. It passes
-# over all else in silence; bitsandbytes' RMSprop it would give text for numbers.
+# What transformers reads of `optim_args` (`trainer_optimizer.py`), by the beginning of the optimizer's name. It silently
+# ignores all others, and would pass text instead of numbers to bitsandbytes' RMSprop.
 OPTIM_ARGS: dict[str, tuple[str, ...]] = {
     "adamw_anyprecision": (
         "use_kahan_summation",
@@ -136,4 +136,4 @@ def _unknown(where: str, stated: Iterable[str], known: Collection[str]) -> Itera
         yield f"{where}: unknown key {name}; {hint}"
 
 
-NESTED_RULES = (_checkpointing, _schedule, _optimizer)
+SCHEDULER_AND_OPTIMIZER_RULES = (_checkpointing, _schedule, _optimizer)
