@@ -115,7 +115,7 @@ def open_rows(
 
 
 def select_evenly(rows: Rows, max_rows: int | None) -> Rows:
-    """Return at most `max_rows` rows, evenly spaced over the split: ChartQA's first half is all human, its second all machine."""
+    """Return at most `max_rows` rows, evenly spaced: ChartQA's first half is all human questions, its second all machine."""
     if max_rows is None or max_rows >= len(rows):
         return rows
     return rows.select(even_indices(len(rows), max_rows))
