@@ -79,13 +79,13 @@ def main() -> None:
 
 
 def scripts() -> list[str]:
-    """Return the names of the shipped scripts, those of everyday use first."""
+    """Return the names of the shipped scripts, the most used ones first."""
     names = sorted(path.stem for path in (require_root() / SCRIPTS).glob("*.py"))
     return [name for name in FIRST if name in names] + [name for name in names if name not in FIRST]
 
 
 def build_command(name: str, words: Sequence[str]) -> list[str]:
-    """Return the words of the process that runs a script with `words`: Python's, or those of `accelerate launch`.
+    """Return the command that runs a script with `words`: with Python, or with `accelerate launch`.
 
     Raises `UserError` for a name that is no command, and for launch options of a script that runs in one process.
     """
@@ -137,7 +137,7 @@ def copy(words: Sequence[str]) -> str:
 
 
 def format_files() -> str:
-    """Return the folder of the shipped files and what is in it, in 80 columns."""
+    """Format the folder of the shipped files and their names, in 80 columns."""
     root = require_root()
     lines = [str(root)]
     for folder in FOLDERS:

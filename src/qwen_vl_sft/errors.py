@@ -44,7 +44,7 @@ class OverLongRow(BadRow):
 
 
 class Preempted(Exception):
-    """The run was told to stop, and has saved; the message says where to go on."""
+    """The run was asked to stop, and has saved; the message says how to resume."""
 
 
 def raise_all(problems: Sequence[str]) -> None:

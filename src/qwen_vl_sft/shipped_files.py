@@ -1,4 +1,4 @@
-"""Files that come with the package beside its code: recipes, launch configurations, Slurm jobs and scripts.
+"""Files that the package ships besides its code: recipes, launch configurations, Slurm jobs and scripts.
 
 They lie at the top of the repository; a wheel installs them into `share/qwen_vl_sft` (pyproject.toml, data-files).
 """

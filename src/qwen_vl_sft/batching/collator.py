@@ -93,7 +93,7 @@ class Collator:
             return None
 
     def filler_row(self, items: Sequence[dict[str, Any]], read_media: ReadMedia | None = None) -> Encoded:
-        """Return what stands in for a batch without any usable row: a good row without targets."""
+        """Return a substitute for a batch without any usable row: a good row without targets."""
         if self.rows.streamed:
             raise BadRow(f"none of the {len(items)} rows of a batch of the stream can be used; see the warnings above")
         if not self.skip_bad_rows:
@@ -108,7 +108,7 @@ class Collator:
 
 
 def row_stats(row: Encoded) -> BatchStats:
-    """Count what one row asks of the model."""
+    """Count the work that one row is for the model."""
     patches = row.image_grid_thw.prod(-1)
     return BatchStats(
         tokens=len(row.input_ids),

@@ -129,7 +129,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
         batch |= _vision_inputs(shown, positions)
     merged = sum(int(image.grid.prod()) for image in shown) // positions.config.vision_config.spatial_merge_size**2
     visual = torch.cat([piece.row.mm_token_type_ids[piece.start : piece.stop] for piece in pieces]).nonzero()[:, 0]
-    assert len(visual) == merged, f"{len(visual)} image tokens stand for {merged} merged patches"
+    assert len(visual) == merged, f"{len(visual)} image tokens for {merged} merged patches"
     by_start = {start: number for number, start in enumerate(starts[:-1])}
     parents = [by_start[piece.before.start] if piece.before else None for piece in pieces]
     batch |= positions.packed_entries(PackedLayout(lengths, parents, visual))
@@ -138,7 +138,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
 
 
 def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[str, Any]:
-    """Return what images bring, one after another as they are shown.
+    """Return the model inputs of the images, in order of appearance.
 
     Returns `pixel_values` and `image_grid_thw` as in a padded batch, each different image once, with what
     `Positions.patch_inputs` knows of them, and `image_index`, for each image shown which of the different ones it is,

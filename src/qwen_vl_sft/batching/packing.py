@@ -72,7 +72,7 @@ class StepPlan:
         return self.batch.steps(self.sizes.tokens)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Return every row once, in the order of an epoch; rows that share a prefix stand together."""
+        """Return every row once, in the order of an epoch; rows that share a prefix are adjacent."""
         shuffled = np.array(epoch_order(len(self.sizes.tokens), self.seed, epoch))
         if not self.share_prefixes:
             return shuffled

@@ -37,9 +37,9 @@ class Positions:
         return self.family.patch_inputs(self.config, grids)
 
     def packed_entries(self, layout: PackedLayout) -> dict[str, Any]:
-        """Return what the family's packed batches bring beside what all do, see `ModelFamily.packed_entries`."""
+        """Return the additional entries of the family's packed batches (`ModelFamily.packed_entries`)."""
         return self.family.packed_entries(layout)
 
     def __reduce__(self) -> tuple[type[Positions], tuple[Any]]:
-        # A worker that is spawned builds the bound functions anew.
+        # A spawned worker rebuilds the bound functions.
         return Positions, (self.config,)

@@ -52,7 +52,7 @@ class EpochSampler(Sampler[int]):
 
 
 def step_loader(sampler: StepSampler, collate: Callable[..., Any], args: TrainingArguments) -> DataLoader[Any]:
-    """Return a data loader of packed steps, those of one process."""
+    """Return the data loader of one process's packed steps."""
     workers = args.dataloader_num_workers
     return DataLoader(
         _AsIs(),

@@ -1,4 +1,4 @@
-"""Describe the changes to libraries that modules apply where they belong: attention, kernels, and what is written out."""
+"""List the changes to libraries that other modules apply: attention, kernels, checkpoints, caches."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ PATCHES = (
         package="torch",
         broken="<=2.11",
         kind="extension",
-        without="A resume goes on with the peak learning rate that the checkpoint was saved with.",
+        without="A resume continues with the peak learning rate of the checkpoint.",
         applied_by="checkpointing.resumed_state.take_schedule",
         reads={"torch.optim.lr_scheduler.LRScheduler": ("_last_lr", "base_lrs")},
     ),
@@ -134,7 +134,7 @@ PATCHES = (
         package="flash-attn-4",
         broken="<=4.0.0b36",
         kind="extension",
-        without="FlashAttention-4 compiles its kernels anew in every run, or keeps them where others may write.",
+        without="FlashAttention-4 recompiles its kernels in every run, or caches them where others may write.",
         applied_by="modeling.attention_kernels.varlen_kernel",
         needs="flash-attn-4",
     ),

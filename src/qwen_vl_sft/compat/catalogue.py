@@ -35,19 +35,19 @@ _MODULES = (
 _TITLES = {
     "workaround": (
         "Faults and missing options",
-        "Each may go once its check says that the library no longer needs it.",
+        "Each can be removed once its check shows that the library no longer needs it.",
     ),
-    "extension": ("Extensions", "What the libraries do not do, and training here needs."),
+    "extension": ("Extensions", "Features that training needs and the libraries lack."),
     "override": (
         "Overridden private methods of the Trainer",
-        "A release may rename or drop them, so a test checks that each is there and takes what is passed to it.",
+        "A release may rename or drop them, so a test checks that each exists and accepts the arguments passed to it.",
     ),
 }
 _HEAD = """# Changes made to libraries
 
 Training works around faults of its libraries and adds to them. Each change is one entry in
 `src/qwen_vl_sft/compat/`, with a check that shows the fault on the installed library; `tests/unit/test_compat.py` runs
-all checks and fails once a library has mended one. This page is made from the entries:
+all checks and fails once a library has fixed one. This page is made from the entries:
 
     python -m qwen_vl_sft.compat > docs/patches.md
 

@@ -36,7 +36,7 @@ def round_as_one_process_does(accelerator: Any) -> None:
 
 
 def _fsdp_leaves_out_cpus() -> bool:
-    """Return whether the list of types that become FSDP, which stands before that branch, lacks MULTI_CPU."""
+    """Return whether the list of types that become FSDP, before that branch, lacks MULTI_CPU."""
     before, branch, _ = source_of("accelerate.state.AcceleratorState.__init__").partition("DistributedType.FSDP\n")
     return bool(branch) and "MULTI_CPU" not in before.rpartition("self.distributed_type in [")[2].partition("]")[0]
 

@@ -67,7 +67,7 @@ def end_workers(loaders: Iterable[Any]) -> None:
     Where batches are pinned, PyTorch would wait five seconds for each when the process ends.
     """
     for loader in loaders:
-        # accelerate's loaders hold the one that has the workers.
+        # accelerate's loaders wrap the loader that has the workers.
         iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
@@ -82,7 +82,7 @@ def _copies_change_nans() -> bool:
 
 
 def _convolutions_keep_tf32() -> bool:
-    """Return whether convolutions may compute in TF32 when all float32 is to be computed as such."""
+    """Return whether convolutions may still use TF32 when float32 precision is set to the highest."""
     backends: Any = torch.backends
     before = backends.fp32_precision
     try:
@@ -189,7 +189,7 @@ PATCHES = (
         package="torch",
         broken="<=2.11",
         kind="extension",
-        without="A process for each core imports PyTorch, beside every process of the run, to compile a few lines.",
+        without="Every process of the run starts one more process per core, each importing PyTorch, to compile a few lines.",
         applied_by="modeling.kernels.use_fused_kernels",
         reads={"torch._inductor.config.decide_compile_threads": ("sched_getaffinity",)},
     ),

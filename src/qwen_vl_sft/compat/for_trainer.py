@@ -54,7 +54,7 @@ PATCHES = (
     ),
     _override(
         "_evaluate",
-        "A run told to stop ends only after its evaluation.",
+        "A run that was asked to stop ends only after its evaluation.",
         "trial",
         "ignore_keys_for_eval",
         "skip_scheduler",
@@ -63,7 +63,7 @@ PATCHES = (
     _override("_run_epoch", "A run resumed from its last step's checkpoint trains one more step."),
     _override(
         "_load_optimizer_and_scheduler",
-        "A resume goes on with the learning rate that the checkpoint was saved with, whatever the recipe says now.",
+        "A resume continues with the learning rate of the checkpoint, even if the recipe has changed it.",
         "checkpoint",
     ),
     _override(

@@ -54,7 +54,7 @@ def _saves_no_split_model() -> bool:
 
 
 def _looks_for_a_folder_it_does_not_make() -> bool:
-    """Return whether each process looks for the best checkpoint's folder by itself, and none makes it before."""
+    """Return whether each process looks for the best checkpoint's folder separately, and none creates it first."""
     before, looks, _ = source_of("transformers.trainer.Trainer._save_checkpoint").partition("os.path.exists(best_check")
     return bool(looks) and "makedirs" not in before
 
@@ -127,7 +127,7 @@ PATCHES = (
         name="make_the_checkpoints_folder_first",
         package="transformers",
         broken="<=5.23",
-        without="Under FSDP some processes see the folder of the best checkpoint and others do not, and wait for ever.",
+        without="Under FSDP only some processes see the folder of the best checkpoint, and the others hang.",
         applied_by="checkpointing.writer.CheckpointWriter",
         links=("https://github.com/huggingface/accelerate/issues/3010",),
         still_needed=_looks_for_a_folder_it_does_not_make,
@@ -136,7 +136,7 @@ PATCHES = (
         name="load_full_weights",
         package="transformers",
         broken="<=5.23",
-        without="A resume of full fine-tuning finds no weight by its name and goes on with the base model's.",
+        without="A resume of full fine-tuning finds no weight by its name and continues with the base model's.",
         applied_by="modeling.loaded_weights.load_full_weights",
         links=("https://github.com/huggingface/transformers/issues/43701",),
         still_needed=_resume_loads_by_names_in_memory,

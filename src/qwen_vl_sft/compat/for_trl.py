@@ -13,7 +13,7 @@ from qwen_vl_sft.compat.registry import Patch, source_of
 
 
 def score_places_as_they_come(model: Any) -> None:
-    """Have TRL's output head score all places that a packed batch names; they are learned, all but that of a filler.
+    """Skip TRL's label mask: the positions that a packed batch lists are already the targets.
 
     On a GPU it would look for the learned ones by a mask, and wait for it three times in every micro-batch; on other
     devices it scores all places. Call it on a base model that has this head.

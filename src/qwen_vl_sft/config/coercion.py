@@ -118,7 +118,7 @@ def _one_of(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _told_apart(members: tuple[Any, ...]) -> list[Any]:
-    """Return the types of a union that matter: in `Enum | str` and `dict | str` text only stands for the first."""
+    """Return the types of a union that matter: in `Enum | str` and `dict | str` the text only encodes the first."""
     members = tuple(member for member in members if member is not type(None))
     written = any(
         _is_mapping(member) or (isinstance(member, type) and issubclass(member, enum.Enum)) for member in members

@@ -178,7 +178,7 @@ def size(text: str) -> int:
 
 
 def option_names(kind: type) -> list[str]:
-    """Return the names of all options, those of the recipe keys that are listed included."""
+    """Return the names of all options, including the listed recipe keys."""
     options, keys = _declared(kind)
     return [*(entry.name for entry in options), *(keys.metadata["recipe_keys"] or () if keys else ()), "help"]
 
@@ -311,7 +311,7 @@ def _described() -> dict[str, tuple[str, str, str]]:
 
 
 def _all_keys() -> Iterator[str]:
-    """Yield the lines of all recipe keys: ours by group, then those of TRL's `SFTConfig`."""
+    """Yield the lines of all recipe keys: ours by group, then the keys of TRL's `SFTConfig`."""
     from qwen_vl_sft.config.reading import key_hints, training_default
 
     described, ours = _described(), set()
@@ -329,7 +329,7 @@ def _all_keys() -> Iterator[str]:
 
 
 def _line(name: str, text: str, kind: str = "", default: str = "") -> list[str]:
-    """Format an entry, indented; the text starts beside the name where there is room."""
+    """Format an entry, indented; the text starts on the line of the name if there is room."""
     if kind:
         text = f"{text} ({kind})" if text else kind
     text = f"{text} [{default}]" if default else text

@@ -51,7 +51,7 @@ class Recipe:
 
     @property
     def mixed_precision(self) -> str | None:
-        """Return the type that layers compute in, whatever type their weights have; None for that of the weights."""
+        """Return the type that layers compute in, whatever type their weights have; None for the type of the weights."""
         return "bfloat16" if self.get("bf16") else "float16" if self.get("fp16") else None
 
     @property
@@ -73,7 +73,7 @@ class Recipe:
 
 
 def key_hints() -> dict[str, Any]:
-    """Return every key of a recipe with its type: ours first, then those of `SFTConfig`."""
+    """Return every key of a recipe with its type: ours first, then the keys of `SFTConfig`."""
     hints: dict[str, Any] = {}
     for group in GROUPS.values():
         hints |= typing.get_type_hints(group)
@@ -139,7 +139,7 @@ def build(values: Mapping[str, Any]) -> Recipe:
 
 
 def _resolved(training: dict[str, Any]) -> dict[str, Any]:
-    """Return training keys with the values that will run, where what was written or left out comes to others."""
+    """Return the training keys whose effective values differ from the recipe or the defaults."""
     if training.get("bf16") is None:
         # As TRL's configuration makes it of a recipe without one.
         training["bf16"] = not training.get("fp16", False)

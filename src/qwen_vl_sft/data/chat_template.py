@@ -50,7 +50,7 @@ class ChatTemplate:
 
 
 def with_system_message(messages: list[Message], system_message: str | None) -> list[Message]:
-    """Put a system message before messages that bring none."""
+    """Put a system message before messages that have none."""
     if system_message is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": [{"type": "text", "text": system_message}]}, *messages]

@@ -34,7 +34,7 @@ class Conversation:
         return asked[-1] if asked else ""
 
     def up_to_last_answer(self) -> Conversation:
-        """Leave out what follows the last assistant turn, which is the one that an evaluation scores."""
+        """Drop the messages after the last assistant turn, which an evaluation scores."""
         last = max(number for number, message in enumerate(self.messages) if message["role"] == "assistant")
         kept = self.messages[: last + 1]
         shown = sum(part["type"] in MEDIA for message in kept for part in message["content"])
@@ -55,5 +55,5 @@ def generation_prompt(messages: list[Message]) -> list[Message]:
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """Return the text of a message without what it shows."""
+    """Return the text of a message without its media."""
     return "".join(part.get("text", "") for part in message["content"])

@@ -147,7 +147,7 @@ def _load(name: str, split: str, config: str | None) -> Dataset:
     dataset = find_source(name, split, config).load()
     if len(dataset) == 0:
         raise UserError(f"dataset {name}, split {split}: holds no rows")
-    # A column of this name that the data brings is read by no format.
+    # No format reads a column of this name in the data.
     others = dataset.remove_columns(ROW_ID) if ROW_ID in dataset.column_names else dataset
     return others.add_column(ROW_ID, range(len(others)))
 

@@ -30,7 +30,7 @@ _STALE_SECONDS = 3600
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of features that all come from the same tower, precision and pixel limits, stored alike.
+    """A folder of features that all come from the same tower, precision and pixel limits, stored in the same format.
 
     An image has M merged tokens of `width` values: those that the tower's merger gives and, for Qwen3-VL, those of each
     deeper layer beside them, `parts` of equal width in all. `storage` is what a value is written as: "bfloat16" and
@@ -49,7 +49,7 @@ class FeatureCache:
         return self.folder / content_hash[:2] / f"{content_hash}.safetensors"
 
     def size(self, tokens: int) -> int:
-        """Estimate the bytes of the file of an image of so many merged tokens."""
+        """Estimate the bytes of the file of an image with this many merged tokens."""
         scales = 4 * self.parts if self.storage == "int8" else 0
         return tokens * (self.width * BYTES[self.storage] + scales) + _HEADER
 
@@ -116,7 +116,7 @@ class FeatureCache:
         return (values.unflatten(1, (self.parts, -1)) * stored["scales"][..., None]).flatten(1)
 
     def begin(self, about: dict[str, Any]) -> None:
-        """Make the folder, write beside the features where they come from, and remove what killed runs left half."""
+        """Create the folder, record where its features come from, and remove the half-written files of killed runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / _ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for half in self.folder.glob(f"*/*{PARTIAL}"):

@@ -15,7 +15,7 @@ _INDENT = " " * 4
 
 
 def preview(train: Scan | Rows, encoder: Encoder) -> str:
-    """Return the row's tokens as text, at most 80 columns: images by their size, what is learned between {{ and }}.
+    """Return the row's tokens as text, at most 80 columns: images by their size, learned tokens between {{ and }}.
 
     Raises `BadRow` when it cannot be read.
     """

@@ -29,7 +29,7 @@ _FEATURES = Features(
     }
 )
 _SHOWN = 5
-# Raise it when rows are read, refused or measured otherwise than before: cached scans are then not used.
+# Raise it when reading, refusing or measuring of rows changes: cached scans are then ignored.
 _VERSION = 4
 
 
@@ -37,8 +37,8 @@ _VERSION = 4
 class Scan:
     """Rows that can be used, their lengths in the same order, and the rows that were left out with their reasons.
 
-    `kept` holds the indices of the rows among those that were scanned. `content_hashes` and `image_patches` are lists
-    with a list a row, which has an entry an image; they are empty unless the scan was asked for them.
+    `kept` holds the indices of the rows in the scanned data. `content_hashes` and `image_patches` have one list per row,
+    with one entry per image; they are empty unless the scan was asked for them.
     """
 
     rows: Rows
@@ -78,7 +78,7 @@ def scan(
     num_proc: int | None = None,
     content_hashes: bool = False,
 ) -> Scan:
-    """Check and measure every row; results are cached beside the dataset. `content_hashes` also tells images apart.
+    """Check and measure every row; results are cached with the dataset. `content_hashes` also identifies images.
 
     Raises `UserError` that names the rows that cannot be used, unless they are to be skipped, and when none is left.
     """

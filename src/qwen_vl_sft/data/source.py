@@ -34,7 +34,7 @@ class SplitSource:
         """Load the split as a map-style dataset, undecoded. Raises `UserError`."""
         try:
             dataset = _undecoded(datasets.load_dataset(**self.arguments, split=self.split))
-            # Arrow believes a file that its text is UTF-8, and Python would not when a row is read.
+            # Arrow does not check that text is UTF-8; Python would fail later, when the row is read.
             dataset.data.validate(full=True)
         except Exception as error:
             raise self.refusal(error) from error
@@ -83,7 +83,7 @@ def find_source(name: str, split: str, config: str | None) -> SplitSource:
 def _local_arguments(path: Path, split: str) -> dict[str, Any]:
     """Return the arguments of `load_dataset` for a local path.
 
-    Left to itself it takes a folder of JSONL and images for images alone.
+    By default it reads a folder of JSONL and images as images only.
     """
     if path.is_file():
         kind = _KINDS.get(path.suffix)
@@ -92,7 +92,7 @@ def _local_arguments(path: Path, split: str) -> dict[str, Any]:
         named = _NAMED_SPLIT.fullmatch(path.stem)
         own = named[1] if named else "train"
         if split != own:
-            # Under any other name rows that were trained on would be evaluated in silence.
+            # Under another name, training rows would silently be used for evaluation.
             raise UserError(
                 f"dataset {path}: has no split {split!r}: a file is one split, this one {own!r}; name it, take slices"
                 f" of it such as {own}[:90%] and {own}[90%:], or give a folder of one file per split"
@@ -107,7 +107,7 @@ def _local_arguments(path: Path, split: str) -> dict[str, Any]:
         if len(own_files) > 1:
             both = " and ".join(file.name for file in own_files)
             raise UserError(f"dataset {path}: split {split!r} has two files, {both}; keep one, or name one of them")
-        # This file alone: all that are named would be read, and their columns have to agree.
+        # Only this file: all named files would be read, and their columns would have to agree.
         return {"path": "json", "data_files": {split: str(own_files[0])}}
     return {"path": str(path)}
 
@@ -138,7 +138,7 @@ def _problem_of_json(file: Path) -> str | None:
 
 
 def _problem_of_whole(file: Path) -> str | None:
-    """Return the fault of a file of one JSON value, whose first line is none by itself."""
+    """Return the fault of a file that holds a single JSON value over several lines."""
     try:
         json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:

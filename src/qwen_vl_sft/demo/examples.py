@@ -52,7 +52,7 @@ def collect_examples(source: Source, number: int, folder: Path) -> list[Example]
 
 
 def save_examples(examples: Sequence[Example], folder: Path) -> None:
-    """Write the list of examples beside their images, which lie in `folder` already."""
+    """Write the list of examples into `folder`, where their images are already."""
     listed = [
         {"images": [path.name for path in example.images], "question": example.question, "gold": example.gold}
         for example in examples

@@ -72,7 +72,7 @@ def build_page(answerer: Answerer, examples: Sequence[Example], options: Options
             button.click(handlers.answer, asked, shown, **silent),
             question.submit(handlers.answer, asked, shown, **silent),
         ]
-        # Stopping ends the stream where it is; only the line below would go on to say that it runs.
+        # Stopping ends the stream at once; without this the line below would still say that it runs.
         stop.click(
             lambda *lines: [STOPPED if line == ANSWERING else line for line in lines],
             times,

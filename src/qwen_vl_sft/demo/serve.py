@@ -54,7 +54,7 @@ def load_page(options: Options, examples: Sequence[Example] | None, folder: Path
     if examples is None:
         examples = collect_examples(sources[0], options.examples, folder)
         if not examples and options.examples:
-            print("no examples: the run's data is not to be had here", file=sys.stderr)
+            print("no examples: the run's data is not available here", file=sys.stderr)
     print(f"loading the base model and {len(sources)} tuned", flush=True)
     answerer.load(("base", "tuned"))
     return build_page(answerer, examples, options)

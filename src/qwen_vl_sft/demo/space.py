@@ -101,7 +101,7 @@ def export_space(options: Options) -> None:
 
 
 def card(names: Sequence[str], sources: Sequence[Source]) -> str:
-    """Format README.md: the front matter that configures a Space, and what it shows."""
+    """Format README.md: the front matter that configures a Space, and its text."""
     base, version = model_name(sources[0].recipe.model), metadata.version("gradio")
     front: dict[str, Any] = {
         "title": "Base and tuned, side by side",

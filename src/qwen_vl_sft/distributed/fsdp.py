@@ -9,7 +9,7 @@ from torch import nn
 
 
 def problems(model: nn.Module) -> list[str]:
-    """Return what is wrong with a model sharded by FSDP2; call it on all processes, since weights are gathered."""
+    """Return the problem of a model sharded by FSDP2; call it on all processes, since weights are gathered."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 

@@ -111,7 +111,7 @@ def find_tuned(run: Path, needed: bool) -> TunedModel:
 
 
 def tuned_settings(settings: ModelSettings, tuned: TunedModel) -> ModelSettings:
-    """Return the model settings of the "tuned" arm: the base's under an adapter, else those of the run's full model."""
+    """Return the model settings of the "tuned" arm: the base's for an adapter, else the run's full model's."""
     return (
         settings if tuned.is_adapter else replace(settings, model_name_or_path=str(tuned.folder), model_revision="main")
     )

@@ -88,7 +88,7 @@ def make_plan(options: Options) -> Plan:
 
 
 def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
-    """Return the recipe's model settings with the base to merge into: --base, else that of the adapter and the recipe."""
+    """Return the recipe's model settings with the base to merge into: --base, else the base of the adapter and the recipe."""
     from qwen_vl_sft import tiny
 
     if options.base:

@@ -139,7 +139,7 @@ def _from_pytorch() -> VarlenKernel:
 
 
 def _from_flash(function: Any) -> VarlenKernel:
-    """Call FlashAttention 2, 3 or 4: they name these arguments alike; some return more than the output."""
+    """Call FlashAttention 2, 3 or 4: their argument names agree; some return more than the output."""
 
     def attend(
         q: Any, k: Any, v: Any, bounds_q: Any, bounds_k: Any, longest_q: int, longest_k: int, scale: Any, causal: bool
@@ -173,7 +173,7 @@ def _flash_function(implementation: str) -> Any:
 
 
 def _keep_compiled_kernels() -> None:
-    """Have FlashAttention-4 keep what it compiles, some seconds for each of a handful of kernels, for later runs.
+    """Make FlashAttention-4 cache its compiled kernels for later runs: each takes some seconds to compile.
 
     Its own folder would be one in /tmp, where on a shared machine others could have put code for it to load.
     """

@@ -145,7 +145,7 @@ def quantization_config(
 
 
 def count_parameters(model: nn.Module) -> dict[str, PartCount]:
-    """Count the parameters of each part; a 4-bit weight counts as the weights it stands for."""
+    """Count the parameters of each part; a packed 4-bit weight counts as the weights it holds."""
     counts, family = {part: [0, 0] for part in PARTS}, family_of(model.config)
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
@@ -175,7 +175,7 @@ def freeze_vision_tower(model: nn.Module) -> None:
 
 
 def trained_parts(model: nn.Module) -> set[str]:
-    """Return those of `PARTS` in which something trains."""
+    """Return the `PARTS` that have trainable weights."""
     family = family_of(model.config)
     return {family.part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -18,6 +18,6 @@ class Chosen:
 
 
 def choose(settings: ModelSettings, packing: bool, on_cpu: bool) -> Chosen:
-    """Choose attention and kernels, alike on all processes. Raises `UserError` for an attention that cannot be used."""
+    """Choose attention and kernels, the same on all processes. Raises `UserError` for an attention that cannot be used."""
     attention = resolve_attention(settings.attn_implementation, on_cpu, settings.dtype, packing)
     return Chosen(attention, chosen_kernels(settings.fused_kernels, on_cpu))

@@ -129,5 +129,5 @@ class FlopCounter:
 
 
 def _product_passes(passes: float) -> float:
-    """Return the passes of products without weights, where layers with weights have so many."""
+    """Return the passes of products without weights, given the passes of layers with weights."""
     return 1 if passes == 1 else 3

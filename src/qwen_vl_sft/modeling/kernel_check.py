@@ -63,7 +63,7 @@ def difference(kernel: Any, q: torch.Tensor, k: torch.Tensor, causal: bool, lear
     """
     before = _BEFORE if causal else (0, 0, 0)
     keys = [tokens + more for tokens, more in zip(_TOKENS, before, strict=True)]
-    # One of its own: that of training goes on as if nothing had been drawn.
+    # A separate generator, so that training's random numbers do not change.
     numbers = torch.Generator(q.device).manual_seed(0)
     shapes = [(sum(_TOKENS), *q.shape[1:]), *[(sum(keys), *k.shape[1:])] * 2, (sum(_TOKENS), *q.shape[1:])]
     *inputs, grad = (torch.randn(shape, generator=numbers, device=q.device).to(q.dtype) for shape in shapes)

@@ -117,7 +117,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function when it is first called, for any sizes."""
     from torch._inductor import config
 
-    # Else a process for each core imports PyTorch, beside every process of the run, to compile a handful of lines.
+    # Otherwise every process starts one more per core, each importing PyTorch, to compile a few lines.
     config.compile_threads = 1
     return torch.compile(function, dynamic=True)
 
@@ -188,7 +188,7 @@ def _fused_or_not(fused: Any, original: Any) -> Any:
 
 
 def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-    """Rotate [B, heads, T, D] by `cos`, `sin` [B, T, D], whose halves are alike also with M-RoPE's sections."""
+    """Rotate [B, heads, T, D] by `cos`, `sin` [B, T, D], whose halves are equal, also with M-RoPE's sections."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     return LigerRopeFunction.apply(query, key, cos, sin)

@@ -71,7 +71,7 @@ def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[
             f" float32 and in {settings.dtype} compute together; set one, or dtype: float32"
         )
     elif mixed and context.strategy == "zero3" and not (settings.load_in_4bit or settings.load_in_8bit):
-        # 4-bit layers cast what comes to them.
+        # 4-bit layers cast their inputs.
         yield (
             "lora_modules_to_save in half precision does not run under zero3: DeepSpeed casts nothing between layers in"
             " float32 and others; launch ddp, zero2 or fsdp2, or set dtype: float32 and bf16: false"

@@ -86,7 +86,7 @@ def _weights(published: PublishedModel) -> list[str]:
 def _first(
     names: dict[str, Callable[[dict[str, Any]], dict[str, Any]] | None], folders: Sequence[Path]
 ) -> dict[str, Path | bytes]:
-    """Take each file from the first of `folders` that has it; JSON goes through the function beside its name."""
+    """Take each file from the first of `folders` that has it; JSON goes through the function given with its name."""
     found: dict[str, Path | bytes] = {}
     for name, change in names.items():
         path = next((candidate / name for candidate in folders if (candidate / name).is_file()), None)

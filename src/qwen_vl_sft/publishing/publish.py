@@ -14,7 +14,7 @@ from qwen_vl_sft.publishing.push import Outcome, nothing_committed, push
 def publish(
     published: PublishedModel, access: Access, licence: dict[str, str] | None = None, keep_card: bool = False
 ) -> Outcome:
-    """Push a model with its card; `licence` None takes that of the base model's card. Raises `UserError`."""
+    """Push a model with its card; with `licence` None it gets the licence of the base model's card. Raises `UserError`."""
     found = licence or licence_of_base(access.api, published)
     card = None if keep_card and _has_card(access) else _card(published, access.target, found, bool(licence))
     name = access.target.repo_id.rpartition("/")[2]

@@ -80,7 +80,7 @@ class PushWhileTraining(TrainerCallback):
         self.started[state.global_step] = self.access.api.run_as_future(self._publish_staged, staged)
 
     def finish(self) -> None:
-        """Wait for what is being sent, publish the finished run, and report both. Raises `UserError` if that fails.
+        """Wait for uploads, publish the finished run, and report both. Raises `UserError` if that fails.
 
         Call it when the run folder is complete and no process waits for this one.
         """

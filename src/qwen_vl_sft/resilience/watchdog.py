@@ -44,7 +44,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Standing:
-    """What a process is doing, and for how many seconds. `place` grows through a run, alike on all processes.
+    """What a process is doing, and for how many seconds. `place` increases during a run, in the same way on all processes.
 
     `functions` are the innermost functions of the main thread; `waits` is true if it waits for other processes.
     """

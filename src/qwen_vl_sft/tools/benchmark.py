@@ -96,7 +96,7 @@ class Variant:
     bytes_of_weights: int = 0
 
     def work_done(self, steps: int) -> BatchStats:
-        """Return the work so far: as our trainer counts it, or that of as many average rows for TRL's."""
+        """Return the work so far: as our trainer counts it, or estimated from average rows for TRL's."""
         meter = getattr(self.trainer, "throughput", None)
         if meter is not None:
             return meter.total + meter.work
@@ -394,7 +394,7 @@ def run_session(options: BenchmarkOptions) -> str:
         measured.append({variant.name: measure(variant, steps[variant.name], WARMUP, number) for variant in variants})
         speeds = ", ".join(f"{name} {one['rows_per_second']:.2f}" for name, one in measured[-1].items())
         print(f"round {number + 1}: {speeds} rows/s", flush=True)
-        # After each round: what was measured stays, whatever ends the run.
+        # After each round, so that results are kept if the run ends early.
         results = summarise(measured, reference=names[0])
         write_results(options.output_dir, results, _facts(options, keys, steps, measured, variants))
     return format_table(results, COLUMNS)

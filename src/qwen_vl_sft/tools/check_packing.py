@@ -97,7 +97,7 @@ def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator
     assert isinstance(data.train, Scan)
     assert isinstance(collator, PackedCollator)
     padded: Collator = collator.rows
-    # All rows, so that those of one image are together.
+    # All rows, so that rows of one image are together.
     sizes, batch = data.train.lengths, GlobalBatch(rows=rows)
     chosen = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
     for name, size in (("one at a time", 1), (f"{PADDED_ROWS} padded", PADDED_ROWS)):

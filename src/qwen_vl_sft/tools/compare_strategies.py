@@ -183,7 +183,7 @@ class Experiment:
         return result
 
     def _kill_and_resume(self, case: Case, whole: dict[str, Any]) -> dict[str, Any]:
-        """Kill the same run after a checkpoint, go on from it, and compare its end with that of the whole run."""
+        """Kill the same run after a checkpoint, resume it, and compare its result with the uninterrupted run."""
         run, log = self.folder / "runs" / f"{case.name}-killed", self.folder / f"{case.name}-killed.log"
         shutil.rmtree(run, ignore_errors=True)
         log.unlink(missing_ok=True)

@@ -77,6 +77,6 @@ def _overridden(config: Any, changes: dict[str, Any]) -> Any:
             if name not in values[part]:
                 raise UserError(f"overrides: {part} has no {name}; it has {', '.join(sorted(values[part]))}")
             values[part][name] = value
-        # One entry a layer; it is made anew for the number of layers.
+        # It has one entry per layer, so it is rebuilt for the number of layers.
         values[part].pop("layer_types", None)
     return type(config).from_dict(values)

@@ -111,7 +111,7 @@ class GenerationMetrics:
         return score_row(question, {ARM: text})
 
     def _means(self, scored: dict[int, dict[str, Any]], accelerator: Any) -> dict[str, float]:
-        # Each place is scored on one process, or alike on several where the shares were filled up to one length.
+        # Each answer is scored on one process; padding to equal shares scores some twice, with the same result.
         sums = torch.zeros(len(self.sample), len(METRICS) + 1, dtype=torch.float64)
         for place, row in scored.items():
             sums[place] = torch.tensor([*(row["arms"][ARM][metric] for metric in METRICS), 1.0], dtype=torch.float64)
@@ -134,7 +134,7 @@ class GenerationMetrics:
 
 
 def share(batches: Sequence[Sequence[int]], rank: int, context: int, equal: bool) -> list[list[int]]:
-    """Return the batches of one process. With `equal`, all get as many, the last ones one that another answers too."""
+    """Return the batches of one process. With `equal`, all get the same number; the last may be repeats."""
     own = [list(batch) for batch in batches[rank::context]]
     if equal and len(own) < math.ceil(len(batches) / context):
         own.append(list(batches[-1]))

@@ -77,7 +77,7 @@ class DeviceMemory:
         return torch.cuda.max_memory_allocated(self.device)
 
     def forget(self) -> None:
-        """Let the peak that is logged begin anew."""
+        """Reset the logged memory peak."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -208,7 +208,7 @@ def all_layers(model: nn.Module) -> list[Any]:
 
 
 def checkpointed_layers(model: nn.Module) -> list[Any]:
-    """Return those of them that are checkpointed."""
+    """Return the checkpointed layers."""
     return [layer for layer in all_layers(model) if layer.gradient_checkpointing]
 
 

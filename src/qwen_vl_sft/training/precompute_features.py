@@ -37,7 +37,7 @@ _SECONDS_TO_APPEAR = 10
 
 
 def fill(trainer: Any, features: ImageFeatures, skip_bad_rows: bool) -> None:
-    """Compute the features that are missing; the packed batches of training bring features instead of pixels.
+    """Compute the features that are missing; the packed batches of training have features instead of pixels.
 
     Files that are damaged are computed again. All processes must call at once, before the strategy wraps the model:
     each then holds the whole tower, or can gather it, and works through its share alone.
@@ -83,7 +83,7 @@ def _check_room(features: ImageFeatures, missing: list[str], accelerator: Any) -
     text = f"{counts}, {in_words(needed)}; {in_words(free)} are free"
     if accelerator.is_main_process:
         print(f"features    {text}: {folder}", flush=True)
-    # All decide alike: the first may begin to write before the last has looked.
+    # All must decide the same: the first may begin to write before the last has looked.
     if any(_gathered([needed > free], accelerator)):
         raise UserError(
             f"image_features_dir: {folder} has not enough room: {text}; name a folder on another disk, set"
@@ -92,7 +92,7 @@ def _check_room(features: ImageFeatures, missing: list[str], accelerator: Any) -
 
 
 def _share(features: ImageFeatures, missing: list[str], trainer: Any) -> list[list[str]]:
-    """Return the images of this process in calls of the tower, alike in size over the processes."""
+    """Return the images of this process in calls of the tower, of equal size over the processes."""
     accelerator = trainer.accelerator
     workers = [rank for rank, able in enumerate(_gathered([_shares(trainer)], accelerator)) if able]
     if accelerator.process_index not in workers:
@@ -124,7 +124,7 @@ def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list
         batch_sampler=calls,  # type: ignore[arg-type]
         collate_fn=list,
         num_workers=args.dataloader_num_workers,
-        # One of its own: that of training goes on as if nothing had been drawn.
+        # A separate generator, so that training's random numbers do not change.
         generator=torch.Generator(),
     )
     name, visual = family_of(trainer.model.config).tower_of(trainer.model)
@@ -149,7 +149,7 @@ def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list
 
 @torch.no_grad()
 def run_tower(backbone: Any, images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
-    """Compute what the tower makes of each image, on the CPU; deeper layers stand beside the last one."""
+    """Compute the tower's output for each image and move it to the CPU; deeper layers are concatenated to the last."""
     pixels = torch.cat([image.pixel_values for image in images if image.pixel_values is not None]).to(device)
     grids = torch.stack([image.grid for image in images]).to(device)
     found = backbone.get_image_features(pixels, grids, return_dict=True)

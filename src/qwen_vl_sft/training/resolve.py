@@ -55,7 +55,7 @@ def resolve(recipe: Recipe, context: DistributedContext) -> Run:
         problems += error.problems
     model: Any = None
     unbuilt: UserError | None = None
-    # Names of layers are told with all else; a model that cannot be had is told by itself, as it may take the network.
+    # Wrong layer names are reported with all other problems; a missing model separately, as finding it may need the network.
     if not problems or (recipe.model.lora_modules_to_save and recipe.model.model_name_or_path):
         try:
             model = build_on_meta(recipe.model)

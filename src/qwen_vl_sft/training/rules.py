@@ -1,4 +1,4 @@
-"""Rules of a recipe on training as a whole, and all rules of the package in one list; all problems are told at once."""
+"""Check a recipe as a whole, and list the rules of all folders; all problems are reported at once."""
 
 from __future__ import annotations
 

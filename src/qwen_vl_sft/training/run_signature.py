@@ -50,7 +50,7 @@ _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
-    """Return the world of a run, what must be the same to go on from its checkpoints, and versions, as plain data."""
+    """Return what a resume compares, as plain data: number of processes, fixed settings, library versions."""
     recipe, context, global_batch = run.recipe, run.context, run.global_batch
     settings = recipe.run
     same: dict[str, Any] = {
@@ -88,7 +88,7 @@ def _judge(recipe: Recipe, evaluation: Scan | None) -> dict[str, Any]:
 
 
 def fingerprint(scan: Scan) -> str:
-    """Return a digest of ids and lengths: the same for the same rows, encoded alike, on every machine."""
+    """Return a digest of ids and lengths: the same on every machine for the same rows in the same encoding."""
     ids = np.asarray(scan.rows.dataset.with_format("numpy")[ROW_ID])  # type: ignore[index]
     digest = hashlib.sha256()
     lengths = scan.lengths

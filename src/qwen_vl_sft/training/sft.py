@@ -82,7 +82,7 @@ def sft_config(run: Run) -> SFTConfig:
 
 
 def find_resume(run: Run, signature: dict[str, Any]) -> Checkpoint | None:
-    """Return the checkpoint that a run goes on from, None for one that starts anew. All processes must call at once.
+    """Return the checkpoint that a run resumes from, None for a new run. All processes must call at once.
 
     Raises `UserError` for a checkpoint that does not fit the run, and where processes do not see each other's files.
     """
@@ -269,7 +269,7 @@ def _train_items(run: Run, data: PreparedData) -> tuple[Any, EpochSampler | Step
     if not isinstance(data.train, Scan):
         # Ranks of a stream may hold different numbers of rows; an endless one keeps them in step until max_steps.
         return data.train.dataset.repeat(None), None
-    assert run.global_batch.rows is not None, "recipe rules refuse padded steps of so many tokens"
+    assert run.global_batch.rows is not None, "recipe rules refuse padded steps by tokens"
     items = filled_items(len(data.train.rows), run.global_batch.rows)
     return items, EpochSampler(len(data.train.rows), len(items), run.recipe.data_seed)
 

@@ -38,7 +38,7 @@ class ThroughputMeter:
             self._began = time.perf_counter()
 
     def pause(self) -> None:
-        """Stop the clock, after the device has done what it was given."""
+        """Stop the clock once the device has finished its work."""
         if self._began is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -46,7 +46,7 @@ class ThroughputMeter:
             self._began = None
 
     def add(self, stats: BatchStats) -> None:
-        """Count what a micro-batch of this process asks of the model."""
+        """Count the work of a micro-batch of this process."""
         self.work += stats
 
     def add_wait(self, seconds: float) -> None:

@@ -187,7 +187,7 @@ class VisionSFTTrainer(SFTTrainer):
         return self.guard.note_loss(loss)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Report the end of the forward pass of a step: the Trainer goes on with the backward, where processes wait."""
+        """Report the end of the forward pass of a step: next is the backward pass, in which processes wait."""
         stack = super().compute_loss_context_manager()
         if self._after_loss:
             stack.callback(self.watchdog.report_progress, *self._after_loss)
@@ -224,7 +224,7 @@ class VisionSFTTrainer(SFTTrainer):
         return super()._prepare_input(data)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of training rows; that of packed steps gives each process its own, so nothing is dealt again."""
+        """Return the loader of training rows; the loader of packed steps already gives each process its share."""
         if not isinstance(self._sampler, StepSampler):
             return super().get_train_dataloader()
         return step_loader(self._sampler, self.data_collator, self.args)
@@ -268,7 +268,7 @@ class VisionSFTTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """Sum loss, right tokens and learned tokens; the loss returned is that of the batch alone."""
+        """Sum loss, right tokens and learned tokens; the returned loss is the loss of this batch."""
         inputs = self._prepare_inputs(inputs)
         self._eval_skipped += inputs.pop("stats")["skipped"]
         inputs.pop(ROW_IDS)
@@ -312,7 +312,7 @@ class VisionSFTTrainer(SFTTrainer):
         return output
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # Overridden so that a run that is told to stop need not finish an evaluation.
+        # Overridden so that a run that is asked to stop does not have to finish an evaluation.
         step = self.state.global_step
         self.watchdog.report_progress(f"step {step}, evaluating after it", step, Stage.EVALUATION)
         self.throughput.pause()
@@ -322,7 +322,7 @@ class VisionSFTTrainer(SFTTrainer):
             self.evaluations.note(step)
             return metrics
         except EvaluationStopped:
-            # The checkpoint is that of the moment before, and a resume begins with this evaluation.
+            # The checkpoint is from before the evaluation, and a resume begins with this evaluation.
             set_random_state(numbers)
             self.evaluations.postpone()
             # A resume that is stopped in its first evaluation has this checkpoint already.
@@ -426,7 +426,7 @@ class VisionSFTTrainer(SFTTrainer):
             take_schedule(self.optimizer, self.lr_scheduler, self.args.learning_rate)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Overridden to evaluate where the stopped run would have: its random numbers are those of that moment now.
+        # Overridden to run a postponed evaluation at the point where the stopped run would have: the random state matches.
         super()._load_rng_state(checkpoint)
         self._evaluate_what_is_due()
 

@@ -78,7 +78,7 @@ class DataFormat:
 
 
 def unread_media() -> list[str]:
-    """List the kinds of media that rows may bring and no medium reads."""
+    """List the kinds of media that rows may have but no medium reads."""
     return [kind for kind in _OTHER_MEDIA if kind not in MEDIA]
 
 

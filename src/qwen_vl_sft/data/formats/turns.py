@@ -122,7 +122,7 @@ def text_or_number(value: Any, what: str) -> str:
 
 
 def number_as_text(value: Any) -> Any:
-    """Return a number as text, NaN, which stands for what is missing, as None, and everything else as it is."""
+    """Return a number as text, NaN (a missing value) as None, and everything else unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if value != value:
@@ -150,7 +150,7 @@ def _split_at(part: dict[str, Any], medium: Medium[Any, Any]) -> list[dict[str, 
 
 
 def _values(row: Row, medium: Medium[Any, Any]) -> list[Any]:
-    """Return what a row's columns bring of a medium. Raises `BadRow` when two do."""
+    """Return the values of a medium in a row's columns. Raises `BadRow` if two columns have some."""
     one, several = medium.kind, f"{medium.kind}s"
     values = row.get(several) or []
     values = values if isinstance(values, list) else [values]

@@ -1,4 +1,4 @@
-"""What rows show beside text, a module a medium: `MEDIA` holds all that are read."""
+"""Content of rows other than text, one module per medium: `MEDIA` lists all that are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEDIA: dict[str, Medium[Any, Any]] = {medium.kind: medium for medium in (ImageMe
 
 
 def model_inputs(encoded: Sequence[EncodedMedia]) -> dict[str, torch.Tensor]:
-    """Return the arguments of the model's forward for media in order of appearance, those of each kind together."""
+    """Return the arguments of the model's forward for media in order of appearance, grouped by kind."""
     found: dict[str, torch.Tensor] = {}
     for kind, medium in MEDIA.items():
         found |= medium.model_inputs([item for item in encoded if item.kind == kind])
@@ -28,7 +28,7 @@ def model_inputs(encoded: Sequence[EncodedMedia]) -> dict[str, torch.Tensor]:
 
 
 def reading_once(read: ReadMedia) -> ReadMedia:
-    """Return `read` with a memory: what is shown again is not decoded again."""
+    """Return `read` with a cache: a file that appears again is not decoded again."""
     known: dict[str, EncodedMedia] = {}
 
     def remembered(file: MediaFile) -> EncodedMedia:

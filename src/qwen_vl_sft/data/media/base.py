@@ -15,7 +15,7 @@ Encoded = TypeVar("Encoded")
 
 
 class Medium(Protocol[File, Encoded]):
-    """What rows can show beside text.
+    """A kind of content of rows other than text.
 
     A file is what a row brings, not decoded yet. It has a `kind` (the medium's), an `origin` and a `content_hash`, as
     `ImageFile` has. Encoded, it has its `kind`, its `content_hash` and its `grid` [3] int64, as `EncodedImage` has.
@@ -34,13 +34,13 @@ class Medium(Protocol[File, Encoded]):
         """Return the value of a column as a file; paths are relative to `folder`. Raises `BadRow`."""
 
     def token(self, chat: ChatFormat) -> str:
-        """Return what stands for it in the text of the chat template, once, and for each token that it costs."""
+        """Return its text in the chat template: once for the placeholder, then for each of its tokens."""
 
     def count_patches(self, file: File, processor: Any, decode: bool = False) -> int:
         """Count patches from the header alone; `decode` also proves the content readable. Raises `BadRow`."""
 
     def count_tokens(self, patches: int, processor: Any) -> int:
-        """Count the tokens that so many patches cost in the text."""
+        """Count the tokens of this many patches."""
 
     def encode(self, file: File, processor: Any) -> Encoded:
         """Decode a file and cut it into patches. Raises `BadRow`."""

@@ -50,7 +50,7 @@ class ImageMedium:
         return count
 
     def count_tokens(self, patches: int, processor: Any) -> int:
-        """Count the merged patches that so many patches make."""
+        """Count the merged patches of this many patches."""
         return patches // int(processor.image_processor.merge_size) ** 2
 
     def encode(self, file: ImageFile, processor: Any) -> EncodedImage:
@@ -59,7 +59,7 @@ class ImageMedium:
         return EncodedImage(file.content_hash, batch["image_grid_thw"][0], batch["pixel_values"])
 
     def model_inputs(self, encoded: Sequence[EncodedImage]) -> dict[str, torch.Tensor]:
-        """Return `pixel_values` [P, values of a patch] and `image_grid_thw` [I, 3] of I images that bring pixels."""
+        """Return `pixel_values` [P, values of a patch] and `image_grid_thw` [I, 3] of I images with pixels."""
         pixels = [image.pixel_values for image in encoded if image.pixel_values is not None]
         if not pixels:
             return {}

@@ -1,4 +1,4 @@
-"""Images as rows bring them: encoded bytes or files, opened and decoded with all checks."""
+"""Images of rows: encoded bytes or files, opened and decoded with all checks."""
 
 from __future__ import annotations
 
