@@ -56,7 +56,7 @@ def require_root() -> Path:
     root = shipped_root()
     if root is None:
         raise UserError(
-            f"the files that come with qwen_vl_sft ({', '.join(FOLDERS)}) are not beside its code in {_PACKAGE}; install "
+            f"the files that come with qwen_vl_sft ({', '.join(FOLDERS)}) are not next to its code in {_PACKAGE}; install "
             "the package with pip, or run it from a checkout of the repository"
         )
     return root

@@ -301,7 +301,7 @@ def make_stopper(folder, streams=False):
 
 @pytest.mark.parametrize(
     ("streamed", "told"),
-    [(False, "Resume with --resume_from_checkpoint latest"), (True, "A stream cannot be resumed: start anew")],
+    [(False, "Resume with --resume_from_checkpoint latest"), (True, "A stream cannot be resumed: start again")],
 )
 def test_a_stopped_run_is_told_what_can_be_done(streamed, told, tmp_path):
     watched = make_stopper(tmp_path, streams=streamed)

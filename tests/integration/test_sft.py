@@ -121,7 +121,7 @@ BAD_RECIPES = {
     "both half precisions": ({"bf16": "true", "fp16": "true"}, "fp16 and bf16 are both true"),
     "checkpoints of weights alone": (
         {"save_only_model": "true"},
-        "save_only_model: true leaves out what a run needs to go on",
+        "save_only_model: true leaves out what a resume needs",
     ),
     "checkpoints of each machine": (
         {"save_on_each_node": "true"},
@@ -209,7 +209,7 @@ def test_a_bad_row_is_named_or_skipped_and_counted(name, sft, good, messages_fol
     code, message = sft(*words(good))
     assert code == errors.EXIT_USER_ERROR
     assert told in message
-    assert "error: 1 of 3 rows cannot be used; mend them, or set bad_rows: skip to leave them out:\n" in message
+    assert "error: 1 of 3 rows cannot be used; fix them, or set bad_rows: skip to leave them out:\n" in message
     assert f"{folder} [train], row 2" in message
     assert snapshot(tmp_path) == before
     code, printed = sft(*words({**good, "bad_rows": "skip"}), "--dry_run")

@@ -115,7 +115,7 @@ def test_scan_names_bad_rows(messages_folder, encoder):
     with pytest.raises(UserError) as caught:
         scan(rows, encoder)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "7 of 8 rows cannot be used; mend them, or set bad_rows: skip to leave them out:"
+    assert lines[0] == "7 of 8 rows cannot be used; fix them, or set bad_rows: skip to leave them out:"
     assert lines[1].endswith("data [train], row 1 has an empty answer")
     assert lines[-1].strip() == "and 2 more"
 

@@ -93,7 +93,7 @@ def test_the_recipe_offers_every_format():
     (field,) = [field for field in fields(DataSettings) if field.name == "dataset_format"]
     assert field.metadata["help"] == (
         "chartqa: image, query, label; messages: messages and images; conversations: the same as from and value;"
-        " auto: told by the columns"
+        " auto: chosen by the columns"
     )
 
 

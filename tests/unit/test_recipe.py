@@ -148,7 +148,7 @@ def test_every_problem_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("seed: 1\nseed: 2\n", "stands twice, in lines 1 and 2"),
+        ("seed: 1\nseed: 2\n", "is set twice, in lines 1 and 2"),
         ("- a\n- b\n", "must hold `key: value` lines"),
         ("a: [1\n", "is not valid YAML"),
         ("system_message: {{text}}\n", "line 1: a key is a word; put text with braces or brackets between quotes"),

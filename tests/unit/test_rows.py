@@ -188,7 +188,7 @@ def said(*turns, **columns):
     ("row", "told"),
     [
         (said(), "has no conversations"),
-        ({"conversations": [None]}, "has no conversations, or some that are no list of turns"),
+        ({"conversations": [None]}, "has no conversations, or some that are not a list of turns"),
         (
             said(("human", "?"), ("function_call", "{}"), ("observation", "1"), ("gpt", "x")),
             "a turn from 'function_call'",

@@ -193,7 +193,7 @@ def test_the_arguments_of_optimizers_are_those_that_transformers_reads():
         ),
         (
             {"global_batch_tokens": 800, "gradient_accumulation_steps": 2},
-            "gradient_accumulation_steps has no effect beside global_batch_tokens; remove one of the two",
+            "gradient_accumulation_steps has no effect with global_batch_tokens; remove one of the two",
         ),
         (
             {"dataloader_multiprocessing_context": "threads"},

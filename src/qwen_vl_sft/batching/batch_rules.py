@@ -20,7 +20,7 @@ def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         if not recipe.run.packing:
             yield "global_batch_tokens needs packing: true; set it, or write global_batch_size"
         if "gradient_accumulation_steps" in recipe.stated:
-            yield "gradient_accumulation_steps has no effect beside global_batch_tokens; remove one of the two"
+            yield "gradient_accumulation_steps has no effect with global_batch_tokens; remove one of the two"
     if whole is None or per_device < 1:
         return
     per_step = per_device * context.processes
@@ -28,7 +28,7 @@ def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         yield f"global_batch_size {whole} is below the {context.processes} processes; raise it, or start fewer"
     elif not recipe.run.packing and whole % per_step:
         yield (
-            f"global_batch_size {whole} is no multiple of per_device_train_batch_size {per_device} x {context.processes}"
+            f"global_batch_size {whole} is not a multiple of per_device_train_batch_size {per_device} x {context.processes}"
             f" process(es) = {per_step}; {_suggest_valid_batch(whole, per_device, context.processes)}"
         )
     elif "gradient_accumulation_steps" in recipe.stated:
@@ -60,7 +60,7 @@ def _packing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     if run.tokens_per_batch < 1:
         yield f"tokens_per_batch: {run.tokens_per_batch} must be at least 1"
     if recipe.data.dataset_streaming:
-        yield "packing needs the lengths of all rows, and a stream does not tell them; set one of the two to false"
+        yield "packing needs the lengths of all rows, which a stream does not have; set one of the two to false"
     if recipe.get("neftune_noise_alpha"):
         yield (
             "neftune_noise_alpha with packing: transformers would scale the noise by the tokens of the whole micro-batch"
@@ -68,7 +68,7 @@ def _packing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         )
     if recipe.get("include_num_input_tokens_seen") not in (False, "no"):
         yield (
-            "include_num_input_tokens_seen counts padded batches alone; leave it out with packing: metrics.json has the"
+            "include_num_input_tokens_seen counts only padded batches; leave it out with packing: metrics.json has the"
             " tokens of the run, and the log their number a second"
         )
     if run.share_prefixes and model.use_peft and model.lora_dropout > 0:
@@ -104,7 +104,7 @@ def _checkpointing(recipe: Recipe, context: DistributedContext) -> Iterator[str]
         return
     if recipe.data.dataset_streaming:
         yield (
-            "gradient_checkpointing: auto tries the largest micro-batch first, and a stream does not tell which that is;"
+            "gradient_checkpointing: auto tries the largest micro-batch first, and a stream does not show which one that is;"
             " set true or false"
         )
     kwargs = recipe.get("gradient_checkpointing_kwargs") or {}

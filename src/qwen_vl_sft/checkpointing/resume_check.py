@@ -136,7 +136,7 @@ def _same_metric_and_eval_rows(checkpoint: Checkpoint, signature: dict[str, Any]
 def _differs(checkpoint: Checkpoint, name: str, was: Any, now: Any) -> str:
     where = f"resume_from_checkpoint: {checkpoint.path}"
     if name in ("rows", "data"):
-        what = f"{was} rows, now {now}" if name == "rows" else "other rows, or rows encoded otherwise"
+        what = f"{was} rows, now {now}" if name == "rows" else "other rows, or rows in another encoding"
         return f"{where} was trained on {what}; restore the data and its keys, or start a new run in another output_dir"
     return f"{where} has {name} {was}, this run {now}; set it back, or start a new run in another output_dir"
 

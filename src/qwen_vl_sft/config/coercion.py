@@ -89,7 +89,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise ValueError(f"line {line}: a key is a word; put text with braces or brackets between quotes")
             if key in seen:
-                raise ValueError(f"key {key!r} stands twice, in lines {seen[key]} and {line}; keep one")
+                raise ValueError(f"key {key!r} is set twice, in lines {seen[key]} and {line}; keep one")
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
 

@@ -129,7 +129,7 @@ def split_words(
         word = arguments[position] if arguments[position] != "-h" else "--help"
         position += 1
         if not word.startswith("--"):
-            raise UserError(f"command line: {word!r} stands alone; write --key value")
+            raise UserError(f"command line: {word!r} has no key before it; write --key value")
         name, assigned, value = word[2:].partition("=")
         words = [value] if assigned else []
         while not assigned and position < len(arguments) and not arguments[position].startswith("--"):

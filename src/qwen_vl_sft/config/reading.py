@@ -139,7 +139,7 @@ def build(values: Mapping[str, Any]) -> Recipe:
 
 
 def _resolved(training: dict[str, Any]) -> dict[str, Any]:
-    """Return the training keys whose effective values differ from the recipe or the defaults."""
+    """Return the training keys with the values that will be used: an unset bf16, and workers kept without workers."""
     if training.get("bf16") is None:
         # As TRL's configuration makes it of a recipe without one.
         training["bf16"] = not training.get("fp16", False)

@@ -36,7 +36,7 @@ class DataSettings:
     dataset_test_split: str | None = key(None, "split to evaluate on while training")
     dataset_streaming: bool = key(False, "read rows one by one; needs max_steps, and cannot be resumed")
     dataset_format: DatasetFormat = key(
-        "auto", f"{'; '.join(f'{name}: {text}' for name, text in DATASET_FORMATS.items())}; auto: told by the columns"
+        "auto", f"{'; '.join(f'{name}: {text}' for name, text in DATASET_FORMATS.items())}; auto: chosen by the columns"
     )
     system_message: str | None = key(
         None,
@@ -91,7 +91,7 @@ class ModelSettings:
         "language", "part of the model that gets LoRA, in all its linear layers unless lora_target_modules is set"
     )
     lora_target_modules: list[str] | None = key(None, "names of layers, e.g. [q_proj, v_proj]; default: by lora_scope")
-    lora_modules_to_save: list[str] | None = key(None, "layers trained in full beside the adapter")
+    lora_modules_to_save: list[str] | None = key(None, "layers trained in full in addition to the adapter")
     use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
     use_dora: bool = key(False, "weight-decomposed LoRA")
     freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) does not train the vision tower")

@@ -39,7 +39,7 @@ class Rows:
 
     @property
     def streamed(self) -> bool:
-        """Tell whether rows come one after another and cannot be looked up."""
+        """Return whether rows are read in sequence and cannot be looked up."""
         return isinstance(self.dataset, IterableDataset)
 
     def __len__(self) -> int:

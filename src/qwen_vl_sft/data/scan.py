@@ -89,7 +89,7 @@ def scan(
     bad_rows = [text for text, problem, long in zip(named, problems, overlong, strict=True) if problem and not long]
     long_rows = [text for text, long in zip(named, overlong, strict=True) if long]
     if bad_rows and not skip_bad_rows:
-        raise _refusal(bad_rows, len(rows), "cannot be used", "mend them, or set bad_rows: skip to leave them out")
+        raise _refusal(bad_rows, len(rows), "cannot be used", "fix them, or set bad_rows: skip to leave them out")
     if long_rows and not drop_overlong:
         out = "raise max_length, lower max_pixels, or set overlong: drop to leave them out"
         raise _refusal(long_rows, len(rows), "are too long", out)

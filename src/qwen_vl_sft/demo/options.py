@@ -25,7 +25,7 @@ class Options:
     max_file_size: int = option(10 * 10**6, "largest file that can be uploaded", parse=size, shown="10M")
     queue: int = option(20, "most requests that wait; one is answered at a time", at_least=1)
     share: bool = option(False, "open the page to everyone who has its address, through a tunnel of Gradio's")
-    server_name: str = option(LOCAL, "address to listen at; the default is this machine alone")
+    server_name: str = option(LOCAL, "address to listen at; default: only this machine")
     server_port: int | None = option(None, "default: the first free one from 7860", at_least=1)
     export_space: Path | None = option(
         None, "write a Hugging Face Space into a new folder instead of serving", metavar="folder"
@@ -41,7 +41,7 @@ def check_options(options: Options) -> None:
     if options.examples < 0:
         problems.append(f"--examples {options.examples} is below 0; give 0 for none")
     if options.server_port is not None and options.server_port > 65535:
-        problems.append(f"--server_port {options.server_port} is no port; give one up to 65535")
+        problems.append(f"--server_port {options.server_port} is not a port; give one up to 65535")
     if options.export_space and options.share:
         problems.append("--export_space writes a folder and serves nothing; leave out --share")
     raise_all(problems)

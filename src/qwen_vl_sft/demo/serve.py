@@ -61,7 +61,7 @@ def load_page(options: Options, examples: Sequence[Example] | None, folder: Path
 
 
 def prepare_gradio() -> None:
-    """Import Gradio so that it tells nobody. Raises `UserError` when it is not installed."""
+    """Import Gradio with its telemetry turned off. Raises `UserError` when it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own server whether it answers, which a proxy would refuse.
     for name in ("no_proxy", "NO_PROXY"):

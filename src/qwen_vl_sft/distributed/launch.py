@@ -88,7 +88,7 @@ def from_first(context: DistributedContext, value: Any) -> Any:
     """
     if context.processes == 1:
         return value
-    assert torch.distributed.is_initialized(), "the processes are joined before one tells the others something"
+    assert torch.distributed.is_initialized(), "join the processes before one sends the others something"
     sent = [value if context.rank == 0 else None]
     torch.distributed.broadcast_object_list(sent)
     return sent[0]

@@ -80,7 +80,7 @@ HEADLINE = "relaxed_accuracy"
 NOTES = {
     "relaxed_accuracy": "published ChartQA metric: numbers within 5%, years too",
     "strict_relaxed_accuracy": "years exact; separators and a full stop ignored",
-    "exact_match": "same text, upper and lower case told apart",
+    "exact_match": "same text, case-sensitive",
     "anls": "similarity of texts, 0 below a half",
 }
 

@@ -29,7 +29,9 @@ class Options:
         None, "some of base,prompted,tuned; default: all that the run allows", parse=names
     )
     split: str = option("test", "split to score, slices allowed")
-    max_samples: int | None = option(None, "so many rows, evenly spread over the split; default: all", at_least=1)
+    max_samples: int | None = option(
+        None, "most rows to answer, evenly spaced over the split; default: all", at_least=1
+    )
     batch_size: int = option(8, "rows answered together", at_least=1)
     output_dir: Path | None = option(
         None,

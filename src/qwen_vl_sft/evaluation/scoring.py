@@ -25,7 +25,7 @@ NAME_WIDTH = 11
 
 @dataclass(frozen=True)
 class Question:
-    """A row to be answered: its accepted answers, and the part of the data it counts for beside the whole."""
+    """A row to answer: its accepted answers, and the part of the data that it is also counted in."""
 
     row_id: int
     question: str
@@ -34,7 +34,7 @@ class Question:
 
 
 def split_name(value: Any) -> str | None:
-    """Return the part of the data that a value of the split column stands for; None when the row has none."""
+    """Return the part of the data named by a value of the split column; None if the row has none."""
     return None if value is None else HALVES.get(str(value), str(value))
 
 

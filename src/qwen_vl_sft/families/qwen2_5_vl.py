@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: in most blocks of its vision tower a patch sees its window alone."""
+"""Qwen2.5-VL: in most blocks of its vision tower a patch attends only within its window."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ class Answerer:
 
 
 class _AnswerStreamer(BaseStreamer):
-    """Turns generated tokens into answers, and tells `generate` when nobody listens any more."""
+    """Turns generated tokens into answers, and stops `generate` when nobody listens any more."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.received: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()

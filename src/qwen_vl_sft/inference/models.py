@@ -84,7 +84,7 @@ def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
             tuned = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--run: the adapter in {folder} does not fit its base model: {error}") from None
-    # Embeddings may be saved in full beside their adapter; looking for them here could contact the Hub.
+    # Embeddings may be saved in full with their adapter; looking for them here could contact the Hub.
     expected = set(get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False))
     unplaced = sorted((expected - saved) | {name for name in saved - expected if ".lora_" in name})
     if unplaced:

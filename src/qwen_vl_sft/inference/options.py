@@ -42,7 +42,7 @@ def check_options(options: Options) -> None:
     problems = []
     if options.run is None:
         if "model_name_or_path" not in options.recipe_keys:
-            problems.append("--run is missing: name a run folder, or a base model alone with --model_name_or_path")
+            problems.append("--run is missing: name a run folder, or only a base model with --model_name_or_path")
         if "tuned" in (options.arms or ()):
             problems.append("--arms: tuned needs a run; give --run, or leave the arm out")
     if not options.images:

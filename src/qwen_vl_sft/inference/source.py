@@ -98,7 +98,7 @@ def find_tuned(run: Path, needed: bool) -> TunedModel:
     named = run if run.name.startswith("checkpoint-") else run.resolve()
     home = named.parent if named.name.startswith("checkpoint-") and not (run / RECIPE).is_file() else run
     if not (home / RECIPE).is_file():
-        raise UserError(f"--run: {run} holds no {RECIPE}, so it is no run folder of scripts/sft.py; name one")
+        raise UserError(f"--run: {run} holds no {RECIPE}, so it is not a run folder of scripts/sft.py; name one")
     is_adapter = (run / ADAPTER_FILE).is_file()
     if needed and not is_adapter and not any((run / name).is_file() for name in FULL_MODEL_FILES):
         checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)

@@ -28,7 +28,7 @@ class Options:
     run: Path = option(REQUIRED, "run folder of scripts/sft.py, or a checkpoint in it", metavar="folder")
     output_dir: Path = option(REQUIRED, "a new or empty folder for the merged model", metavar="folder")
     base: str | None = option(
-        None, "base model, Hub id or local folder; default: the one that the run names", metavar="model"
+        None, "base model, Hub id or local folder; default: the run's base model", metavar="model"
     )
     dtype: Dtype = option("bfloat16", "precision of the merged weights")
     nf4_aware: bool = option(
@@ -99,7 +99,7 @@ def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> M
     name: str | None = config.get("base_model_name_or_path")
     if name and settings.model_name_or_path and name != settings.model_name_or_path:
         raise UserError(
-            f"--run: {tuned.folder / ADAPTER_CONFIG} names the base {name}, the recipe beside it"
+            f"--run: {tuned.folder / ADAPTER_CONFIG} names the base {name}, the recipe next to it"
             f" {settings.model_name_or_path}; say which one with --base"
         )
     name = name or settings.model_name_or_path

@@ -122,7 +122,7 @@ def varlen_kernel(implementation: str) -> VarlenKernel:
         # Built for another PyTorch or CUDA, say.
         raise UserError(
             f"attn_implementation: {implementation} is installed ({FLASH[implementation]}) but cannot be imported:"
-            f" {first_line(error)}; mend that, or set attn_implementation: sdpa"
+            f" {first_line(error)}; fix this, or set attn_implementation: sdpa"
         ) from error
     return CheckedKernel(implementation, _from_flash(function))
 

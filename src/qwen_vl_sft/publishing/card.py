@@ -180,7 +180,7 @@ def _prompt(published: PublishedModel) -> Iterator[str]:
         yield ""
         yield from (f"> {line}".rstrip() for line in published.system_message.splitlines())
         yield ""
-        yield "Answers depend on it; send it as it stands."
+        yield "Answers depend on it; send it unchanged."
     else:
         yield "Training used no system message beyond what the chat template puts in."
     if limits:
@@ -314,7 +314,7 @@ def _vllm_limits(published: PublishedModel) -> Iterator[str]:
             f" rest with a warning, unless its version has `--enable-tower-connector-lora`; otherwise {merge}."
         )
     if config.get("use_dora") or config.get("modules_to_save"):
-        what = "DoRA" if config.get("use_dora") else "whole layers beside LoRA"
+        what = "DoRA" if config.get("use_dora") else "whole layers in addition to LoRA"
         yield ""
         yield f"The adapter uses {what}, which vLLM refuses; {merge}."
     if settings.load_in_4bit:
@@ -359,7 +359,7 @@ def training_lines(published: PublishedModel) -> Iterator[str]:
     for label, value in rows.items():
         yield f"| {label} | {value} |"
     yield ""
-    yield f"All of it is in {RUN_FILES} beside this card, without the folders of the machine that trained."
+    yield f"All of it is in {RUN_FILES} next to this card, without the folders of the machine that trained."
 
 
 def dataset_in_words(name: str | None) -> str:
@@ -425,7 +425,7 @@ def _limits(published: PublishedModel) -> Iterator[str]:
     subject = row_format.subject if row_format else None
     subject = subject or "the kind of question and image of its training data"
     yield f"It is meant for {subject}, in the form of the prompt above."
-    yield "It was measured on nothing but what stands under Results: other subjects, languages and image sizes are untested."
+    yield "It was measured on nothing but the data under Results: other subjects, languages and image sizes are untested."
     yield "It can answer wrongly in a sure tone, so check an answer before anything depends on it."
 
 

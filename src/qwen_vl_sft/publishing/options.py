@@ -26,7 +26,7 @@ class Options:
         REQUIRED, "run folder of scripts/sft.py, a checkpoint in it, or a merged model", metavar="folder"
     )
     repo_id: str = option(
-        REQUIRED, "user/name or organization/name; a name alone is yours. Made if missing", metavar="name"
+        REQUIRED, "user/name or organization/name; a name alone is yours. Created if missing", metavar="name"
     )
     branch: str | None = option(None, "branch to write, made if missing; default: main")
     create_pr: bool = option(False, "offer the files as a pull request instead of committing them")

@@ -160,7 +160,9 @@ def _base_revision(merge: dict[str, Any] | None, metrics: dict[str, Any] | None,
 
 def _check_merged(model: Path, merge: dict[str, Any] | None, run: Path) -> None:
     if merge is None:
-        raise UserError(f"--model: {model} holds no {MERGE_FILE}, so it is no folder of scripts/merge.py; name one")
+        raise UserError(
+            f"--model: {model} holds no {MERGE_FILE}, so it was not written by scripts/merge.py; name a merged model"
+        )
     origin = Path(merge["run"])
     if origin.is_dir() and not same_folder(str(origin), run):
         raise UserError(f"--model: {model} was merged from {origin}, not from --run {run}; name the run it comes from")

@@ -16,7 +16,7 @@ def _time(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     try:
         seconds = parse_duration(limit)
     except ValueError:
-        yield f"max_run_time: {limit!r} is no time; write 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
+        yield f"max_run_time: {limit!r} is not a time; write 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
         return
     if seconds < 1:
         yield f"max_run_time: {limit} must be above 0"

@@ -26,7 +26,7 @@ from qwen_vl_sft.resilience.watchdog import STACKS, Stage, Watchdog
 
 TIME_IS_UP = "max_run_time"
 _RESUME = "Resume with --resume_from_checkpoint latest"
-_NEW_RUN = "A stream cannot be resumed: start anew with more time, or set dataset_streaming: false"
+_NEW_RUN = "A stream cannot be resumed: start again with more time, or set dataset_streaming: false"
 
 
 class EvaluationStopped(Exception):

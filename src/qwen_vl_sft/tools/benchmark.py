@@ -104,7 +104,7 @@ class Variant:
         return BatchStats(*(value * rows for value in vars(self.row).values()))
 
     def reorder(self, seed: int) -> None:
-        """Have the next run take the rows in another order; a few steps of one order are no fair sample of it."""
+        """Make the next run use another order of rows, as a few steps of one order are not a fair sample."""
         sampler = getattr(self.trainer, "_sampler", None)
         if isinstance(sampler, StepSampler):
             sampler.plan.seed = seed

@@ -18,7 +18,7 @@ def counts(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(count) for count in names(text))
     except ValueError:
-        raise ValueError("is no list of whole numbers such as 1,2,4") from None
+        raise ValueError("is not a list of whole numbers such as 1,2,4") from None
 
 
 def json_value(text: str) -> Any:
@@ -55,7 +55,7 @@ class BenchmarkOptions(RecipeOptions):
     variants: str = option("trl,padded,packed,shared", "variants to measure, in this order", metavar="names")
     rounds: int = option(3, "times each variant runs", at_least=1)
     seconds: float = option(15.0, "how long a variant runs each time, about")
-    repeat: int = option(1, "times each row stands in the data", at_least=1)
+    repeat: int = option(1, "times each row is repeated in the data", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class KillAndResumeOptions:
     signal: Signal = option("SIGKILL", "any but SIGKILL stops the run instead")
     seed: int = option(0, "seed of the random moments")
     output_dir: Path = option(Path("runs/kill_and_resume"), "folder of the runs", metavar="folder")
-    report: Path | None = option(None, "write the result as JSON, beside what is there already", metavar="file")
+    report: Path | None = option(None, "add the result to this JSON file", metavar="file")
     recipe_keys: dict[str, list[str]] = any_recipe_key()
 
 

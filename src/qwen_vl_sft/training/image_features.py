@@ -113,7 +113,7 @@ def _identity(recipe: Recipe, image_processor: Any) -> dict[str, Any]:
 
 
 def _weights(settings: ModelSettings) -> dict[str, Any]:
-    """Return what tells the tower's weights apart: the commit of a Hub model, a digest of them in a local folder."""
+    """Return an identifier of the tower's weights: the commit of a Hub model, or a digest for a local folder."""
     config = load_config(settings)
     folder = Path(str(settings.model_name_or_path)).expanduser()
     if not folder.is_dir():

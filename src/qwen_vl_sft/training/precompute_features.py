@@ -186,7 +186,7 @@ def _wait(writing: Sequence[Future[None]], cache: FeatureCache) -> None:
     except OSError as error:
         raise UserError(
             f"image_features_dir: features could not be written to {cache.folder}: {error.strerror or error}; what is"
-            f" there stays good, and the same command goes on from it"
+            f" there stays good, and the same command continues from it"
         ) from error
 
 

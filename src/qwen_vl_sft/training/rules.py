@@ -52,7 +52,7 @@ def _evaluation(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     if evaluates and not recipe.data.dataset_test_split:
         yield "eval_strategy is set but dataset_test_split is not: name the split to evaluate on, or set eval_strategy: no"
     if recipe.get("save_strategy") == "best" and not evaluates:
-        yield "save_strategy: best saves after evaluations alone: set eval_strategy and dataset_test_split"
+        yield "save_strategy: best saves only after evaluations: set eval_strategy and dataset_test_split"
     yield from _best_metric(recipe)
     if not recipe.get("load_best_model_at_end"):
         return
@@ -118,7 +118,7 @@ def _reporting(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         if name in packages and importlib.util.find_spec(packages[name]) is None:
             yield f"report_to: {name} is not installed; pip install {packages[name]}, or remove it"
         elif name == "none" and len(names) > 1:
-            yield "report_to: none stands beside others; keep it alone, or remove it"
+            yield "report_to: none is combined with others; use only none, or remove it"
         elif name not in packages and name != "none":
             yield f"report_to: {name!r} is unknown; tensorboard, wandb, trackio or none"
     for key in ("log_level", "log_level_replica"):

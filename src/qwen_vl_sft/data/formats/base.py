@@ -58,7 +58,7 @@ class DataFormat:
     known_datasets: tuple[str, ...] = ()
 
     def recognises(self, columns: Set[str]) -> bool:
-        """Tell by its columns whether a dataset has this form."""
+        """Return whether a dataset has this form, by its columns."""
         return self.columns <= columns
 
     def read(self, row: Row, folder: Path | None) -> Conversation:

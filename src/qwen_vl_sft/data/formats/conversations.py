@@ -17,7 +17,7 @@ def parse(row: Row, folder: Path | None) -> Conversation:
     """Read `conversations` (from, value) as messages are read."""
     turns = row.get("conversations")
     if not turns or not is_list_of_turns(turns):
-        raise BadRow("has no conversations, or some that are no list of turns, each with a from and a value")
+        raise BadRow("has no conversations, or some that are not a list of turns, each with a from and a value")
     messages = []
     for turn in turns:
         speaker, value = str(turn.get("from")), number_as_text(turn.get("value"))

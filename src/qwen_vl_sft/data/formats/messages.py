@@ -16,7 +16,7 @@ def parse(row: Row, folder: Path | None) -> Conversation:
     if not turns:
         raise BadRow("has no messages")
     if not is_list_of_turns(turns):
-        raise BadRow("has messages that are no list of turns, each with a role and a content")
+        raise BadRow("has messages that are not a list of turns, each with a role and a content")
     return turns_as_conversation(turns, row, folder)
 
 

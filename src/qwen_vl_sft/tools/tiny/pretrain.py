@@ -127,7 +127,7 @@ def _examples(rng: Random, charts: int, questions: int, held_out: Collection[Cha
 
 
 def _system(rng: Random, verbose: bool) -> str:
-    """Draw a system message, mostly one that will be used later: the template's own, or the tutorial's."""
+    """Draw a system message, mostly the chat template's own or the tutorial's."""
     if verbose:
         return DEFAULT_PROMPT if rng.random() < 0.8 else rng.choice(VERBOSE_PROMPTS)
     return CHARTQA_SYSTEM_MESSAGE if rng.random() < 0.5 else rng.choice(BRIEF_PROMPTS)
