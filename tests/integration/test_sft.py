@@ -99,7 +99,7 @@ BAD_RECIPES = {
         "would keep the worst model by eval_loss",
     ),
     "best by nothing": ({"save_strategy": "best"}, "save_strategy: best needs metric_for_best_model"),
-    "best of no evaluations": ({"save_strategy": "best"}, "save_strategy: best saves after evaluations alone"),
+    "best of no evaluations": ({"save_strategy": "best"}, "save_strategy: best saves only after evaluations"),
     "stream without steps": ({"dataset_streaming": "true", "max_steps": -1}, "dataset_streaming needs max_steps"),
     "batch that does not divide": (
         {"global_batch_size": 9, "per_device_train_batch_size": 4},
@@ -132,7 +132,7 @@ BAD_RECIPES = {
     "logger not installed": ({"report_to": "wandb"}, "wandb is not installed; pip install wandb"),
     "auto of a stream": (
         {"gradient_checkpointing": "auto", "dataset_streaming": "true"},
-        "a stream does not tell which that is",
+        "a stream does not show which one that is",
     ),
     "auto of reentrant checkpoints": (
         {"gradient_checkpointing": "auto", "gradient_checkpointing_kwargs": "{use_reentrant: true}"},

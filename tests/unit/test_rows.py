@@ -127,7 +127,7 @@ def test_bad_chartqa_rows(changes, told):
         ),
         (conversation_row(images=(None,)), "missing image"),
         (conversation_row([{"type": "text", "text": None}]), "a content part of type 'text' without a text"),
-        ({"messages": "hi"}, "no list of turns"),
+        ({"messages": "hi"}, "not a list of turns"),
         ({"messages": [None, *PLAIN]}, "no list of turns"),
         ({"messages": ["hi", *PLAIN]}, "no list of turns"),
         ({"messages": {"role": ["user"], "content": ["hi"]}}, "no list of turns"),
