@@ -186,7 +186,7 @@ def test_the_arguments_of_optimizers_are_those_that_transformers_reads():
     [
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha with packing: transformers would scale the noise"),
         ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen counts only padded batches"),
-        ({"include_num_input_tokens_seen": "non_padding"}, "include_num_input_tokens_seen counts padded batches alone"),
+        ({"include_num_input_tokens_seen": "non_padding"}, "include_num_input_tokens_seen counts only padded batches"),
         (
             {"global_batch_size": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
             "global_batch_size 8 contradicts per_device_train_batch_size 2 x 2 process(es) x gradient_accumulation_steps 8",
