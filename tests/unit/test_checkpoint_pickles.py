@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint as distributed
 
-from qwen_vl_sft.checkpointing import checkpoints
+from qwen_vl_sft.checkpointing import checkpoints, manifest
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.pickles import problem_of_pickles
 from qwen_vl_sft.checkpointing.resume_check import checkpoint_to_resume
@@ -140,7 +140,7 @@ def test_a_resume_from_such_a_checkpoint_is_refused_unless_it_is_asked_for(where
         (folder / "trainer_state.json").write_text(json.dumps(best))
     resumed = good if where == "in the best" else harmful
     monkeypatch.setattr(checkpoints, "find", lambda *args: Checkpoint(resumed, 9, {}))
-    monkeypatch.setattr(checkpoints, "problem_of", lambda folder: None)
+    monkeypatch.setattr(manifest, "problem_of", lambda folder: None)
     context = DistributedContext(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
     model = SimpleNamespace(use_safetensors=True, use_peft=False)
     keys = {"resume_from_checkpoint": str(resumed), "load_best_model_at_end": where == "in the best"}
