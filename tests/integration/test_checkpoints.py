@@ -690,7 +690,7 @@ def test_kills_that_cannot_be_are_refused(command, told, tmp_path, monkeypatch, 
 def test_a_word_that_stands_alone_is_refused(tmp_path):
     finished = run_process("scripts/kill_and_resume.py", "true", "--output_dir", tmp_path / "runs")
     assert finished.returncode == EXIT_USER_ERROR
-    assert finished.stderr.startswith("error: command line: 'true' stands alone")
+    assert finished.stderr.startswith("error: command line: 'true' has no key before it")
     assert not (tmp_path / "runs").exists()
 
 

@@ -71,7 +71,7 @@ def test_typed_values():
         ("--run a --arms ,", "--arms: ',' names nothing"),
         ("--run a --json perhaps", "--json: 'perhaps' is not true or false"),
         ("--run a --max_pixels", "--max_pixels takes one value, not none"),
-        ("a", "'a' stands alone"),
+        ("a", "'a' has no key before it"),
         ("--help perhaps", "--help: 'perhaps' is not true or false"),
     ],
 )

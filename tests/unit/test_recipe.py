@@ -199,7 +199,7 @@ def test_an_empty_value_on_the_command_line_is_empty_text():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("r.yaml", "'r.yaml' stands alone"),
+        ("r.yaml", "'r.yaml' has no key before it"),
         ("--seed 1 --seed 2", "--seed is given twice"),
         ("--recipe a.yaml --recipe b.yaml", "--recipe is given twice"),
         ("--recipe a.yaml --config=b.yaml", "--recipe is given twice"),
