@@ -29,8 +29,8 @@ quickstart: setup
 notebook: setup
 	PYTHONPATH=tests $(BIN)/python -m fixtures.notebook
 
-# Two files at a time: most tests keep one core busy.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time on two cores: processes of a test wait for each other a third of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m 'not long'
