@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import select
 import sys
 import time
 import traceback
@@ -17,6 +18,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # EX_TEMPFAIL of sysexits.h: stopped from outside with its state saved; the same command with `latest` goes on.
 EXIT_PREEMPTED = 75
+# A message holds no more of a value that somebody wrote, which may be a whole document.
+MOST_QUOTED = 200
 # A process that may have failed because another one has gone waits so long.
 _PEER_SECONDS = 5
 
@@ -32,7 +35,20 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """Return an error's message in one line, or its type when the message is empty."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return shortened(lines[0]) if lines else type(error).__name__
+
+
+def quoted(value: object) -> str:
+    """Return a value of the user's as a message quotes it, shortened to `MOST_QUOTED` characters."""
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """Return a text, or its beginning and its length where it has more than `MOST_QUOTED` characters."""
+    if len(text) <= MOST_QUOTED:
+        return text
+    note = f"... ({len(text):,} characters)"
+    return text[: MOST_QUOTED - len(note)] + note
 
 
 class BadRow(UserError):
@@ -88,8 +104,11 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
         except Preempted as stop:
             leave(EXIT_PREEMPTED, str(stop), show=int(os.environ.get("RANK", "0")) == 0)
         except (SystemExit, KeyboardInterrupt):
+            _forget_closed_output()
             raise
         except BaseException as error:  # torch.distributed.checkpoint's own is no `Exception`
+            if isinstance(error, BrokenPipeError) and _forget_closed_output():
+                raise SystemExit(1) from None
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 raise
             message = traceback.format_exc()
@@ -100,10 +119,27 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
                     f" whose message then says why: {first_line(error)}"
                 )
             leave(1, message)
+        _forget_closed_output()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             _leave_finished()
 
     return wrapper
+
+
+def _forget_closed_output() -> bool:
+    """Return whether whoever read the standard output has gone, such as `head`; what is still to be written is dropped.
+
+    Python would write it when it ends, and tell of that with a traceback.
+    """
+    try:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        closed = any(event & select.POLLERR for _, event in output.poll(0))
+        if closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # a notebook's output is no file
+        return False
+    return closed
 
 
 def _leave_finished() -> None:

@@ -123,6 +123,8 @@ def test_a_target_that_matches_nothing_is_refused():
     model = build_on_meta(settings())
     with pytest.raises(UserError, match=r"lora_target_modules: wq match.* no linear layer .* q_proj"):
         find_targets(model, settings(lora_target_modules=["q_proj", "wq"]))
+    with pytest.raises(UserError, match="lora_target_modules: all-linear stands beside other names"):
+        find_targets(model, settings(lora_target_modules=["all-linear", "q_proj"]))
     with pytest.raises(UserError, match="lm_head"):
         find_targets(model, settings(lora_target_modules=["lm_head"]))
 

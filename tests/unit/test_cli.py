@@ -21,6 +21,16 @@ def run_cli(*words):
     return subprocess.run([sys.executable, "-m", "qwen_vl_sft.cli", *words], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.parametrize("words", [["-m", "qwen_vl_sft.cli", "--help"], [str(SCRIPTS / "evaluate.py"), "--help"]])
+def test_help_into_a_closed_pipe_ends_without_a_word(words):
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 1
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
 def test_every_script_is_a_command(name):
     assert build_command(name, ["--help"]) == [sys.executable, str(SCRIPTS / f"{name}.py"), "--help"]

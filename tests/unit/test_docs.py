@@ -13,7 +13,7 @@ from fixtures.repository import REPOSITORY
 from qwen_vl_sft.cli import split_launch_options
 from qwen_vl_sft.config.command_line import option_names
 from qwen_vl_sft.config.reading import key_hints
-from qwen_vl_sft.config.settings_page import settings_page
+from qwen_vl_sft.config.settings_page import other_trainers_page, settings_page
 from qwen_vl_sft.demo import options as demo
 from qwen_vl_sft.evaluation import options as evaluation
 from qwen_vl_sft.inference import options as inference
@@ -167,3 +167,5 @@ def test_the_readme_lists_every_script():
 def test_the_page_of_settings_is_current():
     made = "python -m qwen_vl_sft.config.settings_page > docs/settings.md"
     assert (REPOSITORY / "docs/settings.md").read_text(encoding="utf-8") == settings_page(), f"run {made}"
+    made = "python -m qwen_vl_sft.config.settings_page other_trainers > docs/other_trainers.md"
+    assert (REPOSITORY / "docs/other_trainers.md").read_text(encoding="utf-8") == other_trainers_page(), f"run {made}"

@@ -10,8 +10,9 @@ from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.coercion import coerce, load_yaml
 from qwen_vl_sft.config.command_line import format_help, parse, recipe_values
+from qwen_vl_sft.config.other_trainers import FORMER_KEYS, WITHOUT_COUNTERPART
 from qwen_vl_sft.config.reading import build, key_hints, read_recipe
-from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, FORMER_KEYS, REFUSED_KEYS, TRAINING_DEFAULTS
+from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, REFUSED_KEYS, TRAINING_DEFAULTS
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.training import plan
 from qwen_vl_sft.training.options import Options
@@ -39,6 +40,11 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"tokens_per_batch": 500}, ["tokens_per_batch has no effect without packing"]),
         ({"dataset_streaming": True, "dataloader_num_workers": 2}, ["dataloader_num_workers above 1 has no effect"]),
         ({"dataset_streaming": True, "dataloader_num_workers": 1}, []),
+        (
+            {"use_peft": True, "lora_target_modules": "all-linear"},
+            ["lora_target_modules: all-linear covers lora_scope"],
+        ),
+        ({"use_peft": True, "lora_target_modules": "all-linear", "lora_scope": "all"}, []),
     ],
 )
 def test_keys_without_an_effect_are_told(keys, told):
@@ -298,7 +304,63 @@ def test_tables_of_keys_name_real_fields():
     training = {entry.name for entry in fields(SFTConfig)}
     assert set(REFUSED_KEYS) <= training
     assert set(FIXED_TRAINING_ARGUMENTS) | set(TRAINING_DEFAULTS) <= training
-    assert not set(FORMER_KEYS) & set(key_hints())
+    others = {*FORMER_KEYS, *WITHOUT_COUNTERPART}
+    assert len(others) == len(FORMER_KEYS) + len(WITHOUT_COUNTERPART)
+    assert not others & {*key_hints(), *REFUSED_KEYS}
+
+
+@pytest.mark.parametrize("text", FORMER_KEYS.values())
+def test_what_is_written_instead_of_another_trainers_key_exists(text):
+    first = text.partition(" ")[0].rstrip(",:")
+    assert first in {*key_hints(), "nothing", "scripts/merge.py"}
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("cutoff_len", "write max_length"),
+        ("micro_batch_size", "write per_device_train_batch_size"),
+        ("sequence_len", "write max_length"),
+        ("lora_target", r"write lora_target_modules \(lora_target_modules: all-linear for all\)"),
+        ("template", "there is no such key here: the chat template comes with the model"),
+        ("val_size", r"there is no such key here: no rows are split off; .*train\[:95%\]"),
+        ("finetune_vision_layers", "write lora_scope: all"),
+    ],
+)
+def test_a_key_of_another_trainer_is_told_ours(key, told, tmp_path):
+    for path, keys in ((write(tmp_path, f"{key}: 1"), {}), (None, overrides_of([f"--{key}", "1"]))):
+        with pytest.raises(UserError, match=f"unknown key {key}; {told}"):
+            read_recipe(path, keys)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seed", "x" * 5000],
+        ["--lora_r", *["12"] * 2000],
+        ["--" + "k" * 5000, "1"],
+        ["x" * 5000],
+        ["--recipe", *["a"] * 3000],
+        ["--dry_run", "y" * 5000],
+    ],
+)
+def test_a_message_holds_200_characters_of_what_was_written(words):
+    with pytest.raises(UserError) as caught:
+        read_recipe(None, overrides_of(words))
+    assert len(str(caught.value)) < 350
+
+
+def test_a_long_value_in_a_file_is_shortened(tmp_path):
+    for text in ("seed: " + "x" * 5000, "k" * 500 + ": 1", "[" * 3000, "max_length: [" + "1, " * 900 + "1]"):
+        with pytest.raises(UserError) as caught:
+            read_recipe(write(tmp_path, text), {})
+        assert len(str(caught.value)) < 350 + len(str(tmp_path))
+
+
+def test_a_runs_recipe_does_not_delete_again(tmp_path):
+    recipe = read_recipe(None, {"overwrite_output_dir": True, "seed": 3})
+    again = read_recipe(write(tmp_path, recipe.to_yaml()), {})
+    assert (again.run.overwrite_output_dir, again.get("seed")) == (False, 3)
 
 
 @pytest.mark.parametrize("name", ["torch_compile", "torch_compile_backend", "torch_compile_mode"])

@@ -53,6 +53,13 @@ def test_nothing_of_a_run_can_be_changed(tmp_path):
         run.recipe.training["seed"] = 1
 
 
+@pytest.mark.parametrize("scope", ["language", "all"])
+def test_all_linear_is_every_linear_layer_of_the_scope(scope, tmp_path):
+    _, run = resolved(tmp_path, lora_target_modules="all-linear", lora_scope=scope)
+    _, default = resolved(tmp_path, lora_scope=scope)
+    assert run.structure == default.structure
+
+
 def test_the_structure_tells_what_trains(tmp_path):
     _, run = resolved(tmp_path, lora_target_modules=["q_proj"], lora_modules_to_save=["norm"])
     assert all(name.endswith("q_proj") for name in run.structure.lora_targets)

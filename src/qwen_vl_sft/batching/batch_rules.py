@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.errors import quoted
 
 Rule = Callable[[Recipe, DistributedContext], Iterator[str]]
 _TOKENS_SEEN = ("all", "non_padding", "no")
@@ -88,7 +89,7 @@ def _loader(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     if method is None:
         return
     if method not in known:
-        yield f"dataloader_multiprocessing_context: {method!r} is unknown; one of {', '.join(known)}"
+        yield f"dataloader_multiprocessing_context: {quoted(method)} is unknown; one of {', '.join(known)}"
     elif recipe.get("dataloader_num_workers") == 0:
         yield "dataloader_multiprocessing_context is set but dataloader_num_workers is 0; remove one of the two"
 
@@ -96,7 +97,7 @@ def _loader(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
 def _tokens_seen(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     value = recipe.get("include_num_input_tokens_seen")
     if value not in (True, False, *_TOKENS_SEEN):
-        yield f"include_num_input_tokens_seen: {value!r} is unknown; one of {', '.join(_TOKENS_SEEN)}"
+        yield f"include_num_input_tokens_seen: {quoted(value)} is unknown; one of {', '.join(_TOKENS_SEEN)}"
 
 
 def _checkpointing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:

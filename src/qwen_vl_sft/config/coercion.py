@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from qwen_vl_sft.errors import quoted
+
 
 def coerce(value: Any, hint: Any) -> Any:
     """Return `value` as the type `hint`. Raises `ValueError` whose text says what was expected."""
@@ -89,7 +91,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise ValueError(f"line {line}: a key is a word; put text with braces or brackets between quotes")
             if key in seen:
-                raise ValueError(f"key {key!r} is set twice, in lines {seen[key]} and {line}; keep one")
+                raise ValueError(f"key {quoted(key)} is set twice, in lines {seen[key]} and {line}; keep one")
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
 

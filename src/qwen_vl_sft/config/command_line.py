@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 import yaml
 
 from qwen_vl_sft.config.coercion import coerce, expected, load_yaml
-from qwen_vl_sft.config.settings import FORMER_KEYS, GROUPS, REFUSED_KEYS
-from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.config.other_trainers import FORMER_KEYS, WITHOUT_COUNTERPART
+from qwen_vl_sft.config.settings import GROUPS, REFUSED_KEYS
+from qwen_vl_sft.errors import UserError, quoted, raise_all, shortened
 
 Options = TypeVar("Options")
 REQUIRED: Any = MISSING
@@ -129,7 +130,7 @@ def split_words(
         word = arguments[position] if arguments[position] != "-h" else "--help"
         position += 1
         if not word.startswith("--"):
-            raise UserError(f"command line: {word!r} has no key before it; write --key value")
+            raise UserError(f"command line: {quoted(word)} has no key before it; write --key value")
         name, assigned, value = word[2:].partition("=")
         words = [value] if assigned else []
         while not assigned and position < len(arguments) and not arguments[position].startswith("--"):
@@ -137,7 +138,7 @@ def split_words(
             position += 1
         name = name.replace("-", "_")
         if name in found and not repeatable(name):
-            raise UserError(f"command line: --{name} is given twice; keep one")
+            raise UserError(f"command line: --{shortened(name)} is given twice; keep one")
         found[name] = words
     return found
 
@@ -151,7 +152,8 @@ def recipe_values(words: Mapping[str, Sequence[str]], options: Any = None) -> di
         return {}
     from qwen_vl_sft.config.reading import key_hints, text_keys
 
-    own, keys = option_names(type(options)) if options else [], [*key_hints(), *REFUSED_KEYS, *FORMER_KEYS]
+    own = option_names(type(options)) if options else []
+    keys = [*key_hints(), *REFUSED_KEYS, *FORMER_KEYS, *WITHOUT_COUNTERPART]
     nearest = {name: difflib.get_close_matches(name, [*own, *keys], n=1) for name in words if name not in keys}
     mistyped = [name for name, near in nearest.items() if set(near) & set(own)]
     raise_all([f"command line: {_unknown(name, own)}" for name in mistyped])
@@ -223,12 +225,14 @@ def _value(entry: Field[Any], words: list[str], hint: Any) -> Any:
             raise ValueError(" takes one or more, not none")
         return tuple(_single(entry, word, typing.get_args(hint)[0]) for word in words)
     if len(words) != 1:
-        raise ValueError(f" takes one {entry.metadata['metavar'] or 'value'}, not {' '.join(words) or 'none'}")
+        raise ValueError(
+            f" takes one {entry.metadata['metavar'] or 'value'}, not {shortened(' '.join(words)) or 'none'}"
+        )
     if parse:
         try:
             return parse(words[0])
         except ValueError as error:
-            raise ValueError(f": {words[0]!r} {error}") from None
+            raise ValueError(f": {quoted(words[0])} {error}") from None
     return _single(entry, words[0], hint)
 
 
@@ -238,7 +242,7 @@ def _single(entry: Field[Any], word: str, hint: Any) -> Any:
     try:
         value = coerce(word, hint)
     except ValueError:
-        raise ValueError(f": {word!r} is not {expected(hint)}") from None
+        raise ValueError(f": {quoted(word)} is not {expected(hint)}") from None
     at_least = entry.metadata["at_least"]
     if at_least is not None and value < at_least:
         raise ValueError(f": {word} is below {at_least}")
@@ -251,26 +255,28 @@ def _switch(words: Sequence[str]) -> bool:
     try:
         return coerce(words[0] if len(words) == 1 else list(words), bool)
     except ValueError:
-        raise ValueError(f": {' '.join(words)!r} is not {expected(bool)}; alone it is true") from None
+        raise ValueError(f": {quoted(' '.join(words))} is not {expected(bool)}; alone it is true") from None
 
 
 def _text(name: str, words: Sequence[str], problems: list[str]) -> str:
     if not words and _described()[name][1] == expected(bool):
         return "true"
     if len(words) != 1:
-        problems.append(f"command line: --{name} takes one value, not {' '.join(words) or 'none'}")
+        problems.append(f"command line: --{name} takes one value, not {shortened(' '.join(words)) or 'none'}")
     return words[0] if words else ""
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
-    return f"unknown option --{name}; " + (f"did you mean --{nearest[0]}?" if nearest else "--help lists all")
+    return f"unknown option --{shortened(name)}; " + (
+        f"did you mean --{nearest[0]}?" if nearest else "--help lists all"
+    )
 
 
 def _yaml(word: str, is_text: bool) -> Any:
     try:
         value = load_yaml(word) if word else ""
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return word  # not YAML, such as a bare `train[:10%]` or `@x`
     # A text with a colon and a name such as 010 stay as they were written.
     stays = (isinstance(value, dict) and not word.startswith("{")) or (is_text and type(value) in (int, float))

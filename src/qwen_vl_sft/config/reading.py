@@ -16,8 +16,8 @@ from trl import SFTConfig
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.coercion import coerce, expected, is_text, load_yaml
+from qwen_vl_sft.config.other_trainers import hint
 from qwen_vl_sft.config.settings import (
-    FORMER_KEYS,
     GROUPS,
     REFUSED_KEYS,
     TRAINING_DEFAULTS,
@@ -25,7 +25,7 @@ from qwen_vl_sft.config.settings import (
     ModelSettings,
     RunSettings,
 )
-from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.errors import UserError, quoted, raise_all, shortened
 from qwen_vl_sft.shipped_files import RECIPES, find_file, shipped_names
 
 
@@ -68,8 +68,9 @@ class Recipe:
         return replace(self, training=MappingProxyType({**self.training, **values}))
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML."""
-        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True, width=100)
+        """Return the recipe as YAML, without `overwrite_output_dir`: a later run of it must not delete what is there."""
+        values = {name: value for name, value in self.values().items() if name != "overwrite_output_dir"}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def key_hints() -> dict[str, Any]:
@@ -112,7 +113,7 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
         try:
             values[name] = coerce(value, hints[name])
         except ValueError:
-            problems.append(f"{sources[name]}: {name}: {value!r} is not {expected(hints[name])}")
+            problems.append(f"{sources[name]}: {name}: {quoted(value)} is not {expected(hints[name])}")
     raise_all(problems)
     return build(values)
 
@@ -174,8 +175,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     try:
         written = load_yaml(text, text_keys()) if text.strip() else {}
+    except RecursionError:
+        raise UserError(f"recipe {path} is not valid YAML: its brackets are nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"recipe {path} is not valid YAML: {shortened(' '.join(str(error).split()))}") from None
     if not isinstance(written, dict):
         raise UserError(f"recipe {path} must hold `key: value` lines, not a {type(written).__name__}")
     return written
@@ -184,7 +187,9 @@ def read_file(path: Path) -> dict[str, Any]:
 def _unknown(name: str, known: list[str]) -> str:
     if name in REFUSED_KEYS:
         return f"{name} cannot be set: {REFUSED_KEYS[name]}"
-    if name in FORMER_KEYS:
-        return f"unknown key {name}; write {FORMER_KEYS[name]}"
+    if of_another_trainer := hint(name):
+        return f"unknown key {name}; {of_another_trainer}"
     nearest = difflib.get_close_matches(name, known, n=1)
-    return f"unknown key {name}" + (f"; did you mean {nearest[0]}?" if nearest else "; --help lists all keys")
+    return f"unknown key {shortened(name)}" + (
+        f"; did you mean {nearest[0]}?" if nearest else "; --help lists all keys"
+    )

@@ -90,7 +90,9 @@ class ModelSettings:
     lora_scope: Literal["language", "vision", "merger", "all"] = key(
         "language", "part of the model that gets LoRA, in all its linear layers unless lora_target_modules is set"
     )
-    lora_target_modules: list[str] | None = key(None, "names of layers, e.g. [q_proj, v_proj]; default: by lora_scope")
+    lora_target_modules: list[str] | None = key(
+        None, "names of layers, e.g. [q_proj, v_proj]; default, and all-linear: every linear layer of lora_scope"
+    )
     lora_modules_to_save: list[str] | None = key(None, "layers trained in full in addition to the adapter")
     use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
     use_dora: bool = key(False, "weight-decomposed LoRA")
@@ -237,22 +239,4 @@ REFUSED_KEYS: dict[str, str] = {
     "enable_jit_checkpoint": "it can save in the middle of a step, where a resume is not exact",
     "use_cache": "it is always off while training",
     "hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",
-}
-
-# Names that users of other versions and trainers write, and today's.
-FORMER_KEYS: dict[str, str] = {
-    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
-    "evaluation_strategy": "eval_strategy",
-    "torch_dtype": "dtype",
-    "max_seq_length": "max_length",
-    "model_name": "model_name_or_path",
-    "overwrite_output": "overwrite_output_dir",
-    "lora_rank": "lora_r",
-    "lora_target": "lora_target_modules",
-    "quantization_bit": "load_in_4bit or load_in_8bit",
-    "dataset": "dataset_name",
-    "cutoff_len": "max_length",
-    "logging_dir": "output_dir (logs are written beneath it)",
-    "no_cuda": "use_cpu",
-    "tokenizer_name": "model_name_or_path (the processor comes with the model)",
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.errors import UserError, raise_all
+from qwen_vl_sft.errors import UserError, quoted, raise_all
 from qwen_vl_sft.evaluation.scoring import ALL, SPLIT_COLUMN, Question, score_row, split_name, summarise
 
 ARM = "predictions"
@@ -75,7 +75,7 @@ def _score_entry(row_id: int, entry: Any) -> dict[str, Any]:
     if len(splits) > 1:
         raise ValueError("has both split and human_or_machine")
     if splits == [ALL]:
-        raise ValueError(f"has split {ALL!r}, the name for all rows together")
+        raise ValueError(f"has split {quoted(ALL)}, the name for all rows together")
     question = Question(row_id, str(entry.get("question", "")), targets, split_name(splits[0] if splits else None))
     return score_row(question, {ARM: _text(entry["prediction"], "prediction")})
 
@@ -83,5 +83,5 @@ def _score_entry(row_id: int, entry: Any) -> dict[str, Any]:
 def _text(value: Any, name: str) -> str:
     """Return a text as it is, a number as Python writes it."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"has a {name} that is neither text nor a number: {value!r}")
+        raise ValueError(f"has a {name} that is neither text nor a number: {quoted(value)}")
     return str(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.reading import Recipe
@@ -124,7 +124,7 @@ def unknown_arms(arms: Sequence[str]) -> list[str]:
         if arm not in ARMS:
             near = difflib.get_close_matches(arm, ARMS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ARMS)}"
-            problems.append(f"--arms: unknown arm {arm!r}; {hint}")
+            problems.append(f"--arms: unknown arm {quoted(arm)}; {hint}")
     return problems
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from qwen_vl_sft.cache_folder import cache_folder
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError, first_line, quoted
 from qwen_vl_sft.modeling.kernel_check import CheckedKernel
 
 SDPA = "sdpa"  # PyTorch's own
@@ -60,7 +60,9 @@ def resolve_attention(wanted: str, on_cpu: bool, dtype: str, packing: bool = Fal
         usable = FLASH if packing else [name for name in FLASH if name not in _PACKED_ALONE]
         return next((name for name in usable if _obstacle(name, on_cpu, dtype) is None), SDPA)
     if wanted not in (*FLASH, SDPA, "eager"):
-        raise UserError(f"attn_implementation: {wanted!r} is unknown; auto, sdpa, eager, {', '.join(sorted(FLASH))}")
+        raise UserError(
+            f"attn_implementation: {quoted(wanted)} is unknown; auto, sdpa, eager, {', '.join(sorted(FLASH))}"
+        )
     if wanted == "eager" and packing:
         raise UserError("attn_implementation: eager cannot keep packed rows apart; leave the key out for auto")
     obstacle = _obstacle(wanted, on_cpu, dtype) if wanted in FLASH else None

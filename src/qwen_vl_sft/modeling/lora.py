@@ -9,9 +9,12 @@ from peft import LoraConfig
 from torch import nn
 
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, shortened
 from qwen_vl_sft.families.base import PARTS
 from qwen_vl_sft.families.registry import family_of
+
+# PEFT's word for every linear layer but the output head; here of the parts that `lora_scope` names.
+ALL_LINEAR = "all-linear"
 
 
 def scope_parts(scope: str) -> tuple[str, ...]:
@@ -25,20 +28,29 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
 
 
+def covers_all_linear(settings: ModelSettings) -> bool:
+    """Return whether LoRA goes into every linear layer of `lora_scope`."""
+    return settings.lora_target_modules in (None, [ALL_LINEAR])
+
+
 def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
     """Return the full names of the layers that get LoRA.
 
-    Raises `UserError` for a target that matches no linear layer, with the names there are.
+    Raises `UserError` for `all-linear` beside other targets, and for one that matches no linear layer, with the names
+    there are.
     """
     layers = linear_layers(model)
-    if settings.lora_target_modules is None:
+    if covers_all_linear(settings):
         parts = scope_parts(settings.lora_scope)
         return [name for name in layers if family_of(model.config).part_of(name) in parts]
+    assert settings.lora_target_modules is not None
+    if ALL_LINEAR in settings.lora_target_modules:
+        raise UserError(f"lora_target_modules: {ALL_LINEAR} stands beside other names; keep it alone, or leave it out")
     unmatched = [target for target in settings.lora_target_modules if not _matches(layers, [target])]
     if unmatched:
         known = sorted({name.rsplit(".", 1)[-1] for name in layers} - {str(number) for number in range(10)})
         raise UserError(
-            f"lora_target_modules: {', '.join(unmatched)} match(es) no linear layer of the model;"
+            f"lora_target_modules: {shortened(', '.join(unmatched))} match(es) no linear layer of the model;"
             f" its layers are named {', '.join(known)}"
         )
     return _matches(layers, settings.lora_target_modules)

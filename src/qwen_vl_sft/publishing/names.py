@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft import tiny
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, quoted
 
 BUILTIN_PREFIX = "builtin:"
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
@@ -24,7 +24,7 @@ def problem_of_repo_id(name: str) -> str | None:
     if _REPO_ID.fullmatch(name) and "--" not in name and ".." not in name and not name.endswith(".git"):
         return None
     return (
-        f"{name!r} is not the name of a repository; write user/name or organization/name, of letters, digits, - _ and"
+        f"{quoted(name)} is not the name of a repository; write user/name or organization/name, of letters, digits, - _ and"
         f" single dots"
     )
 
@@ -33,7 +33,7 @@ def problem_of_branch(name: str) -> str | None:
     """Return why `name` cannot be a branch, or None."""
     if _BRANCH.fullmatch(name) and ".." not in name and "//" not in name and not name.startswith("refs/"):
         return None
-    return f"{name!r} is not the name of a branch; write a plain one such as v2"
+    return f"{quoted(name)} is not the name of a branch; write a plain one such as v2"
 
 
 def is_local(name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_vl_sft.config.command_line import REQUIRED, option
-from qwen_vl_sft.errors import raise_all
+from qwen_vl_sft.errors import quoted, raise_all
 from qwen_vl_sft.publishing.names import problem_of_branch, problem_of_repo_id
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def check_options(options: Options) -> None:
     if options.branch and options.create_pr:
         problems.append("--branch and --create_pr exclude each other: the Hub opens pull requests against main only")
     if options.license and not _LICENCE.fullmatch(options.license):
-        problems.append(f"--license: {options.license!r} is not a licence as the Hub writes it, such as apache-2.0")
+        problems.append(
+            f"--license: {quoted(options.license)} is not a licence as the Hub writes it, such as apache-2.0"
+        )
     raise_all(problems)
 
 

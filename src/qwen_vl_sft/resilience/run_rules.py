@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.errors import quoted
 from qwen_vl_sft.resilience.deadline import parse_duration
 
 
@@ -16,7 +17,7 @@ def _time(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     try:
         seconds = parse_duration(limit)
     except ValueError:
-        yield f"max_run_time: {limit!r} is not a time; write 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
+        yield f"max_run_time: {quoted(limit)} is not a time; write 3h30m, HH:MM:SS, D-HH:MM:SS or seconds"
         return
     if seconds < 1:
         yield f"max_run_time: {limit} must be above 0"

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError, first_line, quoted
 
 
 def make_random_model(
@@ -65,7 +65,7 @@ def make_random_model(
 
 def _overridden(config: Any, changes: dict[str, Any]) -> Any:
     if not isinstance(changes, dict):
-        raise UserError(f'overrides: {changes!r} is no object; write one such as {{"text_config": {{...}}}}')
+        raise UserError(f'overrides: {quoted(changes)} is no object; write one such as {{"text_config": {{...}}}}')
     values = config.to_dict()
     for part, part_changes in changes.items():
         if part not in values:

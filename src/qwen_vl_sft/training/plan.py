@@ -16,7 +16,7 @@ from qwen_vl_sft.data.preview import preview
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.modeling.base_model import format_parameters
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
-from qwen_vl_sft.modeling.lora import outside_scope
+from qwen_vl_sft.modeling.lora import covers_all_linear, outside_scope
 from qwen_vl_sft.modeling.structure import ModelStructure
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
@@ -96,6 +96,11 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
     found = []
     if recipe.model.use_peft and recipe.model.lora_target_modules:
         found += outside_scope(lora_parts, recipe.model)
+        if covers_all_linear(recipe.model) and "lora_scope" not in recipe.stated:
+            found.append(
+                f"lora_target_modules: all-linear covers lora_scope {recipe.model.lora_scope}; set lora_scope: all for the"
+                f" linear layers of the vision tower and its mergers too, which other trainers may mean by it"
+            )
     if recipe.get("eval_strategy") == "no":
         values = recipe.values()
         skipped = [

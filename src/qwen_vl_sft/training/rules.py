@@ -15,6 +15,7 @@ from qwen_vl_sft.checkpointing.resume_rules import RESUME_RULES
 from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.errors import quoted
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.modeling.model_rules import MODEL_RULES
 from qwen_vl_sft.publishing.hub_rules import HUB_RULES
@@ -94,7 +95,7 @@ def _best_metric(recipe: Recipe) -> Iterator[str]:
     if metric not in known:
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-        yield f"metric_for_best_model: {stated!r} is not measured; {hint}"
+        yield f"metric_for_best_model: {quoted(stated)} is not measured; {hint}"
     elif metric in METRICS and not recipe.run.predict_with_generate:
         yield f"metric_for_best_model: {stated} is measured with predict_with_generate: true only; set it, or use eval_loss"
     elif greater is not None and greater == (metric == "loss"):
@@ -120,15 +121,15 @@ def _reporting(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         elif name == "none" and len(names) > 1:
             yield "report_to: none is combined with others; use only none, or remove it"
         elif name not in packages and name != "none":
-            yield f"report_to: {name!r} is unknown; tensorboard, wandb, trackio or none"
+            yield f"report_to: {quoted(name)} is unknown; tensorboard, wandb, trackio or none"
     for key in ("log_level", "log_level_replica"):
         if recipe.get(key) not in trainer_log_levels:
-            yield f"{key}: {recipe.get(key)!r} is unknown; one of {', '.join(trainer_log_levels)}"
+            yield f"{key}: {quoted(recipe.get(key))} is unknown; one of {', '.join(trainer_log_levels)}"
 
 
 def _loss(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     if recipe.get("loss_type") not in ("nll", "dft"):
-        yield f"loss_type: {recipe.get('loss_type')!r} is unknown; nll or dft"
+        yield f"loss_type: {quoted(recipe.get('loss_type'))} is unknown; nll or dft"
 
 
 RULES: tuple[Rule, ...] = (

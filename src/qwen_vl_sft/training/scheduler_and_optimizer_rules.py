@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from qwen_vl_sft.config.coercion import expected
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.launch import DistributedContext
-from qwen_vl_sft.errors import first_line
+from qwen_vl_sft.errors import first_line, quoted
 
 # Arguments that transformers reads itself, and those of `torch.utils.checkpoint.checkpoint` that a recipe can set.
 _CHECKPOINTING: dict[str, type] = {
@@ -78,7 +78,7 @@ def _checkpointing(recipe: Recipe, context: DistributedContext) -> Iterator[str]
     yield from _unknown("gradient_checkpointing_kwargs", stated, _CHECKPOINTING)
     for name, hint in _CHECKPOINTING.items():
         if name in stated and type(stated[name]) is not hint:
-            yield f"gradient_checkpointing_kwargs: {name}: {stated[name]!r} is not {expected(hint)}"
+            yield f"gradient_checkpointing_kwargs: {name}: {quoted(stated[name])} is not {expected(hint)}"
         elif name == "every_n_layers" and stated.get(name, 1) < 1:
             yield f"gradient_checkpointing_kwargs: {name}: {stated[name]} must be at least 1"
 
@@ -107,7 +107,7 @@ def _optimizer(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     pairs = [pair.partition("=") for pair in stated.replace(" ", "").split(",")]
     for name, _, value in pairs:
         if not name or not value or "=" in value:
-            yield f"optim_args: {stated!r} is not written name=value, name=value"
+            yield f"optim_args: {quoted(stated)} is not written name=value, name=value"
             return
     beginning = max(
         (known for known in OPTIM_ARGS if optimizer.removeprefix("paged_").startswith(known)), key=len, default=""
@@ -116,7 +116,7 @@ def _optimizer(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     yield from _unknown(f"optim_args of optim {optimizer}", [name for name, _, _ in pairs], known)
     for name, _, value in pairs:
         if name in known and name not in _WORDS and not _is_number(value):
-            yield f"optim_args: {name}: {value!r} is not a number"
+            yield f"optim_args: {name}: {quoted(value)} is not a number"
 
 
 def _is_number(value: str) -> bool:

@@ -1,0 +1,192 @@
+"""Keys that other trainers' configurations use: today's key of this package for each, or why there is none.
+
+The names are those of LLaMA-Factory, ms-swift, axolotl, unsloth, and earlier versions of transformers and TRL.
+"""
+
+from __future__ import annotations
+
+# What to write instead.
+FORMER_KEYS: dict[str, str] = {
+    # transformers and TRL, former versions
+    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
+    "evaluation_strategy": "eval_strategy",
+    "torch_dtype": "dtype",
+    "max_seq_length": "max_length",
+    "model_name": "model_name_or_path",
+    "overwrite_output": "overwrite_output_dir",
+    "logging_dir": "output_dir (logs are written beneath it)",
+    "no_cuda": "use_cpu",
+    "tokenizer_name": "model_name_or_path (the processor comes with the model)",
+    "tokenizer_name_or_path": "model_name_or_path (the processor comes with the model)",
+    "use_flash_attention_2": "attn_implementation: flash_attention_2",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "num_proc": "dataset_num_proc",
+    # LLaMA-Factory
+    "dataset": "dataset_name",
+    "dataset_dir": "dataset_name (the folder or file of the data itself)",
+    "eval_dataset": "dataset_test_split (a split of the same dataset)",
+    "cutoff_len": "max_length",
+    "max_samples": "max_train_samples",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "streaming": "dataset_streaming",
+    "train_on_prompt": "train_on: all",
+    "neat_packing": "packing: true (rows never see each other)",
+    "finetuning_type": "use_peft: true for lora, use_peft: false for full",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules (lora_target_modules: all-linear for all)",
+    "additional_target": "lora_modules_to_save",
+    "quantization_bit": "load_in_4bit or load_in_8bit",
+    "quantization_type": "bnb_4bit_quant_type",
+    "double_quantization": "use_bnb_nested_quant",
+    "flash_attn": "attn_implementation",
+    "enable_liger_kernel": "fused_kernels: auto",
+    "disable_gradient_checkpointing": "gradient_checkpointing: false",
+    "use_reentrant_gc": "gradient_checkpointing_kwargs: {use_reentrant: true}",
+    "image_max_pixels": "max_pixels",
+    "image_min_pixels": "min_pixels",
+    "pure_bf16": "dtype: bfloat16",
+    "plot_loss": "nothing (loss.png is always drawn)",
+    "compute_accuracy": "nothing (mean_token_accuracy is always measured)",
+    "default_system": "system_message",
+    "export_dir": "scripts/merge.py --output_dir",
+    "use_swanlab": "report_to (tensorboard, wandb, trackio or none)",
+    # ms-swift
+    "model": "model_name_or_path",
+    "model_id_or_path": "model_name_or_path",
+    "val_dataset": "dataset_test_split (a split of the same dataset)",
+    "system": "system_message",
+    "train_type": "use_peft: true for lora, use_peft: false for full",
+    "tuner_type": "use_peft: true for lora, use_peft: false for full",
+    "sft_type": "use_peft: true for lora, use_peft: false for full",
+    "target_modules": "lora_target_modules (all-linear for all linear layers)",
+    "modules_to_save": "lora_modules_to_save",
+    "freeze_vit": "freeze_vision_tower (use_peft: false), or lora_scope: language",
+    "freeze_llm": "lora_scope: vision",
+    "freeze_aligner": "lora_scope",
+    "attn_impl": "attn_implementation",
+    "quant_bits": "load_in_4bit or load_in_8bit",
+    "bnb_4bit_compute_dtype": "dtype",
+    "dataset_shuffle": "shuffle_dataset",
+    "dataset_sample": "max_train_samples",
+    "batch_size": "per_device_train_batch_size, or global_batch_size over all processes",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "vit_gradient_checkpointing": "gradient_checkpointing",
+    "padding_side": "nothing (the side of the padding is chosen for training and for answering)",
+    # axolotl
+    "base_model": "model_name_or_path",
+    "revision_of_model": "model_revision",
+    "processor_type": "model_name_or_path (the processor comes with the model)",
+    "datasets": "dataset_name, with dataset_train_split",
+    "test_datasets": "dataset_test_split (a split of the same dataset)",
+    "dataset_processes": "dataset_num_proc",
+    "sequence_len": "max_length",
+    "sample_packing": "packing: true",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "adapter": "use_peft: true (with load_in_4bit: true for qlora)",
+    "lora_target_linear": "lora_target_modules: all-linear",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "flash_attention": "attn_implementation: flash_attention_2",
+    "sdp_attention": "attn_implementation: sdpa",
+    "eager_attention": "attn_implementation: eager",
+    "train_on_inputs": "train_on: all",
+    "default_system_message": "system_message",
+    "evals_per_epoch": "eval_steps (a value below 1 is a share of all steps)",
+    "saves_per_epoch": "save_steps (a value below 1 is a share of all steps)",
+    "wandb_project": "report_to: wandb, and set WANDB_PROJECT in the environment",
+    "wandb_name": "run_name",
+    "use_tensorboard": "report_to: tensorboard",
+    "bfloat16": "dtype: bfloat16",
+    "auto_resume_from_checkpoints": "resume_from_checkpoint: latest",
+    # unsloth
+    "r": "lora_r",
+    "random_state": "seed",
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "finetune_vision_layers": "lora_scope: all (language leaves the vision tower out)",
+    "finetune_language_layers": "lora_scope",
+    "finetune_attention_modules": "lora_target_modules",
+    "finetune_mlp_modules": "lora_target_modules",
+    "full_finetuning": "use_peft: false",
+}  # fmt: skip
+
+_TEMPLATE = "the chat template comes with the model; leave the key out"
+_SPLIT = (
+    "no rows are split off; write two slices, such as dataset_train_split: train[:95%], dataset_test_split: train[95%:]"
+)
+_ONE_DATASET = "a run trains on one dataset; put the rows together first"
+_TOKENS = "tokens are the model's own; add none"
+_EARLY = "a run is not ended early; set load_best_model_at_end: true to keep its best model"
+_RATES = "all weights train at one learning rate; set learning_rate"
+_NO_INIT = "LoRA is always initialised as PEFT does by default; leave the key out"
+# Why a key of another trainer has none here, and what to do.
+WITHOUT_COUNTERPART: dict[str, str] = {
+    "template": _TEMPLATE,
+    "chat_template": _TEMPLATE,
+    "chat_template_jinja": _TEMPLATE,
+    "template_type": _TEMPLATE,
+    "model_type": "the kind of model is read from its configuration; leave the key out",
+    "stage": "scripts/sft.py always does supervised fine-tuning; leave the key out",
+    "rlhf_type": "preference training is not offered; use another trainer for it",
+    "rl": "preference training is not offered; use another trainer for it",
+    "val_size": _SPLIT,
+    "val_set_size": _SPLIT,
+    "split_dataset_ratio": _SPLIT,
+    "mix_strategy": _ONE_DATASET,
+    "interleave_probs": _ONE_DATASET,
+    "interleave_prob": _ONE_DATASET,
+    "mask_history": "every answer of a conversation is learned; cut a row before the answers that must not be",
+    "overwrite_cache": "the cache follows the data and the settings by itself; leave the key out",
+    "load_from_cache_file": "the cache follows the data and the settings by itself; leave the key out",
+    "dataset_prepared_path": "rows are encoded while training; leave the key out",
+    "tokenized_path": "rows are encoded while training; leave the key out",
+    "lazy_tokenize": "rows are always encoded while training; leave the key out",
+    "pad_to_sequence_len": "a batch is padded to its longest row; leave the key out, or set packing: true",
+    "group_by_length": "every epoch visits the rows in an order that depends on the seed alone; leave the key out",
+    "truncation_strategy": "nothing is ever truncated; see overlong and max_pixels",
+    "resize_vocab": _TOKENS,
+    "add_tokens": _TOKENS,
+    "add_special_tokens": _TOKENS,
+    "special_tokens": _TOKENS,
+    "new_special_tokens": _TOKENS,
+    "early_stopping_patience": _EARLY,
+    "early_stopping_steps": _EARLY,
+    "early_stop_interval": _EARLY,
+    "vit_lr": _RATES,
+    "aligner_lr": _RATES,
+    "loraplus_lr_ratio": _RATES,
+    "lorap_lr_ratio": _RATES,
+    "embedding_lr": _RATES,
+    "pissa_init": _NO_INIT,
+    "init_weights": _NO_INIT,
+    "loftq_config": _NO_INIT,
+    "lora_bias": "LoRA trains no biases; leave the key out",
+    "bias": "LoRA trains no biases; leave the key out",
+    "lora_fan_in_fan_out": "the layers of Qwen-VL are plain linear ones; leave the key out",
+    "device_map": "the launcher says which process takes which GPU; leave the key out",
+    "sequence_parallel_size": "a row stays on one GPU; leave the key out",
+    "context_parallel_size": "a row stays on one GPU; leave the key out",
+    "sequence_parallel_degree": "a row stays on one GPU; leave the key out",
+    "rope_scaling": "positions are the model's own; leave the key out",
+    "use_unsloth": "no other trainer is called; see fused_kernels",
+    "cache_dir": "set HF_HOME in the environment to move the cache of the Hub",
+    "use_hf": "models and data always come from the Hugging Face Hub or a local folder; leave the key out",
+    "hf_hub_token": "a token does not belong in a recipe; use `hf auth login` or HF_TOKEN",
+    "include_num_tokens": "metrics.json has the tokens of the run; leave the key out",
+    "save_safetensors": "weights are always saved as safetensors; leave the key out",
+    "do_sample": "answers are always generated greedily; leave the key out",
+    "video_max_pixels": "videos are not read; leave the key out",
+    "video_maxlen": "videos are not read; leave the key out",
+    "video_fps": "videos are not read; leave the key out",
+}
+
+
+def hint(name: str) -> str | None:
+    """Return the rest of a message on a key of another trainer, None for a name that is not known."""
+    if name in FORMER_KEYS:
+        return f"write {FORMER_KEYS[name]}"
+    if name in WITHOUT_COUNTERPART:
+        return f"there is no such key here: {WITHOUT_COUNTERPART[name]}"
+    return None
