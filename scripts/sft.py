@@ -30,6 +30,7 @@ def main() -> None:
     # The libraries take seconds to import; a mistyped command line needs none of them.
     from qwen_vl_sft.config.reading import read_recipe
     from qwen_vl_sft.distributed import launch
+    from qwen_vl_sft.distributed.context import read_context
     from qwen_vl_sft.publishing import push_while_training
     from qwen_vl_sft.training import plan, sft
     from qwen_vl_sft.training.prepared_data import prepare_data
@@ -38,7 +39,7 @@ def main() -> None:
 
     # Settings and world
     recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))
-    run = resolve(recipe, launch.read_context(use_cpu=recipe.get("use_cpu")))
+    run = resolve(recipe, read_context(use_cpu=recipe.get("use_cpu")))
     publisher = push_while_training.prepare(run.recipe, run.context)
     watcher.report_stop_in(run.output_dir)
     launch.start(run.context)

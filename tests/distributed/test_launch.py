@@ -16,7 +16,8 @@ from torch import nn
 
 from fixtures.processes import Popen
 from fixtures.repository import REPOSITORY
-from qwen_vl_sft.distributed.launch import DistributedContext, check_running, read_context, training_arguments
+from qwen_vl_sft.distributed.context import DistributedContext, read_context
+from qwen_vl_sft.distributed.launch import check_running, training_arguments
 from qwen_vl_sft.distributed.launcher_request import LauncherRequest, Process, ancestors, read_launcher_request
 from qwen_vl_sft.errors import UserError
 

@@ -18,7 +18,7 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.checkpointing.writer import CheckpointWriter
 from qwen_vl_sft.config.reading import read_recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.training import sft

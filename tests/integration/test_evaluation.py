@@ -377,7 +377,7 @@ def test_an_adapter_of_another_model_is_refused(run, tmp_path):
 
 
 def context():
-    from qwen_vl_sft.distributed.launch import DistributedContext
+    from qwen_vl_sft.distributed.context import DistributedContext
 
     return DistributedContext("single", 1, 0, 0, on_cpu=True)
 

@@ -30,7 +30,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.data.scan import scan
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import build_on_meta, set_pixel_limits

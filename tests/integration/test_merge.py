@@ -213,7 +213,7 @@ def test_one_of_two_tied_tensors_trained_in_full_unties_them(tmp_path, trained):
 
 
 def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
-    from qwen_vl_sft.distributed.launch import read_context
+    from qwen_vl_sft.distributed.context import read_context
     from qwen_vl_sft.evaluation import options
     from qwen_vl_sft.inference.models import load_arm, load_run_processor
 

@@ -807,7 +807,7 @@ BAD_RECIPES = {
 
 @pytest.mark.parametrize("name", BAD_RECIPES)
 def test_a_recipe_that_cannot_push(name, tmp_path):
-    from qwen_vl_sft.distributed.launch import DistributedContext
+    from qwen_vl_sft.distributed.context import DistributedContext
     from qwen_vl_sft.training.resolve import resolve
 
     changes, told = BAD_RECIPES[name]

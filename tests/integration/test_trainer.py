@@ -14,7 +14,7 @@ from qwen_vl_sft.compat.vision_tower import run_frozen_vision_without_gradients
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, trained_parts

@@ -13,7 +13,7 @@ from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan, scan
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 
 ROWS = [conversation_row(f"<image>Which color is {number}?", images=[RED]) for number in range(6)]

@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import quoted
 
 Rule = Callable[[Recipe, DistributedContext], Iterator[str]]

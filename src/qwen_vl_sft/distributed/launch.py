@@ -19,20 +19,8 @@ from torch.distributed import distributed_c10d
 from qwen_vl_sft.compat.for_accelerate import run_fsdp_on_cpu
 from qwen_vl_sft.compat.for_deepspeed import compile_no_shared_memory_reduce
 from qwen_vl_sft.distributed import fsdp
-from qwen_vl_sft.distributed.context import DEEPSPEED_FILE, DistributedContext, Strategy, deepspeed_file, read_context
+from qwen_vl_sft.distributed.context import DEEPSPEED_FILE, DistributedContext, deepspeed_file
 from qwen_vl_sft.errors import raise_all
-
-__all__ = [
-    "DistributedContext",
-    "Strategy",
-    "check_running",
-    "from_first",
-    "join",
-    "limit_waits",
-    "read_context",
-    "start",
-    "training_arguments",
-]
 
 logger = logging.getLogger(__name__)
 

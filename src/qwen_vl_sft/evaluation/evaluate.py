@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from qwen_vl_sft.checkpointing.run_folder import environment
 from qwen_vl_sft.data.media.image_file import ImageFile
-from qwen_vl_sft.distributed.launch import DistributedContext, join, read_context, start
+from qwen_vl_sft.distributed.context import DistributedContext, read_context
+from qwen_vl_sft.distributed.launch import join, start
 from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
 from qwen_vl_sft.evaluation.options import Plan

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
-from qwen_vl_sft.distributed.launch import read_context
+from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
 from qwen_vl_sft.inference.generation import decode_answer, generate_batch
 from qwen_vl_sft.inference.models import attach_adapter, load_arm, load_run_processor, make_encoder

@@ -27,7 +27,7 @@ from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext, read_context
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import load_family, quantization_config
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
@@ -134,7 +134,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     if "cache_image_features" in keys:
         keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
     recipe = read_recipe(recipe_file, keys)
-    context = launch.read_context(use_cpu=recipe.get("use_cpu"))
+    context = read_context(use_cpu=recipe.get("use_cpu"))
     run = resolve(recipe, context)
     launch.start(context)
     data = prepare_data(run)

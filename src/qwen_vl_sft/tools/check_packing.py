@@ -17,6 +17,7 @@ from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, random_model_of
 from qwen_vl_sft.tools.options import CheckPackingOptions
 from qwen_vl_sft.training import sft
@@ -79,7 +80,7 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
 
 def _load(options: CheckPackingOptions, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
     recipe = read_recipe(options.recipe, keys)
-    context = launch.read_context(use_cpu=recipe.get("use_cpu"))
+    context = read_context(use_cpu=recipe.get("use_cpu"))
     run = resolve(recipe, context)
     launch.start(context)
     data = prepare_data(run)

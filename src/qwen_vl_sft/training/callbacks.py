@@ -9,7 +9,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler
-from qwen_vl_sft.distributed.launch import DistributedContext, check_running
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.distributed.launch import check_running
 
 
 class EpochOrder(TrainerCallback):

@@ -14,7 +14,7 @@ from transformers.trainer_utils import SchedulerType
 
 from qwen_vl_sft.config.coercion import expected
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.launch import DistributedContext
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import first_line, quoted
 
 # Arguments that transformers reads itself, and those of `torch.utils.checkpoint.checkpoint` that a recipe can set.
