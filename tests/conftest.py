@@ -9,7 +9,7 @@ import pytest
 
 from fixtures.processes import warm_processes
 
-pytest_plugins = ["fixtures.messages", "fixtures.models"]
+pytest_plugins = ["fixtures.browser", "fixtures.messages", "fixtures.models"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

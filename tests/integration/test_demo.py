@@ -29,7 +29,6 @@ from qwen_vl_sft.demo.options import Options, check_options
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.source import Source, TunedModel, read_source
 
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 MESSAGES = ("Answer with one word.", "Answer in a sentence.")
 TOKENS = 16
 STARTING, ANSWERING = 120, 30  # seconds
@@ -221,25 +220,6 @@ def served(runs, tmp_path_factory):
     process, address, _ = start("scripts/demo.py", *words, uploads=uploads)
     yield address
     stop(process, uploads)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    for program in (CHROMIUM, DRIVER):
-        if not program.exists():
-            pytest.skip(f"{program} is not installed (Debian: apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    flags = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")
-    # A container's /dev/shm is often too small.
-    for flag in (*flags, "disable-dev-shm-usage", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=str(DRIVER)))
-    yield driver
-    driver.quit()
 
 
 class Page:
