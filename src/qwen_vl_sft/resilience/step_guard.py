@@ -55,10 +55,10 @@ class StepGuard:
             self.record.overflows = self._overflows
         if not self.skips:
             return False
-        not_finite = accelerator.reduce(self.record.not_finite(self.device), reduction="sum")
-        if not_finite.item():
+        skips = bool(accelerator.reduce(self.record.not_finite(self.device), reduction="sum").item())
+        if skips:
             self.skipped.append(describe_not_finite(step, self.record))
-        return bool(not_finite.item())
+        return skips
 
     def stop(self, step: int, record: StepRecord) -> None:
         """Raise `UserError` for a step that was not finite on any process. All processes must call at once."""
