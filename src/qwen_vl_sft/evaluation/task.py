@@ -17,7 +17,7 @@ from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
 from qwen_vl_sft.inference.generation import estimate_length, plan_batches
-from qwen_vl_sft.inference.models import load_run_processor, make_encoder
+from qwen_vl_sft.inference.models import load_run_processor
 from qwen_vl_sft.inference.source import ARMS, TunedModel
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def prepare(plan: Plan) -> Task:
     message = rows.format.resolve_system_message(plan.system_message) or ""
     arms = choose_arms(plan, message)
     processor = load_run_processor(plan)
-    found = _measured(rows, make_encoder(plan, "base", processor, message), data.bad_rows == "skip")
+    found = _measured(rows, Encoder(processor), data.bad_rows == "skip")
     batches = plan_batches([row.length for row in found.values()], options.batch_size)
     left_out = len(rows) - len(found)
     return Task(
