@@ -11,12 +11,25 @@ from fixtures.processes import warm_processes
 
 pytest_plugins = ["fixtures.browser", "fixtures.messages", "fixtures.models"]
 
+# A file is run by one worker. Those that take minutes begin first, so that none of them is left alone at the end.
+LONGEST_FIRST = (
+    "test_slurm.py",
+    "test_checkpoints.py",
+    "test_quickstart.py",
+    "test_faults.py",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Inside a job of a cluster, the worlds of the tests are smaller than what was allotted.
     os.environ.setdefault("QWEN_VL_SFT_EXPECTED_PROCESSES", "any")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,7 @@ def test_the_best_checkpoint_outlives_those_that_are_kept(tmp_path):
     one = CheckpointWriter(tmp_path, SIGNATURE, keep=1)
     for step in (2, 4, 6):
         write(one, step, best=str(tmp_path / "checkpoint-2"))
-    assert [folder.name for folder in checkpoints.complete(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
+    assert [folder.name for folder in checkpoints.with_manifest(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
 
 
 def test_a_disk_that_is_full_leaves_nothing_half(tmp_path, monkeypatch):

@@ -63,14 +63,14 @@ def folders(run: Path) -> list[Path]:
     return sorted((path for path in run.glob("checkpoint-*") if is_checkpoint_name(path.name)), key=step_of)
 
 
-def complete(run: Path) -> list[Path]:
+def with_manifest(run: Path) -> list[Path]:
     """Return the checkpoints that have a manifest, by their steps; their files are not checked for damage."""
     return [folder for folder in folders(run) if (folder / MANIFEST).is_file()]
 
 
 def newest_complete(run: Path, last_step: int) -> Path | None:
-    """Return the newest of `complete` up to a step."""
-    found = [folder for folder in complete(run) if step_of(folder) <= last_step]
+    """Return the newest of `with_manifest` up to a step."""
+    found = [folder for folder in with_manifest(run) if step_of(folder) <= last_step]
     return found[-1] if found else None
 
 

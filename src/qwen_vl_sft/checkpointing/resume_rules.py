@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen_vl_sft.checkpointing.checkpoints import LATEST, complete
+from qwen_vl_sft.checkpointing.checkpoints import LATEST, with_manifest
 from qwen_vl_sft.checkpointing.run_folder import problems_of_output_dir
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
@@ -29,7 +29,7 @@ def _resume(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         yield "ignore_data_skip with resume_from_checkpoint would train rows twice; leave ignore_data_skip out"
     if not recipe.data.dataset_streaming:
         return
-    saved = [folder.name for folder in complete(recipe.output_dir)] if recipe.training.get("output_dir") else []
+    saved = [folder.name for folder in with_manifest(recipe.output_dir)] if recipe.training.get("output_dir") else []
     # A queued job always passes `latest`, also before there is a checkpoint.
     if resume and (resume != LATEST or saved):
         yield (

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_vl_sft.checkpointing.checkpoints import complete, folders, step_of
+from qwen_vl_sft.checkpointing.checkpoints import with_manifest, folders, step_of
 from qwen_vl_sft.checkpointing.manifest import MANIFEST
 
 _ABANDONED = "abandoned-"
@@ -20,7 +20,7 @@ def rotate(run: Path, keep: int | None, newest: Path, best: str | None) -> None:
     """
     if keep is None or keep < 1:
         return
-    whole = complete(run)
+    whole = with_manifest(run)
     protected = {newest.name} | ({Path(best).name} if best else set())
     spare = [folder for folder in whole if folder.name not in protected]
     surplus = len(whole) - max(keep, len(protected))
@@ -44,7 +44,7 @@ def rename_abandoned(run: Path, after: int, new: Path, tell: Callable[[str], Non
     written but has no manifest yet: a run that is killed in between still has the checkpoint that it resumed from. Raises
     `OSError`.
     """
-    left = [folder for folder in complete(run) if step_of(folder) > after and folder != new]
+    left = [folder for folder in with_manifest(run) if step_of(folder) > after and folder != new]
     names = [rename_out_of_the_way(folder).name for folder in left]
     if names:
         tell(

@@ -18,7 +18,7 @@ def key(default: Any, text: str) -> Any:
 DATASET_FORMATS = {
     "chartqa": "image, query, label",
     "messages": "messages and images",
-    "conversations": "the same as from and value",
+    "conversations": "like messages, but each turn has from and value",
 }
 if TYPE_CHECKING:
     DatasetFormat = str

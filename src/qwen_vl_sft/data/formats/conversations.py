@@ -31,7 +31,7 @@ def parse(row: Row, folder: Path | None) -> Conversation:
 
 FORMAT = DataFormat(
     name="conversations",
-    help="the same as from and value",
+    help="like messages, but each turn has from and value",
     columns=frozenset({"conversations"}),
     parse=parse,
     priority=30,
