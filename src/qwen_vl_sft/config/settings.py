@@ -38,6 +38,11 @@ class DataSettings:
     dataset_format: DatasetFormat = key(
         "auto", f"{'; '.join(f'{name}: {text}' for name, text in DATASET_FORMATS.items())}; auto: chosen by the columns"
     )
+    box_coordinates: Literal["pixels", "norm1", "norm1000"] | None = key(
+        None,
+        "coordinates of boxes and points in the data: pixels of the original image, 0 to 1, or 0 to 1000; they are learned"
+        " in the model's; unset: pixels in column objects, and boxes in texts are learned as they are written",
+    )
     system_message: str | None = key(
         None,
         "system message of rows that have none; default: the tutorial's for chartqa, else none; '' for none, where the"

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 
+from qwen_vl_sft.data.boxes import BoxCoordinates
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats import AUTO, choose_format
@@ -89,6 +90,7 @@ def open_rows(
     row_format: str = AUTO,
     shuffle_seed: int | None = None,
     max_rows: int | None = None,
+    box_coordinates: BoxCoordinates | None = None,
 ) -> Rows:
     """Open one split of a dataset.
 
@@ -100,6 +102,7 @@ def open_rows(
         row_format: name of a format (`formats.FORMATS`), or "auto" to tell by the columns.
         shuffle_seed: shuffle with this seed, before the cap; None keeps the order.
         max_rows: most rows to take, None for all.
+        box_coordinates: coordinates of boxes in the rows; see `read_boxes`.
 
     Raises `UserError` when the dataset, the split or the format is not there.
     """
@@ -111,7 +114,10 @@ def open_rows(
         dataset = dataset.shuffle(seed=shuffle_seed)
     if max_rows is not None:
         dataset = dataset.take(max_rows)
-    return Rows(dataset, _format_of(dataset, row_format, where), where, folder)
+    found = _format_of(dataset, row_format, where)
+    if box_coordinates is not None:
+        found = replace(found, box_coordinates=box_coordinates)
+    return Rows(dataset, found, where, folder)
 
 
 def select_evenly(rows: Rows, max_rows: int | None) -> Rows:

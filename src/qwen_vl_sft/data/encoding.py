@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qwen_vl_sft.data.boxes import place_boxes
 from qwen_vl_sft.data.chat_template import ChatTemplate, with_system_message
 from qwen_vl_sft.data.conversation import Conversation, generation_prompt
 from qwen_vl_sft.data.labels import IGNORE_INDEX, LabelRule, tokenize_turns
@@ -73,6 +74,7 @@ class Encoder:
         self.max_length = max_length
         self._template = template = ChatTemplate(processor, chat or ChatFormat())
         self._rule = LabelRule(template, train_on)
+        self.boxes = template.chat.boxes
         self.end_of_turn_id = template.end_of_turn_id
         self.pad_token_id = processor.tokenizer.pad_token_id
         self.structural_ids = frozenset(template.ids_of(template.chat.structural))
@@ -85,15 +87,21 @@ class Encoder:
 
         `read_media` may know an image already; default: `read_media` of this encoder.
         """
+        conversation = self.with_boxes(conversation)
         ids, is_target = tokenize_turns(self._template, with_system_message(conversation.messages, self.system_message))
         return self._with_media(ids, is_target, conversation, read_media or self.read_media)
 
     def encode_prompt(self, conversation: Conversation) -> Encoded:
         """Encode the prompt of the last answer, ready to generate it. Raises `BadRow` or `OverLongRow`."""
+        conversation = self.with_boxes(conversation)
         messages = generation_prompt(with_system_message(conversation.messages, self.system_message))
         self._template.check_texts(messages)
         ids = self._template.tokenize(self._template.render(messages, add_generation_prompt=True))
         return self._with_media(ids, [False] * len(ids), conversation, self.read_media)
+
+    def with_boxes(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with its boxes as the model writes them. Raises `BadRow`."""
+        return place_boxes(conversation, self.boxes, self.processor)
 
     def read_media(self, file: MediaFile) -> EncodedMedia:
         """Decode what a row shows and cut it into patches. Raises `BadRow`."""
@@ -110,6 +118,7 @@ class Encoder:
 
         `content_hashes` reads the bytes of images too, and tells which they are. Raises `BadRow` or `OverLongRow`.
         """
+        conversation = self.with_boxes(conversation)
         ids, is_target = tokenize_turns(self._template, with_system_message(conversation.messages, self.system_message))
         files = conversation.media
         patches, media_tokens = self.count_media(files, decode)

@@ -152,6 +152,8 @@ def _fingerprint(rows: Rows, encoder: Encoder, verify_images: bool, content_hash
     parts = {
         "data": rows.dataset._fingerprint,
         "format": rows.format.name,
+        "box_coordinates": rows.format.box_coordinates,
+        "boxes": asdict(encoder.boxes),
         "folder": str(rows.folder),
         "system_message": encoder.system_message,
         "train_on": encoder.train_on,

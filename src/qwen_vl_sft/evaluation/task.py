@@ -82,7 +82,13 @@ def prepare(plan: Plan) -> Task:
     if not data.dataset_name:
         raise UserError("dataset_name is not set, neither by --run nor by --dataset_name; name a dataset")
     rows = select_evenly(
-        open_rows(data.dataset_name, options.split, data.dataset_config, row_format=data.dataset_format),
+        open_rows(
+            data.dataset_name,
+            options.split,
+            data.dataset_config,
+            row_format=data.dataset_format,
+            box_coordinates=data.box_coordinates,
+        ),
         options.max_samples,
     )
     message = rows.format.resolve_system_message(plan.system_message) or ""

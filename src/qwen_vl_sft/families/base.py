@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 PARTS = ("vision", "merger", "language")
@@ -22,6 +23,30 @@ PARTS = ("vision", "merger", "language")
 Capability = Literal[True] | str
 # Features of a batch of images: for each layer that the language model takes, a tensor [merged tokens, D] an image.
 FeatureLayers = list[Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class BoxForm:
+    """How a model writes boxes, points and the names of objects.
+
+    The defaults are those of Qwen2-VL: thousandths of the image's sides between special tokens (paper, section 2.2).
+
+    Attributes:
+        coordinates: "norm1000" for thousandths of the sides, "resized" for pixels of the resized image.
+        box: text of a box, of x1, y1, x2 and y2.
+        point: text of a point, of x and y.
+        reference: text of an object's name.
+    """
+
+    coordinates: Literal["norm1000", "resized"] = "norm1000"
+    box: str = "<|box_start|>({},{}),({},{})<|box_end|>"
+    point: str = "<|box_start|>({},{})<|box_end|>"
+    reference: str = "<|object_ref_start|>{}<|object_ref_end|>"
+
+
+def plain_boxes(coordinates: Literal["norm1000", "resized"]) -> BoxForm:
+    """Return lists of numbers without special tokens, as Qwen's cookbooks put them into JSON since Qwen2.5-VL."""
+    return BoxForm(coordinates, box="[{}, {}, {}, {}]", point="[{}, {}]", reference="{}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +62,7 @@ class ChatFormat:
         end_of_thought: closes the thought of templates that open one before an answer.
         structural: tokens that would forge a turn or an image inside a text.
         template_options: arguments of `apply_chat_template` for training and generation alike.
+        boxes: how boxes, points and names of objects are written.
     """
 
     image: str = "<|image_pad|>"
@@ -56,6 +82,7 @@ class ChatFormat:
         "<|video_pad|>",
     )
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    boxes: BoxForm = BoxForm()
 
     @property
     def visual(self) -> tuple[str, ...]:
@@ -138,6 +165,14 @@ class PackedLayout:
     lengths: Sequence[int]
     parents: Sequence[int | None]
     visual_positions: torch.Tensor
+
+
+def resized_image(width: int, height: int, image_processor: Any) -> tuple[int, int]:
+    """Return width and height to which the image processor of all families resizes an image."""
+    limits = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    factor = image_processor.patch_size * image_processor.merge_size
+    new_height, new_width = smart_resize(height, width, factor, *limits)
+    return new_width, new_height
 
 
 def image_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from transformers.vision_utils import get_vision_window_index
 
-from qwen_vl_sft.families.base import ForwardFlops, ModelFamily, dense_language_flops, image_inputs, vision_flops
+from qwen_vl_sft.families.base import (
+    ChatFormat,
+    ForwardFlops,
+    ModelFamily,
+    dense_language_flops,
+    image_inputs,
+    plain_boxes,
+    vision_flops,
+)
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:
@@ -31,4 +39,11 @@ def _patch_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
     }
 
 
-FAMILY = ModelFamily(model_type="qwen2_5_vl", name="Qwen2.5-VL", flops=_flops, patch_inputs=_patch_inputs)
+FAMILY = ModelFamily(
+    model_type="qwen2_5_vl",
+    name="Qwen2.5-VL",
+    flops=_flops,
+    # https://github.com/QwenLM/Qwen3-VL/issues/721 and issues/733: its authors on coordinates and special tokens.
+    chat=ChatFormat(boxes=plain_boxes("resized")),
+    patch_inputs=_patch_inputs,
+)

@@ -14,12 +14,14 @@ from torch import nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from qwen_vl_sft.families.base import (
+    ChatFormat,
     FeatureLayers,
     ForwardFlops,
     ModelFamily,
     PackedLayout,
     dense_language_flops,
     image_inputs,
+    plain_boxes,
     vision_flops,
 )
 
@@ -89,6 +91,8 @@ FAMILY = ModelFamily(
     name="Qwen3-VL",
     flops=_flops,
     mergers=("visual.merger", "visual.deepstack_merger_list"),
+    # https://github.com/QwenLM/Qwen3-VL/issues/1486, and its cookbook 2d_grounding.ipynb
+    chat=ChatFormat(boxes=plain_boxes("norm1000")),
     patch_inputs=_patch_inputs,
     packed_entries=_packed_entries,
     prepare_packing=_prepare_packing,

@@ -133,6 +133,7 @@ def _open(data: DataSettings, split: str, max_rows: int | None, shuffle_seed: in
         data.dataset_format,
         shuffle_seed=shuffle_seed,
         max_rows=max_rows,
+        box_coordinates=data.box_coordinates,
     )
 
 

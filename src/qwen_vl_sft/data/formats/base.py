@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft.data.boxes import BoxCoordinates, read_boxes
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.media import MEDIA
 from qwen_vl_sft.errors import BadRow
@@ -41,6 +42,7 @@ class DataFormat:
         most_images: most images of a row, None for any number.
         subject: what models trained on it are for, for the model card.
         known_datasets: parts of the names of datasets that have this form.
+        box_coordinates: coordinates of boxes in the rows, as the recipe tells; see `read_boxes`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class DataFormat:
     most_images: int | None = None
     subject: str | None = None
     known_datasets: tuple[str, ...] = ()
+    box_coordinates: BoxCoordinates | None = None
 
     def recognises(self, columns: Set[str]) -> bool:
         """Return whether a dataset has this form, by its columns."""
@@ -70,7 +73,8 @@ class DataFormat:
             for name in (kind, f"{kind}s"):
                 if has_value(row.get(name)):
                     raise BadRow(f"has something in column {name}, and only images are read; leave such rows out")
-        return self.parse(row, folder)
+        objects = row.get("objects") if "objects" in self.optional else None
+        return read_boxes(self.parse(row, folder), objects, self.box_coordinates)
 
     def resolve_system_message(self, stated: str | None) -> str | None:
         """Return the system message of a recipe: the one stated, else the format's own; an empty one is none."""

@@ -51,6 +51,7 @@ FORMAT = DataFormat(
     priority=10,
     refused={
         "images": "has images in column images too, of which this format shows none; see dataset_format: messages",
+        "objects": "has something in column objects, which this format does not read; see dataset_format: messages",
     },
     accepted_answers=accepted_answers,
     system_message=CHARTQA_SYSTEM_MESSAGE,

@@ -35,7 +35,7 @@ FORMAT = DataFormat(
     columns=frozenset({"conversations"}),
     parse=parse,
     priority=30,
-    optional=frozenset({"image", "images"}),
+    optional=frozenset({"image", "images", "objects"}),
     refused={
         name: f"has something in column {name}, which is not read; a system message is the first turn"
         for name in ("system", "tools")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from qwen_vl_sft.data.media.image_file import ImageFile, image_file
-from qwen_vl_sft.families.base import ChatFormat
+from qwen_vl_sft.families.base import ChatFormat, resized_image
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,8 @@ class ImageMedium:
         _, height, width = (int(patches) * processor.image_processor.patch_size for patches in encoded.grid)
         tokens = self.count_tokens(int(encoded.grid.prod()), processor)
         return f"[image of {width} x {height} pixels, {tokens:,} tokens]"
+
+
+def resized_size(file: ImageFile, processor: Any) -> tuple[int, int]:
+    """Return width and height of the image after resizing, from its header. Raises `BadRow`."""
+    return resized_image(*file.upright_size, processor.image_processor)

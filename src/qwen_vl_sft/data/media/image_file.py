@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from qwen_vl_sft.errors import BadRow, first_line
 
@@ -20,6 +20,8 @@ from qwen_vl_sft.errors import BadRow, first_line
 MAX_PIXELS_OF_A_FILE = 89_478_485
 # smart_resize of the Qwen-VL image processors refuses anything more elongated.
 MAX_ASPECT_RATIO = 200
+# Orientations of EXIF that swap width and height.
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,18 @@ class ImageFile:
                 " them is not known; save it with 8 or 16 bits"
             )
         return image
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height after the image is turned upright, from the header. Raises `BadRow`."""
+        image = self.open()
+        try:
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        except MemoryError:
+            raise
+        except Exception:  # as for `_turn_upright`
+            sideways = False
+        return (image.height, image.width) if sideways else image.size
 
     def decode(self) -> Image.Image:
         """Decode to RGB, upright as EXIF says, transparency over white as in Qwen's own code. Raises `BadRow`."""
