@@ -154,7 +154,7 @@ def test_rows_shown_are_jsonl(page):
     for line in commands(page.read_text(encoding="utf-8")):
         if line.lstrip().startswith('{"'):
             row = json.loads(line)
-            assert set(row) <= {"messages", "conversations", "images", "image"}
+            assert set(row) <= {"messages", "conversations", "images", "image", "objects"}
 
 
 def test_the_readme_lists_every_script():

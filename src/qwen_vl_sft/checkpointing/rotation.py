@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_vl_sft.checkpointing.checkpoints import with_manifest, folders, step_of
+from qwen_vl_sft.checkpointing.checkpoints import folders, step_of, with_manifest
 from qwen_vl_sft.checkpointing.manifest import MANIFEST
 
 _ABANDONED = "abandoned-"

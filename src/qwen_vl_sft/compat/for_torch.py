@@ -179,7 +179,8 @@ PATCHES = (
         package="torch",
         broken="<=2.11",
         kind="extension",
-        without="A process group's time limit cannot be changed later: it stays at the day set for reading data, or at ten minutes.",
+        without="A process group's time limit cannot be changed later: it stays at the day set for reading data, or at ten"
+        " minutes.",
         applied_by="distributed.launch.limit_waits",
         relies_on={"torch.distributed.distributed_c10d._set_pg_timeout": ("timeout", "group")},
         reads={"torch.distributed.distributed_c10d._World": ("def pg_map",)},

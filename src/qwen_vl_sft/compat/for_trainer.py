@@ -71,7 +71,10 @@ PATCHES = (
         "A resume skips the evaluation that the stopped run was in.",
         "checkpoint",
     ),
-    _override("_finalize_training", "After a resume from the last step, does the same; metrics leave out the part of the run before the resume."),
+    _override(
+        "_finalize_training",
+        "After a resume from the last step, does the same; metrics leave out the part of the run before the resume.",
+    ),
     _override(
         "_load_from_checkpoint",
         "See load full weights.",
