@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from fixtures.models import qwen2_vl
-from fixtures.processes import launch, run_process
+from fixtures.processes import Popen, launch, run_process
 from fixtures.repository import REPOSITORY
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import errors, tiny
@@ -28,6 +28,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.resilience import step_log, stopping
+from qwen_vl_sft.tools import kill_and_resume
 from qwen_vl_sft.tools.kill_and_resume import Experiment
 from qwen_vl_sft.training import run_signature
 
@@ -637,8 +638,9 @@ def test_a_run_goes_on_with_another_learning_rate_and_other_intervals(config, si
 
 
 @pytest.mark.parametrize(("processes", "packing"), [pytest.param(1, True, marks=pytest.mark.long), (2, False)])
-def test_a_killed_run_ends_as_one_that_was_not(processes, packing, tmp_path):
+def test_a_killed_run_ends_as_one_that_was_not(processes, packing, tmp_path, monkeypatch):
     """The short form of scripts/kill_and_resume.py."""
+    monkeypatch.setattr(kill_and_resume.subprocess, "Popen", Popen)
     keys = {**SHORT, "dataloader_num_workers": 1, "save_total_limit": 1}
     keys.pop("log_row_ids")
     if packing:

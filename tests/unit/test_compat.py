@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from fixtures.models import FAMILIES, newer, qwen2_vl
+from fixtures.processes import run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.compat import registry
 from qwen_vl_sft.compat.catalogue import all_patches, patches_page
@@ -155,10 +156,8 @@ def test_a_run_tells_of_untested_versions_once(tmp_path):
     information.write_text("Metadata-Version: 2.1\nName: trl\nVersion: 9.9\n")
     told = []
     for rank in ("0", "1"):
-        paths = f"{tmp_path}:{REPOSITORY / 'src'}"
-        ended = subprocess.run(
-            SFT, capture_output=True, text=True, env={"PYTHONPATH": paths, "RANK": rank}, check=False
-        )
+        env = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY / 'src'}", "RANK": rank}
+        ended = run_process("scripts/sft.py", "--recipe", "nowhere.yaml", env=env)
         assert ended.returncode == 2
         told.append(ended.stderr.count("warning: trl 9.9 is newer than the tested 1.16"))
     assert told == [1, 0]

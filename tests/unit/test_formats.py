@@ -92,8 +92,8 @@ def test_the_recipe_offers_every_format():
     assert {name: found.help for name, found in FORMATS.items()} == DATASET_FORMATS, message
     (field,) = [field for field in fields(DataSettings) if field.name == "dataset_format"]
     assert field.metadata["help"] == (
-        "chartqa: image, query, label; messages: messages and images; conversations: the same as from and value;"
-        " auto: chosen by the columns"
+        "chartqa: image, query, label; messages: messages and images; conversations: like messages, but each turn has"
+        " from and value; auto: chosen by the columns"
     )
 
 
