@@ -1,7 +1,6 @@
 """Changes to libraries: each is still needed, what it relies on is still there, and it is listed."""
 
 import re
-import subprocess
 import sys
 import tomllib
 from importlib import metadata
