@@ -317,6 +317,21 @@ def test_files_of_others_are_not_written_over(run, tmp_path, name, content, way_
         plan("--run", run, "--output_dir", tmp_path, way_out)
 
 
+@pytest.mark.parametrize("way_out", [[], ["--resume"], ["--overwrite"]])
+def test_a_folder_of_something_else_is_refused(run, tmp_path, way_out):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"holds files that no evaluation wrote \(thesis.tex\); name another folder"):
+        plan("--run", run, "--output_dir", tmp_path, *way_out)
+
+
+def test_a_model_is_asked_with_its_own_system_message(run, tmp_path):
+    asked = ["--model_name_or_path", tmp_path, "--dataset_name", "x", "--output_dir", tmp_path / "new"]
+    assert plan(*asked).system_message is None
+    (tmp_path / "system_message.txt").write_text("As trained.")
+    assert plan(*asked).system_message == "As trained."
+    assert plan(*asked, "--system_message", "").system_message == ""
+
+
 def test_a_place_that_cannot_be_written_is_told(run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output_dir: .*file/out cannot be written: Not a directory"):

@@ -23,6 +23,8 @@ METRICS = "metrics.json"
 LOG = "training_log.jsonl"
 LOSS_PLOT = "loss.png"
 ENVIRONMENT = "environment.json"
+# The key of the base model's identity in it (`modeling.base_identity`).
+BASE = "base"
 PACKAGES = (
     "torch",
     "transformers",

@@ -19,6 +19,7 @@ from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
 from qwen_vl_sft.inference.generation import estimate_length, plan_batches
 from qwen_vl_sft.inference.models import load_run_processor
 from qwen_vl_sft.inference.source import ARMS, TunedModel
+from qwen_vl_sft.inference.trained_base import check_trained_base
 
 logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
@@ -93,6 +94,8 @@ def prepare(plan: Plan) -> Task:
     )
     message = rows.format.resolve_system_message(plan.system_message) or ""
     arms = choose_arms(plan, message)
+    if "tuned" in arms:
+        check_trained_base(plan)
     processor = load_run_processor(plan)
     found = _measured(rows, Encoder(processor), data.bad_rows == "skip")
     batches = plan_batches([row.length for row in found.values()], options.batch_size)

@@ -28,6 +28,7 @@ from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
 from qwen_vl_sft.inference.generation import decode_answer, generate_batch
 from qwen_vl_sft.inference.models import attach_adapter, load_arm, load_run_processor, make_encoder
 from qwen_vl_sft.inference.source import Source, check_one_base
+from qwen_vl_sft.inference.trained_base import check_trained_base
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
 
 # Stands for the bytes of a character whose last token is still to come.
@@ -110,6 +111,8 @@ class Answerer:
             run_index: source.tuned for run_index, source in enumerate(self.sources) if source.tuned and "tuned" in arms
         }
         adapters = {run_index: model.folder for run_index, model in tuned.items() if model.is_adapter}
+        for run_index in adapters:
+            check_trained_base(self.sources[run_index])
         with reported_memory():
             if adapters or set(arms) & {"base", "prompted"}:
                 self._base = load_arm(self.sources[0], "base", None, self._context)

@@ -61,7 +61,10 @@ class Source:
 
 
 def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: bool) -> Source:
-    """Read a run, if there is one, and override its recipe with `recipe_keys`. Raises `UserError`."""
+    """Read a run, if there is one, and override its recipe with `recipe_keys`. Raises `UserError`.
+
+    A model that holds its own system message, as a merged one does, is asked with it.
+    """
     from qwen_vl_sft.checkpointing.run_folder import RECIPE, SYSTEM_MESSAGE
     from qwen_vl_sft.config.reading import read_recipe
 
@@ -82,6 +85,10 @@ def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: 
         # As Python reads the command line: bytes that are not UTF-8 become lone surrogates.
         message = file.read_text(encoding="utf-8", errors="surrogateescape") if file.exists() else ""
         check_text(message, str(file))
+    elif (trained := Path(str(recipe.model.model_name_or_path)) / SYSTEM_MESSAGE).is_file():
+        # A merged model, or one that was trained in full: asked without its prompt it answers worse.
+        message = trained.read_text(encoding="utf-8", errors="surrogateescape")
+        check_text(message, str(trained))
     return Source(recipe, read_recipe(path, {}).model if path else None, tuned, message)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.modeling.base_model import load_config
 
+# How the identity of a local folder begins.
+FOLDER = "a folder of weights"
 # Of each file so many pieces, evenly spread: tens of megabytes are read of a model of many gigabytes.
 _PIECES, _PIECE_BYTES = 64, 64 * 1024
 
@@ -28,4 +30,4 @@ def identity_of_base(settings: ModelSettings) -> str:
                 digest.update(file.read(_PIECE_BYTES))
                 if size <= _PIECE_BYTES:
                     break
-    return f"a folder of weights {digest.hexdigest()[:16]}"
+    return f"{FOLDER} {digest.hexdigest()[:16]}"

@@ -34,6 +34,7 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch, shared_folder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.metrics import METRICS
+from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config
@@ -235,6 +236,8 @@ def begin_run_folder(run: Run, data: PreparedData) -> None:
     environment = run_folder.environment(asdict(context), data.summary(), devices)
     # What "auto" came to here; the recipe says only that it was asked.
     environment["chosen"] = asdict(run.chosen)
+    # An adapter of the run answers on this base alone.
+    environment[run_folder.BASE] = identity_of_base(recipe.model)
     message = data.encoder.system_message
     run_folder.begin(run.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
 

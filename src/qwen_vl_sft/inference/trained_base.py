@@ -1,0 +1,72 @@
+"""Which base model an adapter was trained on, as its run tells, and a check that it answers on that one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_sft.checkpointing.checkpoints import complete
+from qwen_vl_sft.checkpointing.manifest import read_manifest
+from qwen_vl_sft.checkpointing.run_folder import BASE, ENVIRONMENT, METRICS
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.inference.source import Source
+from qwen_vl_sft.modeling.base_identity import FOLDER, identity_of_base
+
+
+def check_trained_base(source: Source) -> None:
+    """Raise `UserError` where an adapter would answer on another base model than it was trained on.
+
+    Two models of one shape take the same adapter, whose answers then mean nothing. Where the run does not tell, or a
+    folder stands against a model of the Hub, which may be a copy of it, a note says that it cannot be checked.
+    """
+    if source.tuned is None or not source.tuned.is_adapter:
+        return
+    assert source.trained is not None
+    name = source.trained.model_name_or_path
+    trained = base_of_run(source.tuned.home, name)
+    asked, now = source.recipe.model.model_name_or_path, identity_of_base(source.recipe.model)
+    if trained == now:
+        return
+    if trained is not None and trained.startswith(FOLDER) == now.startswith(FOLDER):
+        raise UserError(
+            f"--run: the adapter in {source.tuned.folder} was trained on {_words(name, trained)}, and"
+            f" {asked} is another model ({now}); give the base model it was trained on with --model_name_or_path (and"
+            f" --model_revision), or score the base alone with --arms base,prompted"
+        )
+    if trained is not None or asked != name:
+        told = _words(name, trained) if trained else "a base model that its run does not identify"
+        print(
+            f"warning: the adapter in {source.tuned.folder} was trained on {told}; whether {asked} ({now}) holds the same"
+            f" weights cannot be told",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def base_of_run(home: Path, name: str | None) -> str | None:
+    """Return the identity of the base model of a run (`identity_of_base`), None where nothing in its folder tells.
+
+    `name` is that of the model in its recipe.
+    """
+    told = _json(home / ENVIRONMENT).get(BASE)
+    if told is None:
+        manifests = [read_manifest(folder) for folder in complete(home)]
+        bases = [manifest.get("same", {}).get("base") for manifest in manifests]
+        told = next((base for base in reversed(bases) if base), None)
+    if told is None and (commit := _json(home / METRICS).get("base_commit")):
+        told = f"{name} at {commit}"
+    return told
+
+
+def _words(name: str | None, trained: str) -> str:
+    return f"{name} ({trained})" if trained.startswith(FOLDER) else trained
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of an earlier version, or of a run that was killed
+        return {}
+    return content if isinstance(content, dict) else {}

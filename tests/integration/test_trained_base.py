@@ -1,0 +1,69 @@
+"""An adapter answers on the base model it was trained on, and on no other one of the same shape."""
+
+import json
+import shutil
+
+import pytest
+
+from fixtures.evaluation import plan, write_charts, write_run
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.inference.answering import Answerer
+from qwen_vl_sft.inference.trained_base import base_of_run, check_trained_base
+from qwen_vl_sft.modeling.base_identity import identity_of_base
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that names its base, and beside it a model of the same shape with other weights."""
+    root = tmp_path_factory.mktemp("base")
+    run = write_run(root, write_charts(root / "charts"))
+    other = root / "other"
+    shutil.copytree(root / "model", other)
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: tensor + 0.01 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    base = identity_of_base(plan("--run", run).recipe.model)
+    (run / "environment.json").write_text(json.dumps({"base": base}))
+    return run
+
+
+def asked(run, *words):
+    return plan("--run", run, "--output_dir", run.parent / "evaluation", *words)
+
+
+def test_another_base_of_the_same_shape_is_refused(run):
+    elsewhere = asked(run, "--model_name_or_path", run.parent / "other")
+    for refuse in (lambda: check_trained_base(elsewhere), lambda: Answerer([elsewhere]).load(["tuned"])):
+        with pytest.raises(UserError, match=r"was trained on .*/model \(a folder of weights .* another model"):
+            refuse()
+
+
+def test_its_own_base_is_taken_wherever_it_lies(run, tmp_path, capsys):
+    check_trained_base(asked(run))
+    shutil.copytree(run.parent / "model", tmp_path / "moved")
+    check_trained_base(asked(run, "--model_name_or_path", tmp_path / "moved"))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_told_is_said(run, tmp_path, capsys):
+    older = tmp_path / "run"
+    shutil.copytree(run, older)
+    (older / "environment.json").write_text("{}")
+    check_trained_base(asked(older))
+    assert capsys.readouterr().err == ""
+    check_trained_base(asked(older, "--model_name_or_path", run.parent / "other"))
+    assert "trained on a base model that its run does not identify; whether" in capsys.readouterr().err
+    (older / "environment.json").write_text(json.dumps({"base": "Qwen/Qwen2-VL-2B-Instruct at 895c3a4"}))
+    check_trained_base(asked(older))
+    assert "was trained on Qwen/Qwen2-VL-2B-Instruct at 895c3a4; whether" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_tells_its_base_in_checkpoints_and_metrics(tmp_path):
+    assert base_of_run(tmp_path, "some/model") is None
+    (tmp_path / "metrics.json").write_text(json.dumps({"base_commit": "abc"}))
+    assert base_of_run(tmp_path, "some/model") == "some/model at abc"
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/complete.json").write_text(json.dumps({"same": {"base": f"base {step}"}}))
+    assert base_of_run(tmp_path, "some/model") == "base 10"
