@@ -2,17 +2,21 @@ import contextlib
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from trl import SFTConfig
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
+from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.config.coercion import coerce, load_yaml
 from qwen_vl_sft.config.command_line import format_help, parse, recipe_values
 from qwen_vl_sft.config.other_trainers import FORMER_KEYS, WITHOUT_COUNTERPART
 from qwen_vl_sft.config.reading import build, key_hints, read_recipe
 from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, REFUSED_KEYS, TRAINING_DEFAULTS
+from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.training import plan
 from qwen_vl_sft.training.options import Options
@@ -65,6 +69,60 @@ def test_keys_without_an_effect_are_told(keys, told):
 )
 def test_the_plan_tells_what_is_computed_in(keys, told):
     assert plan._precision(read_recipe(None, {"dtype": "float32", **keys})) == told
+
+
+def test_a_cpu_does_not_compute_in_float16():
+    assert plan._precision(read_recipe(None, {"dtype": "float32", "fp16": True}), on_cpu=True) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"dataset_test_split": "val"}, ["dataset_test_split val is not read: eval_strategy is no"]),
+        ({"dataset_test_split": "val", "eval_strategy": "epoch"}, []),
+        (
+            {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"min_lr": 0}, "warmup_steps": 3},
+            ["warmup_steps has no"],
+        ),
+        (
+            {"lr_scheduler_type": "greedy", "learning_rate": 1e-4},
+            ["lr_scheduler_type greedy never goes below its min_lr"],
+        ),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 3}, []),
+    ],
+)
+def test_settings_that_cannot_mean_what_they_say_are_told(keys, told):
+    found = plan.warnings(read_recipe(None, {"dtype": "float32", **keys}), [])
+    assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "told"),
+    [
+        ({"rows": 5}, {}, ["a step takes 5 rows and there are 4"]),
+        ({"rows": 4}, {"warmup_steps": 0.5}, []),
+        ({"tokens": 41}, {}, ["global_batch_tokens 41 is above the 40 tokens"]),
+        ({"rows": 4}, {"warmup_steps": 6}, ["warmup_steps 6 is no shorter than the run of 6 steps"]),
+        ({"rows": 4}, {"warmup_steps": 6, "lr_scheduler_type": "greedy"}, []),
+        (
+            {"rows": 4},
+            {"warmup_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 5}},
+            ["lr_scheduler_kwargs: num_"],
+        ),
+        ({"rows": 4}, {"warmup_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 4}}, []),
+    ],
+)
+def test_settings_that_do_not_fit_the_rows_are_told(batch, keys, told):
+    rows = Scan(range(4), np.arange(4), SimpleNamespace(tokens=np.full(4, 10)), [], [])
+    run = SimpleNamespace(recipe=read_recipe(None, keys), global_batch=GlobalBatch(**batch))
+    found = plan.warnings_of_data(run, SimpleNamespace(train=rows, steps=6))
+    assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
+
+
+def test_what_a_cpu_has_nothing_for_is_idle():
+    recipe = read_recipe(None, {"tf32": True, "activation_offloading": True, "bf16": True})
+    assert plan.idle_on_cpu(recipe) == ["tf32", "activation_offloading"]
+    assert plan.idle_on_cpu(read_recipe(None, {"tf32": False})) == []
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):

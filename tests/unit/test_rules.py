@@ -63,6 +63,31 @@ def test_numbers_in_range(keys):
 
 
 @pytest.mark.parametrize(
+    ("optim", "module"),
+    [
+        ("adamw_8bit", "bitsandbytes"),
+        ("paged_lion_8bit", "bitsandbytes"),
+        ("rmsprop_bnb", "bitsandbytes"),
+        ("adamw_torch_8bit", "torchao"),
+        ("galore_adamw", "galore_torch"),
+        ("lomo", "lomo_optim"),
+        ("schedule_free_adamw", "schedulefree"),
+        ("stable_adamw", "optimi"),
+        ("adamw_torch", None),
+        ("adamw_torch_fused", None),
+        ("adafactor", None),
+        ("sgd", None),
+    ],
+)
+def test_an_optimizer_whose_package_is_missing_is_refused(optim, module, monkeypatch):
+    asked = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: asked.append(name))
+    found = problems(SCHEDULER_AND_OPTIMIZER_RULES, optim=optim)
+    assert asked == ([module] if module else [])
+    assert [f"optim: {optim} needs" in problem for problem in found] == [True] * len(asked)
+
+
+@pytest.mark.parametrize(
     ("keys", "told"),
     [
         ({}, None),

@@ -1,6 +1,7 @@
 """The pieces of a trainer by themselves: what a step, a checkpoint and an evaluation that is due need of it."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from qwen_vl_sft.checkpointing import checkpoints, writer
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.manifest import MANIFEST, read_manifest
+from qwen_vl_sft.checkpointing.run_folder import finish
 from qwen_vl_sft.checkpointing.writer import CheckpointWriter
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.resilience.due_evaluation import DueEvaluation
-from qwen_vl_sft.resilience.step_guard import StepGuard
+from qwen_vl_sft.resilience.step_guard import MOST_SKIPPED, StepGuard
 from qwen_vl_sft.training.safeguards import make_safeguards
 
 CPU = torch.device("cpu")
@@ -87,6 +89,35 @@ def test_a_step_that_is_not_finite_is_left_out_only_where_that_is_asked(monkeypa
         guard.begin([[9]])
         guard.note_loss(torch.tensor(2.0))
         assert not guard.should_skip(5, 1.0, ALONE)
+
+
+def test_skipped_steps_leave_the_mean_and_end_the_run_when_they_go_on(monkeypatch):
+    monkeypatch.setattr("qwen_vl_sft.resilience.faults.gather_object", lambda parts: parts)
+    guard, nan = StepGuard(CPU, skips=True), float("nan")
+
+    def step(number, *losses):
+        guard.begin([[row] for row in range(len(losses))])
+        counted = sum(guard.note_loss(torch.tensor(loss)).item() for loss in losses)
+        guard.should_skip(number, 1.0, ALONE)
+        return counted
+
+    total = step(1, 1.0, 2.0) + step(2, 4.0, nan) + step(3, 6.0)
+    assert guard.mean_loss(total / 3, 3) == pytest.approx(4.5)
+    assert guard.mean_loss(7.0, 1) == 7.0
+    assert guard.skipped_loss == 4.0
+    step(4, nan)
+    assert math.isnan(guard.mean_loss(0.0, 1))
+    step(5, 1.0)
+    for number in range(MOST_SKIPPED - 1):
+        step(6 + number, nan)
+    with pytest.raises(UserError, match="the last of 16 steps in a row that nonfinite: skip skipped"):
+        step(30, nan)
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    finish(tmp_path, {"eval_loss": math.nan, "data": {"sizes": [1.5, math.inf]}}, [{"loss": math.nan, "step": 3}])
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"eval_loss": None, "data": {"sizes": [1.5, None]}}
+    assert json.loads((tmp_path / "training_log.jsonl").read_text()) == {"loss": None, "step": 3}
 
 
 def test_an_evaluation_is_due_until_it_is_taken():

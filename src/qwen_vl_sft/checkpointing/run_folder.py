@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -76,9 +77,9 @@ def begin(
 
 
 def finish(folder: Path, metrics: dict[str, Any], log_history: list[dict[str, Any]]) -> None:
-    """Write the metrics and the log of a finished run."""
-    (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (folder / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in log_history), encoding="utf-8")
+    """Write the metrics and the log of a finished run; a number that is not finite, which JSON has not, is null."""
+    (folder / METRICS).write_text(json.dumps(_finite(metrics), indent=2) + "\n", encoding="utf-8")
+    (folder / LOG).write_text("".join(json.dumps(_finite(entry)) + "\n" for entry in log_history), encoding="utf-8")
     # PEFT leaves a card of blanks to fill in.
     (folder / "README.md").unlink(missing_ok=True)
     # safetensors writes its files for their owner alone, so a group that shares the folder could not load them.
@@ -86,6 +87,14 @@ def finish(folder: Path, metrics: dict[str, Any], log_history: list[dict[str, An
     os.umask(umask)
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o666 & ~umask)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment(context: dict[str, Any], data: dict[str, Any], devices: list[str]) -> dict[str, Any]:

@@ -399,9 +399,9 @@ def _outcome(published: PublishedModel) -> dict[str, str]:
     if "train_runtime" in metrics:
         minutes = metrics["train_runtime"] / 60
         rows["time"] = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"
-    if "train_loss" in metrics:
+    if metrics.get("train_loss") is not None:
         rows["training loss"] = f"{metrics['train_loss']:.4f} on average"
-    if "eval_loss" in metrics:
+    if metrics.get("eval_loss") is not None:
         rows["evaluation loss"] = f"{metrics['eval_loss']:.4f}"
     return rows
 

@@ -84,6 +84,15 @@ def not_finite_error(described: str, can_skip: bool) -> UserError:
     )
 
 
+def endless_error(described: str, steps: int) -> UserError:
+    """Build the error that ends a run whose last `steps` steps were all skipped."""
+    return UserError(
+        f"{described}. It is the last of {steps} steps in a row that nonfinite: skip skipped, so nothing is learned any more;"
+        f" look at these rows, lower learning_rate, or raise warmup_steps. Resume from an earlier checkpoint with"
+        f" --resume_from_checkpoint FOLDER"
+    )
+
+
 def describe_micro_batch(rows: list[int], inputs: dict[str, Any]) -> str:
     """Describe rows and size of a micro-batch. Call it before the step, which may remove entries."""
     tokens, pixels = inputs["input_ids"], inputs.get("pixel_values")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers.trainer_utils import SchedulerType
 
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.reading import Recipe
@@ -21,6 +24,9 @@ from qwen_vl_sft.modeling.structure import ModelStructure
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
 
+# Schedules that follow the evaluations, and read nothing else.
+_FOLLOW_EVALUATIONS = (SchedulerType.GREEDY, SchedulerType.REDUCE_ON_PLATEAU)
+
 
 def show(run: Run, data: PreparedData, dry_run: bool) -> None:
     """Print the plan and its warnings, on the first process; with `dry_run` also the settings and a row."""
@@ -29,7 +35,12 @@ def show(run: Run, data: PreparedData, dry_run: bool) -> None:
     if dry_run:
         print(run.recipe.to_yaml())
     print(describe(run, data), flush=True)
-    for warning in warnings(run.recipe, run.structure.lora_parts):
+    idle = idle_on_cpu(run.recipe) if run.context.on_cpu else []
+    for warning in (
+        *warnings(run.recipe, run.structure.lora_parts),
+        *(f"{name}: true has no effect on a CPU" for name in idle),
+        *warnings_of_data(run, data),
+    ):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     if dry_run:
         print(f"\n{preview(data.train, data.encoder)}", flush=True)
@@ -40,7 +51,7 @@ def describe(run: Run, data: PreparedData) -> str:
     recipe, context, chosen = run.recipe, run.context, run.chosen
     lines = [
         f"model       {recipe.model.model_name_or_path}",
-        f"precision   {_precision(recipe)}",
+        f"precision   {_precision(recipe, context.on_cpu)}",
         f"attention   {chosen.attention}{', inside the boundaries of packed rows' * recipe.run.packing}",
         *_kernel_lines(recipe.model.fused_kernels, context.on_cpu, chosen.fused_kernels),
         f"strategy    {context.strategy}, {context.processes} process(es) on {'CPU' if context.on_cpu else 'GPU'}",
@@ -58,10 +69,12 @@ def describe(run: Run, data: PreparedData) -> str:
     return "\n".join(lines)
 
 
-def _precision(recipe: Recipe) -> str:
+def _precision(recipe: Recipe, on_cpu: bool = False) -> str:
     words = recipe.model.precision
-    if words == "float32" and recipe.mixed_precision:
-        return f"{words}, computed in {recipe.mixed_precision}"
+    # A CPU has no mixed precision of float16.
+    mixed = None if on_cpu and recipe.get("fp16") else recipe.mixed_precision
+    if words == "float32" and mixed:
+        return f"{words}, computed in {mixed}"
     return f"{words}{', what trains is kept in float32' * _keeps_float32(recipe)}"
 
 
@@ -109,6 +122,12 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
             if name in recipe.stated and values[name]
         ]
         found += [f"{name} has no effect: eval_strategy is no, so nothing is evaluated" for name in skipped]
+        if "dataset_test_split" in recipe.stated and recipe.data.dataset_test_split:
+            found.append(
+                f"dataset_test_split {recipe.data.dataset_test_split} is not read: eval_strategy is no; set it to epoch or"
+                f" steps to evaluate while training"
+            )
+    found += _schedule_warnings(recipe)
     if not recipe.run.predict_with_generate and "max_predict_samples" in recipe.stated:
         found.append("max_predict_samples has no effect without predict_with_generate: true")
     if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
@@ -126,6 +145,64 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
     if recipe.data.train_on == "all":
         found.append(
             "train_on: all also learns the prompt's fixed text; answers usually come out worse than with assistant"
+        )
+    return found
+
+
+def _schedule_warnings(recipe: Recipe) -> list[str]:
+    kind, stated = SchedulerType(recipe.get("lr_scheduler_type")), recipe.get("lr_scheduler_kwargs") or {}
+    if kind not in _FOLLOW_EVALUATIONS:
+        return []
+    found = []
+    if recipe.get("warmup_steps"):
+        found.append(
+            f"warmup_steps has no effect: lr_scheduler_type {kind.value} follows the evaluations and starts at the learning"
+            f" rate; leave it out"
+        )
+    rate, least = recipe.get("learning_rate"), stated.get("min_lr", 1e-3)
+    if kind == SchedulerType.GREEDY and isinstance(least, (int, float)) and least > rate:
+        found.append(
+            f"lr_scheduler_type greedy never goes below its min_lr {least:g}, and learning_rate is {rate:g}; set"
+            f" lr_scheduler_kwargs: {{min_lr: ...}} below it, and max_lr for the most that it may rise to"
+        )
+    return found
+
+
+def idle_on_cpu(recipe: Recipe) -> list[str]:
+    """Return the keys that are on and that a CPU has nothing for."""
+    return [name for name in ("tf32", "fp16", "fp16_full_eval", "activation_offloading") if recipe.training.get(name)]
+
+
+def warnings_of_data(run: Run, data: PreparedData) -> list[str]:
+    """Return what will work but may not be meant, given the rows and the number of steps."""
+    recipe, steps, found = run.recipe, data.steps, []
+    if isinstance(data.train, Scan):
+        rows, tokens = len(data.train.rows), int(data.train.lengths.tokens.sum())
+        batch = run.global_batch
+        if batch.rows is not None and batch.rows > rows:
+            found.append(
+                f"a step takes {batch.rows:,} rows and there are {rows:,}, so that an epoch is one step; lower"
+                f" global_batch_size (or per_device_train_batch_size x gradient_accumulation_steps)"
+            )
+        elif batch.tokens is not None and batch.tokens > tokens:
+            found.append(
+                f"global_batch_tokens {batch.tokens:,} is above the {tokens:,} tokens of all rows, so that an epoch is one"
+                f" step; lower it"
+            )
+    warmup = recipe.get("warmup_steps") or 0
+    warmup = math.ceil(warmup * steps) if 0 < warmup < 1 else warmup
+    stated = recipe.get("warmup_steps") or 0
+    follows = SchedulerType(recipe.get("lr_scheduler_type")) in _FOLLOW_EVALUATIONS
+    if stated >= 1 and stated >= steps and not follows:
+        found.append(
+            f"warmup_steps {stated:g} is no shorter than the run of {steps:,} steps, so that the learning rate never stays at"
+            f" {recipe.get('learning_rate'):g}; lower it, or write a share such as 0.03"
+        )
+    decay = (recipe.get("lr_scheduler_kwargs") or {}).get("num_decay_steps")
+    if isinstance(decay, int) and warmup + decay > steps:
+        found.append(
+            f"lr_scheduler_kwargs: num_decay_steps {decay:,} with a warmup of {warmup:,.0f} steps is longer than the run of"
+            f" {steps:,} steps, which ends before the learning rate has decayed; lower it"
         )
     return found
 
@@ -189,6 +266,10 @@ def outcome(metrics: dict[str, Any], output_dir: Path) -> str:
     for when in ("training", "evaluating"):
         if metrics[f"skipped_while_{when}"]:
             lines.append(f"skipped     {metrics[f'skipped_while_{when}']} rows that could not be read while {when}")
+    if metrics["skipped_steps"]:
+        lines.append(
+            f"skipped     {metrics['skipped_steps']} steps whose loss or gradient was not finite; see skipped_steps.jsonl"
+        )
     lines += [f"report_to   {name} failed: {why}" for name, why in metrics["failed_loggers"].items()]
     lines.append(f"written     {output_dir}")
     return "\n".join(lines)

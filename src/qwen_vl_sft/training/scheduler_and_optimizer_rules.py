@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
@@ -60,6 +61,22 @@ OPTIM_ARGS: dict[str, tuple[str, ...]] = {
     "schedule_free": ("weight_lr_power", "r"),
     "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
 }
+# The module and the package of the optimizers that PyTorch and transformers do not bring themselves.
+_OPTIM_PACKAGES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+    (
+        "bitsandbytes",
+        "bitsandbytes",
+        lambda name: any(part in name for part in ("8bit", "bnb", "lion", "ademamix", "paged")) and "torch" not in name,
+    ),
+    ("torchao", "torchao", lambda name: name in ("adamw_torch_4bit", "adamw_torch_8bit")),
+    ("galore_torch", "galore-torch", lambda name: name.startswith("galore")),
+    ("apollo_torch", "apollo-torch", lambda name: name.startswith("apollo")),
+    ("lomo_optim", "lomo-optim", lambda name: name in ("lomo", "adalomo")),
+    ("grokadamw", "grokadamw", lambda name: name == "grokadamw"),
+    ("schedulefree", "schedulefree", lambda name: name.startswith("schedule_free")),
+    ("optimi", "torch-optimi", lambda name: name == "stable_adamw"),
+    ("torchdistx", "torchdistx", lambda name: name == "adamw_anyprecision"),
+)
 _WORDS = (
     *OPTIM_ARGS["adamw_anyprecision"],
     "nesterov",
@@ -119,6 +136,13 @@ def _optimizer(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
             yield f"optim_args: {name}: {quoted(value)} is not a number"
 
 
+def _optimizer_package(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    optimizer = str(getattr(recipe.get("optim"), "value", recipe.get("optim")))
+    for module, package, belongs in _OPTIM_PACKAGES:
+        if belongs(optimizer) and importlib.util.find_spec(module) is None:
+            yield f"optim: {optimizer} needs {package}, which is not installed; pip install {package}, or use adamw_torch"
+
+
 def _is_number(value: str) -> bool:
     try:
         float(value)
@@ -136,4 +160,4 @@ def _unknown(where: str, stated: Iterable[str], known: Collection[str]) -> Itera
         yield f"{where}: unknown key {name}; {hint}"
 
 
-SCHEDULER_AND_OPTIMIZER_RULES = (_checkpointing, _schedule, _optimizer)
+SCHEDULER_AND_OPTIMIZER_RULES = (_checkpointing, _schedule, _optimizer, _optimizer_package)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -61,6 +62,10 @@ def sft_config(run: Run) -> SFTConfig:
     recipe, context = run.recipe, run.context
     arguments = {**recipe.training, **FIXED_TRAINING_ARGUMENTS, **launch.training_arguments(context)}
     arguments["resume_from_checkpoint"] = None
+    if context.on_cpu:
+        # The plan tells that these have no effect there; the libraries would end with an error.
+        for name in plan.idle_on_cpu(recipe):
+            del arguments[name]
     if recipe.run.packing:
         # The Trainer's batch is then a whole optimizer step; its micro-batches are planned by their tokens.
         arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -203,7 +208,7 @@ def train_and_save(
     fit = found_fit(trainer)
     metrics = {
         # Of the whole run, also of what was trained before it was resumed, if that is known.
-        "train_loss": finished["loss_sum"] / max(trainer.state.global_step - finished["steps_unknown"], 1),
+        "train_loss": finished["loss_sum"] / learned if (learned := _steps_learned(trainer)) else math.nan,
         "train_runtime": finished["seconds"],
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -307,6 +312,12 @@ def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
         entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
     names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *METRICS, SKIPPED_ROWS)]
     return {name: entries[-1][name] for name in names if name in entries[-1]} if entries else {}
+
+
+def _steps_learned(trainer: VisionSFTTrainer) -> int:
+    """Return how many steps were not skipped and have a known loss."""
+    finished = trainer.finished
+    return int(trainer.state.global_step - finished["steps_unknown"] - finished["steps_skipped"])
 
 
 def _skipped_while_evaluating(trainer: VisionSFTTrainer) -> int:

@@ -94,6 +94,7 @@ class VisionSFTTrainer(SFTTrainer):
         self._eval_skipped = 0
         self._began = time.monotonic()
         self._after_loss: tuple[Any, ...] | None = None
+        self._logged_step = 0
         self._held: dict[str, torch.Tensor] = {}
         # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
         # of micro-batches. TRL normalises by `num_items_in_batch` itself, whatever the model declares.
@@ -102,15 +103,19 @@ class VisionSFTTrainer(SFTTrainer):
     def totals(self) -> dict[str, Any]:
         """Return what the whole run has come to, also before it was resumed. All processes must call at once.
 
-        `loss_sum` are the losses of all steps added up but the first `steps_unknown`, of which the checkpoint that the
-        run was resumed from did not tell; `seconds` are those of training, evaluations and saves; `meter` is what
-        `throughput` has counted. Call it while training.
+        `loss_sum` is the sum of the losses of all steps but the first `steps_unknown`, which the checkpoint that the run
+        was resumed from did not tell, and but the `steps_skipped` (`nonfinite: skip`); `seconds` are those of training,
+        evaluations and saves; `meter` is what `throughput` has counted. Call it while training.
         """
         unknown = 0 if "loss_sum" in self._before else self._initial_global_step
         # Since the last log; each process has its own.
         unlogged = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean").item()
         return {
-            "loss_sum": self._before.get("loss_sum", 0.0) + self._total_loss_scalar + unlogged,
+            "loss_sum": self._before.get("loss_sum", 0.0)
+            + self._total_loss_scalar
+            + unlogged
+            - self.guard.skipped_loss,
+            "steps_skipped": self._before.get("steps_skipped", 0) + len(self.guard.skipped),
             "steps_unknown": self._before.get("steps_unknown", unknown),
             "seconds": self._before.get("seconds", 0.0) + time.monotonic() - self._began,
             "meter": self.throughput.totals(self.accelerator),
@@ -234,6 +239,9 @@ class VisionSFTTrainer(SFTTrainer):
         if "loss" in logs:
             _, right, learned, entropy = self._take(self._train_sums)
             self._train_sums = torch.zeros_like(self._train_sums)
+            steps = self.state.global_step - max(self._logged_step, self._initial_global_step)
+            self._logged_step = self.state.global_step
+            logs["loss"] = self.guard.mean_loss(logs["loss"], steps)
             logs.update(mean_token_accuracy=right / max(learned, 1), entropy=entropy / max(learned, 1))
             logs.update(self.throughput.measure(self.accelerator))
         super().log(logs, start_time)
