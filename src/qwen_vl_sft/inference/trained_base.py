@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.checkpointing.checkpoints import complete
+from qwen_vl_sft.checkpointing.checkpoints import with_manifest
 from qwen_vl_sft.checkpointing.manifest import read_manifest
 from qwen_vl_sft.checkpointing.run_folder import BASE, ENVIRONMENT, METRICS
 from qwen_vl_sft.errors import UserError
@@ -52,7 +52,7 @@ def base_of_run(home: Path, name: str | None) -> str | None:
     """
     told = _json(home / ENVIRONMENT).get(BASE)
     if told is None:
-        manifests = [read_manifest(folder) for folder in complete(home)]
+        manifests = [read_manifest(folder) for folder in with_manifest(home)]
         bases = [manifest.get("same", {}).get("base") for manifest in manifests]
         told = next((base for base in reversed(bases) if base), None)
     if told is None and (commit := _json(home / METRICS).get("base_commit")):
