@@ -319,6 +319,8 @@ def test_files_of_others_are_not_written_over(run, tmp_path, name, content, way_
 
 @pytest.mark.parametrize("way_out", [[], ["--resume"], ["--overwrite"]])
 def test_a_folder_of_something_else_is_refused(run, tmp_path, way_out):
+    (tmp_path / ".DS_Store").touch()
+    plan("--run", run, "--output_dir", tmp_path, *way_out)
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"holds files that no evaluation wrote \(thesis.tex\); name another folder"):
         plan("--run", run, "--output_dir", tmp_path, *way_out)

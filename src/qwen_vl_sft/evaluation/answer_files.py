@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.atomic_write import writing_to
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, shortened
 from qwen_vl_sft.evaluation.scoring import REPORT_FILE, ROWS_FILE, SUMMARY_FILE
 from qwen_vl_sft.inference.generation import GeneratedAnswer
 
@@ -93,12 +93,11 @@ def check_output_dir(folder: Path, in_use_allowed: bool) -> None:
     if foreign:
         raise UserError(f"--output_dir: {folder} holds a {foreign[0]} that no evaluation wrote; name another folder")
     own = (SUMMARY_FILE, ROWS_FILE, REPORT_FILE, SETTINGS_FILE, PARTS_FOLDER)
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # Hidden files are those of a desktop or of a file system.
+    held = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
     if held and not set(held) & set(own):
-        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
-        raise UserError(
-            f"--output_dir: {folder} holds files that no evaluation wrote ({', '.join(held[:3])}{more}); name another folder"
-        )
+        names = shortened(", ".join(held[:3])) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+        raise UserError(f"--output_dir: {folder} holds files that no evaluation wrote ({names}); name another folder")
     existing = [name for name in (SUMMARY_FILE, ROWS_FILE, SETTINGS_FILE, PARTS_FOLDER) if (folder / name).exists()]
     if existing and not in_use_allowed:
         raise UserError(
