@@ -10,7 +10,7 @@ import pytest
 from fixtures.messages import RED, png
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.config.settings import DATASET_FORMATS, DataSettings
-from qwen_vl_sft.data.conversation import Conversation, generation_prompt, training_prompt
+from qwen_vl_sft.data.conversation import Conversation, prompt_of
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats import FORMATS, choose_format, known_format
@@ -92,8 +92,9 @@ def test_the_recipe_offers_every_format():
     assert {name: found.help for name, found in FORMATS.items()} == DATASET_FORMATS, message
     (field,) = [field for field in fields(DataSettings) if field.name == "dataset_format"]
     assert field.metadata["help"] == (
-        "chartqa: image, query, label; messages: messages and images; conversations: like messages, but each turn has"
-        " from and value; auto: chosen by the columns"
+        "chartqa: image, query, label; messages: messages and images; conversations: like messages, but each"
+        " turn has from and value;"
+        " prompt_completion: prompt, completion and images; auto: chosen by the columns"
     )
 
 
@@ -119,8 +120,20 @@ def test_prompts_of_training_and_of_generation():
         return {"role": role, "content": [{"type": "text", "text": role}]}
 
     messages = [turn("user"), turn("assistant"), turn("assistant")]
-    assert training_prompt(messages, 2) == messages[:2]
-    assert generation_prompt(messages) == messages[:1]
+    assert prompt_of(messages) == prompt_of(messages, 2) == messages[:2]
+    assert prompt_of(messages, 1) == prompt_of(messages[:1]) == messages[:1]
+
+
+@pytest.mark.parametrize("answers", [("red",), ("red", "blue"), ("a", "b", "c")])
+def test_an_answer_is_generated_after_the_tokens_that_it_was_learned_after(answers, riddles, tiny_processor):
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Which?"}]}]
+    turns += [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answers]
+    encoder = Encoder(tiny_processor, "Be brief.")
+    learned = encoder.encode(Conversation(turns, []))
+    prompt = encoder.encode_prompt(Conversation(turns, []).up_to_last_answer()).input_ids.tolist()
+    answer = tiny_processor.tokenizer(f"{answers[-1]}<|im_end|>")["input_ids"]
+    assert learned.input_ids.tolist()[: len(prompt) + len(answer)] == prompt + answer
+    assert learned.labels.tolist()[len(prompt) : len(prompt) + len(answer)] == answer
 
 
 def compared_texts(source):

@@ -115,7 +115,6 @@ def test_bad_chartqa_rows(changes, told):
         ({"messages": [{"role": "user", "content": "hi"}], "images": []}, "has no assistant turn"),
         (conversation_row(answer="  "), "has an empty answer"),
         (conversation_row("<image><image>?"), r"has 2 image placeholder\(s\) in its messages but 1 image\(s\)"),
-        (conversation_row("?"), r"has 0 image placeholder\(s\) in its messages but 1 image\(s\)"),
         (conversation_row(answer="<image>", images=("a", "b")), "image inside an assistant message"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "content part of type 'video'"),
@@ -138,10 +137,15 @@ def test_bad_chartqa_rows(changes, told):
         (conversation_row("<video>What?", images=()), "has <video> in a question"),
         (conversation_row([{"type": "text", "text": "<audio>What?"}], images=()), "has <audio> in a question"),
         (conversation_row([{"type": "text", "text": "<image>What?"}], images=()), "has <image> inside a text part"),
-        (conversation_row([{"type": "image", "image": "a.png"}]), "a content part that brings its own image"),
+        (conversation_row([{"type": "image", "image": "a.png"}]), r"0 image placeholder\(s\) .* but 1 image"),
+        (conversation_row([{"type": "image", "image": "a.png", "path": "b.png"}]), "its own image and path; keep one"),
+        (conversation_row([{"type": "image", "max_pixels": 9}]), "a content part that brings its own max_pixels"),
         (conversation_row([{"type": "image", "url": "http://a.png"}]), "a content part that brings its own url"),
         ({**conversation_row(), "image": "b.png"}, "both a column image and a column images"),
-        ({"messages": PLAIN, "images": ["a.png"]}, r"0 image placeholder.* write <image> where each is shown"),
+        (
+            conversation_row("A <image>?", images=("a.png", "b.png")),
+            "1 image placeholder.* write <image> where each is",
+        ),
         ({"messages": [{"role": "system", "content": "x"}, PLAIN[1]], "image": "a.png"}, "0 image placeholder"),
     ],
 )
@@ -201,11 +205,11 @@ def said(*turns, **columns):
         (said(("human", "<video>?"), ("gpt", "x"), video="a.mp4"), "has something in column video,"),
         (said(("human", "?"), ("gpt", "x"), tools="[{}]"), "has something in column tools"),
         (
-            said(("human", "?"), ("gpt", "x"), system="Be terse."),
-            "in column system.* a system message is the first turn",
+            said(("system", "x"), ("human", "?"), ("gpt", "x"), system="Be terse."),
+            "has a system message both in its turns and in column system",
         ),
         (said(("human", "<image>?"), ("gpt", "x")), r"has 1 image placeholder\(s\) in its messages but 0"),
-        (said(("human", "?"), ("gpt", "x"), image=["a.png", "b.png"]), r"has 0 image placeholder\(s\) .* but 2 image"),
+        (said(("human", "<image>?"), ("gpt", "x"), image=["a", "b"]), r"has 1 image placeholder\(s\) .* but 2 image"),
     ],
 )
 def test_bad_conversations_rows(row, told, tmp_path):

@@ -19,6 +19,7 @@ DATASET_FORMATS = {
     "chartqa": "image, query, label",
     "messages": "messages and images",
     "conversations": "like messages, but each turn has from and value",
+    "prompt_completion": "prompt, completion and images",
 }
 if TYPE_CHECKING:
     DatasetFormat = str
@@ -42,6 +43,10 @@ class DataSettings:
         None,
         "coordinates of boxes and points in the data: pixels of the original image, 0 to 1, or 0 to 1000; they are learned"
         " in the model's; unset: pixels in column objects, and boxes in texts are learned as they are written",
+    )
+    ignored_columns: list[str] | None = key(
+        None,
+        "columns of the data that are left unread; others that no format reads are refused, but for id, source, ...",
     )
     system_message: str | None = key(
         None,

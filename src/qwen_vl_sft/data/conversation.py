@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen_vl_sft.data.media import MEDIA, MediaFile
@@ -16,11 +16,14 @@ class Conversation:
     """Messages in the chat template's form, and the media they show in order of appearance.
 
     `messages` are `{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}`; a content part
-    of a medium's kind stands for the next of `media`.
+    of a medium's kind stands for the next of `media`. An answer with `"learned": False` is shown and not learned.
+    Messages may have `tool_calls`, `reasoning_content` and `name`, and `tools` are functions that the prompt offers; they
+    are shown by chat templates that know them.
     """
 
     messages: list[Message]
     media: list[MediaFile]
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def last_answer(self) -> str:
@@ -34,24 +37,25 @@ class Conversation:
         return asked[-1] if asked else ""
 
     def up_to_last_answer(self) -> Conversation:
-        """Drop the messages after the last assistant turn, which an evaluation scores."""
-        last = max(number for number, message in enumerate(self.messages) if message["role"] == "assistant")
+        """Drop the messages after the last answer that is learned, which an evaluation scores."""
+        last = max(
+            number
+            for number, message in enumerate(self.messages)
+            if message["role"] == "assistant" and message.get("learned", True)
+        )
         kept = self.messages[: last + 1]
         shown = sum(part["type"] in MEDIA for message in kept for part in message["content"])
-        return Conversation(kept, self.media[:shown])
+        return replace(self, messages=kept, media=self.media[:shown])
 
 
-# The two rules differ for several assistant turns in a row: training keeps the earlier ones in the prompt of the later.
-def training_prompt(messages: list[Message], number: int) -> list[Message]:
-    """Return the messages that an answer is learned after, of which it is the one at `number`."""
+def prompt_of(messages: list[Message], number: int | None = None) -> list[Message]:
+    """Return the messages that an answer is learned or generated after: all that stand before it.
+
+    The answer is the message at `number`, by default the last one where that is an answer; without one all are the prompt.
+    """
+    if number is None:
+        number = len(messages) - (bool(messages) and messages[-1]["role"] == "assistant")
     return messages[:number]
-
-
-def generation_prompt(messages: list[Message]) -> list[Message]:
-    """Return the messages that an answer is generated after: all before the assistant turns at the end."""
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return messages
 
 
 def text_of(message: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ class Rows:
 
     `dataset` is a map-style `Dataset`, or an `IterableDataset` when streamed. Every row carries `row_id`, its place in
     the split before any shuffling; in a shuffled stream of several files its place in the order they are mixed in.
+    `ignored_columns` mean nothing to the format.
     """
 
     dataset: Dataset | IterableDataset
     format: DataFormat
     name: str
     folder: Path | None
+    ignored_columns: tuple[str, ...] = ()
 
     @property
     def streamed(self) -> bool:
@@ -71,7 +73,7 @@ class Rows:
     def select(self, indices: list[int]) -> Rows:
         """Return the rows at `indices` alone, in that order."""
         assert isinstance(self.dataset, Dataset)
-        return Rows(self.dataset.select(indices), self.format, self.name, self.folder)
+        return Rows(self.dataset.select(indices), self.format, self.name, self.folder, self.ignored_columns)
 
     def without_data(self) -> Rows:
         """Return the format and the name alone, cheap to send to another process."""
@@ -91,6 +93,7 @@ def open_rows(
     shuffle_seed: int | None = None,
     max_rows: int | None = None,
     box_coordinates: BoxCoordinates | None = None,
+    ignored_columns: Sequence[str] = (),
 ) -> Rows:
     """Open one split of a dataset.
 
@@ -103,6 +106,7 @@ def open_rows(
         shuffle_seed: shuffle with this seed, before the cap; None keeps the order.
         max_rows: most rows to take, None for all.
         box_coordinates: coordinates of boxes in the rows; see `read_boxes`.
+        ignored_columns: columns that are left unread, beside those that the format ignores anyway.
 
     Raises `UserError` when the dataset, the split or the format is not there.
     """
@@ -114,10 +118,13 @@ def open_rows(
         dataset = dataset.shuffle(seed=shuffle_seed)
     if max_rows is not None:
         dataset = dataset.take(max_rows)
-    found = _format_of(dataset, row_format, where)
+    columns = _columns_of(dataset) - {ROW_ID}
+    if not columns:
+        raise UserError(f"{where}: holds no rows")
+    found = choose_format(columns, row_format, where).ignoring(ignored_columns)
     if box_coordinates is not None:
         found = replace(found, box_coordinates=box_coordinates)
-    return Rows(dataset, found, where, folder)
+    return Rows(dataset, found, where, folder, tuple(found.unread(columns)))
 
 
 def select_evenly(rows: Rows, max_rows: int | None) -> Rows:
@@ -146,7 +153,7 @@ def in_memory(rows: Rows) -> Rows:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    return Rows(dataset, rows.format, rows.name, rows.folder)
+    return Rows(dataset, rows.format, rows.name, rows.folder, rows.ignored_columns)
 
 
 def _load(name: str, split: str, config: str | None) -> Dataset:
@@ -192,8 +199,5 @@ def _by_one_worker(stream: IterableDataset, source: SplitSource) -> IterableData
     return IterableDataset.from_generator(source.rows_of, features=stream.features, gen_kwargs={"stream": stream})
 
 
-def _format_of(dataset: Any, row_format: str, where: str) -> DataFormat:
-    columns = set(dataset.column_names or next(iter(dataset), ()))
-    if not columns:
-        raise UserError(f"{where}: holds no rows")
-    return choose_format(columns - {ROW_ID}, row_format, where)
+def _columns_of(dataset: Any) -> set[str]:
+    return set(dataset.column_names or next(iter(dataset), ()))

@@ -11,11 +11,11 @@ import torch
 
 from qwen_vl_sft.data.boxes import place_boxes
 from qwen_vl_sft.data.chat_template import ChatTemplate, with_system_message
-from qwen_vl_sft.data.conversation import Conversation, generation_prompt
+from qwen_vl_sft.data.conversation import Conversation, prompt_of
 from qwen_vl_sft.data.labels import IGNORE_INDEX, LabelRule, tokenize_turns
 from qwen_vl_sft.data.media import MEDIA, EncodedMedia, MediaFile, ReadMedia
 from qwen_vl_sft.data.row_lengths import RowLength
-from qwen_vl_sft.errors import OverLongRow
+from qwen_vl_sft.errors import BadRow, OverLongRow
 from qwen_vl_sft.families.base import ChatFormat
 
 
@@ -88,15 +88,16 @@ class Encoder:
         `read_media` may know an image already; default: `read_media` of this encoder.
         """
         conversation = self.with_boxes(conversation)
-        ids, is_target = tokenize_turns(self._template, with_system_message(conversation.messages, self.system_message))
+        ids, is_target = self._tokenize(conversation)
         return self._with_media(ids, is_target, conversation, read_media or self.read_media)
 
     def encode_prompt(self, conversation: Conversation) -> Encoded:
         """Encode the prompt of the last answer, ready to generate it. Raises `BadRow` or `OverLongRow`."""
         conversation = self.with_boxes(conversation)
-        messages = generation_prompt(with_system_message(conversation.messages, self.system_message))
-        self._template.check_texts(messages)
-        ids = self._template.tokenize(self._template.render(messages, add_generation_prompt=True))
+        messages = prompt_of(with_system_message(conversation.messages, self.system_message))
+        self._template.check(messages, conversation.tools)
+        text = self._template.render(messages, add_generation_prompt=True, tools=conversation.tools)
+        ids = self._template.tokenize(text)
         return self._with_media(ids, [False] * len(ids), conversation, self.read_media)
 
     def with_boxes(self, conversation: Conversation) -> Conversation:
@@ -119,7 +120,7 @@ class Encoder:
         `content_hashes` reads the bytes of images too, and tells which they are. Raises `BadRow` or `OverLongRow`.
         """
         conversation = self.with_boxes(conversation)
-        ids, is_target = tokenize_turns(self._template, with_system_message(conversation.messages, self.system_message))
+        ids, is_target = self._tokenize(conversation)
         files = conversation.media
         patches, media_tokens = self.count_media(files, decode)
         tokens = len(ids) - len(files) + sum(media_tokens)
@@ -129,6 +130,14 @@ class Encoder:
         prefix = self._prefix(ids, is_target, files, patches, media_tokens)
         found = ([file.content_hash for file in files], patches) if content_hashes else ([], [])
         return RowLength(tokens, target_tokens, len(files), sum(patches), *prefix, *found)
+
+    def _tokenize(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        messages = with_system_message(conversation.messages, self.system_message)
+        if self.train_on == "all" and not all(message.get("learned", True) for message in messages):
+            raise BadRow(
+                "has a turn that is not to be learned, and train_on: all learns them all; set train_on: assistant"
+            )
+        return tokenize_turns(self._template, messages, conversation.tools)
 
     def _prefix(
         self, ids: list[int], is_target: list[bool], files: list[MediaFile], patches: list[int], media_tokens: list[int]

@@ -6,21 +6,25 @@ those of generation. The targets follow from that construction; no text is searc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from qwen_vl_sft.data.chat_template import ChatTemplate
-from qwen_vl_sft.data.conversation import Message, text_of, training_prompt
-from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.data.conversation import Message, prompt_of, text_of
+from qwen_vl_sft.errors import BadRow, UserError, quoted
 
 IGNORE_INDEX = -100
 
 
-def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """Return token ids with one token for each picture, and which of them belong to an answer or its end-of-turn.
+def tokenize_turns(
+    template: ChatTemplate, messages: list[Message], tools: list[dict[str, Any]]
+) -> tuple[list[int], list[bool]]:
+    """Return token ids with one token for each picture, and which belong to an answer that is learned or its end-of-turn.
 
     Raises `BadRow`, and `UserError` for a template that has no fixed text for earlier turns.
     """
-    template.check_texts(messages)
+    template.check(messages, tools)
     end_of_turn, end_of_thought = template.chat.end_of_turn, template.chat.end_of_thought
     ids: list[int] = []
     is_target: list[bool] = []
@@ -28,8 +32,8 @@ def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[lis
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = template.render(training_prompt(messages, number), add_generation_prompt=True)
-        through_answer = template.render(messages[: number + 1])
+        prompt = template.render(prompt_of(messages, number), add_generation_prompt=True, tools=tools)
+        through_answer = template.render(messages[: number + 1], tools=tools)
         if not (prompt.startswith(done) and through_answer.startswith(prompt)):
             raise UserError(
                 "the processor's chat template writes an answer otherwise once a later turn follows, so its tokens"
@@ -37,20 +41,20 @@ def tokenize_turns(template: ChatTemplate, messages: list[Message]) -> tuple[lis
                 " on rows with one answer each, or an Instruct model; a template of your own must keep earlier turns"
             )
         answer = through_answer[len(prompt) :]
-        if end_of_thought in answer and end_of_thought not in text_of(message):
+        if end_of_thought in answer and end_of_thought not in text_of(message) and "reasoning_content" not in message:
             raise BadRow(
                 "has an answer without a thought, and the model's chat template opens one before every answer, so"
-                f" that {answer[: answer.rindex(end_of_turn)]!r} would be learned; write <think>...</think> before"
+                f" that {quoted(answer[: answer.rindex(end_of_turn)])} would be learned; write <think>...</think> before"
                 " the answer, or train an Instruct model"
             )
         prompt_ids = template.tokenize(prompt[len(done) :])
         answer_ids = template.tokenize(answer)
         answer_length = answer_ids.index(template.end_of_turn_id) + 1
         ids += prompt_ids + answer_ids[:answer_length]
-        is_target += [False] * len(prompt_ids) + [True] * answer_length
+        is_target += [False] * len(prompt_ids) + [message.get("learned", True)] * answer_length
         # What the template puts after the end-of-turn (a newline) is the beginning of the next prompt.
         done = through_answer[: through_answer.rindex(end_of_turn) + len(end_of_turn)]
-    tail = template.tokenize(template.render(messages)[len(done) :])
+    tail = template.tokenize(template.render(messages, tools=tools)[len(done) :])
     return ids + tail, is_target + [False] * len(tail)
 
 

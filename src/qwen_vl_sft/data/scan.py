@@ -30,7 +30,7 @@ _FEATURES = Features(
 )
 _SHOWN = 5
 # Raise it when reading, refusing or measuring of rows changes: cached scans are then ignored.
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def _fingerprint(rows: Rows, encoder: Encoder, verify_images: bool, content_hash
         "format": rows.format.name,
         "box_coordinates": rows.format.box_coordinates,
         "boxes": asdict(encoder.boxes),
+        "ignored": sorted(rows.format.ignored),
         "folder": str(rows.folder),
         "system_message": encoder.system_message,
         "train_on": encoder.train_on,

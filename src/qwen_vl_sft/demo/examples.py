@@ -42,7 +42,15 @@ def collect_examples(source: Source, number: int, folder: Path) -> list[Example]
             # A Hub dataset is read from its beginning: a few rows are no reason to download it whole.
             streamed = not Path(name).exists()
             most = number * LOOKED_AT
-            rows = open_rows(name, split, config, streamed, row_format, max_rows=most if streamed else None)
+            rows = open_rows(
+                name,
+                split,
+                config,
+                streamed,
+                row_format,
+                max_rows=most if streamed else None,
+                ignored_columns=data.ignored_columns or (),
+            )
             found = list(_write(rows if streamed else select_evenly(rows, most), number, folder))
         except UserError:
             continue
@@ -93,4 +101,5 @@ def _is_plain(conversation: Conversation) -> bool:
     first, *others = conversation.messages
     kinds = [part["type"] for part in first["content"]]
     plain = kinds == ["image"] * len(conversation.media) + ["text"]
-    return bool(conversation.media) and plain and first["role"] == "user" and len(others) == 1
+    is_single = first["role"] == "user" and len(others) == 1 and "tool_calls" not in others[0]
+    return bool(conversation.media) and plain and is_single and not conversation.tools

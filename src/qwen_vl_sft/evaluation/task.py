@@ -89,6 +89,7 @@ def prepare(plan: Plan) -> Task:
             data.dataset_config,
             row_format=data.dataset_format,
             box_coordinates=data.box_coordinates,
+            ignored_columns=data.ignored_columns or (),
         ),
         options.max_samples,
     )
@@ -158,7 +159,12 @@ def read_usable(
 
 
 def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format: DataFormat) -> Question:
-    """Return the question of a row and the answers that its format accepts; the conversation ends at the last answer."""
+    """Return the question of a row and the answers that its format accepts; the conversation ends at the last answer.
+
+    Raises `BadRow` for an answer that calls a tool: the metrics compare words.
+    """
+    if "tool_calls" in conversation.messages[-1]:
+        raise BadRow("ends with the call of a tool, which no metric scores; leave such rows out of what is evaluated")
     answers = row_format.accepted_answers(raw, conversation)
     return Question(raw[ROW_ID], conversation.last_question, answers, split_name(raw.get(SPLIT_COLUMN)))
 
@@ -166,6 +172,7 @@ def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format
 def digest_of_row(question: Question, conversation: Conversation) -> str:
     """Digest what a row asks and accepts; its images count with their encoded bytes. Raises `BadRow`."""
     content = [asdict(question), conversation.messages, [item.content_hash for item in conversation.media]]
+    content += [conversation.tools] if conversation.tools else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

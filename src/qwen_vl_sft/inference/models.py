@@ -28,7 +28,7 @@ def load_run_processor(source: Source) -> Any:
     """Load the processor of the run, else of the base model; the recipe's `min_pixels` and `max_pixels` win over its own."""
     from transformers import AutoProcessor
 
-    from qwen_vl_sft.modeling.base_model import load_processor, set_pixel_limits
+    from qwen_vl_sft.modeling.base_model import check_chat_template, load_processor, set_pixel_limits
 
     limits = source.recipe.data.min_pixels, source.recipe.data.max_pixels
     if source.tuned is None:
@@ -40,6 +40,7 @@ def load_run_processor(source: Source) -> Any:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--run: {folder} holds no usable processor: {first_line(error)}") from None
+    check_chat_template(processor, f"--run: {folder}")
     set_pixel_limits(processor, *limits)
     return processor
 

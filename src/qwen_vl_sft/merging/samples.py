@@ -50,6 +50,7 @@ def read_samples(plan: Plan) -> Samples | None:
             row_format=data.dataset_format,
             max_rows=samples if data.dataset_streaming else None,
             box_coordinates=data.box_coordinates,
+            ignored_columns=data.ignored_columns or (),
         )
         rows = in_memory(rows) if rows.streamed else select_evenly(rows, samples)
         found = read_usable(rows, _with_images, data.bad_rows == "skip")

@@ -34,6 +34,7 @@ def load_processor(settings: ModelSettings, min_pixels: int | None = None, max_p
     """Load the model's processor with the recipe's pixel limits, which are saved with it and so hold everywhere after."""
     config = load_config(settings)
     processor = _from_hub(AutoProcessor, settings)
+    check_chat_template(processor, f"model_name_or_path: {settings.model_name_or_path}")
     set_pixel_limits(processor, min_pixels, max_pixels)
     if len(processor.tokenizer) > config.get_text_config().vocab_size:
         raise UserError(
@@ -41,6 +42,16 @@ def load_processor(settings: ModelSettings, min_pixels: int | None = None, max_p
             f" {config.get_text_config().vocab_size}; the folder mixes two models"
         )
     return processor
+
+
+def check_chat_template(processor: Any, where: str) -> None:
+    """Raise `UserError` for a processor that has no chat template, which older trainers did not save with it."""
+    template = processor.chat_template
+    if not template or (isinstance(template, dict) and "default" not in template):
+        raise UserError(
+            f"{where} has no chat template, so no prompt can be made; copy chat_template.jinja into it from the model that"
+            " it was made from"
+        )
 
 
 def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:

@@ -17,6 +17,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.preview import preview
 from qwen_vl_sft.data.scan import Scan
+from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.modeling.base_model import format_parameters
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
 from qwen_vl_sft.modeling.lora import covers_all_linear, outside_scope
@@ -58,6 +59,7 @@ def describe(run: Run, data: PreparedData) -> str:
         *_batch_lines(run, data.step_plan),
         f"steps       {data.steps}",
         _rows_line("train", data.train),
+        *_ignored_lines(data.train),
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
         *([_answers_line(recipe, data.evaluation)] if data.evaluation and recipe.run.predict_with_generate else []),
         *([data.features.describe()] if data.features else []),
@@ -241,6 +243,12 @@ def _rows_line(name: str, part: Scan | Rows) -> str:
     mean, longest = part.lengths.tokens.mean(), part.lengths.tokens.max()
     note = f" ({', '.join(left_out)})" if left_out else ""
     return f"{name:<11} {len(part.rows):,} rows{note}, {mean:,.0f} tokens on average, {longest:,} at most"
+
+
+def _ignored_lines(part: Scan | Rows) -> list[str]:
+    columns = (part.rows if isinstance(part, Scan) else part).ignored_columns
+    text = f"ignored     {len(columns)} column(s) that are not read: {shortened(', '.join(columns))}"
+    return textwrap.wrap(text, width=80, subsequent_indent=" " * 12) if columns else []
 
 
 def _answers_line(recipe: Recipe, evaluation: Scan) -> str:

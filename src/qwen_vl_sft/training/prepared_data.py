@@ -134,6 +134,7 @@ def _open(data: DataSettings, split: str, max_rows: int | None, shuffle_seed: in
         shuffle_seed=shuffle_seed,
         max_rows=max_rows,
         box_coordinates=data.box_coordinates,
+        ignored_columns=data.ignored_columns or (),
     )
 
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.data.boxes import BoxCoordinates, read_boxes
 from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.data.formats.bookkeeping import is_bookkeeping
 from qwen_vl_sft.data.media import MEDIA
-from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.errors import BadRow, UserError, shortened
 
 Row = Mapping[str, Any]
 # Media that other trainers read. A model that never saw them would learn to guess.
 _OTHER_MEDIA = ("video", "audio")
-# Columns that tell where a row comes from.
-BOOKKEEPING = frozenset({"id", "row_id", "source", "split", "human_or_machine"})
+# Evaluation tells by it which part of a split a row belongs to.
+READ_BY_EVALUATION = frozenset({"human_or_machine"})
+# Columns that other trainers read, each with the way out.
+_OTHERS_READ = {
+    "functions": "write them into column tools",
+    "chosen": "write that answer as the last turn",
+    "rejected": "only answers to learn are read",
+    "history": "write earlier turns as turns",
+    "image_path": "name the column image",
+    "image_paths": "name the column images",
+    "image_url": "name the column image",
+    "file_name": "name the column image",
+    "file_names": "name the column images",
+}
 
 
 def last_answer(row: Row, conversation: Conversation) -> list[str]:
@@ -35,8 +48,9 @@ class DataFormat:
         parse: makes a conversation of a row whose paths are relative to a folder. Raises `BadRow`.
         priority: which of several formats that fit reads a dataset: the one with the lowest number.
         optional: columns that are read when they are there.
-        ignored: columns that mean nothing for training, and may be there.
-        refused: columns that must be empty, each with the message of the `BadRow`; those of unread media are always.
+        ignored: columns that may be there and are not read; those of `is_bookkeeping` may always.
+        refused: columns that must be empty, each with the message of its `BadRow`. So must all columns that the format does
+            not name.
         accepted_answers: the answers that an evaluation accepts, from a row and its conversation up to the last answer.
         system_message: put before rows of this format unless the recipe says otherwise.
         most_images: most images of a row, None for any number.
@@ -51,7 +65,7 @@ class DataFormat:
     parse: Callable[[Row, Path | None], Conversation]
     priority: int
     optional: frozenset[str] = frozenset()
-    ignored: frozenset[str] = BOOKKEEPING
+    ignored: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     accepted_answers: Callable[[Row, Conversation], list[str]] = last_answer
     system_message: str | None = None
@@ -67,14 +81,35 @@ class DataFormat:
     def read(self, row: Row, folder: Path | None) -> Conversation:
         """Return a row as a conversation; paths in it are relative to `folder`. Raises `BadRow`."""
         for name, message in self.refused.items():
-            if has_value(row.get(name)):
+            if name not in self.ignored and has_value(row.get(name)):
                 raise BadRow(message)
         for kind in unread_media():
             for name in (kind, f"{kind}s"):
-                if has_value(row.get(name)):
+                if name not in self.ignored and has_value(row.get(name)):
                     raise BadRow(f"has something in column {name}, and only images are read; leave such rows out")
+        known = self.columns | self.optional | self.ignored | READ_BY_EVALUATION
+        for name, value in row.items():
+            if name not in known and not is_bookkeeping(name) and has_value(value):
+                way_out = f"{_OTHERS_READ[name]}, or " if name in _OTHERS_READ else ""
+                raise BadRow(
+                    f"has something in column {shortened(name)}, which is not read; {way_out}if the row means the same"
+                    " without it, list it in ignored_columns"
+                )
         objects = row.get("objects") if "objects" in self.optional else None
         return read_boxes(self.parse(row, folder), objects, self.box_coordinates)
+
+    def ignoring(self, columns: Collection[str]) -> DataFormat:
+        """Return this format with more columns that are not read. Raises `UserError` for those that it reads."""
+        if both := sorted({*columns} & (self.columns | self.optional)):
+            raise UserError(
+                f"ignored_columns: {', '.join(both)} is read by the format {self.name}; take it from the list"
+            )
+        return replace(self, ignored=self.ignored | {*columns}) if columns else self
+
+    def unread(self, columns: Set[str]) -> list[str]:
+        """List those columns of a dataset that may hold something and are not read."""
+        read = self.columns | self.optional | self.refused.keys() | READ_BY_EVALUATION
+        return sorted(name for name in columns - read if name in self.ignored or is_bookkeeping(name))
 
     def resolve_system_message(self, stated: str | None) -> str | None:
         """Return the system message of a recipe: the one stated, else the format's own; an empty one is none."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.formats.base import DataFormat, Row
-from qwen_vl_sft.data.formats.turns import check_placeholders, number_as_text, text_or_number
+from qwen_vl_sft.data.formats.content import check_question, number_as_text, text_or_number
+from qwen_vl_sft.data.formats.turns import system_turns
 from qwen_vl_sft.data.media import MEDIA
 from qwen_vl_sft.errors import BadRow
 
@@ -26,13 +27,14 @@ def parse(row: Row, folder: Path | None) -> Conversation:
     if row.get("image") is None:
         raise BadRow("has no image")
     query = text_or_number(row.get("query"), "query")
-    check_placeholders([query])
     if _IMAGE.placeholder in query:
         raise BadRow(f"has {_IMAGE.placeholder} in its query; the image is put before the query, so leave it out")
+    check_question(query)
     content = [{"type": _IMAGE.kind}, {"type": "text", "text": query}]
     answer = {"type": "text", "text": accepted_answers(row)[0]}
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [answer]}]
-    return Conversation(messages, [_IMAGE.file(row["image"], folder)])
+    system = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in system_turns(row)]
+    return Conversation([*system, *messages], [_IMAGE.file(row["image"], folder)])
 
 
 def accepted_answers(row: Row, _: Conversation | None = None) -> list[str]:
@@ -49,6 +51,7 @@ FORMAT = DataFormat(
     columns=frozenset({"image", "query", "label"}),
     parse=parse,
     priority=10,
+    optional=frozenset({"system"}),
     refused={
         "images": "has images in column images too, of which this format shows none; see dataset_format: messages",
         "objects": "has something in column objects, which this format does not read; see dataset_format: messages",

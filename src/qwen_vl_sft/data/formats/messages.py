@@ -26,5 +26,5 @@ FORMAT = DataFormat(
     columns=frozenset({"messages"}),
     parse=parse,
     priority=20,
-    optional=frozenset({"image", "images", "objects"}),
+    optional=frozenset({"image", "images", "objects", "system", "tools"}),
 )

@@ -1,49 +1,116 @@
-"""Parsing that formats share: texts, turns with their roles, content parts, and the media they show."""
+"""Parsing of turns that formats share: roles, what is learned of them, calls of tools, and the media they show."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.data.conversation import Conversation, Message
-from qwen_vl_sft.data.formats.base import Row, has_value, unread_media
+from qwen_vl_sft.data.conversation import Conversation, Message, text_of
+from qwen_vl_sft.data.formats.base import Row, has_value
+from qwen_vl_sft.data.formats.bookkeeping import is_bookkeeping
+from qwen_vl_sft.data.formats.content import check_question, content_parts, part_kind
 from qwen_vl_sft.data.media import MEDIA, MediaFile
 from qwen_vl_sft.data.media.base import Medium
-from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.errors import BadRow, quoted, shortened
 
-# Under these names a content part may bring what it shows.
-_PAYLOADS = ("image", "image_url", "video", "audio", "url", "path", "base64")
+ROLES = ("system", "user", "assistant", "tool")
+# Keys of a turn by which other trainers say whether it is learned.
+_LEARNED = ("weight", "loss", "train")
+# Names of a thought, as transformers knows them.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_READ_OF_TURNS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", *_LEARNED, *_THOUGHTS})
 
 
 def turns_as_conversation(turns: list[Message], row: Row, folder: Path | None) -> Conversation:
     """Return turns (role, content) with the media of their row's columns as a conversation. Raises `BadRow`.
 
-    A placeholder in a string, or a content part, stands for the next of its kind. A single image that nothing stands for
-    is put before the first question, as TRL does it.
+    A placeholder in a string, or a content part, stands for the next of its kind, or for what the part brings itself.
+    Images that nothing stands for are put before the first question, as TRL does it. Where images have parts of their own,
+    and in an answer, a placeholder inside a text is text.
     """
-    messages: list[Message] = [
-        {"role": turn.get("role"), "content": content_parts(turn.get("content"))} for turn in turns
-    ]
+    system = system_turns(row)
+    if system and turns[0].get("role") == "system":
+        raise BadRow("has a system message both in its turns and in column system; keep one")
+    turns = _without_known_names([*system, *turns])
+    has_parts = any(
+        part_kind(part) in MEDIA
+        for turn in turns
+        for part in (turn["content"] if isinstance(turn.get("content"), list) else ())
+    )
+    messages = [_message(turn, has_parts) for turn in turns]
     check_roles(messages)
     asked = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
-    check_placeholders([part["text"] for part in asked if part["type"] == "text"])
+    shows_own = any(part["type"] in MEDIA for part in asked)
+    for part in asked:
+        if part["type"] == "text" and not part["plain"]:
+            check_question(part["text"], shows_own)
     values = {kind: _values(row, medium) for kind, medium in MEDIA.items()}
     for kind, found in values.items():
-        wanted = sum(part["type"] == kind for part in asked)
-        question = next((message for message in messages if message["role"] == "user"), None)
-        if not wanted and question and has_value(row.get(kind)) and len(found) == 1:
-            question["content"].insert(0, {"type": kind})
-            wanted = 1
-        if wanted != len(found):
-            raise BadRow(
-                f"has {wanted} {kind} placeholder(s) in its messages but {len(found)} {kind}(s); write"
-                f" {MEDIA[kind].placeholder} where each is shown"
-            )
-    shown = [part["type"] for message in messages for part in message["content"] if part["type"] in MEDIA]
+        _match(kind, found, asked, messages)
     coming = {kind: iter(found) for kind, found in values.items()}
-    media: list[MediaFile] = [MEDIA[kind].file(next(coming[kind]), folder) for kind in shown]
-    return Conversation(messages, media)
+    media: list[MediaFile] = []
+    for message in messages:
+        for part in message["content"]:
+            part.pop("plain", None)
+            if part["type"] in MEDIA:
+                value = part.pop("value") if "value" in part else next(coming[part["type"]])
+                media.append(MEDIA[part["type"]].file(value, folder))
+    return Conversation(messages, media, tools_of(row))
+
+
+def _match(kind: str, found: list[Any], asked: list[dict[str, Any]], messages: list[Message]) -> None:
+    """Put images that nothing stands for before the first question. Raises `BadRow` where the numbers differ."""
+    brings_own = any(part["type"] == kind and "value" in part for part in asked)
+    wanted = sum(part["type"] == kind and "value" not in part for part in asked)
+    question = next((message for message in messages if message["role"] == "user"), None)
+    if not wanted and question and found and not brings_own:
+        question["content"][:0] = [{"type": kind} for _ in found]
+        wanted = len(found)
+    if wanted == len(found):
+        return
+    placeholder = MEDIA[kind].placeholder
+    if any(placeholder in text_of(message) for message in messages if message["role"] == "assistant"):
+        raise BadRow(f"has an {kind} inside an assistant message")
+    raise BadRow(
+        f"has {wanted} {kind} placeholder(s) in its messages but {len(found)} {kind}(s); write"
+        f" {placeholder} where each is shown"
+    )
+
+
+def system_turns(row: Row) -> list[Message]:
+    """Return the system message of a row's column `system` as turns: one or none. Raises `BadRow`."""
+    value = row.get("system")
+    if not has_value(value):
+        return []
+    if not isinstance(value, str):
+        raise BadRow("has something other than text in column system")
+    return [{"role": "system", "content": value}]
+
+
+def tools_of(row: Row) -> list[dict[str, Any]]:
+    """Return the tools of a row's column `tools`: a list of functions, or its JSON text. Raises `BadRow`.
+
+    Keys without a value are left out: Arrow gives each tool the keys of all others.
+    """
+    value = row.get("tools")
+    if not has_value(value):
+        return []
+    tools = _from_json(value)
+    if not is_list_of_turns(tools) or not all(has_value(tool) for tool in tools):
+        raise BadRow("has something in column tools that is no list of functions, as objects or as one JSON text")
+    return [_without_nulls(tool) for tool in tools]
+
+
+def tool_call(name: Any, arguments: Any) -> dict[str, Any]:
+    """Return the call of a function as templates read it. Raises `BadRow`."""
+    if not isinstance(name, str) or not name or not isinstance(arguments, Mapping | str | None):
+        raise BadRow("has a call of a tool without a name, or whose arguments are neither an object nor its JSON text")
+    return {
+        "type": "function",
+        "function": {"name": name, "arguments": _without_nulls({} if arguments is None else arguments)},
+    }
 
 
 def is_list_of_turns(value: Any) -> bool:
@@ -51,102 +118,130 @@ def is_list_of_turns(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
 
 
-def content_parts(content: Any) -> list[dict[str, Any]]:
-    """Return a message's content as parts; a string is split at its placeholders. Raises `BadRow`."""
-    content = number_as_text(content)
-    if isinstance(content, str):
-        return _split(content)
-    if not isinstance(content, list):
-        raise BadRow("has a message whose content is neither text nor a list of parts")
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        brought = next((name for name in _PAYLOADS if kind in ("text", *MEDIA) and has_value(part.get(name))), None)
-        if brought:
-            raise BadRow(f"has a content part that brings its own {brought}; put its images into the column images")
-        if kind in MEDIA:
-            parts.append({"type": kind})
-        elif kind == "text":
-            text = number_as_text(part.get("text"))
-            if not isinstance(text, str):
-                raise BadRow("has a content part of type 'text' without a text")
-            for medium in MEDIA.values():
-                if medium.placeholder in text:
-                    raise BadRow(
-                        f"has {medium.placeholder} inside a text part; write a part of type {medium.kind!r} in its place"
-                    )
-            parts.append({"type": "text", "text": text})
-        else:
-            known = " and ".join(repr(name) for name in ("text", *MEDIA))
-            raise BadRow(f"has a content part of type {kind!r}; only {known} are read")
-    return parts
-
-
 def check_roles(messages: list[Message]) -> None:
-    """Accept a system message first, then user and assistant; at least one answer, none of them empty.
+    """Accept a system message first, then user, assistant and tool; at least one answer, none of them empty.
 
     Raises `BadRow`.
     """
     for number, message in enumerate(messages):
-        if message["role"] not in ("system", "user", "assistant"):
-            raise BadRow(f"has a message of role {message['role']!r}; known are system, user and assistant")
-        if message["role"] == "system" and number:
+        role = message["role"]
+        if role not in ROLES:
+            raise BadRow(f"has a message of role {quoted(role)}; known are {', '.join(ROLES)}")
+        if role == "system" and number:
             raise BadRow("has a system message that is not its first message")
-        if message["role"] == "assistant":
+        if role == "tool" and (not number or messages[number - 1]["role"] not in ("assistant", "tool")):
+            raise BadRow("has a message of role 'tool' that follows no answer")
+        if role == "assistant":
             shown = next((part["type"] for part in message["content"] if part["type"] in MEDIA), None)
             if shown:
                 raise BadRow(f"has an {shown} inside an assistant message")
-            if not "".join(part["text"] for part in message["content"]).strip():
+            if not text_of(message).strip() and "tool_calls" not in message:
                 raise BadRow("has an empty answer")
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise BadRow("has no assistant turn, so there is nothing to learn from it")
+    if not any(message.get("learned", True) for message in answers):
+        raise BadRow("has no assistant turn that is to be learned")
     if messages[0]["role"] == "assistant":
         raise BadRow("begins with an assistant turn")
 
 
-def check_placeholders(questions: list[str]) -> None:
-    """Raise `BadRow` for a question about a medium that is not read."""
-    for kind in unread_media():
-        if any(f"<{kind}>" in question for question in questions):
-            raise BadRow(f"has <{kind}> in a question, and only images are read; leave such rows out")
+def _message(turn: Message, has_parts: bool) -> Message:
+    role = turn.get("role")
+    for name, value in turn.items():
+        if name not in _READ_OF_TURNS and not is_bookkeeping(name) and has_value(value):
+            raise BadRow(
+                f"has a turn with something in {quoted(name)}, which is not read; leave such rows out, or the key"
+            )
+    content = turn.get("content")
+    message: Message = {"role": role}
+    message |= _said_beside(turn)
+    if "tool_calls" in message and not has_value(content):
+        content = []
+    message["content"] = content_parts(content, role == "assistant", has_parts)
+    if "tool_calls" in message and not text_of(message).strip():
+        # Templates put a line break between a content and its calls.
+        message["content"] = [part for part in message["content"] if part["type"] != "text"]
+    learned = [_is_learned(turn[name], name) for name in _LEARNED if turn.get(name) is not None]
+    if role != "assistant" and True in learned:
+        raise BadRow(f"has a turn of role {quoted(role)} that is to be learned, and only answers are")
+    if len(set(learned)) > 1:
+        raise BadRow(f"has a turn whose {' and '.join(_LEARNED)} do not agree on whether it is learned")
+    if role == "assistant" and False in learned:
+        message["learned"] = False
+    return message
 
 
-def text_or_number(value: Any, what: str) -> str:
-    """Return a text as it is, a number as text. Raises `BadRow` that calls it `what`."""
-    value = number_as_text(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise BadRow(f"has an empty {what}")
-    if not isinstance(value, str):
-        raise BadRow(f"has neither text nor a number as its {what}: {str(value)[:40]}")
-    return value
-
-
-def number_as_text(value: Any) -> Any:
-    """Return a number as text, NaN (a missing value) as None, and everything else unchanged."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value
-    if value != value:
-        return None
-    # Beside a 2.5 the column has made 5.0 of a 5.
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def _split(text: str) -> list[dict[str, Any]]:
-    """Split a text at the placeholders of all media."""
-    parts = [{"type": "text", "text": text}]
-    for medium in MEDIA.values():
-        parts = [piece for part in parts for piece in _split_at(part, medium)]
-    return [part for part in parts if part["type"] != "text" or part["text"]]
-
-
-def _split_at(part: dict[str, Any], medium: Medium[Any, Any]) -> list[dict[str, Any]]:
-    if part["type"] != "text":
-        return [part]
-    first, *others = part["text"].split(medium.placeholder)
-    found = [{"type": "text", "text": first}]
-    for text in others:
-        found += [{"type": medium.kind}, {"type": "text", "text": text}]
+def _said_beside(turn: Message) -> dict[str, Any]:
+    """Return what a turn holds beside its content: the keys that chat templates know, by one name each. Raises `BadRow`."""
+    found: dict[str, Any] = {}
+    thoughts = [name for name in _THOUGHTS if has_value(turn.get(name))]
+    calls = _from_json(turn.get("tool_calls"))
+    for name in (*thoughts, *(["tool_calls"] if has_value(calls) else [])):
+        if turn.get("role") != "assistant":
+            raise BadRow(
+                f"has a turn of role {quoted(turn.get('role'))} with something in {name!r}, which answers alone have"
+            )
+    if len(thoughts) > 1:
+        raise BadRow(f"has a turn with something in {' and '.join(thoughts)}; keep one")
+    for name in (*thoughts, "name"):
+        if has_value(turn.get(name)):
+            if not isinstance(turn[name], str):
+                raise BadRow(f"has a turn with something other than text in {name!r}")
+            found["name" if name == "name" else _THOUGHTS[0]] = turn[name]
+    if has_value(calls):
+        if not is_list_of_turns(calls):
+            raise BadRow("has a turn whose tool_calls are no list of calls")
+        named = [call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls]
+        found["tool_calls"] = [tool_call(call.get("name"), call.get("arguments")) for call in named]
+    if has_value(turn.get("tool_call_id")) and turn.get("role") != "tool":
+        raise BadRow(
+            f"has a turn of role {quoted(turn.get('role'))} with something in 'tool_call_id', which is not read"
+        )
     return found
+
+
+def _without_known_names(turns: list[Message]) -> list[Message]:
+    """Leave out the name of a tool's result where it is that of the call it answers, as templates show results in order.
+
+    Raises `BadRow` for results in another order than their calls.
+    """
+    found: list[Message] = []
+    waiting: list[Mapping[str, Any]] = []
+    for turn in turns:
+        calls = _from_json(turn.get("tool_calls"))
+        if turn.get("role") == "assistant":
+            waiting = list(calls) if is_list_of_turns(calls) else []
+        elif turn.get("role") == "tool" and waiting:
+            call = waiting.pop(0)
+            called = call["function"] if isinstance(call.get("function"), Mapping) else call
+            asked, answered = call.get("id"), turn.get("tool_call_id")
+            if has_value(asked) and has_value(answered) and asked != answered:
+                raise BadRow("has results of tools in another order than their calls; put them into that order")
+            if turn.get("name") == called.get("name"):
+                turn = {**turn, "name": None}
+        found.append(turn)
+    return found
+
+
+def _is_learned(value: Any, name: str) -> bool:
+    if value not in (0, 1):
+        raise BadRow(f"has a turn with {name}: {shortened(str(value))}; only 0, 1, false and true are read")
+    return bool(value)
+
+
+def _from_json(value: Any) -> Any:
+    """Return what a JSON text holds, and everything else, bad JSON too, as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _values(row: Row, medium: Medium[Any, Any]) -> list[Any]:

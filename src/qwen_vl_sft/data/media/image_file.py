@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from qwen_vl_sft.errors import BadRow, first_line
+from qwen_vl_sft.errors import BadRow, first_line, shortened
 
 # Pillow warns of a decompression bomb above this many pixels; no chart or photo needs more.
 MAX_PIXELS_OF_A_FILE = 89_478_485
@@ -22,6 +24,12 @@ MAX_PIXELS_OF_A_FILE = 89_478_485
 MAX_ASPECT_RATIO = 200
 # Orientations of EXIF that swap width and height.
 _SIDEWAYS = (5, 6, 7, 8)
+WAY_OUT_OF_URLS = "download the images into the data folder and name the files"
+_SCHEME = re.compile(r"(?!file:|data:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# How the text of an encoded PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF or JPEG 2000 begins in base64.
+_BASE64_BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
+# Shorter text is the name of a file.
+_SHORTEST_BASE64 = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class ImageFile:
         try:
             data = self.data if self.data is not None else Path(str(self.path)).read_bytes()
         except FileNotFoundError:
-            raise BadRow(f"image file {self.path} does not exist") from None
+            raise BadRow(f"image file {shortened(str(self.path))} does not exist") from None
         except OSError as error:
             raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
         return hashlib.sha256(data).hexdigest()
@@ -56,7 +64,7 @@ class ImageFile:
         try:
             image = Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
         except FileNotFoundError:
-            raise BadRow(f"image file {self.path} does not exist") from None
+            raise BadRow(f"image file {shortened(str(self.path))} does not exist") from None
         except Image.DecompressionBombError as error:
             raise BadRow(f"image{self._named()} is refused: {error}") from None
         except MemoryError:
@@ -100,7 +108,7 @@ class ImageFile:
             raise BadRow(f"image{self._named()} cannot be decoded ({first_line(error)})") from None
 
     def _named(self) -> str:
-        return f" {self.path}" if self.path else ""
+        return f" {shortened(self.path)}" if self.path else ""
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -123,8 +131,33 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return to_rgb(image.convert("RGBA") if image.has_transparency_data else image)
 
 
+def is_url(name: str) -> bool:
+    """Tell whether a name is that of a file elsewhere."""
+    return _SCHEME.match(name) is not None
+
+
+def _inline(value: str) -> bytes | None:
+    """Return the bytes of a data URI or of base64 text, None for a name. Raises `BadRow`."""
+    if value[:5].lower() == "data:":
+        about, _, text = value.partition(",")
+        if not about.endswith(";base64"):
+            raise BadRow(f"has an image as a data URI without base64: {value[:40]!r}")
+    elif len(value) >= _SHORTEST_BASE64 and value.startswith(_BASE64_BEGINNINGS):
+        text = value
+    else:
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        if text is value:
+            return None
+        raise BadRow(f"has an image as a data URI that is no base64: {value[:40]!r}") from None
+
+
 def image_file(value: Any, folder: Path | None) -> ImageFile:
-    """Return an image column's value (`{"bytes", "path"}`, a path, or bytes) as a file that is not decoded yet.
+    """Return an image column's value as a file that is not decoded yet.
+
+    It is `{"bytes", "path"}`, bytes, a path, a data URI, or base64 text. Raises `BadRow`.
 
     A path written in the data is relative to `folder` and may not leave it, as it is written. Links may: whoever keeps the
     folder made them, as the Hub's cache does, and the text of the data can make none.
@@ -137,18 +170,24 @@ def image_file(value: Any, folder: Path | None) -> ImageFile:
         return ImageFile(value, None)
     if not isinstance(value, str) or not value:
         raise BadRow("has a missing image")
+    if (data := _inline(value)) is not None:
+        return ImageFile(data, None)
+    if is_url(value):
+        raise BadRow(f"names an image by its URL, {shortened(value)}, and URLs are not read; {WAY_OUT_OF_URLS}")
+    value = value.removeprefix("file://")
+    shown = shortened(value)
     if folder is None:
-        raise BadRow(f"names the image file {value}, but the dataset is not a local folder")
+        raise BadRow(f"names the image file {shown}, but the dataset is not a local folder")
     try:
         # Before links are followed: "link/../x" is x, wherever the link leads.
         name = Path(os.path.normpath(value))
         path, homes = (folder / name).resolve(), (folder.absolute(), folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, links in a circle
-        raise BadRow(f"names the image file {value!r}, which is no path ({first_line(error)})") from None
+        raise BadRow(f"names the image file {shown!r}, which is no path ({first_line(error)})") from None
     written_inside = ".." not in name.parts and any((home / name).is_relative_to(home) for home in homes)
     if not written_inside and not path.is_relative_to(homes[1]):
         raise BadRow(
-            f"names the image file {value}, which lies outside the data folder {folder}; put the images, or a link to"
+            f"names the image file {shown}, which lies outside the data folder {folder}; put the images, or a link to"
             f" their folder, into it and name them relative to it"
         )
     return ImageFile(None, str(path))
