@@ -205,7 +205,8 @@ def test_every_problem_at_once(tmp_path):
     assert problems[2] == f"{path}: seed: 1.5 is not a whole number"
     assert "packing_strategy cannot be set" in problems[3]
     assert "write warmup_steps" in problems[4]
-    assert problems[5] == f"{path}: dataset_format: 'coco' is not one of auto, chartqa, messages, conversations"
+    formats = "auto, chartqa, messages, conversations, prompt_completion"
+    assert problems[5] == f"{path}: dataset_format: 'coco' is not one of {formats}"
     assert problems[6] == "command line: unknown key lora_rr; did you mean lora_r?"
 
 

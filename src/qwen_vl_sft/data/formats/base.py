@@ -47,7 +47,7 @@ class DataFormat:
         columns: the columns a dataset must have.
         parse: makes a conversation of a row whose paths are relative to a folder. Raises `BadRow`.
         priority: which of several formats that fit reads a dataset: the one with the lowest number.
-        optional: columns that are read when they are there.
+        optional: columns that are read when they are there; with images those of all media.
         ignored: columns that may be there and are not read; those of `is_bookkeeping` may always.
         refused: columns that must be empty, each with the message of its `BadRow`. So must all columns that the format does
             not name.
@@ -87,7 +87,7 @@ class DataFormat:
             for name in (kind, f"{kind}s"):
                 if name not in self.ignored and has_value(row.get(name)):
                     raise BadRow(f"has something in column {name}, and only images are read; leave such rows out")
-        known = self.columns | self.optional | self.ignored | READ_BY_EVALUATION
+        known = self._read() | self.ignored
         for name, value in row.items():
             if name not in known and not is_bookkeeping(name) and has_value(value):
                 way_out = f"{_OTHERS_READ[name]}, or " if name in _OTHERS_READ else ""
@@ -100,7 +100,7 @@ class DataFormat:
 
     def ignoring(self, columns: Collection[str]) -> DataFormat:
         """Return this format with more columns that are not read. Raises `UserError` for those that it reads."""
-        if both := sorted({*columns} & (self.columns | self.optional)):
+        if both := sorted({*columns} & self._read()):
             raise UserError(
                 f"ignored_columns: {', '.join(both)} is read by the format {self.name}; take it from the list"
             )
@@ -108,8 +108,12 @@ class DataFormat:
 
     def unread(self, columns: Set[str]) -> list[str]:
         """List those columns of a dataset that may hold something and are not read."""
-        read = self.columns | self.optional | self.refused.keys() | READ_BY_EVALUATION
+        read = self._read() | self.refused.keys()
         return sorted(name for name in columns - read if name in self.ignored or is_bookkeeping(name))
+
+    def _read(self) -> frozenset[str]:
+        media = {name for kind in MEDIA for name in (kind, f"{kind}s")} if "images" in self.optional else set()
+        return self.columns | self.optional | media | READ_BY_EVALUATION
 
     def resolve_system_message(self, stated: str | None) -> str | None:
         """Return the system message of a recipe: the one stated, else the format's own; an empty one is none."""
