@@ -9,10 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from fixtures.models import newer, qwen2_vl
+from fixtures.models import FAMILIES, newer, qwen2_vl
+from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.packed_batches import count_no_placeholders_in_training, take_packed_batches
 from qwen_vl_sft.config.reading import read_recipe
-from qwen_vl_sft.families.base import RopeFunctions
+from qwen_vl_sft.families.base import PackedLayout, RopeFunctions
 from qwen_vl_sft.modeling import kernels
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels, use_fused_kernels, use_fused_lora
@@ -127,7 +128,7 @@ def test_a_model_without_the_kernel_rotates_as_before(monkeypatch):
     assert len(called) == len(fused.model.language_model.layers)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_of_a_patched_model_computes_with_its_own_weights(family, monkeypatch):
     """PEFT copies the layers of `lora_modules_to_save`, and trains the copies."""
     model = qwen2_vl() if family == "qwen2_vl" else newer(family)
@@ -148,7 +149,8 @@ def test_a_copy_of_a_patched_model_computes_with_its_own_weights(family, monkeyp
     batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 7], dtype=torch.int32))
     batch |= dict.fromkeys(("max_length_q", "max_length_k"), 7)
     types = (tokens == model.config.image_token_id).long()
-    output = copied(input_ids=tokens, pixel_values=pixels, mm_token_type_ids=types, **batch)
+    batch |= Positions(model.config).packed_entries(PackedLayout([7], [None], types[0].nonzero()[:, 0]))
+    output = copied(input_ids=tokens, pixel_values=pixels, mm_token_type_ids=types, use_cache=False, **batch)
     output.logits.square().sum().backward()
     assert [name for name, parameter in copied.named_parameters() if parameter.grad is None] == []
     assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == []

@@ -66,7 +66,9 @@ def test_losses_and_gradients_are_those_of_rows_one_at_a_time(share, model, tole
     assert ("kv_index" in batch) == share
     wanted, found = one_at_a_time(model, encoded), token_losses(model, batch)
     torch.testing.assert_close(found, wanted, **tolerated)
-    assert largest_difference(gradients(model, wanted), gradients(model, found)) < 1e-5
+    # A branch begins a chunk of the delta rule anew, which in float32 rounds otherwise: of gradients up to 4, by 4e-5.
+    rounds = wanted.dtype == torch.float32 and any("A_log" in name for name in model.state_dict())
+    assert largest_difference(gradients(model, wanted), gradients(model, found)) < (1e-4 if rounds else 1e-5)
 
 
 @pytest.mark.parametrize("share", [False, True])

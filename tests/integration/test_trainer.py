@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from fixtures.models import newer, qwen2_vl
+from fixtures.models import FAMILIES, newer, qwen2_vl
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import pad
@@ -40,7 +40,7 @@ def token_mean(model, rows, processor):
     return total / count
 
 
-@pytest.mark.parametrize("model", ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
+@pytest.mark.parametrize("model", FAMILIES)
 def test_the_loss_is_the_token_mean_of_the_global_batch_on_every_model(model, ragged, tiny_processor, tmp_path):
     start = qwen2_vl() if model == "qwen2_vl" else newer(model)
     wanted = token_mean(start, ragged, tiny_processor)
@@ -97,7 +97,7 @@ def test_a_frozen_vision_tower_builds_no_graph_and_changes_no_gradient(ragged, t
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("keys", [{"lora_scope": "merger"}, {"use_peft": False, "freeze_vision_tower": True}], ids=str)
 def test_a_tower_of_which_the_merger_trains_is_not_run_backwards(family, keys, ragged, tiny_processor):
     """Also with checkpointing, which makes its input require gradients; those of the merger are the same."""

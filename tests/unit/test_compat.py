@@ -51,7 +51,8 @@ def test_what_changes_rely_on_is_still_there(family):
 
 def test_parts_of_models_that_changes_rely_on_exist_in_some_family():
     models = [qwen2_vl(), *(newer(family) for family in FAMILIES[1:])]
-    paths = {path for patch in PATCHES.values() for path in patch.relies_on if path.startswith("model.")}
+    named = {path for patch in PATCHES.values() for path in (*patch.relies_on, *patch.reads)}
+    paths = {path for path in named if path.startswith("model.")}
     assert paths
     assert not {path for path in paths if not any(registry._look_up(path, model) for model in models)}
 

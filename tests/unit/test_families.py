@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3_5Config, Qwen3VLConfig
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.batching.positions import Positions
@@ -19,17 +19,17 @@ from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.kernels import KERNELS, LORA
 from qwen_vl_sft.modeling.model_rules import problems_of_family
 
-CONFIGS = [Qwen2VLConfig(), Qwen2_5_VLConfig(), Qwen3VLConfig()]
+CONFIGS = [Qwen2VLConfig(), Qwen2_5_VLConfig(), Qwen3VLConfig(), Qwen3_5Config()]
 GRIDS = torch.tensor([[1, 4, 6], [1, 8, 4]])
 # What only families/ may know, and what builds the tiny model.
 MODEL_TYPES = {family.model_type for family in FAMILIES}
-CLASSES = ("Qwen2VL", "Qwen2_5_VL", "Qwen2_5VL", "Qwen3VL")
-PROBES = ("fullatt_block_indexes", "deepstack_visual_indexes", "deepstack_features")
+CLASSES = ("Qwen2VL", "Qwen2_5_VL", "Qwen2_5VL", "Qwen3VL", "Qwen3_5")
+PROBES = ("fullatt_block_indexes", "deepstack_visual_indexes", "deepstack_features", "linear_conv_kernel_dim")
 
 
 def test_each_family_is_found_by_its_configuration():
     assert [family_of(config) for config in CONFIGS] == list(FAMILIES)
-    assert [family.name for family in FAMILIES] == ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"]
+    assert [family.name for family in FAMILIES] == ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5"]
 
 
 def test_another_model_is_refused_with_the_families_there_are():
@@ -67,6 +67,7 @@ def test_mergers_of_deeper_layers_are_mergers():
         (Qwen2VLConfig(), set()),
         (Qwen2_5_VLConfig(), {"image_window_index", "image_cu_window_seqlens", "image_max_window_seqlen"}),
         (Qwen3VLConfig(), {"image_interp_indices", "image_interp_weights"}),
+        (Qwen3_5Config(), {"image_interp_indices", "image_interp_weights"}),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
@@ -81,10 +82,10 @@ def test_what_the_tower_is_given(config, own):
 def test_deeper_features_need_the_positions_of_image_tokens():
     layout = PackedLayout([5, 3], [None, 0], torch.tensor([1, 2, 6]))
     text = PackedLayout([5], [None], torch.zeros(0, dtype=torch.long))
-    entries = [family.packed_entries(layout) for family in FAMILIES]
+    entries = [family.packed_entries(config, layout) for family, config in zip(FAMILIES, CONFIGS, strict=True)]
     assert entries[:2] == [{}, {}]
     assert [value.tolist() for value in entries[2].values()] == [[1, 2, 6]]
-    assert FAMILIES[2].packed_entries(text) == {}
+    assert FAMILIES[2].packed_entries(CONFIGS[2], text) == {}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)

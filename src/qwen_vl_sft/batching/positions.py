@@ -38,7 +38,7 @@ class Positions:
 
     def packed_entries(self, layout: PackedLayout) -> dict[str, Any]:
         """Return the additional entries of the family's packed batches (`ModelFamily.packed_entries`)."""
-        return self.family.packed_entries(layout)
+        return self.family.packed_entries(self.config, layout)
 
     def __reduce__(self) -> tuple[type[Positions], tuple[Any]]:
         # A spawned worker rebuilds the bound functions.

@@ -55,6 +55,27 @@ PATCHES = (
         },
     ),
     Patch(
+        name="begin_states_anew",
+        package="transformers",
+        broken="<=5.23",
+        kind="extension",
+        without="Linear attention carries one packed row's convolution and state into the next, and cannot share a prefix's.",
+        applied_by="families.gated_delta_net.take_pieces",
+        reads={
+            "model.model.language_model.layers.0.linear_attn.forward": (
+                "self.in_proj_qkv(hidden_states)",
+                "self.key_dim,\n                self.key_dim,\n                self.value_dim,",
+                "beta = b.sigmoid()",
+                "g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)",
+                "torch_chunk_gated_delta_rule(\n",
+                "initial_state=recurrent_state,",
+                "use_qk_l2norm_in_kernel=True,",
+                "core_attn_out = self.norm(core_attn_out, z)",
+                "output = self.out_proj(core_attn_out)",
+            ),
+        },
+    ),
+    Patch(
         name="use_fused_kernels",
         package="liger-kernel",
         broken="<=0.8.5",
@@ -84,7 +105,7 @@ PATCHES = (
         without="Rotary embeddings are computed in chains of small operations.",
         applied_by="modeling.kernels.use_fused_kernels",
         reads={
-            "model.model.language_model.layers.0.self_attn.forward": ("rotary_pos_emb(", "cos, sin"),
+            "model.model.language_model.layers.-1.self_attn.forward": ("rotary_pos_emb(", "cos, sin"),
             "model.model.visual.blocks.0.attn.forward": ("rotary_pos_emb_vision(query_states, key_states, cos, sin)",),
         },
     ),

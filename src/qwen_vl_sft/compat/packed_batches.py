@@ -65,10 +65,14 @@ def _last_layer(
 ) -> Any:
     """Compute a layer [1, T, D] -> [1, N, D] that spares its widest products on all but the N positions that are named.
 
-    Losses and gradients are the same; answers are a few tokens of hundreds.
+    Losses and gradients are the same; answers are a few tokens of hundreds. A layer of another kind than attention spares
+    nothing.
     """
     if logit_positions is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
+    if not hasattr(layer, "self_attn"):
+        found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
+        return found.index_select(1, logit_positions)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
     reached = (hidden_states + attended).index_select(1, logit_positions)
     return reached + layer.mlp(layer.post_attention_layernorm(reached))

@@ -53,6 +53,11 @@ class DataSettings:
         "system message of rows that have none; default: the tutorial's for chartqa, else none; '' for none, where the"
         ' chat templates of Qwen2-VL and Qwen2.5-VL put "You are a helpful assistant."',
     )
+    enable_thinking: bool = key(
+        False,
+        "Qwen3.5: rows have thoughts, and answers begin with one; false: neither; the same in training, evaluation and"
+        " generation",
+    )
     max_train_samples: int | None = key(None, "limit of training rows, applied after shuffle_dataset")
     max_eval_samples: int | None = key(None, "limit of evaluation rows, taken evenly over the split")
     shuffle_dataset: bool = key(

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from qwen_vl_sft.data.conversation import Message
+from qwen_vl_sft.data.thoughts import thought_apart
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.families.base import ChatFormat
 
@@ -36,6 +37,7 @@ class ChatTemplate:
         self, messages: list[Message], add_generation_prompt: bool = False, tools: Sequence[dict[str, Any]] = ()
     ) -> str:
         """Render messages as text, with one token for each picture that they show."""
+        messages = [thought_apart(self.chat, message) for message in messages]
         text = self._processor.apply_chat_template(
             messages,
             tools=list(tools) or None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen_vl_sft.data.media import MEDIA, MediaFile
+from qwen_vl_sft.families.base import ChatFormat
 
 Message = dict[str, Any]
 
@@ -56,6 +57,14 @@ def prompt_of(messages: list[Message], number: int | None = None) -> list[Messag
     if number is None:
         number = len(messages) - (bool(messages) and messages[-1]["role"] == "assistant")
     return messages[:number]
+
+
+def without_thought(text: str) -> str:
+    """Return an answer without the thought before it; nothing of one whose thought has not ended."""
+    _, ended, answer = text.rpartition(ChatFormat.end_of_thought)
+    if ended:
+        return answer.strip()
+    return "" if text.startswith(ChatFormat.start_of_thought) else text
 
 
 def text_of(message: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from qwen_vl_sft.data.conversation import Conversation, prompt_of
 from qwen_vl_sft.data.labels import IGNORE_INDEX, LabelRule, tokenize_turns
 from qwen_vl_sft.data.media import MEDIA, EncodedMedia, MediaFile, ReadMedia
 from qwen_vl_sft.data.row_lengths import RowLength
+from qwen_vl_sft.data.thoughts import opens_thought
 from qwen_vl_sft.errors import BadRow, OverLongRow
 from qwen_vl_sft.families.base import ChatFormat
 
@@ -75,6 +76,9 @@ class Encoder:
         self._template = template = ChatTemplate(processor, chat or ChatFormat())
         self._rule = LabelRule(template, train_on)
         self.boxes = template.chat.boxes
+        self.template_options = dict(template.chat.template_options)
+        # What prompts end with and an answer therefore begins with.
+        self.opening = f"{template.chat.start_of_thought}\n" if opens_thought(template.chat) else ""
         self.end_of_turn_id = template.end_of_turn_id
         self.pad_token_id = processor.tokenizer.pad_token_id
         self.structural_ids = frozenset(template.ids_of(template.chat.structural))

@@ -12,6 +12,7 @@ import torch
 
 from qwen_vl_sft.data.chat_template import ChatTemplate
 from qwen_vl_sft.data.conversation import Message, prompt_of, text_of
+from qwen_vl_sft.data.thoughts import REASONING, SWITCH, check_thoughts
 from qwen_vl_sft.errors import BadRow, UserError, quoted
 
 IGNORE_INDEX = -100
@@ -25,6 +26,7 @@ def tokenize_turns(
     Raises `BadRow`, and `UserError` for a template that has no fixed text for earlier turns.
     """
     template.check(messages, tools)
+    check_thoughts(template.chat, messages)
     end_of_turn, end_of_thought = template.chat.end_of_turn, template.chat.end_of_thought
     ids: list[int] = []
     is_target: list[bool] = []
@@ -41,7 +43,8 @@ def tokenize_turns(
                 " on rows with one answer each, or an Instruct model; a template of your own must keep earlier turns"
             )
         answer = through_answer[len(prompt) :]
-        if end_of_thought in answer and end_of_thought not in text_of(message) and "reasoning_content" not in message:
+        decided = SWITCH in template.chat.template_options or REASONING in message  # by the recipe, or checked above
+        if end_of_thought in answer and end_of_thought not in text_of(message) and not decided:
             raise BadRow(
                 "has an answer without a thought, and the model's chat template opens one before every answer, so"
                 f" that {quoted(answer[: answer.rindex(end_of_turn)])} would be learned; write <think>...</think> before"

@@ -162,6 +162,7 @@ def _fingerprint(rows: Rows, encoder: Encoder, verify_images: bool, content_hash
         "verify_images": verify_images,
         "content_hashes": content_hashes,
         "chat_template": processor.chat_template,
+        "template_options": encoder.template_options,
         "image_processor": str(processor.image_processor.to_dict()),
         "tokenizer": hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "version": __version__,

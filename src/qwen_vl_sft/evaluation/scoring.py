@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.atomic_write import atomic_write, writing_to
+from qwen_vl_sft.data.conversation import without_thought
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES, compare, estimate, score
 
 ROWS_FILE = "rows.jsonl"
@@ -39,13 +40,18 @@ def split_name(value: Any) -> str | None:
 
 
 def score_row(question: Question, predictions: Mapping[str, str]) -> dict[str, Any]:
-    """Return a line of `rows.jsonl`: the row, and for each arm its answer and every metric of it."""
+    """Return a line of `rows.jsonl`: the row, and for each arm its answer and every metric of it.
+
+    A thought is kept with its answer, and not scored.
+    """
     return {
         "row_id": question.row_id,
         "question": question.question,
         "answers": question.answers,
         SPLIT_COLUMN: question.split,
-        "arms": {arm: {"answer": text, **score(text, question.answers)} for arm, text in predictions.items()},
+        "arms": {
+            arm: {"answer": text, **score(without_thought(text), question.answers)} for arm, text in predictions.items()
+        },
     }
 
 

@@ -187,6 +187,7 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
         "batch_size": plan.options.batch_size,
         "max_new_tokens": plan.recipe.run.max_new_tokens,
         "system_message": task.system_message,
+        **({"enable_thinking": True} if plan.recipe.data.enable_thinking else {}),
         "min_pixels": size["shortest_edge"],
         "max_pixels": size["longest_edge"],
     }

@@ -1,1 +1,1 @@
-"""Model families: what differs between Qwen2-VL, Qwen2.5-VL and Qwen3-VL, a file each."""
+"""Model families: what differs between Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, a file each."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 PARTS = ("vision", "merger", "language")
 # True, or the reason why a family cannot do it, as a user reads it after "... does not work with NAME: ".
@@ -59,7 +63,8 @@ class ChatFormat:
         vision_start: opens an image.
         vision_end: closes an image; the tokenizer merges no text into it.
         end_of_turn: ends every message.
-        end_of_thought: closes the thought of templates that open one before an answer.
+        start_of_thought: opens the thought before an answer, for templates that know thoughts.
+        end_of_thought: closes it.
         structural: tokens that would forge a turn or an image inside a text.
         template_options: arguments of `apply_chat_template` for training and generation alike.
         boxes: how boxes, points and names of objects are written.
@@ -70,6 +75,7 @@ class ChatFormat:
     vision_start: str = "<|vision_start|>"
     vision_end: str = "<|vision_end|>"
     end_of_turn: str = "<|im_end|>"
+    start_of_thought: str = "<think>"
     end_of_thought: str = "</think>"
     structural: tuple[str, ...] = (
         "<|im_start|>",
@@ -188,6 +194,23 @@ def image_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def interpolated_image_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
+    """Return `image_inputs`, and those of a tower that interpolates its learned positions, Qwen3-VL's and later ones.
+
+    Adds `image_interp_indices` [P, 4] and `image_interp_weights` [P, 4] float32.
+    """
+    vision = config.vision_config
+    # The mode is that of its vision model, which no configuration names.
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grids,
+        int(vision.num_position_embeddings**0.5),
+        "bilinear",
+        align_corners=True,
+        spatial_merge_size=vision.spatial_merge_size,
+    )
+    return {**image_inputs(config, grids), "image_interp_indices": indices, "image_interp_weights": weights}
+
+
 def rope_index_of_class(config: Any) -> Callable[..., Any]:
     """Return the model class's own `get_rope_index`, bound to an object that holds the configuration and no weights."""
     backbone: Any = MODEL_MAPPING[type(config)]
@@ -277,7 +300,7 @@ class ModelFamily:
         chat: tokens and chat template.
         rope_index: gives for a configuration `get_rope_index`, which computes M-RoPE positions.
         patch_inputs: gives for a configuration and `grids` [I, 3] what the tower would work out from them.
-        packed_entries: gives what a packed batch brings beside what every family takes.
+        packed_entries: gives for a configuration what a packed batch brings beside what every family takes.
         prepare_packing: changes a loaded model so that it takes `packed_entries`, layers with a state among them.
         feature_layers: gives the features in an output of `get_image_features`, layer by layer.
         feature_output: makes such an output of features.
@@ -286,6 +309,10 @@ class ModelFamily:
         unfit_kernels: for each fused kernel that would compute something else, the reason.
         rope_functions: the functions that the kernel for rotary embeddings replaces.
         keep_16bit: modules that are not quantized, by name or by the end of it.
+        unloaded_weights: how the keys of weights begin that lie in a checkpoint's files and that transformers does not
+            load, such as those for predicting several tokens at once. A merge and a full fine-tuning keep them as they are.
+        adapt_template: changes the text of a processor's chat template so that it takes `chat.template_options`.
+        thinking: whether `enable_thinking` chooses between answers with a thought and answers without one.
         packing: whether rows can be packed.
         shared_prefixes: whether packed rows can share their prefix.
         feature_cache: whether features of a frozen tower can be kept on disk.
@@ -301,7 +328,7 @@ class ModelFamily:
     chat: ChatFormat = field(default_factory=ChatFormat)
     rope_index: Callable[[Any], Callable[..., Any]] = rope_index_of_class
     patch_inputs: Callable[[Any, torch.Tensor], dict[str, Any]] = image_inputs
-    packed_entries: Callable[[PackedLayout], dict[str, Any]] = lambda layout: {}
+    packed_entries: Callable[[Any, PackedLayout], dict[str, Any]] = lambda config, layout: {}
     prepare_packing: Callable[[Any], None] = lambda model: None
     feature_layers: Callable[[Any], FeatureLayers] = last_layer_features
     feature_output: Callable[[FeatureLayers], Any] = last_layer_output
@@ -311,9 +338,22 @@ class ModelFamily:
     rope_functions: RopeFunctions = field(default_factory=RopeFunctions)
     # bitsandbytes would quantize the output head too when it is not tied.
     keep_16bit: tuple[str, ...] = ("lm_head",)
+    unloaded_weights: tuple[str, ...] = ()
+    adapt_template: Callable[[str], str] = lambda template: template
+    thinking: Capability = "its chat template decides by itself whether an answer begins with a thought"
     packing: Capability = True
     shared_prefixes: Capability = True
     feature_cache: Capability = True
+
+    def chat_with(self, enable_thinking: bool) -> ChatFormat:
+        """Return the chat format of a recipe, which says whether answers begin with a thought."""
+        if self.thinking is not True:
+            return self.chat
+        return replace(self.chat, template_options={**self.chat.template_options, "enable_thinking": enable_thinking})
+
+    def stays_16bit(self, name: str) -> bool:
+        """Return whether 4-bit and 8-bit leave a module alone, by its whole name."""
+        return any(f".{name}".endswith(f".{kept}") for kept in self.keep_16bit)
 
     def part_of(self, name: str) -> str:
         """Return which of `PARTS` a parameter, module or stored tensor belongs to, by its name under any prefix."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from qwen_vl_sft.families.base import (
     ChatFormat,
@@ -20,7 +19,7 @@ from qwen_vl_sft.families.base import (
     ModelFamily,
     PackedLayout,
     dense_language_flops,
-    image_inputs,
+    interpolated_image_inputs,
     plain_boxes,
     vision_flops,
 )
@@ -37,21 +36,7 @@ def _layers(config: Any) -> int:
     return 1 + len(config.vision_config.deepstack_visual_indexes or ())
 
 
-def _patch_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
-    """Add `image_interp_indices` [P, 4] and `image_interp_weights` [P, 4] float32 of the learned positions."""
-    vision = config.vision_config
-    # The mode is that of its vision model, which no configuration names.
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grids,
-        int(vision.num_position_embeddings**0.5),
-        "bilinear",
-        align_corners=True,
-        spatial_merge_size=vision.spatial_merge_size,
-    )
-    return {**image_inputs(config, grids), "image_interp_indices": indices, "image_interp_weights": weights}
-
-
-def _packed_entries(layout: PackedLayout) -> dict[str, Any]:
+def _packed_entries(config: Any, layout: PackedLayout) -> dict[str, Any]:
     """Return `visual_positions` [image tokens], where the features of deeper layers are added."""
     return {"visual_positions": layout.visual_positions} if len(layout.visual_positions) else {}
 
@@ -93,7 +78,7 @@ FAMILY = ModelFamily(
     mergers=("visual.merger", "visual.deepstack_merger_list"),
     # https://github.com/QwenLM/Qwen3-VL/issues/1486, and its cookbook 2d_grounding.ipynb
     chat=ChatFormat(boxes=plain_boxes("norm1000")),
-    patch_inputs=_patch_inputs,
+    patch_inputs=interpolated_image_inputs,
     packed_entries=_packed_entries,
     prepare_packing=_prepare_packing,
     feature_layers=_feature_layers,

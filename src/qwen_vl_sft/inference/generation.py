@@ -143,12 +143,15 @@ def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
 def decode_answer(encoder: Encoder, tokens: list[int]) -> str:
     """Decode generated tokens up to the end of the turn, without structural tokens and surrounding whitespace.
 
+    A thought is part of the text, with the opening that the prompt ends with.
+
     Special tokens of boxes and of references to objects stay in the text: they are part of the training targets.
     """
     ends = _ends(encoder)
     end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     text_tokens = [token for token in tokens[:end] if token not in encoder.structural_ids]
-    return str(encoder.processor.tokenizer.decode(text_tokens, clean_up_tokenization_spaces=False)).strip()
+    text = encoder.processor.tokenizer.decode(text_tokens, clean_up_tokenization_spaces=False)
+    return f"{encoder.opening}{text}".strip()
 
 
 def _ends(encoder: Encoder) -> list[int]:

@@ -9,7 +9,6 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, first_line
-from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.inference.source import ADAPTER_FILE, Source, tuned_settings
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -17,11 +16,11 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 def make_encoder(source: Source, arm: str, processor: Any, system_message: str) -> Encoder:
     """Build the encoder of an arm's prompts; a row's own system message stays in every arm. Raises `UserError`."""
-    from qwen_vl_sft.modeling.base_model import load_config
+    from qwen_vl_sft.modeling.base_model import load_family
 
     settings = tuned_settings(source.recipe.model, source.tuned) if source.tuned else source.recipe.model
     message = system_message if arm != "base" and system_message else None
-    return Encoder(processor, message, chat=family_of(load_config(settings)).chat)
+    return Encoder(processor, message, chat=load_family(settings).chat_with(source.recipe.data.enable_thinking))
 
 
 def load_run_processor(source: Source) -> Any:

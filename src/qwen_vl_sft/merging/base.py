@@ -18,6 +18,7 @@ from torch import nn
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
@@ -94,7 +95,7 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
 
     Raises `UserError` for files that do not hold exactly the model, in 16 or 32 bit floating point.
     """
-    rename = renamer(model)
+    rename, unloaded = renamer(model), family_of(model.config).unloaded_weights
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights, problems = [], []
     for path, keys in weight_files(folder).items():
@@ -106,12 +107,15 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
                 )
             for key in file.keys():  # noqa: SIM118, no dictionary
                 part = file.get_slice(key)
-                weight = Weight(key, rename(key), path, tuple(part.get_shape()))
+                is_loaded = not key.startswith(unloaded)
+                weight = Weight(key, rename(key) if is_loaded else key, path, tuple(part.get_shape()))
                 weights.append(weight)
                 if part.get_dtype() not in ("F32", "F16", "BF16"):
                     problems.append(
                         f"{key} is {part.get_dtype()}; a merge needs 16-bit or 32-bit weights, not quantized"
                     )
+                elif not is_loaded:
+                    continue
                 elif weight.name not in shapes:
                     problems.append(f"{key} has no place in the model")
                 elif weight.shape != shapes[weight.name]:

@@ -22,17 +22,18 @@ from qwen_vl_sft.merging.plan import Plan
 
 @dataclass(frozen=True)
 class Samples:
-    """Conversations up to the answer that is compared, and the format of the rows that they are."""
+    """Conversations up to the answer that is compared, the format of their rows, and whether answers begin with a thought."""
 
     conversations: list[Conversation]
     row_format: DataFormat
+    enable_thinking: bool
 
     def encoder(self, folder: Path) -> Encoder:
         """Return the encoder of the model in `folder`, with the system message that lies there."""
         message = folder / SYSTEM_MESSAGE
         stored = message.read_text(encoding="utf-8") if message.is_file() else None
         system = self.row_format.resolve_system_message(stored)
-        chat = family_of(AutoConfig.from_pretrained(folder)).chat
+        chat = family_of(AutoConfig.from_pretrained(folder)).chat_with(self.enable_thinking)
         return Encoder(AutoProcessor.from_pretrained(folder), system_message=system, chat=chat)
 
 
@@ -54,7 +55,7 @@ def read_samples(plan: Plan) -> Samples | None:
         )
         rows = in_memory(rows) if rows.streamed else select_evenly(rows, samples)
         found = read_usable(rows, _with_images, data.bad_rows == "skip")
-        return Samples([*found.values()], rows.format)
+        return Samples([*found.values()], rows.format, data.enable_thinking)
     except UserError as error:
         raise UserError(f"--samples: {error}; give --samples 0 to merge without comparing logits") from None
 

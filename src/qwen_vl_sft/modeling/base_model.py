@@ -35,6 +35,10 @@ def load_processor(settings: ModelSettings, min_pixels: int | None = None, max_p
     config = load_config(settings)
     processor = _from_hub(AutoProcessor, settings)
     check_chat_template(processor, f"model_name_or_path: {settings.model_name_or_path}")
+    template, adapt = processor.chat_template, family_of(config).adapt_template
+    processor.chat_template = (
+        {name: adapt(text) for name, text in template.items()} if isinstance(template, dict) else adapt(template)
+    )
     set_pixel_limits(processor, min_pixels, max_pixels)
     if len(processor.tokenizer) > config.get_text_config().vocab_size:
         raise UserError(

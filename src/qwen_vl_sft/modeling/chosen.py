@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.modeling.attention_kernels import resolve_attention
 from qwen_vl_sft.modeling.kernels import chosen_kernels
 
@@ -15,6 +16,10 @@ class Chosen:
 
     attention: str
     fused_kernels: list[str]
+
+    def fitting(self, family: ModelFamily) -> Chosen:
+        """Return the same without the kernels that do not fit a family, of which "auto" knows nothing."""
+        return replace(self, fused_kernels=[name for name in self.fused_kernels if name not in family.unfit_kernels])
 
 
 def choose(settings: ModelSettings, packing: bool, on_cpu: bool) -> Chosen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -87,6 +87,7 @@ def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
     asked = {
         "packing": (run.packing, family.packing, "set packing: false"),
         "share_prefixes": (run.share_prefixes, family.shared_prefixes, "set share_prefixes: false"),
+        "enable_thinking": (recipe.data.enable_thinking, family.thinking, "leave enable_thinking out"),
         "cache_image_features": (run.cache_image_features, family.feature_cache, "leave cache_image_features out"),
     }
     for key, (wanted, can, instead) in asked.items():
@@ -118,17 +119,17 @@ def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
                 f" what holds it ({lists[0].split('.')[-2]}) or layers in it"
             )
         elif settings.load_in_4bit or settings.load_in_8bit:
-            yield from _quantized(settings, wanted, matched, modules, family_of(model.config).keep_16bit)
+            yield from _quantized(settings, wanted, matched, modules, family_of(model.config))
 
 
 def _quantized(
-    settings: ModelSettings, wanted: str, matched: list[str], modules: dict[str, nn.Module], keep_16bit: Collection[str]
+    settings: ModelSettings, wanted: str, matched: list[str], modules: dict[str, nn.Module], family: ModelFamily
 ) -> Iterator[str]:
     inside = [
         name
         for name, module in modules.items()
         if isinstance(module, nn.Linear)
-        and name not in keep_16bit
+        and not family.stays_16bit(name)
         and any(name == whole or name.startswith(f"{whole}.") for whole in matched)
     ]
     if inside:

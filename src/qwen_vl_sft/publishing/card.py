@@ -183,6 +183,11 @@ def _prompt(published: PublishedModel) -> Iterator[str]:
         yield "Answers depend on it; send it unchanged."
     else:
         yield "Training used no system message beyond what the chat template puts in."
+    if options := published.template_options:
+        given = ", ".join(f"`{name}={value}`" for name, value in options.items())
+        thoughts = "with a thought before" if options["enable_thinking"] else "without a thought before"
+        yield ""
+        yield f"The chat template is given {given}: prompts ask for an answer {thoughts} it. Give the same."
     if limits:
         sides = " and ".join(f"{name} {value:,}" for name, value in limits.items())
         yield ""
@@ -211,7 +216,7 @@ def python_code(published: PublishedModel, repo_id: str, revision: str) -> str:
     lines += [f"{model} = AutoModelForImageTextToText.from_pretrained(", f"    {name}, {', '.join(arguments)}", ")"]
     if published.is_adapter:
         lines += ["model = PeftModel.from_pretrained(base, repo, revision=revision)"]
-    lines += [*_question(bool(published.system_message)), *_answer(published.recipe.run.max_new_tokens)]
+    lines += [*_question(bool(published.system_message)), *_answer(published)]
     return "\n".join([*imports, "", *lines])
 
 
@@ -239,6 +244,9 @@ def vllm_lines(published: PublishedModel, repo_id: str) -> Iterator[str]:
     yield "```"
     yield ""
     prompt = "Send the text of `system_message.txt` as the system message. " if published.system_message else ""
+    if published.template_options:
+        kwargs = json.dumps({"chat_template_kwargs": published.template_options})
+        prompt += f"Send `{kwargs[1:-1]}` with every request. "
     yield (
         f"{prompt}Ask with `temperature` 0, as the evaluation does, and where answers hold boxes with"
         " `skip_special_tokens` false. This command was not run when the card was made."
@@ -290,14 +298,25 @@ def _question(has_system_message: bool) -> list[str]:
     ]
 
 
-def _answer(most_tokens: int) -> list[str]:
+def _answer(published: PublishedModel) -> list[str]:
+    most, options = (
+        published.recipe.run.max_new_tokens,
+        [f"    {name}={value}," for name, value in published.template_options.items()],
+    )
+    prompt = ["prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"]
+    if options:
+        prompt = [
+            "prompt = processor.apply_chat_template(",
+            "    messages, tokenize=False, add_generation_prompt=True,",
+        ]
+        prompt += [*options, ")"]
     return [
-        "prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
+        *prompt,
         'image = ImageOps.exif_transpose(Image.open("chart.png")).convert("RGBA")',
         'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")',
         'inputs = processor(text=[prompt], images=[image], return_tensors="pt").to(model.device)',
         "# The base model's own settings sample, with a repetition penalty.",
-        f"output = model.generate(**inputs, max_new_tokens={most_tokens}, do_sample=False, repetition_penalty=1.0)",
+        f"output = model.generate(**inputs, max_new_tokens={most}, do_sample=False, repetition_penalty=1.0)",
         "# Boxes and references to objects are special tokens too.",
         'answer = processor.decode(output[0, inputs["input_ids"].shape[1] :])',
         'print(answer.removesuffix("<|im_end|>"))',

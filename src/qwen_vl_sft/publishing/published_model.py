@@ -40,7 +40,7 @@ class PublishedModel:
 
     `folder` holds the weights, `home` the run's recipe. `base` is a Hub id, `builtin:NAME`, or None for a local folder.
     `evaluation` is the summary.json of scripts/evaluate.py, `step` the step of a checkpoint, and `pixel_limits` the
-    `min_pixels` and `max_pixels` of the processor.
+    `min_pixels` and `max_pixels` of the processor, `template_options` arguments of its chat template.
     """
 
     kind: Kind
@@ -57,6 +57,7 @@ class PublishedModel:
     adapter: dict[str, Any] | None
     system_message: str
     pixel_limits: dict[str, int]
+    template_options: dict[str, bool]
     step: int | None
 
     @property
@@ -87,7 +88,8 @@ class PublishedModel:
         """Return in which settings the evaluation differs from the published ones, in words."""
         if self.evaluation is None:
             return []
-        return settings_differences(self.evaluation, self.system_message, self.pixel_limits)
+        thinking = self.recipe.data.enable_thinking
+        return settings_differences(self.evaluation, self.system_message, self.pixel_limits, thinking)
 
 
 def read_published_model(
@@ -144,6 +146,7 @@ def read_published_model(
         adapter=adapter,
         system_message=message.read_text(encoding="utf-8").strip() if message.is_file() else "",
         pixel_limits=_pixel_limits([folder, tuned.home]),
+        template_options=_template_options([folder, tuned.home], recipe),
         step=_step_of(tuned.folder) if is_checkpoint else None,
     )
 
@@ -191,6 +194,14 @@ def _read_json(path: Path, needed: bool) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UserError(f"--run: {path} does not hold what the scripts write there; fix or delete it")
     return value
+
+
+def _template_options(folders: Sequence[Path], recipe: Recipe) -> dict[str, bool]:
+    """Return the options of the chat template that training and evaluation gave, of those that the template knows."""
+    given = {"enable_thinking": recipe.data.enable_thinking, "preserve_thinking": True}
+    files = [folder / "chat_template.jinja" for folder in folders]
+    text = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+    return {name: value for name, value in given.items() if name in text and "enable_thinking" in text}
 
 
 def _pixel_limits(folders: Sequence[Path]) -> dict[str, int]:

@@ -74,13 +74,18 @@ def other_prompt(summary: Mapping[str, Any], system_message: str) -> bool:
     return summary["settings"]["system_message"].strip() != system_message
 
 
-def settings_differences(summary: Mapping[str, Any], system_message: str, pixel_limits: Mapping[str, int]) -> list[str]:
+def settings_differences(
+    summary: Mapping[str, Any], system_message: str, pixel_limits: Mapping[str, int], enable_thinking: bool = False
+) -> list[str]:
     """Compare evaluation settings with published settings; return a phrase for each difference."""
     settings, found = summary["settings"], []
     if other_prompt(summary, system_message):
         message = settings["system_message"].strip()
         used = f"the system message {json.dumps(message, ensure_ascii=False)}" if message else "no system message"
         found.append(f"{used} instead of the one below" if system_message else used)
+    thought = bool(settings.get("enable_thinking"))
+    if thought != enable_thinking:
+        found.append(f"`enable_thinking` {str(thought).lower()} instead of {str(enable_thinking).lower()}")
     for name, limit in pixel_limits.items():
         if settings[name] != limit:
             found.append(f"`{name}` {settings[name]:,} instead of {limit:,}")

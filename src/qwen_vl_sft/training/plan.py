@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def describe(run: Run, data: PreparedData) -> str:
         f"model       {recipe.model.model_name_or_path}",
         f"precision   {_precision(recipe, context.on_cpu)}",
         f"attention   {chosen.attention}{', inside the boundaries of packed rows' * recipe.run.packing}",
-        *_kernel_lines(recipe.model.fused_kernels, context.on_cpu, chosen.fused_kernels),
+        *_kernel_lines(
+            recipe.model.fused_kernels, context.on_cpu, chosen.fused_kernels, run.structure.family.unfit_kernels
+        ),
         f"strategy    {context.strategy}, {context.processes} process(es) on {'CPU' if context.on_cpu else 'GPU'}",
         *_batch_lines(run, data.step_plan),
         f"steps       {data.steps}",
@@ -80,9 +82,12 @@ def _precision(recipe: Recipe, on_cpu: bool = False) -> str:
     return f"{words}{', what trains is kept in float32' * _keeps_float32(recipe)}"
 
 
-def _kernel_lines(wanted: str | list[str] | None, on_cpu: bool, names: list[str]) -> list[str]:
+def _kernel_lines(
+    wanted: str | list[str] | None, on_cpu: bool, names: list[str], unfit: Collection[str] = ()
+) -> list[str]:
     lines = textwrap.wrap(f"kernels     {', '.join(names)}", width=80, subsequent_indent=" " * 12) if names else []
-    missing = [name for name in FROM_LIGER if name not in names] if wanted == "auto" and not on_cpu else []
+    fitting = [name for name in FROM_LIGER if name not in unfit]
+    missing = [name for name in fitting if name not in names] if wanted == "auto" and not on_cpu else []
     if missing:
         lines.append(f"            with pip install 'qwen_vl_sft[kernels]' also {', '.join(missing)}")
     return lines

@@ -15,8 +15,7 @@ from qwen_vl_sft.data.scan import Scan, scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.modeling.base_model import load_config, load_processor
+from qwen_vl_sft.modeling.base_model import load_family, load_processor
 from qwen_vl_sft.training.image_features import ImageFeatures, plan_features
 from qwen_vl_sft.training.resolve import Run
 
@@ -66,7 +65,8 @@ def prepare_data(run: Run) -> PreparedData:
         train_rows = _open(data, data.dataset_train_split, data.max_train_samples, seed)
         evaluation_rows = _evaluation_rows(data) if recipe.get("eval_strategy") != "no" else None
     message = train_rows.format.resolve_system_message(data.system_message)
-    encoder = Encoder(processor, message, data.train_on, data.max_length, family_of(load_config(recipe.model)).chat)
+    chat = load_family(recipe.model).chat_with(data.enable_thinking)
+    encoder = Encoder(processor, message, data.train_on, data.max_length, chat)
     content_hashes = recipe.run.cache_image_features is not None
     train = train_rows if train_rows.streamed else _scan(data, context, train_rows, encoder, content_hashes)
     evaluation = _scan(data, context, evaluation_rows, encoder) if evaluation_rows else None

@@ -60,7 +60,9 @@ def resolve(recipe: Recipe, context: DistributedContext) -> Run:
         try:
             model = build_on_meta(recipe.model)
             problems += problems_of_structure(model, recipe.model)
-            problems += problems_of_family(recipe, family_of(model.config))
+            family = family_of(model.config)
+            problems += problems_of_family(recipe, family)
+            chosen = chosen and chosen.fitting(family)
         except UserError as error:
             unbuilt = error
     raise_all(problems)

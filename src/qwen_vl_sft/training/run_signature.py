@@ -65,6 +65,8 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
         "cache_image_features": settings.cache_image_features,
         **{name: asdict(recipe.model)[name] for name in _MODEL_KEYS if recipe.model.use_peft or "lora" not in name},
     }
+    if recipe.data.enable_thinking:
+        same["enable_thinking"] = True
     if isinstance(data.train, Scan):
         same |= {"rows": len(data.train.rows), "data": fingerprint(data.train)}
     return {

@@ -39,6 +39,7 @@ from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.modeling.unloaded_weights import add_unloaded_weights
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.resilience.step_log import StepLog, skipped_steps
@@ -231,6 +232,9 @@ def train_and_save(
         # DeepSpeed saves the copy that it computes with.
         trainer.model.to(getattr(torch, run.recipe.model.dtype))
     trainer.save_final_model(run.output_dir)
+    if not run.recipe.model.use_peft and run.context.rank == 0:
+        with explained_save("the finished model", run.output_dir, trainer.writer.newest(), remove=False):
+            add_unloaded_weights(run.recipe.model, run.output_dir)
     return metrics
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.data.boxes import BoxCoordinates, read_boxes
-from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.data.conversation import Conversation, without_thought
 from qwen_vl_sft.data.formats.bookkeeping import is_bookkeeping
 from qwen_vl_sft.data.media import MEDIA
 from qwen_vl_sft.errors import BadRow, UserError, shortened
@@ -33,8 +33,8 @@ _OTHERS_READ = {
 
 
 def last_answer(row: Row, conversation: Conversation) -> list[str]:
-    """Accept the last answer of the conversation alone."""
-    return [conversation.last_answer]
+    """Accept the last answer of the conversation alone, without its thought."""
+    return [without_thought(conversation.last_answer)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,176 @@
+"""Gated delta-net layers on packed sequences: every piece goes on from its parent, or begins from nothing.
+
+Such a layer (https://arxiv.org/abs/2412.06464) carries two things from token to token: the last inputs of a short causal
+convolution, and a state that the gated delta rule writes to. transformers 5.23 lets both run from one packed row into the
+next. Here an index puts the last inputs of its parent before each piece, zeros for a piece without one; the rule runs over
+all pieces without a parent, and then over the others, each from its parent's last state. Gradients flow back through both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.activations import ACT2FN
+
+from qwen_vl_sft.families.base import PackedLayout
+
+PIECES = "delta_pieces"
+# Tokens of a chunk, inside which the rule is computed as attention is; the same in transformers and in its kernels.
+CHUNK = 64
+Rule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
+    """Return what layers with a convolution over `kernel_size` tokens need of a packed sequence of T tokens, S pieces.
+
+    The rule takes pieces in rounds: those without a parent, then those with one. `history` [T + S * (kernel_size - 1)]
+    puts the inputs before each piece in front of it, by their positions, T for one that is zero; `positions` [T] are those
+    in the convolved sequence of the tokens in the order of the rounds; `lengths` has the tokens of the pieces of each
+    round. Where some have a parent, `parents` are the numbers of theirs in the first round, `order` [T] the position of
+    each token of the rounds, and `back` [T] its opposite.
+    """
+    width, total = kernel_size - 1, sum(layout.lengths)
+    tokens = torch.arange(total).split(list(layout.lengths))
+    nothing = torch.full((width,), total)
+    roots = [number for number, parent in enumerate(layout.parents) if parent is None]
+    branches = [number for number, parent in enumerate(layout.parents) if parent is not None]
+    history = [
+        run
+        for own, parent in zip(tokens, layout.parents, strict=True)
+        for run in (nothing if parent is None else torch.cat([nothing, tokens[parent]])[-width:], own)
+    ]
+    # A convolution without padding gives `width` values less.
+    convolved = [own + number * width for number, own in enumerate(tokens)]
+    found: dict[str, Any] = {
+        "history": torch.cat(history),
+        "positions": torch.cat([convolved[number] for number in [*roots, *branches]]),
+        "lengths": [[layout.lengths[number] for number in numbers] for numbers in (roots, branches) if numbers],
+    }
+    if branches:
+        places = {number: place for place, number in enumerate(roots)}
+        parents = [layout.parents[number] for number in branches]
+        assert all(parent in places for parent in parents), "a prefix goes on from nothing"
+        found["parents"] = torch.tensor([places[parent] for parent in parents if parent is not None])
+        found["order"] = torch.cat([tokens[number] for number in [*roots, *branches]])
+        found["back"] = found["order"].argsort()
+    return found
+
+
+def take_pieces(model: nn.Module, kind: str) -> None:
+    """Have the layers whose class name ends in `kind` take `PIECES` of a packed batch; they take others as before."""
+    for module in model.modules():
+        if type(module).__name__.endswith(kind):
+            # Bound: in a copy of the model it is the copy's.
+            module.forward = MethodType(_forward, module)
+
+
+def _forward(layer: Any, hidden_states: torch.Tensor, delta_pieces: Any = None, **kwargs: Any) -> torch.Tensor:
+    """Compute a layer of transformers over the pieces of a packed sequence: [1, T, D] -> [1, T, D]."""
+    if delta_pieces is None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise RuntimeError("a packed batch does not tell its pieces: states would run from one row into the next")
+        found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
+        return found
+    if kwargs.get("attention_mask") is not None or kwargs.get("cache_params") is not None or len(hidden_states) != 1:
+        raise RuntimeError("packed rows take no attention mask and no cache, and batches of one sequence")
+    pieces, tokens = delta_pieces, hidden_states.shape[1]
+    mixed = _convolved(layer, layer.in_proj_qkv(hidden_states), pieces)
+    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    query, key = (part.reshape(1, tokens, -1, layer.head_k_dim) for part in (query, key))
+    value = value.reshape(1, tokens, -1, layer.head_v_dim)
+    beta = layer.in_proj_b(hidden_states).sigmoid()
+    # float16 does not hold every exponential.
+    decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(hidden_states).float() + layer.dt_bias)
+    if "order" in pieces:
+        beta, decay = (part.index_select(1, pieces["order"]) for part in (beta, decay))
+    attended = delta_rule_in_rounds(by_piece(torch_rule(layer)), pieces, query, key, value, decay, beta)
+    gate = layer.in_proj_z(hidden_states).reshape(-1, layer.head_v_dim)
+    normed = layer.norm(attended.reshape(-1, layer.head_v_dim), gate)
+    projected: torch.Tensor = layer.out_proj(normed.reshape(1, tokens, -1))
+    return projected
+
+
+def _convolved(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> torch.Tensor:
+    """Convolve each piece behind the inputs of its parent: [1, T, C] -> [1, T, C], in the order of the rounds."""
+    weight = layer.conv1d.weight
+    extended = F.pad(projected, (0, 0, 0, 1)).index_select(1, pieces["history"]).transpose(1, 2)
+    convolved = F.conv1d(extended.to(weight.dtype), weight, layer.conv1d.bias, groups=weight.shape[0])
+    activated = ACT2FN[layer.activation](convolved).to(projected.dtype)
+    return activated.transpose(1, 2).index_select(1, pieces["positions"])
+
+
+def delta_rule_in_rounds(
+    rule: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    pieces: dict[str, Any],
+    *inputs: torch.Tensor,
+) -> torch.Tensor:
+    """Compute pieces without a parent, then the others from the last states of theirs.
+
+    Args:
+        rule: takes the lengths of pieces, their inputs and their first states or None; gives outputs and last states.
+        pieces: of `pieces_of`.
+        *inputs: query, key, value [1, T, heads, D], decay and beta [1, T, heads], in the order of the rounds.
+
+    Returns the output [1, T, heads, D] in the order of the sequence.
+    """
+    rounds = pieces["lengths"]
+    if "parents" not in pieces:
+        return rule(rounds[0], inputs, None)[0]
+    totals = [sum(lengths) for lengths in rounds]
+    first, second = zip(*(tensor.split(totals, dim=1) for tensor in inputs), strict=True)
+    prefixes, states = rule(rounds[0], first, None)
+    branches, _ = rule(rounds[1], second, states.index_select(0, pieces["parents"]))
+    return torch.cat([prefixes, branches], dim=1).index_select(1, pieces["back"])
+
+
+def by_piece(rule: Rule) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return a rule for `delta_rule_in_rounds` that calls one for batches: once for all pieces of as many chunks.
+
+    A shorter piece is filled up with zeros to the chunk it ends in, as `rule` does itself: they leave its state alone.
+    """
+
+    def compute(
+        lengths: Sequence[int], inputs: Sequence[torch.Tensor], first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [tensor.squeeze(0).split(list(lengths)) for tensor in inputs]
+        alike: dict[int, list[int]] = {}
+        for number, length in enumerate(lengths):
+            alike.setdefault(-(-length // CHUNK), []).append(number)
+        outputs: dict[int, torch.Tensor] = {}
+        states: dict[int, torch.Tensor] = {}
+        for numbers in alike.values():
+            query, key, value, decay, beta = (
+                pad_sequence([part[number] for number in numbers], batch_first=True) for part in parts
+            )
+            begin = None if first is None else torch.stack([first[number] for number in numbers])
+            out, last = rule(
+                query,
+                key,
+                value,
+                g=decay,
+                beta=beta,
+                initial_state=begin,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+            for place, number in enumerate(numbers):
+                outputs[number], states[number] = out[place, : lengths[number]], last[place]
+        order = range(len(lengths))
+        return torch.cat([outputs[number] for number in order])[None], torch.stack([states[number] for number in order])
+
+    return compute
+
+
+def torch_rule(layer: nn.Module) -> Rule:
+    """Return the gated delta rule in PyTorch's own operations, of the module that defines the layer."""
+    # Where flash-linear-attention is installed, transformers has put its kernel around it.
+    rule: Rule = inspect.unwrap(sys.modules[type(layer).__module__].torch_chunk_gated_delta_rule)
+    return rule
