@@ -9,6 +9,7 @@ python scripts/sft.py --recipe recipes/chartqa_qlora.yaml \\
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 from qwen_vl_sft.compat.tested_versions import warn_of_untested_versions
 from qwen_vl_sft.config.command_line import parse, recipe_values
@@ -44,23 +45,24 @@ def main() -> None:
     watcher.report_stop_in(run.output_dir)
     launch.start(run.context)
 
-    # Data and plan
-    data = prepare_data(run)
-    plan.show(run, data, dry_run=options.dry_run)
-    if options.dry_run:
-        return
+    with nullcontext() if options.dry_run else sft.claim_output_dir(run, watcher):
+        # Data and plan
+        data = prepare_data(run)
+        plan.show(run, data, dry_run=options.dry_run)
+        if options.dry_run:
+            return
 
-    # Trainer and training
-    args = sft.sft_config(run)
-    signature = run_signature(run, data)
-    resume = sft.find_resume(run, signature)
-    callbacks = [publisher] if publisher else []
-    trainer = sft.build_trainer(run, args, data, resume, watcher, signature, callbacks)
-    sft.train(run, data, trainer, resume, watcher)
+        # Trainer and training
+        args = sft.sft_config(run)
+        signature = run_signature(run, data)
+        resume = sft.find_resume(run, signature)
+        callbacks = [publisher] if publisher else []
+        trainer = sft.build_trainer(run, args, data, resume, watcher, signature, callbacks)
+        sft.train(run, data, trainer, resume, watcher)
 
-    # Publishing: the run folder is complete, and no process waits for this one any more.
-    if publisher:
-        publisher.finish()
+        # Publishing: the run folder is complete, and no process waits for this one any more.
+        if publisher:
+            publisher.finish()
 
 
 if __name__ == "__main__":

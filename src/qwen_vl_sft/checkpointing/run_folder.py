@@ -16,6 +16,7 @@ from typing import Any
 
 from qwen_vl_sft import __version__
 from qwen_vl_sft.checkpointing.checkpoints import LATEST, is_checkpoint_name
+from qwen_vl_sft.distributed.folder_claim import is_claim
 from qwen_vl_sft.errors import UserError
 
 RECIPE = "recipe.yaml"
@@ -50,7 +51,7 @@ def problems_of_output_dir(folder: Path, overwrite: bool, resume: str | None) ->
     elif resume:
         if resume != LATEST and not Path(resume).is_dir():
             yield f"resume_from_checkpoint: {resume} is not a folder; give one, or {LATEST} for the newest in output_dir"
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not all(map(is_claim, folder.iterdir())):
         if not overwrite:
             yield (
                 f"output_dir: {folder} holds files already; continue its run with --resume_from_checkpoint {LATEST},"
@@ -112,8 +113,10 @@ def environment(context: dict[str, Any], data: dict[str, Any], devices: list[str
 
 
 def _empty(folder: Path) -> None:
-    """Empty the folder but keep it: it may be a link to where there is room, or a mount point."""
+    """Empty the folder but keep it: it may be a link to where there is room, or a mount point. Its claim stays."""
     for path in folder.iterdir():
+        if is_claim(path):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

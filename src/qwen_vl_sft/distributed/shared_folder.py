@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.distributed.folder_claim import missing_folders, remove_empty
 from qwen_vl_sft.errors import UserError
 
 # What one machine writes may reach another's view of the storage late: NFS looks anew after 60 s at the latest.
@@ -52,7 +53,7 @@ def check_shared(folder: Path, context: DistributedContext) -> None:
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[str]:
     """Yield the name of a file in `folder`, which is created if needed; leave nothing afterwards."""
-    made = _missing(folder)
+    made = missing_folders(folder)
     probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,28 +62,17 @@ def _written(folder: Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-        _remove(made)
+        remove_empty(made)
 
 
 def _sees(path: Path) -> bool:
-    made, until = _missing(path.parent), time.monotonic() + _SECONDS_TO_SEE
+    made, until = missing_folders(path.parent), time.monotonic() + _SECONDS_TO_SEE
     # NFS remembers that a folder was missing, and passes on a wish to make it all the same.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     while not path.is_file():
         if time.monotonic() > until:
-            _remove(made)
+            remove_empty(made)
             return False
         time.sleep(0.1)
     return True
-
-
-def _missing(folder: Path) -> list[Path]:
-    """Return the folders that must be created for `folder` to exist, itself first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def _remove(folders: list[Path]) -> None:
-    for path in folders:
-        with contextlib.suppress(OSError):
-            path.rmdir()

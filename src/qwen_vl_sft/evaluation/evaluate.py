@@ -9,6 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from tqdm import tqdm
 from qwen_vl_sft.checkpointing.run_folder import environment
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.distributed.context import DistributedContext, read_context
+from qwen_vl_sft.distributed.folder_claim import claim_for_all
 from qwen_vl_sft.distributed.launch import join, start
 from qwen_vl_sft.errors import BadRow, UserError, first_line
-from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal, different_settings
+from qwen_vl_sft.evaluation.answer_files import AnswerFiles, check_output_dir, deal, different_settings
 from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import (
@@ -46,42 +48,57 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     began = time.monotonic()
     context = read_context(bool(plan.recipe.get("use_cpu")))
     task = prepare(plan)
-    files = AnswerFiles(plan.output_dir)
     settings = describe_task(plan, task)
-    arms = _arms_with_previous(plan, task.arms, files, settings)
     barrier = join_processes(context)
+    check = partial(check_output_dir, plan.output_dir, in_use_allowed=plan.options.resume or plan.options.overwrite)
+    with claim_for_all(plan.output_dir, "--output_dir", context, check):
+        files = AnswerFiles(plan.output_dir)
+        arms, speeds = _answer(plan, task, settings, files, context, barrier)
+        if context.rank > 0:
+            return None
+        answers = files.read()
+        rows = collect(task.questions, answers, arms)
+        summary = summarise(rows, arms) | {
+            "dataset": task.rows.name,
+            "skipped_rows": task.left_out + len(task.questions) - len(rows),
+            "cut_answers": count_truncated(rows, answers, arms),
+            "settings": settings,
+            "precision": precision_summary(plan),
+            "speed": speed_of_arms(speeds),
+            "seconds": round(time.monotonic() - began, 1),
+            "environment": environment(
+                {"processes": context.processes, "strategy": context.strategy}, {}, [_device(context)]
+            ),
+        }
+        write_results(plan.output_dir, rows, summary)
+        if report:
+            # Last: a page that fails costs no answers.
+            write_report(plan.output_dir, rows, summary, charts_of(task))
+    return summary
+
+
+def _answer(
+    plan: Plan,
+    task: Task,
+    settings: Mapping[str, Any],
+    files: AnswerFiles,
+    context: DistributedContext,
+    barrier: Callable[[], None],
+) -> tuple[list[str], list[dict[str, tuple[int, float]]]]:
+    """Answer what is not answered yet; return the arms, and the speed of every process (`answer_all`)."""
+    arms = _arms_with_previous(plan, task.arms, files, settings)
+    barrier()  # nobody writes before everybody has read
     if context.rank == 0:
         if plan.options.overwrite:
             files.clear(SUMMARY_FILE, ROWS_FILE, REPORT_FILE)
-        files.write_settings(settings | {"arms": arms})
+        files.write_settings({**settings, "arms": arms})
     barrier()
     answered = files.read()
-    barrier()  # nobody writes before everybody has read, or the shares would overlap
+    barrier()  # or the shares would overlap
     files.repair(context.rank)
     own_speed = answer_all(plan, task, arms, answered, files, context)
     barrier()
-    speeds = gather_object([own_speed]) if context.processes > 1 else [own_speed]
-    if context.rank > 0:
-        return None
-    answers = files.read()
-    rows = collect(task.questions, answers, arms)
-    summary = summarise(rows, arms) | {
-        "dataset": task.rows.name,
-        "skipped_rows": task.left_out + len(task.questions) - len(rows),
-        "cut_answers": count_truncated(rows, answers, arms),
-        "settings": settings,
-        "precision": precision_summary(plan),
-        "speed": speed_of_arms(speeds),
-        "seconds": round(time.monotonic() - began, 1),
-        "environment": environment(
-            {"processes": context.processes, "strategy": context.strategy}, {}, [_device(context)]
-        ),
-    }
-    write_results(plan.output_dir, rows, summary)
-    if report:
-        # Last: a page that fails costs no answers.
-        write_report(plan.output_dir, rows, summary, charts_of(task))
-    return summary
+    return arms, gather_object([own_speed]) if context.processes > 1 else [own_speed]
 
 
 def charts_of(task: Task) -> Callable[[int], list[ImageFile]]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class SignalWatcher:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._folder: Path | None = None
+        self._release: Callable[[], None] | None = None
         self._since = 0.0
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
@@ -64,6 +65,10 @@ class SignalWatcher:
     def report_stop_in(self, folder: Path) -> None:
         """Write `preempted.json` into this run folder, if it exists, when the process is stopped before training."""
         self._folder = folder
+
+    def release_when_stopped(self, release: Callable[[], None]) -> None:
+        """Call `release` when the process is stopped before training, where nothing else is run any more."""
+        self._release = release
 
     @property
     def reason_of_all(self) -> str:
@@ -134,6 +139,8 @@ class SignalWatcher:
         self.reason, self._since = reason, time.monotonic()
         if self.training:
             return
+        if self._release is not None:
+            self._release()
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"stopped by {reason} before training began; there is nothing to save", file=sys.stderr, flush=True)
             if self._folder is not None and self._folder.is_dir():

@@ -33,7 +33,8 @@ from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch, shared_folder
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.distributed.folder_claim import FolderClaim, claim_for_all
+from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.modeling.base_model import count_parameters
@@ -86,6 +87,23 @@ def sft_config(run: Run) -> SFTConfig:
     if config.tf32 is False:
         turn_off_tf32_in_convolutions()
     return config
+
+
+def claim_output_dir(run: Run, watcher: SignalWatcher) -> FolderClaim:
+    """Claim the run folder until the end of the run. Raises `UserError` if it is another run's, or was used meanwhile.
+
+    All processes must call at once.
+    """
+    recipe = run.recipe
+
+    def check() -> None:
+        resume = recipe.get("resume_from_checkpoint")
+        raise_all([*run_folder.problems_of_output_dir(run.output_dir, recipe.run.overwrite_output_dir, resume)])
+
+    launch.join(run.context, recipe.get("ddp_backend"))
+    claim = claim_for_all(run.output_dir, "output_dir", run.context, check)
+    watcher.release_when_stopped(claim.release)
+    return claim
 
 
 def find_resume(run: Run, signature: dict[str, Any]) -> Checkpoint | None:
