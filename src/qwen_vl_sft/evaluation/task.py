@@ -231,12 +231,7 @@ def _base_weights(plan: Plan, arms: Sequence[str]) -> str | None:
     # Recorded also where no arm needs it: --resume may add one that does.
     try:
         return identity_of_base(plan.recipe.model)
-    except (UserError, OSError) as error:
+    except UserError:
         if plan.tuned and not plan.tuned.is_adapter and set(arms) == {"tuned"}:
             return None
-        if isinstance(error, UserError):
-            raise
-        name = plan.recipe.model.model_name_or_path
-        raise UserError(
-            f"model_name_or_path: {name} cannot be read: {error.strerror}: {error.filename}; name a whole model"
-        ) from None
+        raise

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import load_config
 
 # How the identity of a local folder begins.
@@ -15,11 +16,23 @@ _PIECES, _PIECE_BYTES = 64, 64 * 1024
 
 
 def identity_of_base(settings: ModelSettings) -> str:
-    """Return name and commit of a Hub model, or a digest of a local folder's configuration and weights."""
+    """Return name and commit of a Hub model, or a digest of a local folder's configuration and weights.
+
+    Raises `UserError` where it cannot be read.
+    """
     folder = Path(str(settings.model_name_or_path)).expanduser()
     if not folder.is_dir():
         commit = getattr(load_config(settings), "_commit_hash", None)
         return f"{settings.model_name_or_path} at {commit or settings.model_revision}"
+    try:
+        return f"{FOLDER} {_digest(folder)[:16]}"
+    except OSError as error:
+        raise UserError(
+            f"model_name_or_path: {folder} cannot be read: {error.strerror}: {error.filename}; name a whole model"
+        ) from None
+
+
+def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
@@ -30,4 +43,4 @@ def identity_of_base(settings: ModelSettings) -> str:
                 digest.update(file.read(_PIECE_BYTES))
                 if size <= _PIECE_BYTES:
                     break
-    return f"{FOLDER} {digest.hexdigest()[:16]}"
+    return digest.hexdigest()
