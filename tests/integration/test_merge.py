@@ -41,7 +41,7 @@ def write_run(folder, base=tiny.MODEL_DIR, recipe=None, **lora):
     adapted = get_peft_model(base_model(base), LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            if "lora_B" in name or "modules_to_save" in name or "magnitude" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     adapted.save_pretrained(folder)
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -93,6 +93,7 @@ def quantized_run(tmp_path_factory):
     [
         {},
         {"use_rslora": True},
+        {"use_dora": True},
         {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"v_proj": 2}},
         {"target_modules": r"model\.visual\.(blocks\.\d+\.attn\.qkv|merger\.mlp\.0)"},
         {"modules_to_save": ["norm"]},
@@ -259,7 +260,7 @@ def test_runs_that_cannot_be_merged(run, quantized_run, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("use_dora", True, "use_dora: True"),
+        ("use_dora", True, "lora_magnitude_vector is missing from the adapter"),
         ("bias", "all", "bias: all"),
         ("init_lora_weights", "pissa", "init_lora_weights: pissa"),
         ("fan_in_fan_out", True, "fan_in_fan_out"),

@@ -30,7 +30,7 @@ WAY_OUT = "name the base model it was trained on with --base"
 # Fields of PEFT's LoraConfig that may differ from their defaults; any other one could change what a merge means.
 READ_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
-    "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
+    "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights", "peft_version", "runtime_config",
 }  # fmt: skip
 # Other ways to begin (PiSSA, OLoRA, LoftQ, CorDA, ...) change the base's weights too.
@@ -59,10 +59,31 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter by the model's names: module to (A [r, in], B [out, r], scaling), and tensors saved whole, by name."""
+class LowRank:
+    """What an adapter adds to one layer: A [r, in], B [out, r] and their scaling; with DoRA also magnitudes [out]."""
 
-    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the merged weight [out, in] in float32: W + scaling * B A.
+
+        With DoRA each row of that sum has the length that was learned (Liu et al. 2024, https://arxiv.org/abs/2402.09353):
+        magnitude * (W + scaling * B A) / ||W + scaling * B A||, with the norm of each row.
+        """
+        merged = weight.float() + (self.b.float() @ self.a.float()) * self.scaling
+        if self.magnitude is None:
+            return merged
+        return merged * (self.magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter by the model's names: what it adds to each module, and tensors saved whole, by name."""
+
+    pairs: Mapping[str, LowRank]
     whole: Mapping[str, torch.Tensor]
 
 
@@ -217,7 +238,10 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLinear):
             key = f"{name}.lora_{{}}.weight".format
-            pairs[name.removeprefix(PREFIX)] = tensors.pop(key("A")), tensors.pop(key("B")), module.scaling["default"]
+            # PEFT saves the weight of a layer of magnitudes under the layer's own name.
+            magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
+            pair = LowRank(tensors.pop(key("A")), tensors.pop(key("B")), module.scaling["default"], magnitude)
+            pairs[name.removeprefix(PREFIX)] = pair
     other = [key for key in tensors if ".lora_" in key]
     if other:
         raise UserError(
@@ -227,7 +251,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
 
 
 def adapter_config(folder: Path) -> LoraConfig:
-    """Read PEFT's configuration of a plain LoRA adapter. Raises `UserError` naming each setting that cannot be merged."""
+    """Read PEFT's configuration of a LoRA or DoRA adapter. Raises `UserError` naming each setting that cannot be merged."""
     written = read_adapter_config(folder)
     default = LoraConfig()
     known = {entry.name for entry in fields(LoraConfig)}
@@ -243,8 +267,8 @@ def adapter_config(folder: Path) -> LoraConfig:
         odd.append(f"init_lora_weights: {written['init_lora_weights']}")
     if odd:
         raise UserError(
-            f"--run: the adapter in {folder} is not plain LoRA on linear layers ({', '.join(odd)}), which this script cannot"
-            f" merge; merge it with PEFT's merge_and_unload, or train without it"
+            f"--run: the adapter in {folder} is not LoRA or DoRA on linear layers ({', '.join(odd)}), which this script"
+            f" cannot merge; merge it with PEFT's merge_and_unload, or train without it"
         )
     # PEFT warns when the base has moved; here it is chosen on purpose.
     left_out = {"peft_type", "base_model_name_or_path"}

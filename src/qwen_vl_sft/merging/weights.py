@@ -48,8 +48,7 @@ class Merge:
         if weight.name in self.adapter.whole:
             return self.adapter.whole[weight.name].to(self.dtype)
         if weight.module in self.adapter.pairs:
-            a, b, scaling = self.adapter.pairs[weight.module]
-            return (before.float() + (b.float() @ a.float()) * scaling).to(self.dtype)
+            return self.adapter.pairs[weight.module].added_to(before).to(self.dtype)
         return before.to(self.dtype)
 
     def is_target(self, weight: Weight) -> bool:
