@@ -318,6 +318,9 @@ def test_what_a_mark_does_not_tell_is_not_averaged_over(ragged, tiny_processor, 
     resumed = resume(3, json.loads((tmp_path / "run/checkpoint-3" / MANIFEST).read_text())["so_far"])
     assert resumed.finished["steps_unknown"] == 1
     assert resumed.finished["loss_sum"] == pytest.approx(sum(losses[1:]), abs=1e-4)
+    # The last log is of the whole run too.
+    assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses[1:]) / 3, abs=1e-4)
+    assert resumed.state.log_history[-1]["train_runtime"] == pytest.approx(resumed.finished["seconds"], abs=1e-4)
 
 
 # Which run

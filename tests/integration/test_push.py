@@ -511,6 +511,23 @@ def test_the_card_of_an_adapter(run):
         assert word not in text
 
 
+def test_a_card_names_the_step_of_the_weights_that_it_publishes(tmp_path):
+    def text_of(folder):
+        return card_of(read_published_model(folder, base_model="Qwen/Qwen2-VL-2B-Instruct"))[1]
+
+    last = write_run(tmp_path / "last")
+    assert "the best of the run" not in text_of(last)
+    best = write_run(tmp_path / "best", load_best_model_at_end=True, metric_for_best_model="relaxed_accuracy")
+    told = "the weights of step 2 of 3, the best of the run's evaluations by `relaxed_accuracy`"
+    for recorded in (False, True):  # by an earlier version, which names the checkpoint alone, and by this one
+        if recorded:
+            metrics = json.loads((best / "metrics.json").read_text())
+            (best / "metrics.json").write_text(json.dumps(metrics | {"best_checkpoint": "", "step_of_weights": 2}))
+        text = text_of(best)
+        assert told in text
+        assert "| steps | 3, 1.00 epochs |\n| weights | of step 2, the best of the run's evaluations |" in text
+
+
 def test_the_card_of_chartqa_without_evaluation(tmp_path):
     run = write_run(tmp_path / "run", dataset_name="HuggingFaceM4/ChartQA", load_in_4bit=True)
     publication = read_published_model(run, base_model="Qwen/Qwen2-VL-2B-Instruct")

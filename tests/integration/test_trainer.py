@@ -66,6 +66,8 @@ def test_the_evaluation_loss_is_the_token_mean_of_all_rows(batch, ragged, tiny_p
     assert metrics["eval_loss"] == pytest.approx(token_mean(model, ragged, tiny_processor), abs=1e-5)
     assert 0 <= metrics["eval_mean_token_accuracy"] <= 1
     assert trainer.state.log_history[-1]["eval_loss"] == metrics["eval_loss"]
+    # Six rows, and none of those that fill up a batch.
+    assert round(metrics["eval_samples_per_second"] * metrics["eval_runtime"], 1) == pytest.approx(6, rel=0.02)
 
 
 def test_an_incomplete_last_step_weighs_its_own_tokens(ragged, tiny_processor, tmp_path):

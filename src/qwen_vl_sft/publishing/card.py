@@ -122,6 +122,11 @@ def _introduction(published: PublishedModel) -> Iterator[str]:
         way = "the 4-bit weights of training, dequantized" if merge.get("nf4_aware") else "its original weights"
         yield f"{base} with a LoRA adapter merged into it, trained on {dataset}. The adapter was added to {way},"
         yield f"and the sum stored in {merge.get('dtype')}; `merge.json` holds the checks of the merge."
+    step, steps = published.step_of_weights, (published.metrics or {}).get("steps")
+    if step != steps:
+        metric = str(recipe.get("metric_for_best_model") or "eval_loss")
+        yield ""
+        yield f"These are the weights of step {step:,} of {steps:,}, the best of the run's evaluations by `{metric}`."
     if published.step is not None:
         yield ""
         yield f"These are the weights of step {published.step}, a checkpoint of a run, not its final model."
@@ -413,6 +418,8 @@ def _outcome(published: PublishedModel) -> dict[str, str]:
     stats, rows = metrics.get("work") or {}, {}
     if "steps" in metrics:
         rows["steps"] = f"{metrics['steps']:,}, {metrics.get('epochs') or 0:.2f} epochs"
+        if (step := published.step_of_weights) != metrics["steps"]:
+            rows["weights"] = f"of step {step:,}, the best of the run's evaluations"
     if stats.get("tokens"):
         rows["tokens read"] = f"{stats['tokens']:,}, of them {stats.get('learned', 0):,} learned"
     if "train_runtime" in metrics:

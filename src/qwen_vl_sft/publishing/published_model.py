@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qwen_vl_sft.checkpointing.checkpoints import is_checkpoint_name, step_of
 from qwen_vl_sft.checkpointing.run_folder import ENVIRONMENT, METRICS, RECIPE, SYSTEM_MESSAGE
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
@@ -69,6 +70,18 @@ class PublishedModel:
     def base_on_hub(self) -> str | None:
         """Return the base model's id if it is on the Hub."""
         return hub_id(self.base)
+
+    @property
+    def step_of_weights(self) -> int | None:
+        """Return the step of a finished run's weights, which may be an earlier one, that of the best evaluation."""
+        metrics = self.metrics or {}
+        if "step_of_weights" in metrics:
+            return int(metrics["step_of_weights"])
+        # A run of an earlier version names the checkpoint alone.
+        best = Path(str(metrics.get("best_checkpoint"))).name
+        if self.recipe.get("load_best_model_at_end") and is_checkpoint_name(best):
+            return step_of(Path(best))
+        return metrics.get("steps")
 
     @property
     def evaluated_as_published(self) -> bool:

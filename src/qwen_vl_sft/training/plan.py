@@ -264,6 +264,8 @@ def _answers_line(recipe: Recipe, evaluation: Scan) -> str:
 def outcome(metrics: dict[str, Any], output_dir: Path) -> str:
     """Describe what a run did, for its last lines."""
     lines = [f"finished    {metrics['steps']} steps, training loss {metrics['train_loss']:.4f}"]
+    if metrics["step_of_weights"] != metrics["steps"]:
+        lines.append(f"weights     of step {metrics['step_of_weights']}, the best of the evaluations")
     if "eval_loss" in metrics:
         right = metrics["eval_mean_token_accuracy"]
         lines.append(f"evaluation  loss {metrics['eval_loss']:.4f}, {right:.1%} of the learned tokens right")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -227,12 +226,13 @@ def train_and_save(
     fit = found_fit(trainer)
     metrics = {
         # Of the whole run, also of what was trained before it was resumed, if that is known.
-        "train_loss": finished["loss_sum"] / learned if (learned := _steps_learned(trainer)) else math.nan,
+        "train_loss": trainer.mean_loss(),
         "train_runtime": finished["seconds"],
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         **_evaluation_of_saved_model(trainer),
         "best_checkpoint": trainer.state.best_model_checkpoint,
+        "step_of_weights": trainer.state.best_global_step if _loads_best(trainer) else trainer.state.global_step,
         # The commit of a base model from the Hub, None for a folder.
         "base_commit": getattr(trainer.model.config, "_commit_hash", None),
         **throughput.summary(run.context.processes),
@@ -330,16 +330,15 @@ def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> 
 def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
     """Return the evaluation of the model that is saved: the best when that is loaded at the end, else the last."""
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+    if _loads_best(trainer):
         entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
     names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *METRICS, SKIPPED_ROWS)]
     return {name: entries[-1][name] for name in names if name in entries[-1]} if entries else {}
 
 
-def _steps_learned(trainer: VisionSFTTrainer) -> int:
-    """Return how many steps were not skipped and have a known loss."""
-    finished = trainer.finished
-    return int(trainer.state.global_step - finished["steps_unknown"] - finished["steps_skipped"])
+def _loads_best(trainer: VisionSFTTrainer) -> bool:
+    """Return whether the model that is saved at the end is that of the best evaluation."""
+    return bool(trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint)
 
 
 def _skipped_while_evaluating(trainer: VisionSFTTrainer) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -91,7 +92,8 @@ class VisionSFTTrainer(SFTTrainer):
         # Of this process: loss, right tokens, learned tokens, entropy.
         self._train_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._eval_sums = torch.zeros_like(self._train_sums)
-        self._eval_skipped = 0
+        # Rows of an evaluation that this process has read, and that it could not read.
+        self._eval_rows = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self._began = time.monotonic()
         self._after_loss: tuple[Any, ...] | None = None
         self._logged_step = 0
@@ -244,7 +246,24 @@ class VisionSFTTrainer(SFTTrainer):
             logs["loss"] = self.guard.mean_loss(logs["loss"], steps)
             logs.update(mean_token_accuracy=right / max(learned, 1), entropy=entropy / max(learned, 1))
             logs.update(self.throughput.measure(self.accelerator))
+        if "train_loss" in logs and self.finished:
+            logs.update(self._whole_run())
         super().log(logs, start_time)
+
+    def _whole_run(self) -> dict[str, float]:
+        """Return the Trainer's last log for the whole run; its own is of the steps since a resume, and counts fillers."""
+        seconds, rows = self.finished["seconds"], self.finished["meter"]["work"]["rows"]
+        return {
+            "train_loss": self.mean_loss(),
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(rows / seconds, 3),
+            "train_steps_per_second": round((self.state.global_step - self.finished["steps_unknown"]) / seconds, 3),
+        }
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of the finished run over its steps that were not skipped and whose loss is known."""
+        steps = self.state.global_step - self.finished["steps_unknown"] - self.finished["steps_skipped"]
+        return self.finished["loss_sum"] / steps if steps else math.nan
 
     def compute_loss(
         self,
@@ -278,7 +297,8 @@ class VisionSFTTrainer(SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Sum loss, right tokens and learned tokens; the returned loss is the loss of this batch."""
         inputs = self._prepare_inputs(inputs)
-        self._eval_skipped += inputs.pop("stats")["skipped"]
+        stats = inputs.pop("stats")
+        self._eval_rows += torch.tensor([stats["rows"], stats["skipped"]], device=self._eval_rows.device)
         inputs.pop(ROW_IDS)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -299,10 +319,9 @@ class VisionSFTTrainer(SFTTrainer):
         `skipped_rows` of the metrics are those that the loss leaves out, or the answers if these have lost more: they are
         to some of the same rows.
         """
-        self._eval_sums, self._eval_skipped = torch.zeros_like(self._eval_sums), 0
+        self._eval_sums, self._eval_rows = torch.zeros_like(self._eval_sums), torch.zeros_like(self._eval_rows)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        own_skipped = self._eval_sums.new_tensor([self._eval_skipped])
-        loss, right, learned, _, skipped = self._take(torch.cat([self._eval_sums, own_skipped]))
+        loss, right, learned, _, rows, skipped = self._take(torch.cat([self._eval_sums, self._eval_rows]))
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / learned
@@ -317,7 +336,8 @@ class VisionSFTTrainer(SFTTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in answered.items()})
             skipped = max(skipped, self.generation_metrics.left_out)
         output.metrics[f"{metric_key_prefix}_{SKIPPED_ROWS}"] = int(skipped)
-        return output
+        # The dataset is filled up to whole batches of all processes, which the speed must not count.
+        return output._replace(num_samples=int(rows))
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Overridden so that a run that is asked to stop does not have to finish an evaluation.
