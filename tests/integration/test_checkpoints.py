@@ -466,6 +466,11 @@ def test_a_mark_tells_by_what_the_best_was_found():
     assert judge() == judge(metric_for_best_model="eval_loss") == {"metric_for_best_model": "loss", "evaluation": None}
     answers = judge(metric_for_best_model="relaxed_accuracy", max_predict_samples=9)
     assert (answers["max_predict_samples"], answers["max_new_tokens"]) == (9, 64)
+    # Of an earlier version, in the recipe and in the mark.
+    renamed = judge(metric_for_best_model="eval_strict_relaxed_accuracy")
+    assert renamed["metric_for_best_model"] == "normalised_relaxed_accuracy"
+    former = {**ABOUT, "judge": {**renamed, "metric_for_best_model": "strict_relaxed_accuracy"}}
+    assert resume_check._same_metric_and_eval_rows(Checkpoint(Path("run/checkpoint-4"), 4, former), {"judge": renamed})
 
 
 @pytest.mark.parametrize("loads_best", [True, False])

@@ -13,13 +13,14 @@ from qwen_vl_sft.evaluation.metrics import (
     compare,
     estimate,
     exact_match,
+    normalised_relaxed_accuracy,
     relaxed_accuracy,
     score,
     sign_test,
-    strict_relaxed_accuracy,
 )
+from qwen_vl_sft.evaluation.scoring import with_current_names
 
-# target, prediction, published metric, strict variant, exact match
+# target, prediction, published metric, the normalised one, exact match
 EDGE_CASES = [
     ("100", "95", 1, 1, 0),
     ("95", "100", 0, 0, 0),
@@ -60,10 +61,10 @@ EDGE_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("target", "prediction", "published", "strict", "exact"), EDGE_CASES)
-def test_edge_cases(target, prediction, published, strict, exact):
+@pytest.mark.parametrize(("target", "prediction", "published", "normalised", "exact"), EDGE_CASES)
+def test_edge_cases(target, prediction, published, normalised, exact):
     assert relaxed_accuracy(prediction, target) == published
-    assert strict_relaxed_accuracy(prediction, target) == strict
+    assert normalised_relaxed_accuracy(prediction, target) == normalised
     assert exact_match(prediction, target) == exact
 
 
@@ -145,3 +146,22 @@ def test_sign_test_is_exact():
     assert sign_test(5000, 5200) == pytest.approx(math.erfc(199 / math.sqrt(10200) / math.sqrt(2)), rel=1e-3)
     assert 0 < sign_test(0, 1000) < 1e-300
     assert sign_test(0, 20_000) == 0
+
+
+def test_an_evaluation_of_an_earlier_version_is_read_by_todays_names():
+    former, current = "strict_relaxed_accuracy", "normalised_relaxed_accuracy"
+    stored = {"rows": 1, "scores": {"tuned": {"all": {former: {"mean": 1.0}}}}, "comparisons": [{"metric": former}]}
+    read = with_current_names(stored)
+    assert read == {
+        "rows": 1,
+        "scores": {"tuned": {"all": {current: {"mean": 1.0}}}},
+        "comparisons": [{"metric": current}],
+    }
+    assert with_current_names(read) == read
+    assert former in stored["scores"]["tuned"]["all"]
+
+
+def test_the_normalised_accuracy_can_be_above_and_below_the_published_one():
+    above, below = ("977,633", "977633"), ("1950", "2014")
+    assert normalised_relaxed_accuracy(*above) > relaxed_accuracy(*above)
+    assert normalised_relaxed_accuracy(*below) < relaxed_accuracy(*below)

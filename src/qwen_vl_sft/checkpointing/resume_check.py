@@ -14,6 +14,7 @@ from qwen_vl_sft.checkpointing import checkpoints, manifest
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.pickles import problem_of_pickles
 from qwen_vl_sft.config.reading import Recipe
+from qwen_vl_sft.config.settings import current_metric
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, first_line, raise_all
@@ -130,7 +131,10 @@ def _settings(signature: dict[str, Any]) -> dict[str, Any]:
 
 def _same_metric_and_eval_rows(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:
     """Return whether earlier scores can be compared with later ones, as far as the manifest says."""
-    return bool(checkpoint.manifest.get("judge", signature["judge"]) == signature["judge"])
+    judge = dict(checkpoint.manifest.get("judge", signature["judge"]))
+    if isinstance(metric := judge.get("metric_for_best_model"), str):
+        judge["metric_for_best_model"] = current_metric(metric)
+    return bool(judge == signature["judge"])
 
 
 def _differs(checkpoint: Checkpoint, name: str, was: Any, now: Any) -> str:

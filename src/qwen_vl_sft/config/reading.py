@@ -24,6 +24,7 @@ from qwen_vl_sft.config.settings import (
     DataSettings,
     ModelSettings,
     RunSettings,
+    current_metric,
 )
 from qwen_vl_sft.errors import UserError, quoted, raise_all, shortened
 from qwen_vl_sft.shipped_files import RECIPES, find_file, shipped_names
@@ -124,6 +125,8 @@ def build(values: Mapping[str, Any]) -> Recipe:
     if isinstance(model := values.get("model_name_or_path"), str):
         # transformers takes a name as it is, and a base in the adapter's configuration must be found from elsewhere too.
         values["model_name_or_path"] = os.path.expanduser(model)
+    if isinstance(metric := values.get("metric_for_best_model"), str):
+        values["metric_for_best_model"] = current_metric(metric)
     ours = {name for group in GROUPS.values() for name in _names(group)}
     training = {name: value for name, value in values.items() if name not in ours}
 

@@ -190,6 +190,16 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": False,
 }
 
+# Metrics that earlier versions called otherwise.
+FORMER_METRICS = {"strict_relaxed_accuracy": "normalised_relaxed_accuracy"}
+
+
+def current_metric(name: str) -> str:
+    """Return the name of a metric, with or without `eval_`, also for the one that an earlier version gave it."""
+    bare = name.removeprefix("eval_")
+    return name[: len(name) - len(bare)] + FORMER_METRICS.get(bare, bare)
+
+
 # Set by the package for every run, so not keys of a recipe.
 FIXED_TRAINING_ARGUMENTS: dict[str, Any] = {
     "remove_unused_columns": False,

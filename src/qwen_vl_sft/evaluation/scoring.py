@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.atomic_write import atomic_write, writing_to
+from qwen_vl_sft.config.settings import current_metric
 from qwen_vl_sft.data.conversation import without_thought
 from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES, compare, estimate, score
 
@@ -107,6 +108,19 @@ def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapp
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / ROWS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         atomic_write(folder / SUMMARY_FILE, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+
+
+def with_current_names(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored summary with today's names of metrics; earlier versions named some otherwise."""
+
+    def renamed(cells: Mapping[str, Any]) -> dict[str, Any]:
+        return {current_metric(metric): cell for metric, cell in cells.items()}
+
+    scores = {
+        arm: {split: renamed(cells) for split, cells in splits.items()} for arm, splits in summary["scores"].items()
+    }
+    comparisons = [{**entry, "metric": current_metric(entry["metric"])} for entry in summary["comparisons"]]
+    return {**summary, "scores": scores, "comparisons": comparisons}
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qwen_vl_sft.checkpointing.checkpoints import is_checkpoint_name, step_of
 from qwen_vl_sft.checkpointing.run_folder import ENVIRONMENT, METRICS, RECIPE, SYSTEM_MESSAGE
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
+from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE, with_current_names
 from qwen_vl_sft.inference.source import find_tuned
 from qwen_vl_sft.merging.plan import REPORT_FILE as MERGE_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
@@ -144,6 +144,7 @@ def read_published_model(
     if summary is not None and found is not None:
         check_evaluation(summary, found, [folder, tuned.folder])
         check_evaluated_base(summary["settings"], found, recipe, (base, _base_of(merge, recipe)), base_revision)
+        summary = with_current_names(summary)
     return PublishedModel(
         kind=kind,
         folder=folder,
