@@ -123,7 +123,8 @@ def claim_for_all(
     """
     from qwen_vl_sft.distributed.launch import from_first
 
-    claim, problems = FolderClaim(None), ()
+    claim = FolderClaim(None)
+    problems: tuple[str, ...] = ()
     if context.rank == 0:
         try:
             claim = claim_folder(folder, key)
