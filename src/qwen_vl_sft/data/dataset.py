@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,16 +13,19 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 
+from qwen_vl_sft.data import row_files
 from qwen_vl_sft.data.boxes import BoxCoordinates
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats import AUTO, choose_format
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import ReadMedia
-from qwen_vl_sft.data.source import SplitSource, find_source
+from qwen_vl_sft.data.source import find_source
 from qwen_vl_sft.errors import BadRow, UserError
 
 ROW_ID = "row_id"
+# Rows of a stream whose columns tell its format.
+_LOOKED_AT = 20
 _SLICE = re.compile(r"^(?P<split>[\w.-]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
@@ -148,7 +152,10 @@ def in_memory(rows: Rows) -> Rows:
         yield from rows.dataset
 
     try:
-        dataset = Dataset.from_generator(read, features=rows.dataset.features)
+        if rows.dataset.features is None:
+            dataset = _in_memory(read())
+        else:
+            dataset = Dataset.from_generator(read, features=rows.dataset.features)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -156,13 +163,26 @@ def in_memory(rows: Rows) -> Rows:
     return Rows(dataset, rows.format, rows.name, rows.folder, rows.ignored_columns)
 
 
+def _in_memory(rows: Iterator[dict[str, Any]]) -> Dataset:
+    """Return rows of any columns and types."""
+    found = [(row.pop(ROW_ID), row) for row in map(dict, rows)]
+    texts = row_files.in_dataset([row for _, row in found])
+    return texts.add_column(ROW_ID, [row_id for row_id, _ in found]).with_transform(row_files.parse_texts)
+
+
 def _load(name: str, split: str, config: str | None) -> Dataset:
     dataset = find_source(name, split, config).load()
     if len(dataset) == 0:
         raise UserError(f"dataset {name}, split {split}: holds no rows")
+    return _numbered(dataset)
+
+
+def _numbered(dataset: Dataset) -> Dataset:
+    """Give rows their ids, and parse those that are texts when they are asked for."""
     # No format reads a column of this name in the data.
     others = dataset.remove_columns(ROW_ID) if ROW_ID in dataset.column_names else dataset
-    return others.add_column(ROW_ID, range(len(others)))
+    numbered = others.add_column(ROW_ID, range(len(others)))
+    return numbered.with_transform(row_files.parse_texts) if row_files.TEXT in numbered.column_names else numbered
 
 
 def _stream(name: str, split: str, config: str | None, shuffle_seed: int | None) -> IterableDataset:
@@ -177,8 +197,8 @@ def _stream(name: str, split: str, config: str | None, shuffle_seed: int | None)
 
     if shuffle_seed is not None and dataset.num_shards > 1 and "[" not in split:
         # Files are also mixed with each other, which leaves no row its place.
-        return _with_row_ids(_by_one_worker(dataset.shuffle(seed=shuffle_seed), source))
-    stream = _with_row_ids(_by_one_worker(dataset, source))
+        return _with_row_ids(source.in_one_shard(dataset.shuffle(seed=shuffle_seed)))
+    stream = _with_row_ids(source.in_one_shard(dataset))
     stream = stream.skip(start) if start else stream
     stream = stream.take(stop - start) if stop is not None else stream
     return stream if shuffle_seed is None else stream.shuffle(seed=shuffle_seed)
@@ -194,10 +214,8 @@ def _with_row_id(row: dict[str, Any], index: int) -> dict[str, Any]:
     return {**row, ROW_ID: index}
 
 
-def _by_one_worker(stream: IterableDataset, source: SplitSource) -> IterableDataset:
-    """Return a stream that a data loader cannot deal out to its workers by files: each would count and cut a part."""
-    return IterableDataset.from_generator(source.rows_of, features=stream.features, gen_kwargs={"stream": stream})
-
-
 def _columns_of(dataset: Any) -> set[str]:
-    return set(dataset.column_names or next(iter(dataset), ()))
+    if isinstance(dataset, Dataset) and row_files.TEXT in dataset.column_names:
+        return row_files.columns_of(dataset)
+    # In a stream of texts each row has its own.
+    return set(dataset.column_names or itertools.chain.from_iterable(itertools.islice(dataset, _LOOKED_AT)))

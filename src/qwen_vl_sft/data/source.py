@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +9,15 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Audio, Image, IterableDataset, List, Video
+from datasets import Audio, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, Video
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
+from qwen_vl_sft.data import local_files, row_files
+from qwen_vl_sft.data.formats.base import READ_BY_EVALUATION
+from qwen_vl_sft.data.formats.bookkeeping import is_bookkeeping
+from qwen_vl_sft.data.row_files import RowFiles
 from qwen_vl_sft.errors import UserError, first_line
-
-_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# A file that holds one split says so by its name, also when it is numbered as on the Hub.
-_NAMED_SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,21 @@ class SplitSource:
         return dataset
 
     def stream(self) -> Any:
-        """Open the split as a stream, undecoded, to be read by `rows_of`. Raises `UserError`."""
+        """Open the split as a stream, undecoded, to be read by `in_one_shard`. Raises `UserError`."""
         try:
             return _undecoded(datasets.load_dataset(**self.arguments, split=self.split, streaming=True))
         except Exception as error:
             raise self.refusal(error) from error
 
-    def rows_of(self, stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    def in_one_shard(self, stream: IterableDataset) -> IterableDataset:
+        """Return a stream that a data loader cannot deal out to its workers by files: each would count and cut a part."""
+        return IterableDataset.from_generator(self._read, features=stream.features, gen_kwargs={"stream": stream})
+
+    def refusal(self, error: BaseException) -> UserError:
+        """Turn an error of `datasets`, which raises a dozen kinds for a wrong name, split or file, into one for the user."""
+        return _refusal(self.name, self.split, error)
+
+    def _read(self, stream: IterableDataset) -> Iterator[dict[str, Any]]:
         """Yield the rows of a stream. Raises `UserError` where its files cannot be read any further."""
         try:
             # Read in batches, a stream does not ask which worker it is in.
@@ -56,101 +62,156 @@ class SplitSource:
         except (ValueError, TypeError, pa.ArrowException) as error:
             raise self.refusal(error) from error
 
+
+@dataclass(frozen=True)
+class FileSource:
+    """A split, with its slice, that lies in local text files: JSON, JSON lines, CSV or TSV."""
+
+    name: str
+    split: str
+    files: RowFiles
+
+    def load(self) -> Any:
+        """Load the split as a map-style dataset of texts, see `row_files.parse_texts`. Raises `UserError`."""
+        try:
+            return _sliced(self.files.prepare(), self.split)
+        except Exception as error:
+            raise self.refusal(error) from error
+
+    def stream(self) -> IterableDataset:
+        """Open the split as a stream of rows. Raises `UserError` where its files cannot be read any further."""
+        return IterableDataset.from_generator(self._read)
+
+    def in_one_shard(self, stream: IterableDataset) -> IterableDataset:
+        """Return the stream: it is one already."""
+        return stream
+
     def refusal(self, error: BaseException) -> UserError:
-        """Turn an error of `datasets`, which raises a dozen kinds for a wrong name, split or file, into one for the user."""
-        return UserError(f"dataset {self.name}, split {self.split}: cannot be loaded: {self._reason(error)}")
+        """Turn an error of reading the files into one for the user."""
+        return _refusal(self.name, self.split, error)
 
-    def _reason(self, error: BaseException) -> str:
-        while isinstance(error, DatasetGenerationError) and error.__cause__:  # which says only that there was one
-            error = error.__cause__
-        if self.arguments["path"] == "json" and not isinstance(error, OSError):
-            for file in map(Path, self.arguments.get("data_files", {}).values()):  # none: a Hub id of this name
-                if problem := _problem_of_json(file):
-                    return f"{file.name} {problem}"
-        return f"in its files {error.details()}" if isinstance(error, CastError) else first_line(error)
+    def _read(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self.files.read()
+        except (ValueError, OSError) as error:
+            raise self.refusal(error) from error
 
 
-def find_source(name: str, split: str, config: str | None) -> SplitSource:
+@dataclass(frozen=True)
+class DiskSource:
+    """A split, with its slice, of a folder that `save_to_disk` has written."""
+
+    name: str
+    split: str
+    folder: Path
+
+    def load(self) -> Any:
+        """Load the split as a map-style dataset, undecoded. Raises `UserError`."""
+        try:
+            dataset = datasets.load_from_disk(str(self.folder))
+            dataset.data.validate(full=True)
+            return _sliced(_undecoded(dataset), self.split)
+        except Exception as error:
+            raise _refusal(self.name, self.split, error) from error
+
+    def stream(self) -> IterableDataset:
+        """Open the split as a stream, undecoded. Raises `UserError`."""
+        return self.load().to_iterable_dataset()
+
+    def in_one_shard(self, stream: IterableDataset) -> IterableDataset:
+        """Return the stream: it is one already."""
+        return stream
+
+
+Source = SplitSource | FileSource | DiskSource
+
+
+def find_source(name: str, split: str, config: str | None) -> Source:
     """Find the split of a Hub dataset, a local folder or a local file. Raises `UserError`."""
-    path = Path(name).expanduser()
+    path = Path(name).expanduser().absolute()
+    if path.is_file():
+        return _file_source(name, path, split, config)
     if path.exists():
-        return SplitSource(name, split, {"name": config, **_local_arguments(path, split.split("[")[0])})
-    if name.startswith((".", "/", "~")) or path.suffix in _KINDS:
+        if saved := local_files.saved_split(path, _base(split)):
+            return DiskSource(name, split, saved)
+        files = local_files.find_split(path, _base(split))
+        if isinstance(files, RowFiles):
+            return FileSource(name, split, files)
+        return SplitSource(name, split, {"name": config, **files.arguments})
+    if name.startswith((".", "/", "~")) or row_files.kind_of(path) or path.suffix == ".parquet":
         raise UserError(f"dataset_name: {name} does not exist here; give a local folder or file, or a Hub id")
     return SplitSource(name, split, {"name": config, "path": name})
 
 
-def _local_arguments(path: Path, split: str) -> dict[str, Any]:
-    """Return the arguments of `load_dataset` for a local path.
-
-    By default it reads a folder of JSONL and images as images only.
-    """
-    if path.is_file():
-        kind = _KINDS.get(path.suffix)
-        if kind is None:
-            raise UserError(f"dataset_name: {path} is none of .jsonl, .json, .parquet, nor a folder")
-        named = _NAMED_SPLIT.fullmatch(path.stem)
-        own = named[1] if named else "train"
-        if split != own:
-            # Under another name, training rows would silently be used for evaluation.
-            raise UserError(
-                f"dataset {path}: has no split {split!r}: a file is one split, this one {own!r}; name it, take slices"
-                f" of it such as {own}[:90%] and {own}[90%:], or give a folder of one file per split"
-            )
-        return {"path": kind, "data_files": {own: str(path)}}
-    files = sorted(file for file in path.iterdir() if _KINDS.get(file.suffix) == "json" and file.stem != "metadata")
-    if files and not any(path.rglob("*.parquet")):
-        own_files = [file for file in files if file.stem == split]
-        if not own_files:
-            splits = dict.fromkeys(file.stem for file in files)
-            raise UserError(f"dataset {path}: has no split {split!r}; its files give {', '.join(splits)}")
-        if len(own_files) > 1:
-            both = " and ".join(file.name for file in own_files)
-            raise UserError(f"dataset {path}: split {split!r} has two files, {both}; keep one, or name one of them")
-        # Only this file: all named files would be read, and their columns would have to agree.
-        return {"path": "json", "data_files": {split: str(own_files[0])}}
-    return {"path": str(path)}
+def _file_source(name: str, path: Path, split: str, config: str | None) -> SplitSource | FileSource:
+    if row_files.kind_of(path) is None and path.suffix != ".parquet":
+        raise UserError(f"dataset_name: {name} is none of .jsonl, .json, .csv, .tsv, .parquet, nor a folder")
+    own = local_files.split_of_file(path)
+    if _base(split) != own:
+        # Under another name, training rows would silently be used for evaluation.
+        raise UserError(
+            f"dataset {name}: has no split {_base(split)!r}: a file is one split, this one {own!r}; name it, take slices"
+            f" of it such as {own}[:90%] and {own}[90%:], or give a folder of one file per split"
+        )
+    if row_files.kind_of(path):
+        return FileSource(name, split, RowFiles((path,)))
+    files = {own: [local_files.escaped(path)]}
+    return SplitSource(name, split, {"name": config, "path": "parquet", "data_files": files})
 
 
-def _problem_of_json(file: Path) -> str | None:
-    """Return the fault of a file of JSON, a value a line or one for all, and its place; None for good JSON."""
-    with file.open("rb") as raw_lines:
-        for number, raw in enumerate(raw_lines, start=1):
-            try:
-                raw.decode()
-            except UnicodeDecodeError as error:
-                return f"is no UTF-8 text (line {number}, byte {error.start + 1}); save it as UTF-8"
-    rows = 0
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
-                if not rows:
-                    return _problem_of_whole(file)
-                return f"is no JSON (line {number}, column {error.colno}: {error.msg})"
-            if not isinstance(value, dict | list):
-                return f"holds no row in line {number}, but {line.strip()[:40]}"
-            rows += 1
-    return None if rows else "is empty"
+def _base(split: str) -> str:
+    return split.split("[")[0]
 
 
-def _problem_of_whole(file: Path) -> str | None:
-    """Return the fault of a file that holds a single JSON value over several lines."""
-    try:
-        json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        return f"is no JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-    return None
+def _sliced(dataset: Dataset, split: str) -> Dataset:
+    """Return the slice of a dataset that holds the whole split."""
+    name = _base(split)
+    if "[" not in split:
+        return dataset
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(dataset)})
+    sliced = [dataset.select(range(part.from_, part.to)) for part in parts]
+    return sliced[0] if len(sliced) == 1 else datasets.concatenate_datasets(sliced)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while isinstance(error, DatasetGenerationError) and error.__cause__:  # which says only that there was one
+        error = error.__cause__
+    return error
+
+
+def _refusal(name: str, split: str, error: BaseException) -> UserError:
+    error = _first_cause(error)
+    told = f"in its files {error.details()}" if isinstance(error, CastError) else first_line(error)
+    return UserError(f"dataset {name}, split {split}: cannot be loaded: {told}")
 
 
 def _undecoded(dataset: Any) -> Any:
     """Keep image columns as bytes and paths, which workers decode; and others' videos and sounds, which nobody reads."""
     for column, feature in (dataset.features or {}).items():
         inner = feature.feature if isinstance(feature, List) else feature
+        if isinstance(inner, ClassLabel) and not is_bookkeeping(column) and column not in READ_BY_EVALUATION:
+            dataset = _named(dataset, column, inner.names, isinstance(feature, List))
         if isinstance(inner, Image | Video | Audio):
             kept = type(inner)(decode=False)
             dataset = dataset.cast_column(column, List(kept) if isinstance(feature, List) else kept)
     return dataset
+
+
+def _named(dataset: Any, column: str, names: list[str], is_list: bool) -> Any:
+    """Put the names of classes in place of their numbers."""
+    feature = List(Value("string")) if is_list else Value("string")
+    if isinstance(dataset, IterableDataset):
+
+        def name(row: dict[str, Any]) -> dict[str, Any]:
+            return {column: _names_of(row[column], names)}
+
+        return dataset.map(name, features=Features({**dataset.features, column: feature}))
+    named = [_names_of(value, names) for value in dataset.with_format(None)[column]]
+    order = dataset.column_names
+    return dataset.remove_columns(column).add_column(column, named, feature=feature).select_columns(order)
+
+
+def _names_of(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_names_of(part, names) for part in value]
+    return names[value] if value is not None and value >= 0 else None

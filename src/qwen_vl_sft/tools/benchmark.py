@@ -24,6 +24,7 @@ from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.media import ReadMedia
+from qwen_vl_sft.data.row_files import parse_texts
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
@@ -248,7 +249,8 @@ def as_messages(data: PreparedData) -> Any:
     rows, system_message = data.train.rows, data.encoder.system_message
     start = [{"role": "system", "content": [{"type": "text", "text": system_message}]}] if system_message else []
 
-    def read(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        columns = parse_texts(batch)
         raw = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         conversations = [rows.conversation(row) for row in raw]
         return {

@@ -1,0 +1,264 @@
+"""Rows of text files (JSON, JSON lines, CSV, TSV): each is read by itself and kept as the text of a JSON object.
+
+So a row means what it says whatever its neighbours hold, and no value is changed before a format reads it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from datasets import Dataset, Features, Value
+from datasets.packaged_modules.generator.generator import Generator
+
+from qwen_vl_sft.data import json_stream
+from qwen_vl_sft.errors import shortened
+
+_KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv"}
+_OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# Columns of a prepared dataset: the text of a row, and the names of its columns as a JSON list.
+TEXT, COLUMNS = "__json_text__", "__json_columns__"
+_FEATURES = Features({TEXT: Value("large_string"), COLUMNS: Value("string")})
+# Raise it when files are read otherwise than before: prepared rows are then read anew.
+_VERSION = 1
+
+
+def kind_of(file: Path) -> str | None:
+    """Return "json" or "csv" for a file of text rows, compressed or not, by its name; None for another file."""
+    return _KINDS.get(Path(file.name.lower().removesuffix(_compression_of(file))).suffix)
+
+
+def stem_of(file: Path) -> str:
+    """Return the name of a file of text rows without its suffixes."""
+    return Path(file.name[: len(file.name) - len(_compression_of(file))]).stem
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """The files that hold a split's rows.
+
+    Attributes:
+        files: absolute paths, in the rows' order.
+        name_images: whether they are tables beside images (`metadata.csv`): their columns `file_name` name images
+            relative to the table.
+        left_out: images, as absolute paths, whose rows belong to another split.
+    """
+
+    files: tuple[Path, ...]
+    name_images: bool = False
+    left_out: frozenset[str] = frozenset()
+
+    def prepare(self) -> Dataset:
+        """Return the rows as a memory-mapped dataset of texts, cached by the files' names, sizes and times.
+
+        Its fingerprint follows from those too. Raises `ValueError` that names the file, and the place in it.
+        """
+        stats = [file.stat() for file in self.files]
+        arguments = {
+            "files": tuple(map(str, self.files)),
+            "stamps": tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
+            "name_images": self.name_images,
+            "left_out": tuple(sorted(self.left_out)),
+            "version": _VERSION,
+        }
+        builder = Generator(features=_FEATURES, generator=_entries, gen_kwargs=arguments, split="train")
+        builder.download_and_prepare()
+        return builder.as_dataset(split="train")
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows. Raises `ValueError` that names the file, and the place in it."""
+        for _, row in self.texts_and_rows():
+            yield row
+
+    def texts_and_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each row's text in JSON, and the row. Raises `ValueError` that names the file, and the place in it."""
+        for file in self.files:
+            for text, row in _read(file):
+                if not self.name_images:
+                    yield text, row
+                    continue
+                row, images = _with_images(row, file)
+                if self.left_out.isdisjoint(images):
+                    yield json.dumps(row), row
+
+
+def in_dataset(rows: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Return rows that a stream of texts has brought as a dataset of texts."""
+    found = [_entry(json.dumps(row), row) for row in rows]
+    return Dataset.from_list(found, features=_FEATURES)
+
+
+def columns_of(dataset: Dataset) -> set[str]:
+    """Return the names of the columns that rows of a dataset of texts have."""
+    # Asked of the dataset itself, a shuffled one would be written to disk first.
+    return {name for found in dataset.data.column(COLUMNS).unique().to_pylist() for name in json.loads(found)}
+
+
+def parse_texts(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Turn a batch of texts into rows: the transform of a dataset whose column `row_id` is kept."""
+    if TEXT not in batch:
+        return batch
+    others = {name: values for name, values in batch.items() if name not in (TEXT, COLUMNS)}
+    rows = [json.loads(text) for text in batch[TEXT]]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {**{name: [row.get(name) for row in rows] for name in names}, **others}
+
+
+def _entries(
+    files: tuple[str, ...], stamps: Any, name_images: bool, left_out: tuple[str, ...], version: int
+) -> Iterator[dict[str, str]]:
+    for text, row in RowFiles(tuple(map(Path, files)), name_images, frozenset(left_out)).texts_and_rows():
+        yield _entry(text, row)
+
+
+def _entry(text: str, row: Mapping[str, Any]) -> dict[str, str]:
+    return {TEXT: text, COLUMNS: json.dumps(sorted(row))}
+
+
+def _with_images(row: dict[str, Any], table: Path) -> tuple[dict[str, Any], list[str]]:
+    """Name columns of files as `datasets` does: `file_name` becomes `image`, `chart_file_name` `chart`; list the files.
+
+    Raises `ValueError` for a row that has a column of that name too.
+    """
+    named: dict[str, Any] = {}
+    images: list[str] = []
+
+    def beside(value: Any) -> Any:
+        if isinstance(value, list):
+            return [beside(part) for part in value]
+        if not isinstance(value, str) or not value:
+            return value
+        images.append(os.path.normpath(table.parent / value))
+        return str(table.parent / value)
+
+    for name, value in row.items():
+        if name in ("file_name", "file_names"):
+            wanted = "image" if name == "file_name" else "images"
+        elif name.endswith(("_file_name", "_file_names")):
+            wanted = name.rpartition("_file_name")[0]
+        else:
+            named[name] = value
+            continue
+        if wanted in row:
+            raise ValueError(f"{table.name} has a column {wanted} beside {name}, which names the same; keep one")
+        named[wanted] = beside(value)
+    return named, images
+
+
+def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    is_empty = True
+    try:
+        with _opened(file) as source:
+            for found in _csv_rows(file, source) if kind_of(file) == "csv" else _json_rows(file, source):
+                is_empty = False
+                yield found
+    except UnicodeDecodeError:
+        raise ValueError(f"{file.name} is no UTF-8 text ({_place_of_other_text(file)}); save it as UTF-8") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{file.name} cannot be decompressed ({error})") from None
+    if is_empty:
+        raise ValueError(f"{file.name} is empty")
+
+
+def _compression_of(file: Path) -> str:
+    suffix = file.suffix.lower()
+    return suffix if suffix in _OPENERS else ""
+
+
+def _opened(file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    opener = _OPENERS.get(_compression_of(file))
+    return opener(file, "rb") if opener else file.open("rb")
+
+
+def _csv_rows(file: Path, source: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a table under its header; every value is the text that is written."""
+    # Images as base64 are longer than the limit of 131,072.
+    csv.field_size_limit(2**31 - 1)
+    lines = io.TextIOWrapper(source, encoding="utf-8-sig", newline="")
+    is_tsv = file.name.lower().removesuffix(_compression_of(file)).endswith(".tsv")
+    # Strict: a quote that is left open would swallow the lines after it.
+    reader = csv.reader(lines, delimiter="\t" if is_tsv else ",", strict=True)
+    try:
+        names = next(reader, [])
+        stated = [name for name in names if name]
+        if len(set(stated)) < len(stated):
+            raise ValueError(f"{file.name} has two columns of one name in its first line; rename one")
+        for values in reader:
+            if not values:
+                continue
+            if len(values) != len(names):
+                raise ValueError(
+                    f"{file.name} has {len(values)} value(s) in line {reader.line_num}, under {len(names)} column"
+                    " name(s); put values that hold a separator into quotes"
+                )
+            row = dict(zip(names, values, strict=True))
+            # The index that pandas writes has no name.
+            nameless = row.pop("", "")
+            if nameless and not nameless.isdigit():
+                raise ValueError(f"{file.name} has a column without a name in its first line; name it or remove it")
+            yield json.dumps(row), row
+    except csv.Error as error:
+        raise ValueError(f"{file.name} is no table (line {reader.line_num}: {error})") from None
+
+
+def _json_rows(file: Path, source: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a list, or one a line, or one after another over several lines."""
+    is_first = True
+    for number, raw in enumerate(source, start=1):
+        # Files that were joined have a mark of their encoding in the middle.
+        line = raw.decode("utf-8-sig")
+        text = line.strip(json_stream.SPACE)
+        if not text:
+            continue
+        if is_first and (text.startswith("[") or text == "{"):
+            break
+        is_first = False
+        try:
+            value = json_stream.loads(text)
+        except json_stream.JsonFault as fault:
+            column = line.index(text) + fault.position + 1
+            raise ValueError(f"{file.name} is no JSON (line {number}, column {column}: {fault})") from None
+        yield text, _row(value, text, file, number)
+    else:
+        return
+    with _opened(file) as again:
+        values = json_stream.values(io.TextIOWrapper(again, encoding="utf-8-sig", newline="\n"))
+        try:
+            for text, value, number in values:
+                yield text, _row(value, text, file, number)
+        except json_stream.JsonFault as fault:
+            place = f"line {fault.line}, column {fault.position + 1}"
+            raise ValueError(f"{file.name} is no JSON ({place}: {fault})") from None
+
+
+def _row(value: Any, text: str, file: Path, line: int) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} holds no row in line {line}, but {shortened(text)}")
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            alone = "one of \\ud800 to \\udfff alone"
+            raise ValueError(f"{file.name} holds half a character in line {line}: {alone}") from None
+    return value
+
+
+def _place_of_other_text(file: Path) -> str:
+    with _opened(file) as raw_lines:
+        for number, raw in enumerate(raw_lines, start=1):
+            try:
+                raw.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte {error.start + 1}"
+    return "at its end"

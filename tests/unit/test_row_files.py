@@ -1,0 +1,268 @@
+"""Rows of text files mean what they say by themselves, in any order, file and form."""
+
+import gzip
+import json
+import os
+import pickle
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fixtures.messages import RED, conversation_row, png, write_messages
+from qwen_vl_sft.data import json_stream, row_files
+from qwen_vl_sft.data.dataset import in_memory, open_rows
+from qwen_vl_sft.data.row_files import RowFiles
+from qwen_vl_sft.errors import UserError
+
+
+def texts(conversation):
+    return ["".join(part.get("text", "") for part in message["content"]) for message in conversation.messages]
+
+
+def read(path, split="train", streaming=False):
+    rows = open_rows(str(path), split, streaming=streaming)
+    return [texts(rows.conversation(row)) for row in rows.dataset]
+
+
+def parts(text):
+    return [{"type": "image"}, {"type": "text", "text": text}]
+
+
+MIXED = [
+    conversation_row("<image>One?", "1"),
+    conversation_row(parts("Two?"), 2),
+    conversation_row(parts("Three?"), [{"type": "text", "text": "2024-01-01"}]),
+    {**conversation_row("<image>Four?", "2024-01-01T10:00:00"), "note": {"any": [1, "x", None]}},
+    {**conversation_row("<image>Five?", 0.5), "note": "text"},
+]
+EXPECTED = [["One?", "1"], ["Two?", "2"], ["Three?", "2024-01-01"], ["Four?", "2024-01-01T10:00:00"], ["Five?", "0.5"]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("form", ["lines", "list", "indented", "windows", "objects", "gz"])
+def test_a_row_means_the_same_beside_any_other(form, order, streaming, tmp_path):
+    rows = MIXED[::order]
+    folder = write_messages(tmp_path, rows)
+    if form == "windows":
+        text = "\r\n".join(map(json.dumps, rows))
+        (folder / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    elif form == "objects":
+        (folder / "train.jsonl").write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    elif form == "gz":
+        (folder / "train.jsonl.gz").write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
+        (folder / "train.jsonl").unlink()
+    elif form != "lines":
+        (folder / "train.jsonl").unlink()
+        (folder / "train.json").write_text(json.dumps(rows, indent=2 if form == "indented" else None))
+    assert read(folder, streaming=streaming) == EXPECTED[::order]
+    assert read(folder, "train[1:3]", streaming=streaming) == EXPECTED[::order][1:3]
+    if streaming:
+        kept = in_memory(open_rows(str(folder), "train[1:]", streaming=True))
+        assert [texts(kept.conversation({"row": index})) for index in range(4)] == EXPECTED[::order][1:]
+        assert list(kept.dataset["row_id"]) == [1, 2, 3, 4]
+
+
+def test_rows_are_cached_until_their_file_changes_and_pickle_cheaply(tmp_path, monkeypatch):
+    folder = write_messages(tmp_path, [conversation_row(answer=f"{number} {'x' * 1000}") for number in range(200)])
+    rows = open_rows(str(folder), "train", shuffle_seed=1, max_rows=150)
+    assert len(pickle.dumps(rows)) < 20_000
+    copy = pickle.loads(pickle.dumps(rows))
+    assert texts(copy.conversation({"row": 7})) == texts(rows.conversation({"row": 7}))
+    with monkeypatch.context() as patch:
+        patch.setattr(row_files, "_json_rows", None)
+        again = open_rows(str(folder), "train", shuffle_seed=1, max_rows=150)
+        assert again.dataset._fingerprint == rows.dataset._fingerprint
+        assert len(open_rows(str(folder), "train")) == 200
+    os.utime(folder / "train.jsonl", (1, 1))
+    assert (
+        open_rows(str(folder), "train", shuffle_seed=1, max_rows=150).dataset._fingerprint != again.dataset._fingerprint
+    )
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps(conversation_row(answer="new")))
+    assert texts(open_rows(str(folder), "train").conversation({"row": 200})) == ["Which color?", "new"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('[\n {"a": 1}\n {"a": 2}]', r"line 3, column 2: Expecting ',' delimiter"),
+        ('[{"a": 1}, \n  x]', r"line 2, column 3: Expecting value"),
+        ('[{"a": 1},', r"line 1, column 11: Expecting value"),
+        ('[{"a": 1}]\n\n[]', r"line 3, column 1: Extra data"),
+        ('[{"a": 1},\n 5]', r"holds no row in line 2, but 5"),
+        ("[]", "is empty"),
+        ('{\n "a": 1}\n{\n "a": 1,\n}', r"line 5, column 1: Expecting property name"),
+        ('{"a": 1, "b": {"a": 1, "c": 2, "c": 3}}', "line 1, column 1: an object holds the key 'c' twice"),
+        ('[{"a": 1},\n {"b": 1, "b": 2}]', "line 2, column 2: an object holds the key 'b' twice"),
+        ('\n {"a": 1} x', "line 2, column 11: Extra data"),
+        ('{"a": ' + 5000 * "1" + "}", "line 1, column 1: Exceeds the limit"),
+        ('{"a": "\\ud83d"}', r"half a character in line 1"),
+    ],
+)
+def test_faults_of_json_are_told_with_their_place(text, told, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "_BLOCK", block)
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        list(RowFiles((tmp_path / "train.json",)).read())
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=4), values, max_size=4), min_size=1, max_size=5),
+    indent=st.sampled_from([None, 1]),
+    plain=st.booleans(),
+    block=st.integers(1, 50),
+)
+def test_whatever_is_written_as_json_is_read_as_it_was(rows, indent, plain, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "_BLOCK", block)
+    lines, whole = tmp_path / "a.jsonl", tmp_path / "b.json"
+    lines.write_text("\n".join(json.dumps(row, ensure_ascii=plain) for row in rows), encoding="utf-8")
+    whole.write_text(json.dumps(rows, ensure_ascii=plain, indent=indent), encoding="utf-8")
+    assert list(RowFiles((lines,)).read()) == list(RowFiles((whole,)).read()) == rows
+
+
+VALUES = ["00501", "5.10", "None", "NA", "nan", "null", "1e5", "true", "2024-01-01", "1,000", 'say "x"']
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "metadata.csv", "metadata.jsonl"])
+def test_values_of_a_table_are_the_text_that_was_written(kind, streaming, tmp_path):
+    import csv
+
+    folder = tmp_path / "train" if "metadata" in kind else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "a.png").write_bytes(png())
+    name = "file_name" if "metadata" in kind else "image"
+    for number in range(len(VALUES)):
+        (folder / f"{number:02}.png").write_bytes(png())
+    rows = [{name: f"{number:02}.png", "query": value, "label": value} for number, value in enumerate(VALUES)]
+    file = folder / (kind if "metadata" in kind else f"train.{kind}")
+    if kind.endswith("jsonl"):
+        file.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, [name, "query", "label"], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    assert read(tmp_path, streaming=streaming) == [[value, value] for value in VALUES]
+    opened = open_rows(str(tmp_path), "train[2:3]", streaming=streaming)
+    (row,) = opened.dataset
+    assert opened.conversation(row).media[0].path == str((folder / "02.png").resolve())
+
+
+def test_an_image_folder_of_one_table_is_read_by_the_splits_of_its_images(tmp_path):
+    lines = ["file_name,query,label"]
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number in (1, 0):
+            (tmp_path / split / f"{number}.png").write_bytes(png())
+            lines.append(f"{split}/{number}.png,{split} {number}?,0{number}")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    assert read(tmp_path, "test") == [["test 1?", "01"], ["test 0?", "00"]]
+    assert read(tmp_path, "train[1:]") == [["train 0?", "00"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("image,query,label\na.png,x\n", r"has 2 value\(s\) in line 2, under 3 column name\(s\)"),
+        ("image,query,query\na,b,c\n", "two columns of one name"),
+        ("image,query,label\n", "is empty"),
+        ('image,query,label\na,"b,c\na,b,c\n', "is no table \\(line 3: unexpected end of data"),
+        ("image,query,label,\na,b,c,d\n", "a column without a name in its first line"),
+    ],
+)
+def test_faults_of_tables_are_told(text, told, tmp_path):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match=told):
+        open_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "folder"])
+def test_a_name_is_no_pattern(kind, streaming, tmp_path):
+    import datasets
+
+    found = {}
+    for name, answer in (("export[1]", "right"), ("export1", "wrong"), ("ex*", "star"), ("exa", "wrong")):
+        folder = tmp_path / name
+        write_messages(folder, [])
+        row = {"image": RED, "query": "Which?", "label": answer}
+        (folder / "train.jsonl").unlink()
+        if kind == "jsonl":
+            (folder / "train.jsonl").write_text(json.dumps(row))
+        elif kind == "csv":
+            (folder / "train.csv").write_text(f"image,query,label\n{RED},Which?,{answer}\n")
+        elif kind == "parquet":
+            datasets.Dataset.from_list([row]).to_parquet(folder / "train-00000-of-00001.parquet")
+        else:
+            (folder / "metadata.csv").write_text(f"file_name,query,label\n{RED},Which?,{answer}\n")
+        found[name] = [*folder.iterdir()]
+        assert read(folder, streaming=streaming) == [["Which?", answer]]
+    if kind == "parquet":
+        for name, answer in (
+            ("a[0].parquet", "this"),
+            ("a0.parquet", "other"),
+            ("b*.parquet", "star"),
+            ("bc.parquet", "x"),
+        ):
+            row = {"image": RED, "query": "Which?", "label": answer}
+            datasets.Dataset.from_list([row]).to_parquet(tmp_path / name)
+            assert read(tmp_path / name, streaming=streaming) == [["Which?", answer]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_are_read_by_their_names(streaming, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+    kinds = ClassLabel(names=["cat", "dog"])
+    image = {"bytes": png(), "path": None}
+    for column, values, answers in (
+        (kinds, [1, 0, None], ["dog", "cat"]),
+        (List(kinds), [[1, 0], [0], []], ["dog", "cat"]),
+    ):
+        features = Features({"image": Image(), "query": Value("string"), "label": column})
+        rows = [{"image": image, "query": "Which?", "label": value} for value in values]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+        opened = open_rows(str(tmp_path / "train.parquet"), "train[:2]", streaming=streaming)
+        assert [texts(opened.conversation(row))[1] for row in opened.dataset] == answers
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_save_to_disk_are_read(streaming, tmp_path):
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+
+    features = Features({"image": Image(), "query": Value("string"), "label": Value("string")})
+    rows = [{"image": {"bytes": png(), "path": None}, "query": f"{number}?", "label": "x"} for number in range(4)]
+    dataset = Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": dataset, "test": dataset.select([3])}).save_to_disk(tmp_path / "both")
+    for name in ("one", "both"):
+        assert read(tmp_path / name, "train[1:3]", streaming) == [["1?", "x"], ["2?", "x"]]
+    assert read(tmp_path / "both", "test", streaming) == [["3?", "x"]]
+    for name, told in (("one", "has written one, 'train'"), ("both", "has written train, test")):
+        with pytest.raises(UserError, match=told):
+            open_rows(str(tmp_path / name), "val", streaming=streaming)
+
+
+def test_rows_of_texts_are_compared_with_trl(tmp_path):
+    from types import SimpleNamespace
+
+    from qwen_vl_sft.data.scan import Scan
+    from qwen_vl_sft.tools.benchmark import as_messages
+
+    rows = open_rows(str(write_messages(tmp_path, [conversation_row(), conversation_row(parts("Second?"))])), "train")
+    scan = Scan(rows, None, None, [], [])
+    found = as_messages(SimpleNamespace(train=scan, encoder=SimpleNamespace(system_message=None)))
+    assert found[1]["messages"][0]["content"] == parts("Second?")
+    assert [image.size for row in found for image in row["images"]] == [(56, 56), (56, 56)]
