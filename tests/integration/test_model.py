@@ -39,6 +39,21 @@ def seven_b(shared):
     return settings(model_name_or_path=str(shared / "qwen2vl/config-7b"))
 
 
+@pytest.mark.parametrize("template", [None, {"rag": "{{ messages }}"}])
+def test_a_processor_without_a_chat_template_is_refused(template, tmp_path):
+    for file in tiny.MODEL_DIR.iterdir():
+        if file.name not in ("chat_template.jinja", "model.safetensors"):
+            (tmp_path / file.name).symlink_to(file)
+    if template:
+        (tmp_path / "additional_chat_templates").mkdir()
+        for name, text in template.items():
+            (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    with pytest.raises(
+        UserError, match=f"model_name_or_path: {tmp_path} has no chat template.*copy chat_template.jinja"
+    ):
+        load_processor(settings(model_name_or_path=str(tmp_path)))
+
+
 def qwen_2_5_and_3(tied=False):
     from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 

@@ -237,6 +237,8 @@ def test_a_used_folder_is_refused_with_the_ways_out(sft, good):
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(sft, good, tmp_path):
+    rows = good["dataset_name"] / "train.jsonl"
+    rows.write_text("".join(json.dumps({**json.loads(row), "id": 7}) + "\n" for row in rows.read_text().splitlines()))
     before = snapshot(tmp_path)
     keys = {**good, "max_steps": -1, "num_train_epochs": 3, "global_batch_size": 4, "lora_r": 8}
     code, printed = sft(*words(keys), "--dry_run")
@@ -245,6 +247,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(sft, good, tmp_path):
     assert "batch       4 rows a step = 1 a device x 1 x 4 accumulated" in printed
     assert "steps       3" in printed
     assert "train       2 rows" in printed
+    assert "ignored     1 column(s) that are not read: id\n" in printed
     assert "trains      LoRA r=8 on 28 layers: down_proj, gate_proj, k_proj" in printed
     assert "language " in printed
     assert " tokens, 2 of them learned, between {{ and }}" in " ".join(printed.split())

@@ -153,6 +153,13 @@ def test_an_evaluation_scores_the_last_answer_that_is_learned():
     assert asked.last_answer == "red"
 
 
+def test_conversations_may_have_turns_of_messages():
+    conversation = read({"conversations": [{"from": None, "value": None, **TURNS[0]}, TURNS[1]], "system": "x"})
+    assert texts(conversation) == ["x", "What?", "red"]
+    with pytest.raises(BadRow, match="something in 'mask'"):
+        read({"conversations": [{**TURNS[0], "mask": 1}, TURNS[1]]})
+
+
 @pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
 @pytest.mark.parametrize("completion", ["red", [{"role": "assistant", "content": "red"}]])
 def test_prompts_with_completions(prompt, completion, tmp_path):
@@ -164,6 +171,8 @@ def test_prompts_with_completions(prompt, completion, tmp_path):
 
 
 def test_of_a_prompt_nothing_is_learned(tiny_processor):
+    with pytest.raises(BadRow, match="a prompt with a turn that is to be learned, and only the completion is"):
+        read({"prompt": [TURNS[0], {**TURNS[1], "weight": 1}, TURNS[0]], "completion": "red"})
     prompt = [TURNS[0], {"role": "assistant", "content": "draft"}, TURNS[0]]
     encoded = Encoder(tiny_processor).encode(read({"prompt": prompt, "completion": "red"}))
     assert learned(tiny_processor, encoded) == "red<|im_end|>"

@@ -18,6 +18,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.task import read_usable
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.merging.plan import Plan
+from qwen_vl_sft.modeling.base_model import check_chat_template
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Samples:
         stored = message.read_text(encoding="utf-8") if message.is_file() else None
         system = self.row_format.resolve_system_message(stored)
         chat = family_of(AutoConfig.from_pretrained(folder)).chat_with(self.enable_thinking)
-        return Encoder(AutoProcessor.from_pretrained(folder), system_message=system, chat=chat)
+        processor = AutoProcessor.from_pretrained(folder)
+        check_chat_template(processor, f"--samples: {folder}")
+        return Encoder(processor, system_message=system, chat=chat)
 
 
 def read_samples(plan: Plan) -> Samples | None:

@@ -12,7 +12,7 @@ _NAMES = """
     license licence copyright author authors annotator user_name model model_name generator version
     date time timestamp created created_at create_time updated_at
     score scores rating ratings quality difficulty level length size width height num_tokens token_count
-    note notes comment comments meta metadata info extra_info
+    note notes comment comments meta metadata info extra_info parallel_tool_calls
 """
 _KNOWN = frozenset(_NAMES.split())
 _PATTERNS = re.compile(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.data.conversation import Conversation, Message
-from qwen_vl_sft.data.formats.base import DataFormat, Row
+from qwen_vl_sft.data.formats.base import DataFormat, Row, has_value
 from qwen_vl_sft.data.formats.content import number_as_text
 from qwen_vl_sft.data.formats.turns import is_list_of_turns, turns_as_conversation
 from qwen_vl_sft.errors import BadRow, quoted
@@ -26,7 +26,10 @@ SPEAKERS = {
 
 
 def parse(row: Row, folder: Path | None) -> Conversation:
-    """Read `conversations` (from, value) as messages are read; the value of a `function_call` is its JSON text."""
+    """Read `conversations` (from, value; or role, content) as messages are read.
+
+    The value of a `function_call` is its JSON text.
+    """
     turns = row.get("conversations")
     if not turns or not is_list_of_turns(turns):
         raise BadRow("has no conversations, or some that are not a list of turns, each with a from and a value")
@@ -34,6 +37,8 @@ def parse(row: Row, folder: Path | None) -> Conversation:
 
 
 def _turn(turn: Mapping[str, Any]) -> Message:
+    if "role" in turn and not has_value(turn.get("from")):
+        return {name: entry for name, entry in turn.items() if name not in ("from", "value")}
     speaker, value = str(turn.get("from")), number_as_text(turn.get("value"))
     if speaker not in SPEAKERS:
         raise BadRow(f"has a turn from {quoted(speaker)}; known are {', '.join(SPEAKERS)}")

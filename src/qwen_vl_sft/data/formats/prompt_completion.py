@@ -8,13 +8,15 @@ from typing import Any
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.formats.base import DataFormat, Row
 from qwen_vl_sft.data.formats.content import number_as_text
-from qwen_vl_sft.data.formats.turns import is_list_of_turns, turns_as_conversation
+from qwen_vl_sft.data.formats.turns import LEARNED, is_list_of_turns, turns_as_conversation
 from qwen_vl_sft.errors import BadRow
 
 
 def parse(row: Row, folder: Path | None) -> Conversation:
     """Read `prompt` and `completion` as messages are read; of the prompt nothing is learned."""
     prompt, completion = _turns(row, "prompt", "user"), _turns(row, "completion", "assistant")
+    if any(turn.get(name) for turn in prompt for name in LEARNED):
+        raise BadRow("has a prompt with a turn that is to be learned, and only the completion is")
     shown = [{**turn, "weight": 0} if turn.get("role") == "assistant" else turn for turn in prompt]
     return turns_as_conversation([*shown, *completion], row, folder)
 

@@ -17,10 +17,10 @@ from qwen_vl_sft.errors import BadRow, quoted, shortened
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys of a turn by which other trainers say whether it is learned.
-_LEARNED = ("weight", "loss", "train")
+LEARNED = ("weight", "loss", "train")
 # Names of a thought, as transformers knows them.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_READ_OF_TURNS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", *_LEARNED, *_THOUGHTS})
+_READ_OF_TURNS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", *LEARNED, *_THOUGHTS})
 
 
 def turns_as_conversation(turns: list[Message], row: Row, folder: Path | None) -> Conversation:
@@ -162,11 +162,11 @@ def _message(turn: Message, has_parts: bool) -> Message:
     if "tool_calls" in message and not text_of(message).strip():
         # Templates put a line break between a content and its calls.
         message["content"] = [part for part in message["content"] if part["type"] != "text"]
-    learned = [_is_learned(turn[name], name) for name in _LEARNED if turn.get(name) is not None]
+    learned = [_is_learned(turn[name], name) for name in LEARNED if turn.get(name) is not None]
     if role != "assistant" and True in learned:
         raise BadRow(f"has a turn of role {quoted(role)} that is to be learned, and only answers are")
     if len(set(learned)) > 1:
-        raise BadRow(f"has a turn whose {' and '.join(_LEARNED)} do not agree on whether it is learned")
+        raise BadRow(f"has a turn whose {' and '.join(LEARNED)} do not agree on whether it is learned")
     if role == "assistant" and False in learned:
         message["learned"] = False
     return message
