@@ -50,6 +50,9 @@ REFERENCES = [
     "[Image: a bar chart]",
     "{{image}}",
     "{{ image_1 }}",
+    "<start_of_image>",
+    "\ncharts/a.PNG\n",
+    "\nPicture 1: charts/a.jpg\n",
 ]
 NAMED = [
     '<img src="a.png">',
@@ -63,6 +66,9 @@ NAMED = [
     "![x][ref]",
     "![[a.png]]",
     "[img]a.png[/img]",
+    "<media>charts/a.png</media>",
+    r"\includegraphics[width=3cm]{a}",
+    ".. image:: a.png",
     f"Look: {URI}",
 ]
 
@@ -122,7 +128,9 @@ def test_other_media_named_in_a_text_are_refused(form):
         "<im_start> <im> <imgs> <photos>",
         "Is the image in a.png? The file is called chart.png.",
         "{image} {{images}",
-        r"\includegraphics{image}",
+        r"\graphics{image}",
+        "Image: a bar chart\nSave it as a.png .",
+        "<b>bold</b> <code>x.py</code>",
         "<div> <a href='b'> <p.x>",
         "<vid> [video games] <audiobook>",
     ],

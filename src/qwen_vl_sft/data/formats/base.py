@@ -22,8 +22,10 @@ READ_BY_EVALUATION = frozenset({"human_or_machine"})
 _OTHERS_READ = {
     "functions": "write them into column tools",
     "chosen": "write that answer as the last turn",
-    "rejected": "only answers to learn are read",
     "history": "write earlier turns as turns",
+    "weight": "write it into the turn that it is for",
+    "loss": "write it into the turn that it is for",
+    "train": "write it into the turn that it is for",
     "image_path": "name the column image",
     "image_paths": "name the column images",
     "image_url": "name the column image",

@@ -31,15 +31,22 @@ def _tags(names: str) -> str:
 
 
 _IMAGES, _OTHERS = "images?|img|picture|photo", "videos?|audio"
-_FILE = r"[^<>\[\]\n]*\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif)"
+_ENDINGS = r"\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif)"
+_FILE = rf"[^<>\[\]\n]*{_ENDINGS}"
 # Forms in which other trainers and pages show an image. A model that never sees it would learn to guess.
-_REFERENCES = re.compile(rf"{_tags(_IMAGES)}|<im_patch>|<{_FILE}>|\[{_FILE}\]", re.IGNORECASE)
+_REFERENCES = re.compile(
+    rf"{_tags(_IMAGES)}|<im_patch>|<(?:start|end)_of_image>|<{_FILE}>|\[{_FILE}\]"
+    rf"|^[ \t]*(?:(?:{_IMAGES})[ \t]*\d*[ \t]*:[ \t]*)?\S+{_ENDINGS}[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
 # Those that show an image of their own, whatever else the row shows.
 _SHOWN = re.compile(
-    rf"<(?:{_IMAGES})\s[^<>\n]*=[^<>\n]*>|</(?:{_IMAGES})>|\[/(?:{_IMAGES})\]"
-    r"|!\[[^\]\n]*\][(\[]|!\[\[|data:image/[\w.+-]+;base64,",
+    rf"<(?:{_IMAGES})\s[^<>\n]*=[^<>\n]*>|</(?:{_IMAGES})>|\[/(?:{_IMAGES})\]|<\w+>{_FILE}\s*</"
+    r"|!\[[^\]\n]*\][(\[]|!\[\[|\\includegraphics\b|\.\. image::|data:image/[\w.+-]+;base64,",
     re.IGNORECASE,
 )
+# Letters of a text that a message quotes around what it found.
+_AROUND = 40
 _OTHER_FORMS = re.compile(_tags(_OTHERS), re.IGNORECASE)
 
 
@@ -93,8 +100,9 @@ def check_question(text: str, has_placeholders: bool = False) -> None:
         if f"<{kind}>" in text:
             raise BadRow(f"has <{kind}> in a question, and only images are read; leave such rows out")
     if found := _SHOWN.search(text) or (None if has_placeholders else _REFERENCES.search(text)):
+        around = text[max(0, found.start() - _AROUND) : found.end() + _AROUND]
         raise BadRow(
-            f"names an image in its text, {quoted(found[0])}; write <image> in its place and the file into column images"
+            f"names an image in its text, {quoted(around)}; write <image> in its place and the file into column images"
             " (in messages whose images are content parts of their own, it is text)"
         )
     if found := _OTHER_FORMS.search(text):
