@@ -8,6 +8,8 @@ import trl
 from PIL import Image
 
 from fixtures.messages import png
+from qwen_vl_sft.data import turn_texts
+from qwen_vl_sft.data.chat_template import ChatTemplate
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
@@ -110,6 +112,66 @@ def test_encoding_is_the_processors_own(real_processor, shared):
         assert measured.patches == len(pixels(encoded))
 
 
+def turns(count, system=(), tail=(), extra=()):
+    """A conversation of so many turns, the third with two answers in a row."""
+    messages = list(system)
+    for number in range(count):
+        shown = [{"type": "image"}] if number % 3 == 0 else []
+        asked = [*shown, {"type": "text", "text": f" Question {number}?\n"}]
+        messages += [{"role": "user", "content": asked}, text("assistant", f"It is {number}. " * (number % 4))]
+        messages += extra if number == 2 else []
+    return [*messages, *tail]
+
+
+CONVERSATIONS = [
+    turns(12),
+    turns(12, system=[text("system", "Be brief.")]),
+    turns(9, tail=[text("user", "And then?")]),
+    turns(7, extra=[text("assistant", "Once more.")]),
+    turns(7, extra=[text("user", "A question"), text("user", "in two")], tail=[text("assistant", "Well.")]),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"add_vision_id": True}])
+@pytest.mark.parametrize("template", [None, "qwen2_5_vl.jinja", "qwen3_vl.jinja", "qwen3_5_nothink.jinja"])
+def test_long_conversations_are_cut_as_if_each_answer_were_rendered(template, options, tiny_processor):
+    processor = copy.copy(tiny_processor)
+    if template:
+        processor.chat_template = (Path(trl.__file__).parent / "chat_templates" / template).read_text()
+    chat_template = ChatTemplate(processor, ChatFormat(template_options=options))
+    for messages in CONVERSATIONS:
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        try:
+            wanted = list(turn_texts._rendered_in_full(chat_template, messages, answers, ()))
+        except UserError:
+            wanted = UserError
+        if wanted is UserError:
+            with pytest.raises(UserError):
+                list(turn_texts.turn_texts(chat_template, messages))
+        else:
+            assert list(turn_texts.turn_texts(chat_template, messages)) == wanted
+            assert "".join(prompt + answer for prompt, answer in wanted).count("Question") == str(messages).count(
+                "Question"
+            )
+
+
+def test_the_text_of_a_long_conversation_is_rendered_a_fixed_number_of_times(tiny_processor):
+    rendered = []
+
+    class Counting(ChatTemplate):
+        def render_each(self, conversations, *options, **tools):
+            texts = super().render_each(conversations, *options, **tools)
+            rendered.append(sum(map(len, texts)))
+            return texts
+
+    costs = []
+    for count in (10, 20, 40):
+        rendered.clear()
+        list(turn_texts.turn_texts(Counting(tiny_processor, ChatFormat()), turns(count)))
+        costs.append(sum(rendered))
+    assert costs[2] - costs[1] < 2.2 * (costs[1] - costs[0])
+
+
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>"])
 @pytest.mark.parametrize("where", ["question", "answer"])
 def test_structural_tokens_inside_a_text_are_refused(tiny_processor, token, where):
@@ -150,7 +212,7 @@ def test_a_photo_costs_the_same_upright_or_not(tiny_processor):
     Image.new("RGB", (196, 57)).save(buffer, "JPEG", exif=exif)
     photo = Conversation(chart().messages, [ImageFile(buffer.getvalue(), None)])
     encoder = Encoder(tiny_processor)
-    assert encoder.measure(photo) == encoder.measure(photo, decode=True)
+    assert encoder.measure(photo) == encoder.measure(photo, lambda file: encoder.count_patches(file, decode=True))
     assert encoder.encode(photo).image_grid_thw.tolist() == [[1, 14, 4]]
     assert encoder.measure(photo).tokens == len(encoder.encode(photo).input_ids)
 

@@ -1,5 +1,7 @@
 """Plans of packed steps: every row once, budgets kept, processes even, and the rows of a step the same on any world."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from fixtures.row_lengths import sizes_of
 from qwen_vl_sft.batching.global_batch import GlobalBatch
-from qwen_vl_sft.batching.packing import StepPlan, StepSampler
+from qwen_vl_sft.batching.packing import MicroBatches, StepPlan, StepSampler
 
 BUDGET = 100
 
@@ -80,6 +82,45 @@ def test_steps_of_so_many_tokens_are_alike_and_as_many_in_every_epoch(lengths, t
     assert max(sums) <= batch.most(lengths)[1]
 
 
+def plainly_split(plan, rows):
+    """Split a step by the rules as they are written down, one comparison at a time."""
+    sizes, groups = plan.sizes, plan.groups(rows)
+    total = sum(sizes.of(group)[0] for group in groups)
+    for count in range(max(1, math.ceil(total / (plan.processes * BUDGET))), len(rows) + 1):
+        parts = list(groups)
+        while len(parts) < count * plan.processes and any(len(group) > 1 for group in parts):
+            largest = max((group for group in parts if len(group) > 1), key=lambda group: sizes.of(group)[0])
+            parts.remove(largest)
+            parts += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        things = [(sizes.of(group), group) for group in parts]
+        bins = plainly_filled(things, [(np.zeros(2), []) for _ in range(count * plan.processes)], most=BUDGET)
+        if bins:
+            dealt = plainly_filled(bins, [(np.zeros(2), []) for _ in range(plan.processes)], full=count)
+            return [batches for _, batches in dealt]
+
+
+def plainly_filled(things, bins, most=math.inf, full=math.inf):
+    scale = np.maximum(sum(cost for cost, _ in things), 1.0)
+    for cost, thing in sorted(things, key=lambda entry: (-max(entry[0] / scale), entry[1])):
+        weights = [
+            max((load + cost) / scale) if load[0] + cost[0] <= most and len(inside) < full else math.inf
+            for load, inside in bins
+        ]
+        lightest = weights.index(min(weights))
+        if weights[lightest] == math.inf:
+            return None
+        bins[lightest] = (bins[lightest][0] + cost, [*bins[lightest][1], thing])
+    return bins
+
+
+@settings(max_examples=150, deadline=None)
+@given(any_sizes(), st.sampled_from([1, 2, 3, 8]), st.booleans())
+def test_a_step_is_split_by_the_rules(sizes, processes, share):
+    plan = StepPlan(sizes, GlobalBatch(rows=40), BUDGET, processes, seed=7, share_prefixes=share)
+    for rows in plan.rows_of_steps(0):
+        assert plan.split(rows) == plainly_split(plan, rows)
+
+
 def test_epochs_differ_and_follow_from_the_seed_alone():
     sizes = sizes_of([10] * 30)
     orders = [
@@ -135,7 +176,8 @@ def test_the_sampler_gives_each_process_its_part(processes):
     samplers = [StepSampler(plan, rank) for rank in range(processes)]
     for sampler in samplers:
         sampler.set_epoch(3)
-    parts = [list(sampler) for sampler in samplers]
+    parts = [[MicroBatches(plan, rank).__getitems__(rows) for rows in sampler] for rank, sampler in enumerate(samplers)]
+    assert [list(step) for step in zip(*parts, strict=True)] == list(plan.steps(3))
     assert [len(part) for part in parts] == [len(sampler) for sampler in samplers] == [4] * processes
     seen = [row for part in parts for step in part for groups in step for group in groups for row in group]
     assert sorted(seen) == list(range(50))

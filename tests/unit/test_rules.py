@@ -8,7 +8,10 @@ from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
+from fixtures.row_lengths import sizes_of
 from qwen_vl_sft.batching.batch_rules import BATCH_RULES
+from qwen_vl_sft.batching.global_batch import GlobalBatch
+from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.batching.sampler import step_loader
 from qwen_vl_sft.checkpointing.resume_rules import _resume
 from qwen_vl_sft.config.range_rules import RANGE_RULES
@@ -260,7 +263,8 @@ def test_padded_batches_take_what_packing_does_not():
 def test_the_loader_of_packed_steps_starts_its_workers_as_asked():
     def context(**keys):
         args = SFTConfig(use_cpu=True, bf16=False, report_to="none", dataloader_multiprocessing_context="spawn", **keys)
-        return step_loader([], list, args).multiprocessing_context
+        plan = StepPlan(sizes_of([1]), GlobalBatch(1), 1, 1, seed=0)
+        return step_loader(StepSampler(plan, 0), list, args).multiprocessing_context
 
     assert context(dataloader_num_workers=1).get_start_method() == "spawn"
     assert context() is None

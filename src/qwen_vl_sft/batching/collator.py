@@ -40,6 +40,7 @@ class Collator:
         skip_overlong: the same for rows longer than `max_length`, which a stream meets only here.
         positions: work out what the model would from tokens and grids, waiting for the GPU row by row; None leaves it to
             the model.
+        in_bytes: leave pixels in bytes, for whoever moves the batch to the model's device (`Encoder.normalize_patches`).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Collator:
         filler: int = 0,
         skip_overlong: bool = False,
         positions: Positions | None = None,
+        in_bytes: bool = False,
     ) -> None:
         self.rows = rows
         self.encoder = encoder
@@ -57,6 +59,7 @@ class Collator:
         self.filler = filler
         self.skip_overlong = skip_overlong
         self.positions = positions
+        self.in_bytes = in_bytes
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch as `pad` makes it; under "stats" its `BatchStats`, and its "row_ids", as plain numbers.
@@ -65,7 +68,7 @@ class Collator:
         """
         encoded = self.encode_all(items)
         rows = encoded or [self.filler_row(items)]
-        batch: dict[str, Any] = pad(rows, self.encoder.pad_token_id)
+        batch: dict[str, Any] = pad(rows, self.encoder.pad_token_id, in_bytes=self.in_bytes)
         if self.positions is not None:
             by_row = [self.positions(row).T for row in rows]
             batch["position_ids"] = pad_sequence(by_row, batch_first=True).permute(2, 0, 1).contiguous()
@@ -121,11 +124,13 @@ def row_stats(row: Encoded) -> BatchStats:
     )
 
 
-def pad(rows: Sequence[Encoded], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+def pad(
+    rows: Sequence[Encoded], pad_token_id: int, side: str = "right", in_bytes: bool = False
+) -> dict[str, torch.Tensor]:
     """Pad B encoded rows to the longest, T tokens, on the `side` given ("left" for generation).
 
     Returns `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` [B, T]; `pixel_values` [P, values of a patch]
-    and `image_grid_thw` [I, 3] over all images, absent when there are none.
+    and `image_grid_thw` [I, 3] over all images, absent when there are none; with `in_bytes` see `model_inputs`.
     """
 
     def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
@@ -137,4 +142,4 @@ def pad(rows: Sequence[Encoded], pad_token_id: int, side: str = "right") -> dict
         "mm_token_type_ids": padded([row.mm_token_type_ids for row in rows], 0),
         "labels": padded([row.labels for row in rows], IGNORE_INDEX),
     }
-    return batch | model_inputs([item for row in rows for item in row.media])
+    return batch | model_inputs([item for row in rows for item in row.media], in_bytes)

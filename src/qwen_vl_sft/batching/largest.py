@@ -21,7 +21,7 @@ def largest_micro_batch(plan: StepPlan) -> MicroBatch:
     """
     search = _Search(plan)
     found = [search.filled_up(weight, begun) for weight, begun in itertools.product(_WEIGHTS, (False, True))]
-    return max(found, key=lambda batch: sum(plan.sizes.of(group).sum() for group in batch))
+    return max(found, key=lambda batch: plan.sizes.of_each(batch).sum())
 
 
 class _Search:
@@ -32,7 +32,8 @@ class _Search:
         self.alone = sizes.tokens + sizes.patches
         groups = plan.groups(range(len(sizes.tokens)))
         self.groups = [sorted(group, key=self.alone.__getitem__, reverse=True) for group in groups]
-        rows, counts = np.concatenate(self.groups), np.array([len(group) for group in self.groups])
+        counts = np.array([len(group) for group in self.groups])
+        rows = np.fromiter(itertools.chain.from_iterable(self.groups), np.int64, int(counts.sum()))
         starts = counts.cumsum() - counts
         self.first_rows = first = rows[starts]
         self.shortest = np.minimum.reduceat(sizes.tokens[rows], starts).tolist()
@@ -53,8 +54,11 @@ class _Search:
         if begun:
             largest = self.alone[self.first_rows].argmax()
             order = np.concatenate([[largest], order[order != largest]])
+        shortest_of_all = min(self.shortest)
         for place in order.tolist():
-            if self.shortest[place] > left[0] or left[1] < 1:
+            if left[0] < shortest_of_all or left[1] < 1:
+                break
+            if self.shortest[place] > left[0]:
                 continue
             part = self._fitting(self.groups[place][:1] if begun and not batch else self.groups[place], left)
             if part:

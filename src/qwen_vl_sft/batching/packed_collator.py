@@ -21,12 +21,14 @@ from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.encoding import Encoded
 from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.labels import IGNORE_INDEX
-from qwen_vl_sft.data.media import reading_once
+from qwen_vl_sft.data.media import model_inputs, reading_once
 from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.families.base import PackedLayout
 from qwen_vl_sft.modeling.flops import BatchStats
 
 MICRO_BATCHES = "micro_batches"
+# The type that pixels in bytes are to become.
+PIXEL_DTYPE = "pixel_dtype"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class PackedCollator:
     """Makes the packed micro-batches of one optimizer step.
 
     Args:
-        rows: looks up and encodes single rows, with the recipe's rules for bad ones.
+        rows: looks up and encodes single rows, with the recipe's rules for bad ones, their pixels in bytes or not.
         positions: M-RoPE positions of a row.
         dtype: of pixel values, that of the vision tower's input, and of features.
         features: batches bring what the vision tower made of their images before, and no pixels.
@@ -74,13 +76,15 @@ class PackedCollator:
         read_media = reading_once(self.features.read_image if self.features else self.rows.encoder.read_media)
         encoded = [self.rows.encode_all([{"row": row} for row in group], read_media) for group in groups]
         filled = [group for group in encoded if group] or [[self.rows.filler_row([], read_media)]]
-        batch = join(filled, self.positions)
+        batch = join(filled, self.positions, self.rows.in_bytes)
         if self.features:
             # Also where no image is shown: the tower then runs in no batch.
             batch.setdefault("image_features", torch.zeros(0, self.features.width))
         for name in ("pixel_values", "image_features"):
-            if name in batch:
+            if name in batch and batch[name].is_floating_point():
                 batch[name] = batch[name].to(self.dtype)
+        if self.rows.in_bytes:
+            batch[PIXEL_DTYPE] = self.dtype
         batch["row_ids"] = [row.row_id for group in encoded for row in group]
         if not any(encoded):
             batch["stats"] = asdict(BatchStats())
@@ -88,7 +92,7 @@ class PackedCollator:
         return batch
 
 
-def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str, Any]:
+def join(groups: Sequence[Sequence[Encoded]], positions: Positions, in_bytes: bool = False) -> dict[str, Any]:
     """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
 
     Returns `input_ids` [1, T]; `shift_labels` [1, N], the target tokens, and `logit_positions` [N], the positions that
@@ -126,7 +130,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
         batch["kv_index"] = torch.cat([torch.arange(run.start, run.stop) for run in runs])
     shown = [image for piece in pieces for image in _images(piece)]
     if shown:
-        batch |= _vision_inputs(shown, positions)
+        batch |= _vision_inputs(shown, positions, in_bytes)
     merged = sum(int(image.grid.prod()) for image in shown) // positions.config.vision_config.spatial_merge_size**2
     visual = torch.cat([piece.row.mm_token_type_ids[piece.start : piece.stop] for piece in pieces]).nonzero()[:, 0]
     assert len(visual) == merged, f"{len(visual)} image tokens for {merged} merged patches"
@@ -137,7 +141,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions) -> dict[str,
     return batch
 
 
-def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[str, Any]:
+def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions, in_bytes: bool) -> dict[str, Any]:
     """Return the model inputs of the images, in order of appearance.
 
     Returns `pixel_values` and `image_grid_thw` as in a padded batch, each different image once, with what
@@ -147,9 +151,8 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions) -> dict[
     if shown[0].features is not None:
         return {"image_features": torch.cat([image.features for image in shown if image.features is not None])}
     different = {image.content_hash: image for image in shown}
-    grids = torch.stack([image.grid for image in different.values()])
-    pixels = [image.pixel_values for image in different.values() if image.pixel_values is not None]
-    found = {"pixel_values": torch.cat(pixels), "image_grid_thw": grids, **positions.patch_inputs(grids)}
+    found: dict[str, Any] = model_inputs([*different.values()], in_bytes)
+    found |= positions.patch_inputs(found["image_grid_thw"])
     if len(different) < len(shown):
         numbers = {content_hash: number for number, content_hash in enumerate(different)}
         found["image_index"] = [numbers[image.content_hash] for image in shown]

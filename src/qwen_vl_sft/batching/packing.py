@@ -6,6 +6,7 @@ an optimizer step do not depend on the number of processes.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.row_lengths import RowLengths
@@ -88,9 +89,7 @@ class StepPlan:
 
     def steps(self, epoch: int) -> Iterator[list[list[MicroBatch]]]:
         """Return the steps of an epoch, each as micro-batches by process; every process gets the same number."""
-        order = self.order(epoch)
-        for rows in self.batch.split(self.sizes.tokens[order]):
-            yield self.split(order[rows].tolist())
+        return map(self.split, self.rows_of_steps(epoch))
 
     def packing_stats(self, steps: int = 50) -> PackingStats:
         """Return statistics of the first steps of a run."""
@@ -98,20 +97,27 @@ class StepPlan:
         for step in itertools.islice(self.steps(0), steps):
             found.append(len(step[0]))
             groups = [group for batches in step for batch in batches for group in batch]
-            tokens += sum(self.sizes.of(group)[0] for group in groups)
+            tokens += float(self.sizes.of_each(groups)[:, 0].sum())
             rows += sum(len(group) for group in groups)
             rows_alone += int(self.sizes.tokens[[row for group in groups for row in group]].sum())
         room = sum(found) * self.processes * self.tokens_per_batch
         return PackingStats(rows / len(found), sum(found) / len(found), tokens / room, tokens / rows_alone)
 
+    def rows_of_steps(self, epoch: int) -> Iterator[list[int]]:
+        """Return the rows of each step of an epoch, which `split` plans: that takes long, and can wait."""
+        order = self.order(epoch)
+        for rows in self.batch.split(self.sizes.tokens[order]):
+            yield order[rows].tolist()
+
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
         """Return micro-batches by process for the rows of one step: as few as the budget allows, as equal as possible."""
         groups = self.groups(rows)
-        tokens = sum(self.sizes.of(group)[0] for group in groups)
+        costs = self.sizes.of_each(groups)
+        tokens = costs[:, 0].sum()
         for count in range(max(1, math.ceil(tokens / (self.processes * self.tokens_per_batch))), len(rows) + 1):
-            bins = self._fill(self._enough(groups, count * self.processes), count * self.processes)
+            bins = self._fill(*self._enough(groups, costs, count * self.processes), count * self.processes)
             if bins is not None:
-                return self._deal(bins, count)
+                return self._deal(*bins, count)
         raise AssertionError("every row fits a micro-batch of its own")
 
     def groups(self, rows: Sequence[int]) -> list[PrefixGroup]:
@@ -130,53 +136,102 @@ class StepPlan:
         half = len(group) // 2
         return self._fitting(group[:half]) + self._fitting(group[half:])
 
-    def _enough(self, groups: list[PrefixGroup], bins: int) -> list[PrefixGroup]:
-        """Cut the largest groups until no process is without rows, as far as there are rows."""
-        groups = list(groups)
-        while len(groups) < bins and any(len(group) > 1 for group in groups):
-            largest = max((group for group in groups if len(group) > 1), key=lambda group: self.sizes.of(group)[0])
-            half = len(largest) // 2
-            groups.remove(largest)
-            groups += [largest[:half], largest[half:]]
-        return groups
+    def _enough(self, groups: list[PrefixGroup], costs: np.ndarray, bins: int) -> tuple[list[PrefixGroup], np.ndarray]:
+        """Cut the largest groups until no process is without rows, as far as there are rows; with costs [groups, 2]."""
+        if len(groups) >= bins:
+            return groups, costs
+        parts = dict(enumerate(groups))
+        # The most tokens first; of equal groups the one that stands first.
+        largest = [(-costs[place, 0], place) for place, group in parts.items() if len(group) > 1]
+        heapq.heapify(largest)
+        numbers = itertools.count(len(groups))
+        while len(parts) < bins and largest:
+            group = parts.pop(heapq.heappop(largest)[1])
+            half = len(group) // 2
+            for place, part in zip(numbers, (group[:half], group[half:]), strict=False):
+                parts[place] = part
+                if len(part) > 1:
+                    heapq.heappush(largest, (-self.sizes.of(part)[0], place))
+        cut = list(parts.values())
+        return cut, self.sizes.of_each(cut)
 
-    def _fill(self, groups: list[PrefixGroup], bins: int) -> list[tuple[np.ndarray, MicroBatch]] | None:
-        """Put the longest first into the lightest bin, by tokens or patches, whichever it has more of. None if it fails."""
-        costs = [self.sizes.of(group) for group in groups]
-        scale = np.maximum(sum(costs), 1.0)
-        loads = np.zeros((bins, 2))
+    def _fill(
+        self, groups: list[PrefixGroup], costs: np.ndarray, bins: int
+    ) -> tuple[np.ndarray, list[MicroBatch]] | None:
+        """Put the heaviest first into the lightest bin, by tokens or patches, whichever it has more of. None if it fails.
+
+        Returns the tokens and patches of the bins [bins, 2] with what is in them.
+        """
+        loads = _Loads(bins, costs)
         filled: list[MicroBatch] = [[] for _ in range(bins)]
-        for place in sorted(range(len(groups)), key=lambda place: (-max(costs[place] / scale), groups[place])):
-            after = loads + costs[place]
-            weight = (after / scale).max(axis=1)
-            weight[after[:, 0] > self.tokens_per_batch] = np.inf
-            lightest = int(weight.argmin())
-            if weight[lightest] == np.inf:
-                return None
-            loads[lightest] = after[lightest]
+        for place in _heaviest_first(costs, [group[0] for group in groups]):
+            lightest = loads.lightest_with(place)
+            if loads.after[0, lightest] > self.tokens_per_batch:
+                over = loads.after[0] > self.tokens_per_batch
+                if over.all():
+                    return None
+                lightest = loads.lightest_with(place, over)
+            loads.add(lightest)
             filled[lightest].append(groups[place])
-        return list(zip(loads, filled, strict=True))
+        return loads.values.T, filled
 
-    def _deal(self, bins: list[tuple[np.ndarray, MicroBatch]], count: int) -> list[list[MicroBatch]]:
+    def _deal(self, costs: np.ndarray, bins: list[MicroBatch], count: int) -> list[list[MicroBatch]]:
         """Give `count` bins to each process, the heaviest first to the one with least: all wait for the slowest."""
-        scale = np.maximum(sum(load for load, _ in bins), 1.0)
-        totals = np.zeros((self.processes, 2))
+        loads = _Loads(self.processes, costs)
         dealt: list[list[MicroBatch]] = [[] for _ in range(self.processes)]
-        for load, batch in sorted(bins, key=lambda entry: (-max(entry[0] / scale), entry[1])):
-            weight = ((totals + load) / scale).max(axis=1)
-            weight[[len(batches) == count for batches in dealt]] = np.inf
-            process = int(weight.argmin())
-            totals[process] += load
-            dealt[process].append(batch)
+        full = np.zeros(self.processes, dtype=bool)
+        for place in _heaviest_first(costs, [batch[0][0] if batch else -1 for batch in bins]):
+            process = loads.lightest_with(place, full)
+            loads.add(process)
+            dealt[process].append(bins[place])
+            full[process] = len(dealt[process]) == count
         return dealt
 
 
-class StepSampler(Sampler[list[MicroBatch]]):
-    """Gives a data loader, as its batch sampler, the micro-batches of one process for one optimizer step after another.
+class _Loads:
+    """Tokens and patches of bins that are filled: `values` [2, bins], and `after` [2, bins] with one thing more in each.
+
+    Args:
+        bins: number of bins.
+        costs: tokens and patches [things, 2] of all things that go into them.
+    """
+
+    def __init__(self, bins: int, costs: np.ndarray) -> None:
+        self.values = np.zeros((2, bins))
+        self.after = np.zeros((2, bins))
+        self._costs = list(costs[:, :, None])
+        self._scale = np.maximum(costs.sum(axis=0), 1.0)[:, None]
+        self._shares = np.zeros((2, bins))
+        self._weights = np.zeros(bins)
+
+    def lightest_with(self, place: int, left_out: np.ndarray | None = None) -> int:
+        """Return the bin that is lightest with a thing in it, by its larger share of tokens or patches."""
+        # A step takes thousands of these: no new arrays.
+        np.add(self.values, self._costs[place], out=self.after)
+        np.divide(self.after, self._scale, out=self._shares)
+        np.maximum(self._shares[0], self._shares[1], out=self._weights)
+        if left_out is not None:
+            self._weights[left_out] = np.inf
+        return int(self._weights.argmin())
+
+    def add(self, bin_number: int) -> None:
+        """Put the thing that was asked for last into a bin."""
+        self.values[:, bin_number] = self.after[:, bin_number]
+
+
+def _heaviest_first(costs: np.ndarray, first_rows: list[int]) -> list[int]:
+    """Return the order of things by their larger share of all tokens or patches; of equal ones the lower row first."""
+    shares = costs / np.maximum(costs.sum(axis=0), 1.0)
+    order: list[int] = np.lexsort((first_rows, -shares.max(axis=1))).tolist()
+    return order
+
+
+class StepSampler(Sampler[list[int]]):
+    """Gives a data loader, as its batch sampler, the rows of one optimizer step after another; `MicroBatches` plans them.
 
     Args:
         plan: the steps.
-        rank: the process.
+        rank: the process whose micro-batches are made of them.
     """
 
     def __init__(self, plan: StepPlan, rank: int) -> None:
@@ -184,9 +239,8 @@ class StepSampler(Sampler[list[MicroBatch]]):
         self.rank = rank
         self.epoch = 0
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        for step in self.plan.steps(self.epoch):
-            yield step[self.rank]
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.plan.rows_of_steps(self.epoch)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -194,3 +248,20 @@ class StepSampler(Sampler[list[MicroBatch]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose steps are given next."""
         self.epoch = epoch
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """Plans the step that is asked for, in the worker that reads its rows: hundreds of processes take a while to plan.
+
+    Args:
+        plan: the steps.
+        rank: the process whose micro-batches are given.
+    """
+
+    def __init__(self, plan: StepPlan, rank: int) -> None:
+        self.plan = plan
+        self.rank = rank
+
+    def __getitems__(self, rows: list[int]) -> list[MicroBatch]:
+        """Return the micro-batches of this process for the rows of a step over all processes."""
+        return self.plan.split(rows)[self.rank]

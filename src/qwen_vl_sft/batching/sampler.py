@@ -8,11 +8,10 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as MapDataset
 from transformers import TrainingArguments
 
 from qwen_vl_sft.batching.collator import NO_ROW
-from qwen_vl_sft.batching.packing import StepSampler, epoch_order
+from qwen_vl_sft.batching.packing import MicroBatches, StepSampler, epoch_order
 
 
 def filled_items(rows: int, multiple_of: int) -> Dataset:
@@ -55,7 +54,7 @@ def step_loader(sampler: StepSampler, collate: Callable[..., Any], args: Trainin
     """Return the data loader of one process's packed steps."""
     workers = args.dataloader_num_workers
     return DataLoader(
-        _AsIs(),
+        MicroBatches(sampler.plan, sampler.rank),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
@@ -65,10 +64,3 @@ def step_loader(sampler: StepSampler, collate: Callable[..., Any], args: Trainin
         persistent_workers=args.dataloader_persistent_workers and workers > 0,
         multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
     )
-
-
-class _AsIs(MapDataset[Any]):
-    """Gives what a batch sampler asks for: the sampler says which rows a step has, the collator reads them."""
-
-    def __getitem__(self, item: Any) -> Any:
-        return item

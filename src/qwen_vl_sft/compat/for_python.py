@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ _SETTLE_SECONDS = 0.02
 _FIXED_IN = (3, 11, 10)
 
 
+@functools.cache
 def settle_before_forks() -> None:
     """Wait a moment before each fork of this process, so that its other threads come to rest.
 

@@ -13,7 +13,8 @@ from qwen_vl_sft.data.boxes import place_boxes
 from qwen_vl_sft.data.chat_template import ChatTemplate, with_system_message
 from qwen_vl_sft.data.conversation import Conversation, prompt_of
 from qwen_vl_sft.data.labels import IGNORE_INDEX, LabelRule, tokenize_turns
-from qwen_vl_sft.data.media import MEDIA, EncodedMedia, MediaFile, ReadMedia
+from qwen_vl_sft.data.media import MEDIA, CountPatches, EncodedMedia, MediaFile, ReadMedia
+from qwen_vl_sft.data.media.patches import PatchNormalizer
 from qwen_vl_sft.data.row_lengths import RowLength
 from qwen_vl_sft.data.thoughts import opens_thought
 from qwen_vl_sft.errors import BadRow, OverLongRow
@@ -81,6 +82,7 @@ class Encoder:
         self.opening = f"{template.chat.start_of_thought}\n" if opens_thought(template.chat) else ""
         self.end_of_turn_id = template.end_of_turn_id
         self.pad_token_id = processor.tokenizer.pad_token_id
+        self.normalize_patches = PatchNormalizer.of(processor.image_processor)
         self.structural_ids = frozenset(template.ids_of(template.chat.structural))
         self.media_token_ids = {
             kind: template.vocabulary[medium.token(template.chat)] for kind, medium in MEDIA.items()
@@ -113,20 +115,27 @@ class Encoder:
         encoded: EncodedMedia = MEDIA[file.kind].encode(file, self.processor)
         return encoded
 
-    def count_media(self, files: list[MediaFile], decode: bool = False) -> tuple[list[int], list[int]]:
-        """Count the patches and the tokens of each file from its header; see `Medium.count_patches`. Raises `BadRow`."""
-        patches = [MEDIA[file.kind].count_patches(file, self.processor, decode) for file in files]
-        return patches, [self._count_tokens(file, count) for file, count in zip(files, patches, strict=True)]
+    def count_patches(self, file: MediaFile, decode: bool = False) -> int:
+        """Count the patches of a file from its header; `decode` also proves its content readable. Raises `BadRow`."""
+        return MEDIA[file.kind].count_patches(file, self.processor, decode)
 
-    def measure(self, conversation: Conversation, decode: bool = False, content_hashes: bool = False) -> RowLength:
-        """Count tokens and patches from the text and the headers; `decode` also proves the pixels readable.
+    def count_media(self, files: list[MediaFile]) -> int:
+        """Count the tokens of these files from their headers. Raises `BadRow`."""
+        return sum(self._count_tokens(file, self.count_patches(file)) for file in files)
 
-        `content_hashes` reads the bytes of images too, and tells which they are. Raises `BadRow` or `OverLongRow`.
+    def measure(
+        self, conversation: Conversation, count_patches: CountPatches | None = None, content_hashes: bool = False
+    ) -> RowLength:
+        """Count tokens and patches from the text and the headers. Raises `BadRow` or `OverLongRow`.
+
+        `count_patches` may do more than this encoder's own. `content_hashes` reads the bytes of images too, and tells
+        which they are.
         """
         conversation = self.with_boxes(conversation)
         ids, is_target = self._tokenize(conversation)
         files = conversation.media
-        patches, media_tokens = self.count_media(files, decode)
+        patches = [(count_patches or self.count_patches)(file) for file in files]
+        media_tokens = [self._count_tokens(file, count) for file, count in zip(files, patches, strict=True)]
         tokens = len(ids) - len(files) + sum(media_tokens)
         self._check_length(tokens)
         labels = self._rule.labels(torch.tensor(ids), torch.tensor(is_target))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.data.chat_template import ChatTemplate
-from qwen_vl_sft.data.conversation import Message, prompt_of, text_of
+from qwen_vl_sft.data.conversation import Message, text_of
 from qwen_vl_sft.data.thoughts import REASONING, SWITCH, check_thoughts
-from qwen_vl_sft.errors import BadRow, UserError, quoted
+from qwen_vl_sft.data.turn_texts import turn_texts
+from qwen_vl_sft.errors import BadRow, quoted
 
 IGNORE_INDEX = -100
 
@@ -27,38 +28,34 @@ def tokenize_turns(
     """
     template.check(messages, tools)
     check_thoughts(template.chat, messages)
-    end_of_turn, end_of_thought = template.chat.end_of_turn, template.chat.end_of_thought
     ids: list[int] = []
     is_target: list[bool] = []
-    done = ""  # the text that `ids` stand for
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = template.render(prompt_of(messages, number), add_generation_prompt=True, tools=tools)
-        through_answer = template.render(messages[: number + 1], tools=tools)
-        if not (prompt.startswith(done) and through_answer.startswith(prompt)):
-            raise UserError(
-                "the processor's chat template writes an answer otherwise once a later turn follows, so its tokens"
-                " cannot be told apart: templates of Thinking models leave out the thoughts of earlier turns. Train"
-                " on rows with one answer each, or an Instruct model; a template of your own must keep earlier turns"
-            )
-        answer = through_answer[len(prompt) :]
-        decided = SWITCH in template.chat.template_options or REASONING in message  # by the recipe, or checked above
-        if end_of_thought in answer and end_of_thought not in text_of(message) and not decided:
-            raise BadRow(
-                "has an answer without a thought, and the model's chat template opens one before every answer, so"
-                f" that {quoted(answer[: answer.rindex(end_of_turn)])} would be learned; write <think>...</think> before"
-                " the answer, or train an Instruct model"
-            )
-        prompt_ids = template.tokenize(prompt[len(done) :])
-        answer_ids = template.tokenize(answer)
-        answer_length = answer_ids.index(template.end_of_turn_id) + 1
+    answers = (message for message in messages if message["role"] == "assistant")
+    for prompt, answer in turn_texts(template, messages, tools):
+        answer_length, learned = 0, False
+        answer_ids: list[int] = []
+        if answer:
+            message = next(answers)
+            learned = message.get("learned", True)
+            _check_thought(template, message, answer)
+            answer_ids = template.tokenize(answer)
+            # What the template puts after the end-of-turn (a newline) is the beginning of the next prompt.
+            answer_length = answer_ids.index(template.end_of_turn_id) + 1
+        prompt_ids = template.tokenize(prompt)
         ids += prompt_ids + answer_ids[:answer_length]
-        is_target += [False] * len(prompt_ids) + [message.get("learned", True)] * answer_length
-        # What the template puts after the end-of-turn (a newline) is the beginning of the next prompt.
-        done = through_answer[: through_answer.rindex(end_of_turn) + len(end_of_turn)]
-    tail = template.tokenize(template.render(messages, tools=tools)[len(done) :])
-    return ids + tail, is_target + [False] * len(tail)
+        is_target += [False] * len(prompt_ids) + [learned] * answer_length
+    return ids, is_target
+
+
+def _check_thought(template: ChatTemplate, message: Message, answer: str) -> None:
+    end_of_thought = template.chat.end_of_thought
+    decided = SWITCH in template.chat.template_options or REASONING in message  # by the recipe, or checked already
+    if end_of_thought in answer and end_of_thought not in text_of(message) and not decided:
+        raise BadRow(
+            "has an answer without a thought, and the model's chat template opens one before every answer, so"
+            f" that {quoted(answer[: answer.rindex(template.chat.end_of_turn)])} would be learned; write"
+            " <think>...</think> before the answer, or train an Instruct model"
+        )
 
 
 class LabelRule:

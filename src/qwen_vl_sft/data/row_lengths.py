@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -59,8 +61,12 @@ class RowLengths:
         patches = self.patches[group].sum() - repeats * self.prefix_patches[first]
         return np.array([tokens, patches], dtype=np.float64)
 
-
-def number_prefixes(prefixes: list[str]) -> np.ndarray:
-    """Give numbers to `RowLength.prefix` of rows in order of appearance, -1 for an empty one: [rows] int64."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(name, len(numbers)) if name else -1 for name in prefixes], dtype=np.int64)
+    def of_each(self, groups: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return what `of` does for each of G groups: [G, 2] float64."""
+        counts = np.fromiter(map(len, groups), np.int64, len(groups))
+        rows = np.fromiter(itertools.chain.from_iterable(groups), np.int64, int(counts.sum()))
+        starts = counts.cumsum() - counts
+        first, repeats = rows[starts], counts - 1
+        tokens = np.add.reduceat(self.tokens[rows], starts) - repeats * self.prefix_tokens[first]
+        patches = np.add.reduceat(self.patches[rows], starts) - repeats * self.prefix_patches[first]
+        return np.stack([tokens, patches], axis=1).astype(np.float64)

@@ -54,9 +54,8 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def estimate_length(encoder: Encoder, conversation: Conversation) -> int:
     """Estimate the tokens of a prompt from its text and its images' headers; decodes nothing. Raises `BadRow`."""
-    _, media_tokens = encoder.count_media(conversation.media)
     letters = sum(len(part.get("text", "")) for message in conversation.messages for part in message["content"])
-    return sum(media_tokens) + letters // LETTERS_OF_A_TOKEN
+    return encoder.count_media(conversation.media) + letters // LETTERS_OF_A_TOKEN
 
 
 def generate_batches(
@@ -106,9 +105,11 @@ def generate_batch(
 
     `generate_options` are passed to transformers' `generate`: `streamer` and `stopping_criteria`.
     """
-    batch = pad(rows, encoder.pad_token_id, side="left")
+    batch = pad(rows, encoder.pad_token_id, side="left", in_bytes=True)
     del batch["labels"]
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = encoder.normalize_patches(inputs["pixel_values"])
     # Not inference mode: weights that are gathered under it could not be trained with afterwards.
     with torch.no_grad():
         config = greedy_config(encoder, max_new_tokens)

@@ -21,6 +21,7 @@ from qwen_vl_sft.batching.packed_collator import PackedCollator
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
+from qwen_vl_sft.data.media import model_inputs
 from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.families.registry import family_of
@@ -150,9 +151,11 @@ def _compute(trainer: Any, features: ImageFeatures, images: _Images, calls: list
 @torch.no_grad()
 def run_tower(backbone: Any, images: Sequence[EncodedImage], device: torch.device) -> list[torch.Tensor]:
     """Compute the tower's output for each image and move it to the CPU; deeper layers are concatenated to the last."""
-    pixels = torch.cat([image.pixel_values for image in images if image.pixel_values is not None]).to(device)
-    grids = torch.stack([image.grid for image in images]).to(device)
-    found = backbone.get_image_features(pixels, grids, return_dict=True)
+    inputs = {name: tensor.to(device) for name, tensor in model_inputs(images, in_bytes=True).items()}
+    normalize = images[0].normalizer
+    assert normalize is not None, "images that are decoded"
+    pixels = normalize(inputs["pixel_values"])
+    found = backbone.get_image_features(pixels, inputs["image_grid_thw"], return_dict=True)
     layers = family_of(backbone.config).feature_layers(found)
     return [torch.cat(parts, dim=-1).cpu() for parts in zip(*layers, strict=True)]
 

@@ -91,7 +91,7 @@ def _judge(recipe: Recipe, evaluation: Scan | None) -> dict[str, Any]:
 
 def fingerprint(scan: Scan) -> str:
     """Return a digest of ids and lengths: the same on every machine for the same rows in the same encoding."""
-    ids = np.asarray(scan.rows.dataset.with_format("numpy")[ROW_ID])  # type: ignore[index]
+    ids = scan.rows.dataset.with_format("numpy")[ROW_ID][:]  # type: ignore[index]
     digest = hashlib.sha256()
     lengths = scan.lengths
     for column in (ids, lengths.tokens, lengths.target_tokens, lengths.images, lengths.patches):

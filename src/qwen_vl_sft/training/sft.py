@@ -307,9 +307,9 @@ def _train_items(run: Run, data: PreparedData) -> tuple[Any, EpochSampler | Step
 def _collator(recipe: Recipe, data: PreparedData, part: Scan | Rows, positions: Positions) -> Collator:
     skip = recipe.data.bad_rows == "skip"
     if isinstance(part, Scan):
-        return Collator(part.rows, data.encoder, skip, part.filler, positions=positions)
+        return Collator(part.rows, data.encoder, skip, part.filler, positions=positions, in_bytes=True)
     skip_overlong = recipe.data.overlong == "drop"
-    return Collator(part, data.encoder, skip, skip_overlong=skip_overlong, positions=positions)
+    return Collator(part, data.encoder, skip, skip_overlong=skip_overlong, positions=positions, in_bytes=True)
 
 
 def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> GenerationMetrics | None:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from qwen_vl_sft.batching.collator import Collator
-from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PIXEL_DTYPE
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
 from qwen_vl_sft.checkpointing.checkpoints import folder_of
@@ -222,7 +222,12 @@ class VisionSFTTrainer(SFTTrainer):
         if "image_interp_weights" in inputs:
             # Under DeepSpeed the Trainer would round them; the vision tower computes in float32 with them.
             kept["image_interp_weights"] = inputs.pop("image_interp_weights").to(self.args.device, non_blocking=True)
-        return {**super()._prepare_inputs(inputs), **kept}
+        dtype = inputs.pop(PIXEL_DTYPE, torch.float32)
+        prepared = {**super()._prepare_inputs(inputs), **kept}
+        pixels = prepared.get("pixel_values")
+        if pixels is not None and pixels.dtype == torch.uint8:
+            prepared["pixel_values"] = self.eval_collator.encoder.normalize_patches(pixels, dtype)
+        return prepared
 
     def _prepare_input(self, data: Any) -> Any:
         # Overridden to copy without waiting.

@@ -17,8 +17,9 @@ Encoded = TypeVar("Encoded")
 class Medium(Protocol[File, Encoded]):
     """A kind of content of rows other than text.
 
-    A file is what a row brings, not decoded yet. It has a `kind` (the medium's), an `origin` and a `content_hash`, as
-    `ImageFile` has. Encoded, it has its `kind`, its `content_hash` and its `grid` [3] int64, as `EncodedImage` has.
+    A file is what a row brings, not decoded yet. It has a `kind` (the medium's), an `origin` and a `content_hash`, and a
+    `path` if its content is a file on disk, as `ImageFile` has. Encoded, it has its `kind`, its `content_hash` and its
+    `grid` [3] int64, as `EncodedImage` has.
 
     Attributes:
         kind: type of its content parts ("image"); rows bring it in a column of this name, several in one with an s.
@@ -45,8 +46,11 @@ class Medium(Protocol[File, Encoded]):
     def encode(self, file: File, processor: Any) -> Encoded:
         """Decode a file and cut it into patches. Raises `BadRow`."""
 
-    def model_inputs(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """Return the arguments of the model's forward for these, one after another; empty for none."""
+    def model_inputs(self, encoded: Sequence[Encoded], in_bytes: bool = False) -> dict[str, torch.Tensor]:
+        """Return the arguments of the model's forward for these, one after another; empty for none.
+
+        With `in_bytes` pixels are left for `PatchNormalizer`.
+        """
 
     def describe(self, encoded: Encoded, processor: Any) -> str:
         """Describe it for the preview, in place of its tokens."""

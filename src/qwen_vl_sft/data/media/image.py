@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from qwen_vl_sft.data.media.image_file import ImageFile, image_file
+from qwen_vl_sft.data.media.patches import PatchNormalizer, cut_into_patches
 from qwen_vl_sft.families.base import ChatFormat, resized_image
 
 
@@ -17,15 +18,22 @@ from qwen_vl_sft.families.base import ChatFormat, resized_image
 class EncodedImage:
     """One image: P patches, from which the vision tower makes M merged ones, each of which costs a token.
 
-    `content_hash` is that of its file, `grid` [3] int64 its patches in time, height and width. It brings `pixel_values`
-    [P, values of a patch] float32, or the tower's output for them, `features` [M, values of a merged patch].
+    `content_hash` is that of its file, `grid` [3] int64 its patches in time, height and width. It brings `patches` [P, values
+    of a frame] uint8, from which `normalizer` makes `pixel_values`, or the tower's output for them, `features` [M, values
+    of a merged patch].
     """
 
     kind: ClassVar[str] = "image"
     content_hash: str
     grid: torch.Tensor
-    pixel_values: torch.Tensor | None = None
+    patches: torch.Tensor | None = None
+    normalizer: PatchNormalizer | None = None
     features: torch.Tensor | None = None
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """What the model takes: [P, values of a patch] float32; None for an image that brings features."""
+        return self.normalizer(self.patches) if self.normalizer and self.patches is not None else None
 
 
 class ImageMedium:
@@ -45,7 +53,9 @@ class ImageMedium:
 
     def count_patches(self, file: ImageFile, processor: Any, decode: bool = False) -> int:
         """Count patches from the header; `decode` also proves the pixels readable. Raises `BadRow`."""
-        image = file.decode() if decode else file.open()
+        image = file.open()
+        if decode:
+            file.pixels()
         count: int = processor.image_processor.get_number_of_image_patches(image.height, image.width, {})
         return count
 
@@ -55,15 +65,22 @@ class ImageMedium:
 
     def encode(self, file: ImageFile, processor: Any) -> EncodedImage:
         """Decode an image, resize it and cut it into patches. Raises `BadRow`."""
-        batch = processor.image_processor(images=[file.decode()], return_tensors="pt")
-        return EncodedImage(file.content_hash, batch["image_grid_thw"][0], batch["pixel_values"])
+        patches, grid = cut_into_patches(file.pixels(), processor.image_processor)
+        return EncodedImage(file.content_hash, grid, patches, PatchNormalizer.of(processor.image_processor))
 
-    def model_inputs(self, encoded: Sequence[EncodedImage]) -> dict[str, torch.Tensor]:
-        """Return `pixel_values` [P, values of a patch] and `image_grid_thw` [I, 3] of I images with pixels."""
-        pixels = [image.pixel_values for image in encoded if image.pixel_values is not None]
-        if not pixels:
+    def model_inputs(self, encoded: Sequence[EncodedImage], in_bytes: bool = False) -> dict[str, torch.Tensor]:
+        """Return `pixel_values` [P, values of a patch] and `image_grid_thw` [I, 3] of I images with pixels.
+
+        With `in_bytes` the former are patches in bytes, [P, values of a frame] uint8, for `PatchNormalizer`.
+        """
+        patches = [image.patches for image in encoded if image.patches is not None]
+        if not patches:
             return {}
-        return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack([image.grid for image in encoded])}
+        pixels = torch.cat(patches)
+        normalizer = encoded[0].normalizer
+        if not in_bytes and normalizer is not None:
+            pixels = normalizer(pixels)
+        return {"pixel_values": pixels, "image_grid_thw": torch.stack([image.grid for image in encoded])}
 
     def describe(self, encoded: EncodedImage, processor: Any) -> str:
         """Describe an image by the size it is resized to and the tokens it costs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import os
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 
+from qwen_vl_sft.data.media.decoding import decode_upright
 from qwen_vl_sft.errors import BadRow, first_line, shortened
 
 # Pillow warns of a decompression bomb above this many pixels; no chart or photo needs more.
@@ -106,6 +109,15 @@ class ImageFile:
             raise
         except Exception as error:
             raise BadRow(f"image{self._named()} cannot be decoded ({first_line(error)})") from None
+
+    def pixels(self) -> torch.Tensor:
+        """Decode as `decode` does, to [height, width, 3] uint8. Raises `BadRow`."""
+        header = self.open()
+        with contextlib.suppress(OSError):  # told by `decode`
+            found = decode_upright(header, self.data if self.data is not None else Path(str(self.path)).read_bytes())
+            if found is not None:
+                return found
+        return torch.from_numpy(np.array(self.decode()))
 
     def _named(self) -> str:
         return f" {shortened(self.path)}" if self.path else ""
