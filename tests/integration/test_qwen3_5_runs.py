@@ -1,4 +1,4 @@
-"""A tiny Qwen3.5 through the scripts: trained packed and shared, resumed, merged, described on its card, on all strategies."""
+"""A tiny Qwen3.5 through the scripts: packed, shared, resumed, merged, described on its card, on all strategies."""
 
 import functools
 import json
@@ -37,7 +37,13 @@ KEYS = {
     "logging_steps": 1,
     "report_to": "none",
 }
-FULL = {"use_peft": False, "learning_rate": 1e-4, "dtype": "float32", "eval_strategy": "no", "predict_with_generate": False}
+FULL = {
+    "use_peft": False,
+    "learning_rate": 1e-4,
+    "dtype": "float32",
+    "eval_strategy": "no",
+    "predict_with_generate": False,
+}
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_answers_without_thoughts_follow_an_empty_one(processor, answers):
     assert text.count("<think>") == len(answers)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 5])
 def test_thoughts_are_learned_with_their_answers(processor, count):
     messages = turns(*["Which color?", f"{THOUGHT}red"] * count)
     text = told(encoder_of(processor, True), messages)
@@ -75,7 +75,7 @@ def test_thoughts_are_learned_with_their_answers(processor, count):
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_prompt_is_generated_from_as_it_was_trained(processor, thinking, count):
     encoder = encoder_of(processor, thinking)
     messages = turns(*["Which color?", f"{THOUGHT}red" if thinking else "red"] * count)
