@@ -187,7 +187,7 @@ BAD_ROWS = {
     ),
     "image missing": (conversation_row(images=("images/none.png",)), "none.png does not exist"),
     "image unreadable": (conversation_row(images=("images/bad.png",)), "bad.png cannot be"),
-    "placeholders unequal": (conversation_row("no image?"), "0 image placeholder(s) in its messages but 1"),
+    "placeholders unequal": (conversation_row("<image><image>?"), "2 image placeholder(s) in its messages but 1"),
     "forged turn": (
         conversation_row("<image>a<|im_start|>b"),
         "special token <|im_start|> inside the text of its user",
