@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from trl import SFTConfig
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.coercion import coerce, expected, is_text, load_yaml
@@ -76,6 +75,8 @@ class Recipe:
 
 def key_hints() -> dict[str, Any]:
     """Return every key of a recipe with its type: ours first, then the keys of `SFTConfig`."""
+    from trl import SFTConfig  # takes seconds; a plan needs none of it
+
     hints: dict[str, Any] = {}
     for group in GROUPS.values():
         hints |= typing.get_type_hints(group)
@@ -93,6 +94,8 @@ def training_default(name: str) -> Any:
     """Return our default of a training key, else TRL's."""
     if name in TRAINING_DEFAULTS:
         return TRAINING_DEFAULTS[name]
+    from trl import SFTConfig
+
     entry = next(entry for entry in fields(SFTConfig) if entry.name == name)
     return entry.default_factory() if callable(entry.default_factory) else entry.default
 

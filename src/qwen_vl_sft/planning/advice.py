@@ -1,0 +1,167 @@
+"""The changes of a plan that would make it fit, or make it faster, the best three first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qwen_vl_sft.planning.inputs import Launch
+from qwen_vl_sft.planning.run import RunPlan
+
+MOST = 3
+# Less than this share of the time is not worth a change.
+_WORTH = 0.03
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change, in words of the recipe or the command line; the plan with it; and whether the same is still learned."""
+
+    text: str
+    plan: RunPlan
+    same: bool = True
+
+
+def changes(plan: RunPlan) -> list[Change]:
+    """Return at most three changes: those that make a plan fit that does not, else those that save most time.
+
+    Those with fewer GPUs come first, then those that learn the same, then the fastest.
+    """
+    if plan.fits:
+        worthwhile = [change for change in _faster(plan) if change.plan.fits and _gain(plan, change) > _WORTH]
+        return sorted(worthwhile, key=_cost)[:MOST]
+    return sorted((change for change in _smaller(plan) if change.plan.fits), key=_cost)[:MOST]
+
+
+def _cost(change: Change) -> tuple[int, bool, float]:
+    return change.plan.launch.processes, not change.same, change.plan.hours
+
+
+def _gain(plan: RunPlan, change: Change) -> float:
+    return 1 - change.plan.hours / plan.hours
+
+
+def _faster(plan: RunPlan) -> Iterator[Change]:
+    model, run = plan.recipe.model, plan.recipe.run
+    if not run.packing:
+        yield Change("packing: true", plan.changed(packing=True, gradient_checkpointing="auto"))
+    if run.packing and not run.share_prefixes and plan.rows.computed < 0.95:
+        yield Change("share_prefixes: true", plan.changed(share_prefixes=True))
+    if run.gradient_checkpointing is True and plan.launch.strategy != "zero3":
+        yield Change("gradient_checkpointing: auto", plan.changed(gradient_checkpointing="auto"))
+    if model.fused_kernels is None:
+        yield Change("fused_kernels: auto", plan.changed(fused_kernels="auto"))
+    if run.packing:
+        fitting = plan.fitting_tokens(0)
+        whole = int(plan.rows_per_step * plan.rows.tokens * plan.computed_share / plan.launch.processes * 1.1)
+        larger = min(fitting, -(-whole // 1024) * 1024)
+        smaller = plan.checkpointed and plan.rows.longest <= larger
+        if larger > run.tokens_per_batch or (smaller and run.gradient_checkpointing == "auto"):
+            yield Change(f"tokens_per_batch: {larger}", plan.changed(tokens_per_batch=larger))
+    frozen = plan.training.trained_parts <= {"language"}
+    if run.packing and frozen and not run.cache_image_features and plan.recipe.training["num_train_epochs"] > 1:
+        yield Change("cache_image_features: bfloat16", plan.changed(cache_image_features="bfloat16"))
+    if model.load_in_4bit or model.load_in_8bit:
+        yield Change(
+            "load_in_4bit: false" if model.load_in_4bit else "load_in_8bit: false",
+            plan.changed(load_in_4bit=False, load_in_8bit=False),
+        )
+    elif model.use_peft and plan.checkpointed:
+        yield Change("load_in_4bit: true", plan.changed(load_in_4bit=True), same=False)
+    if plan.launch.strategy in ("zero3", "fsdp2") and plan.launch.processes > 1:
+        yield Change("accelerate_configs/ddp.yaml", plan.changed(launch=_launched(plan, "ddp")))
+    yield from _fewer_pixels(plan)
+
+
+def _smaller(plan: RunPlan) -> Iterator[Change]:
+    model, run = plan.recipe.model, plan.recipe.run
+    if run.gradient_checkpointing is False:
+        yield Change("gradient_checkpointing: auto", plan.changed(gradient_checkpointing="auto"))
+    if model.fused_kernels is None:
+        yield Change("fused_kernels: auto", plan.changed(fused_kernels="auto"))
+    if not run.packing:
+        fewer = plan.recipe.training["per_device_train_batch_size"]
+        while fewer > 1:
+            fewer //= 2
+            changed = plan.changed(
+                per_device_train_batch_size=fewer,
+                gradient_accumulation_steps=_accumulation(plan, fewer),
+            )
+            if changed.fits:
+                yield Change(f"per_device_train_batch_size: {fewer}, and as many more accumulated", changed)
+                break
+        yield Change("packing: true", plan.changed(packing=True, gradient_checkpointing="auto"))
+    for text, keys in _checkpointing(plan):
+        lower = plan.changed(**keys).fitting_tokens(plan.training.blocks if "auto" in str(keys) or _always(plan) else 0)
+        if run.packing and plan.rows.longest <= lower < run.tokens_per_batch:
+            yield Change(f"{text}tokens_per_batch: {lower}", plan.changed(tokens_per_batch=lower, **keys))
+    if not model.use_peft and plan.launch.processes > 1:
+        yield from _sharded(plan, ("zero1", "zero2", "fsdp2"))
+    elif plan.launch.processes > 1 and not model.load_in_8bit:
+        yield from _sharded(plan, ("fsdp2",))
+    yield from _more_gpus(plan)
+    if model.use_peft and not model.load_in_4bit:
+        yield Change("load_in_4bit: true", plan.changed(load_in_4bit=True, load_in_8bit=False), same=False)
+        yield Change(
+            "load_in_4bit: true, gradient_checkpointing: auto",
+            plan.changed(load_in_4bit=True, load_in_8bit=False, gradient_checkpointing="auto"),
+            same=False,
+        )
+    if not model.use_peft:
+        if not model.freeze_vision_tower:
+            yield Change("freeze_vision_tower: true", plan.changed(freeze_vision_tower=True), same=False)
+        yield Change("optim: adamw_bnb_8bit", plan.changed(optim="adamw_bnb_8bit"), same=False)
+        yield Change("use_peft: true (LoRA)", plan.changed(use_peft=True), same=False)
+        yield Change(
+            "use_peft: true, load_in_4bit: true (QLoRA), gradient_checkpointing: auto",
+            plan.changed(use_peft=True, load_in_4bit=True, gradient_checkpointing="auto"),
+            same=False,
+        )
+    yield from _fewer_pixels(plan)
+
+
+def _more_gpus(plan: RunPlan) -> Iterator[Change]:
+    """Yield the fewest GPUs that are enough, for each strategy that shards what takes most."""
+    if plan.recipe.model.load_in_8bit:
+        return
+    for strategy in ("fsdp2",) if plan.recipe.model.use_peft else ("zero2", "fsdp2"):
+        for count in (2, 4, 8, 16, 32, 64):
+            changed = plan.changed(launch=Launch(strategy, count))
+            if count > plan.launch.processes and changed.fits:
+                yield Change(f"{count} GPUs with accelerate_configs/{strategy}.yaml", changed)
+                break
+
+
+def _checkpointing(plan: RunPlan) -> Iterator[tuple[str, dict[str, object]]]:
+    yield "", {}
+    if plan.recipe.run.gradient_checkpointing is False:
+        yield "gradient_checkpointing: auto, ", {"gradient_checkpointing": "auto"}
+
+
+def _always(plan: RunPlan) -> bool:
+    return plan.recipe.run.gradient_checkpointing is not False
+
+
+def _accumulation(plan: RunPlan, rows: int) -> int:
+    settings = plan.recipe.training
+    return int(settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // rows)
+
+
+def _sharded(plan: RunPlan, strategies: tuple[str, ...]) -> Iterator[Change]:
+    for strategy in strategies:
+        if strategy != plan.launch.strategy:
+            yield Change(f"accelerate_configs/{strategy}.yaml", plan.changed(launch=_launched(plan, strategy)))
+
+
+def _launched(plan: RunPlan, strategy: str) -> Launch:
+    return Launch(strategy, plan.launch.processes, plan.launch.machines)
+
+
+def _fewer_pixels(plan: RunPlan) -> Iterator[Change]:
+    """Yield half of the pixels an image has on average."""
+    rows, side = plan.rows, plan.shape.vision.patch
+    if rows.images and rows.patches / rows.images > 400:
+        pixels = int(rows.patches / rows.images * side * side / 2)
+        limit = max(1, pixels // 1000) * 1000
+        changed = plan.changed(rows=rows.with_pixels(0.5), max_pixels=limit)
+        yield Change(f"max_pixels: {limit} (half of an image's on average)", changed, same=False)

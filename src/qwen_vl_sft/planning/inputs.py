@@ -1,0 +1,186 @@
+"""Read what a plan needs of a recipe, a launch configuration and a model's config.json, without the training libraries."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen_vl_sft.config.coercion import coerce, expected, is_text, load_yaml
+from qwen_vl_sft.config.other_trainers import hint
+from qwen_vl_sft.config.reading import Recipe, build
+from qwen_vl_sft.config.settings import GROUPS, REFUSED_KEYS
+from qwen_vl_sft.errors import UserError, first_line, quoted, raise_all, shortened
+from qwen_vl_sft.planning.shape import RELEASED, ModelShape, read_shape
+from qwen_vl_sft.shipped_files import RECIPES, find_file, launch_config, shipped_names
+
+# Keys of TRL's SFTConfig that a plan reads, with their types and defaults; a test compares them with TRL's.
+TRAINING_KEYS: dict[str, tuple[Any, Any]] = {
+    "output_dir": (str | None, None),
+    "num_train_epochs": (float, 3.0),
+    "max_steps": (int, -1),
+    "per_device_train_batch_size": (int, 8),
+    "gradient_accumulation_steps": (int, 1),
+    "bf16": (bool | None, None),
+    "fp16": (bool, False),
+    "optim": (str, "adamw_torch_fused"),
+    "save_strategy": (str, "steps"),
+    "save_steps": (float, 500),
+    "save_total_limit": (int | None, None),
+    "save_only_model": (bool, False),
+    "activation_offloading": (bool, False),
+}
+_STRATEGIES = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is launched: its strategy, and GPUs in all and on a machine."""
+
+    strategy: str
+    processes: int
+    machines: int = 1
+
+
+def read_plan_recipe(path: str | Path, words: Mapping[str, Sequence[str]]) -> Recipe:
+    """Read a recipe and words of the command line that win over it; only keys that a plan reads are typed.
+
+    Raises `UserError` for a file that is none, an unknown key that is nearly one of ours, and wrong values.
+    """
+    hints = _hints()
+    texts = {name for name, kind in hints.items() if is_text(kind)}
+    merged = _read_file(Path(path), texts)
+    for name, parts in words.items():
+        values = [yaml.safe_load(word) if name not in texts else word for word in parts]
+        merged[name] = True if not values else values[0] if len(values) == 1 else values
+    problems, values = [], {}
+    for name, value in merged.items():
+        try:
+            if name in hints:
+                values[name] = coerce(value, hints[name])
+            elif problem := _problem_of_name(name, hints):
+                problems.append(f"{path}: {problem}")
+        except ValueError:
+            problems.append(f"{path}: {name}: {quoted(value)} is not {expected(hints[name])}")
+    raise_all(problems)
+    defaults = {name: default for name, (_, default) in TRAINING_KEYS.items()}
+    return build({**defaults, **values})
+
+
+def _hints() -> dict[str, Any]:
+    hints: dict[str, Any] = {}
+    for group in GROUPS.values():
+        hints |= typing.get_type_hints(group)
+    return hints | {name: kind for name, (kind, _) in TRAINING_KEYS.items()}
+
+
+def _problem_of_name(name: str, hints: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a key that the plan does not read; None where it may be one of TRL's."""
+    if name in REFUSED_KEYS:
+        return f"{name} cannot be set: {REFUSED_KEYS[name]}"
+    if other := hint(name):
+        return f"unknown key {name}; {other}"
+    own = {entry.name for group in GROUPS.values() for entry in fields(group)}
+    near = difflib.get_close_matches(name, own, n=1, cutoff=0.9)
+    return f"unknown key {shortened(name)}; did you mean {near[0]}?" if near else None
+
+
+def _read_file(path: Path, texts: set[str]) -> dict[str, Any]:
+    found = find_file(path, RECIPES)
+    if found is None:
+        raise UserError(f"recipe {path} does not exist; here are {', '.join(shipped_names(RECIPES))}")
+    try:
+        written = load_yaml(found.read_text(encoding="utf-8"), texts) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"recipe {path} cannot be read: {shortened(' '.join(str(error).split()))}") from None
+    if not isinstance(written, dict):
+        raise UserError(f"recipe {path} must hold `key: value` lines, not a {type(written).__name__}")
+    return {str(name): value for name, value in written.items()}
+
+
+def read_launch(config_file: str | None, num_gpus: int | None) -> Launch:
+    """Read an accelerate configuration; `num_gpus` wins over its number of processes. Without a file: DDP, or one GPU.
+
+    Raises `UserError` for a file that is none, and for one that asks for what this package does not train with.
+    """
+    if config_file is None:
+        count = num_gpus or 1
+        return Launch("ddp" if count > 1 else "single", count)
+    path = launch_config(config_file, "config_file")
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = str(written["distributed_type"]).upper()
+        machines = int(written.get("num_machines", 1))
+        count = num_gpus or int(written.get("num_processes", 1))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"--config_file {config_file}: is no accelerate configuration: {first_line(error)}") from None
+    if kind == "DEEPSPEED":
+        return Launch(f"zero{_zero_stage(path, written.get('deepspeed_config') or {})}", count, machines)
+    if kind not in _STRATEGIES:
+        raise UserError(f"--config_file {config_file}: distributed_type {quoted(kind)} is not supported here")
+    strategy = "ddp" if kind == "NO" and count > 1 else _STRATEGIES[kind]
+    return Launch("single" if strategy == "ddp" and count == 1 else strategy, count, machines)
+
+
+def _zero_stage(path: Path, settings: Mapping[str, Any]) -> int:
+    stage = settings.get("zero_stage")
+    if stage is None:
+        named = Path(str(settings.get("deepspeed_config_file")))
+        file = next((place for place in (named, path.parent / named.name) if place.is_file()), None)
+        if file is None:
+            raise UserError(f"--config_file {path}: its deepspeed_config_file {named} does not exist")
+        stage = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(f"--config_file {path}: ZeRO stage {quoted(stage)}; stages 1, 2 and 3 are supported")
+    return int(stage)
+
+
+def find_shape(model: str, revision: str = "main") -> ModelShape:
+    """Return a model's dimensions: of a folder, of the Hub's cache, of a released model that is known here, of the Hub.
+
+    Raises `UserError` where none of them has it.
+    """
+    folder = Path(model).expanduser()
+    config = folder / "config.json" if folder.is_dir() else _cached_config(model, revision)
+    if config is None and model in RELEASED:
+        return read_shape(RELEASED[model], model)
+    if config is None or not config.is_file():
+        config = _download(model, revision)
+    try:
+        return read_shape(json.loads(config.read_text(encoding="utf-8")), f"model_name_or_path: {model}")
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"model_name_or_path: {config} cannot be read: {first_line(error)}") from None
+
+
+def _cached_config(model: str, revision: str) -> Path | None:
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{model.replace('/', '--')}"
+    reference = folder / "refs" / revision
+    try:
+        commit = reference.read_text(encoding="utf-8").strip()
+    except OSError:
+        commit = revision
+    path = folder / "snapshots" / commit / "config.json"
+    return path if path.is_file() else None
+
+
+def _download(model: str, revision: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UserError(f"model_name_or_path: {quoted(model)} is no folder with a config.json, and no name on the Hub")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revision, etag_timeout=5))
+    except Exception as error:  # of the network, the Hub and its library
+        raise UserError(
+            f"model_name_or_path: the config.json of {quoted(model)} is not on this machine and cannot be fetched:"
+            f" {first_line(error)}; give a folder with it, or one of {', '.join(RELEASED)}"
+        ) from None

@@ -1,0 +1,363 @@
+"""Work out the memory that training takes on each GPU, split by what takes it.
+
+Counted are the tensors that PyTorch's allocator holds at the moment that needs most. What a layer keeps for its backward
+pass follows from the operations of transformers' layers with the kernels of `modeling.kernels`: each operation keeps the
+inputs that its gradient reads. `tools/check_plan.py` compares with what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from qwen_vl_sft.planning.shape import Linear, ModelShape
+
+# Of a GPU's memory, left free for what the allocator cannot use and for the communication of processes.
+MARGIN = 0.08
+# A block of 4-bit weights has 64 weights and a constant of 32 bits; double quantization makes that 8 bits, and 32 bits
+# for each 256 of these (QLoRA, section 3).
+NF4_BYTES, NF4_NESTED_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes of optimizer states a trained weight, by `optim`; Adam's two moments in float32 for any other.
+OPTIMIZER_BYTES = {
+    "sgd": 0.0,
+    "adafactor": 0.02,  # a row and a column of each matrix
+    "adamw_bnb_8bit": 2.0,
+    "adamw_8bit": 2.0,
+    "paged_adamw_8bit": 2.0,
+    "lion_32bit": 4.0,
+    "lion_8bit": 1.0,
+    "paged_lion_8bit": 1.0,
+}
+ADAM_BYTES = 8.0
+_HALF, _SINGLE = 2, 4
+# The head is computed in tiles of so many tokens and words (TRL's chunked_logprob).
+_TILE = (4096, 8192)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a run decides on its memory and time.
+
+    Attributes:
+        shape: the model.
+        bits: of the base's linear weights: 4, 8, 16 or 32.
+        nested: 4-bit constants are quantized too.
+        stored: bytes of every other weight of the base.
+        mixed: layers compute in half precision, whatever their weights are stored in.
+        adapted: the layers with LoRA; None when the model's own weights train.
+        rank: of LoRA.
+        dropout: on the adapter's input.
+        in_full: weights trained beside the adapter.
+        freeze_vision: the tower does not train in full fine-tuning.
+        kernels: fused kernels.
+        packing: rows are packed.
+        cached_features: the vision tower does not run.
+        flash_attention: attention is FlashAttention 3 or 4.
+        optimizer: bytes of its states a trained weight.
+        strategy: single, ddp, zero1, zero2, zero3 or fsdp2.
+        processes: GPUs.
+    """
+
+    shape: ModelShape
+    bits: int = 16
+    nested: bool = True
+    stored: int = _HALF
+    mixed: bool = True
+    adapted: tuple[Linear, ...] | None = ()
+    rank: int = 16
+    dropout: bool = False
+    in_full: int = 0
+    freeze_vision: bool = False
+    kernels: frozenset[str] = frozenset()
+    packing: bool = True
+    cached_features: bool = False
+    flash_attention: bool = False
+    optimizer: float = ADAM_BYTES
+    strategy: str = "single"
+    processes: int = 1
+
+    @cached_property
+    def trained_parts(self) -> frozenset[str]:
+        """Return the parts in which something trains."""
+        if self.adapted is None:
+            return frozenset({"merger", "language"} | (set() if self.freeze_vision else {"vision"}))
+        return frozenset(linear.part for linear in self.adapted)
+
+    @cached_property
+    def adapter_weights(self) -> int:
+        """Count the weights of LoRA."""
+        return sum(linear.count * self.rank * (linear.inputs + linear.outputs) for linear in self.adapted or ())
+
+    @property
+    def trained_weights(self) -> int:
+        """Count all weights that train."""
+        if self.adapted is not None:
+            return self.adapter_weights + self.in_full
+        counts = self.shape.parameters
+        return sum(count for part, count in counts.items() if part in self.trained_parts)
+
+    @property
+    def blocks(self) -> int:
+        """Count the layers that can be checkpointed: those that a gradient passes."""
+        return self.shape.text.layers + (self.shape.vision.depth if "vision" in self.trained_parts else 0)
+
+    @property
+    def full(self) -> bool:
+        """Return whether the model's own weights train."""
+        return self.adapted is None
+
+    @property
+    def computed(self) -> int:
+        """Return the bytes of a value that layers compute."""
+        return _HALF if self.mixed else self.stored
+
+    @property
+    def stream(self) -> int:
+        """Return the bytes of a value that passes from layer to layer.
+
+        Full fine-tuning under autocast passes float32; ZeRO and FSDP2 compute on half-precision copies.
+        """
+        wide = self.full and self.mixed and self.strategy in ("single", "ddp")
+        return _SINGLE if wide else self.computed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sizes of a micro-batch on one GPU: tokens, those that predict a target, vision patches, keys and values gathered
+    for shared prefixes as a share of the tokens.
+    """
+
+    tokens: float
+    target_tokens: float
+    patches: float
+    repeated_keys: float = 0.0
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """Bytes on each GPU, by what holds them at the moment that needs most.
+
+    Attributes:
+        weights: the base as it is stored, or the weights that train.
+        adapters: LoRA.
+        gradients: of what trains.
+        optimizer: states, and the copies that ZeRO keeps of what trains.
+        activations: kept for the backward pass, and what one layer computes meanwhile.
+        vision: the same of the vision tower, and pixels.
+        logits: the output head.
+        caches: half-precision copies of weights, and 4-bit weights unpacked for a product.
+        buffers: weights and gradients in communication.
+    """
+
+    weights: float
+    adapters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    vision: float
+    logits: float
+    caches: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """Return the sum."""
+        return sum(vars(self).values())
+
+    @property
+    def static(self) -> float:
+        """Return what does not grow with the micro-batch."""
+        return self.total - self.activations - self.vision - self.logits
+
+
+def targets(shape: ModelShape, names: Iterable[str] | None, parts: Iterable[str]) -> tuple[Linear, ...]:
+    """Return the layers that `lora_target_modules` names, by how their names end; all of `parts` for None."""
+    if names is None or list(names) == ["all-linear"]:
+        wanted = set(parts)
+        return tuple(linear for linear in shape.linears if linear.part in wanted)
+    endings = tuple(names)
+    return tuple(linear for linear in shape.linears if any(f".{linear.name}".endswith(f".{end}") for end in endings))
+
+
+def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> MemorySplit:
+    """Return the memory of a step whose largest micro-batch is `batch`, with so many of `training.blocks` checkpointed.
+
+    The vision tower's layers are checkpointed first, those of the language model after them.
+    """
+    text = training.shape.text
+    depth = training.blocks - text.layers
+    towers, layers = min(checkpointed, depth), max(0, checkpointed - depth)
+    static = _static(training)
+    kept = language_bytes(training) * batch.tokens
+    last = _last_layer_bytes(training) * batch.tokens + _mlp_bytes(training) * batch.target_tokens
+    stream = text.hidden * training.stream * batch.tokens
+    repeated = 2 * text.keys * training.computed * batch.tokens * batch.repeated_keys
+    whole = kept + repeated
+    # The last layer keeps less, as its MLP sees target tokens alone.
+    saved = layers * stream + max(text.layers - 1 - layers, 0) * whole + (0 if layers == text.layers else last + repeated)
+    # The widest moment of a layer's backward pass: its MLP's gradient beside a few of the stream's width.
+    moment = (text.mlp * training.computed + 3 * text.hidden * training.stream) * batch.tokens
+    activations = saved + (whole if layers else 0.0) + moment
+    seen, seeing = _vision(training, batch, towers)
+    tile = min(batch.target_tokens, _TILE[0]) * min(text.vocabulary, _TILE[1]) * _HALF
+    logits = tile + batch.target_tokens * text.hidden * (_SINGLE + 2 * training.stream)
+    if training.full:
+        logits += training.shape.embedding_weights * _SINGLE  # the head's gradient, before it is added
+    if seeing > activations + logits:
+        # The tower computes when the language model keeps nothing, not yet or no longer.
+        return replace(static, vision=seen + seeing)
+    return replace(static, activations=activations, vision=seen, logits=logits)
+
+
+def language_bytes(training: Training) -> float:
+    """Return the bytes a token that a layer of the language model keeps for its backward pass."""
+    return _attention_bytes(training) + _mlp_bytes(training)
+
+
+def _attention_bytes(training: Training) -> float:
+    text, wide, half = training.shape.text, training.stream, training.computed
+    kept = float(_norm_bytes(training, text.hidden))
+    kept += (2 * text.queries + 2 * text.keys) * half + _SINGLE * text.heads
+    if text.head_norms:
+        kept += _norm_bytes(training, text.queries + text.keys, half)
+    if training.full:
+        # Autocast makes the three products' inputs anew, from float32.
+        kept += text.hidden * half * (3 if wide > half else 1)
+    return kept + _adapter_bytes(training, ("q_proj", "k_proj", "v_proj"), text.hidden) + _adapter_bytes(
+        training, ("o_proj",), text.queries, kept_anyway=True
+    )
+
+
+def _mlp_bytes(training: Training) -> float:
+    text, wide, half = training.shape.text, training.stream, training.computed
+    kept = float(_norm_bytes(training, text.hidden))
+    kept += (2 if "swiglu" in training.kernels else 3) * text.mlp * half
+    down = _adapter_bytes(training, ("down_proj",), text.mlp, kept_anyway=False)
+    if training.full:
+        kept += text.hidden * half * (2 if wide > half else 1)
+        down = text.mlp * half
+    return kept + _adapter_bytes(training, ("gate_proj", "up_proj"), text.hidden) + down
+
+
+def _last_layer_bytes(training: Training) -> float:
+    """Return the bytes a token that the last layer keeps: without an MLP where rows are packed."""
+    return _attention_bytes(training) + (0.0 if training.packing else _mlp_bytes(training))
+
+
+def _norm_bytes(training: Training, width: int, dtype: int | None = None) -> int:
+    """Return what a norm keeps: its input with the kernel, else copies in float32."""
+    dtype = training.stream if dtype is None else dtype
+    if "rms_norm" in training.kernels:
+        return width * dtype
+    return width * (_SINGLE + (dtype if training.full else 0))
+
+
+def _adapter_bytes(training: Training, names: tuple[str, ...], width: int, kept_anyway: bool = False) -> float:
+    """Return the bytes a token that the adapters on layers of one input keep: it, and what has passed A."""
+    adapted = [linear for linear in training.adapted or () if linear.part == "language"]
+    count = sum(linear.name.endswith(names) for linear in adapted)
+    if not count:
+        return 0.0
+    inner = count * training.rank * training.computed
+    if training.dropout:
+        return inner + count * width * (training.computed + 1)  # each its own input, and its mask
+    return inner + (0 if kept_anyway else width * training.computed)
+
+
+def _vision(training: Training, batch: MicroBatch, checkpointed: int) -> tuple[float, float]:
+    """Return the bytes of the tower that stay until the backward pass, and those of a moment of its forward pass."""
+    vision, half = training.shape.vision, training.computed
+    if training.cached_features or not batch.patches:
+        return 0.0, 0.0
+    pixels = batch.patches * vision.pixels * half
+    width, mlp = vision.width, vision.mlp * (2 if vision.gated else 1)
+    # Input, normed input, query, key, value and their rotated copies in float32, output; then the MLP's.
+    moment = batch.patches * half * max(12 * width, 3 * width + 2.5 * mlp)
+    features = batch.patches / vision.merge**2 * training.shape.text.hidden * half * vision.mergers
+    if "vision" not in training.trained_parts:
+        merger = 3 * batch.patches * width * half if "merger" in training.trained_parts else 0.0
+        return pixels + features + merger, moment
+    layer = batch.patches * _vision_block_bytes(training)
+    stream = batch.patches * width * training.stream
+    blocks = checkpointed * stream + (vision.depth - checkpointed) * layer
+    return pixels + features + blocks, layer + moment if checkpointed else moment
+
+
+def _vision_block_bytes(training: Training) -> float:
+    """Return the bytes a patch that a block of a tower that trains keeps for its backward pass."""
+    vision, wide, half = training.shape.vision, training.stream, training.computed
+    mlp = vision.mlp * half
+    between = (3 if vision.gated or "quick_gelu" not in training.kernels else 2) * mlp
+    inputs = 2 * vision.width * half + (mlp if vision.gated else 0)
+    return 2 * vision.width * wide + inputs + 4 * vision.width * half + between
+
+
+def _static(training: Training) -> MemorySplit:
+    """Return what does not grow with the micro-batch."""
+    shape, sharded = training.shape, training.strategy in ("zero3", "fsdp2")
+    linear = sum(entry.weights for entry in shape.linears)
+    every = sum(shape.parameters.values())
+    each = {4: NF4_NESTED_BYTES if training.nested else NF4_BYTES, 8: 1.0}.get(training.bits, training.stored)
+    base = linear * each + (every - linear) * training.stored
+    count, split = training.trained_weights, training.processes
+    zero = training.strategy.startswith("zero")
+    own, gradients, states = _trained_bytes(training, count)
+    adapters = 0.0 if training.full else own
+    if training.full:
+        base = own + (every - count) * training.stored
+    if sharded:
+        base, adapters = base / split, adapters / split
+    caches = _cached_bytes(training)
+    buffers = _buffer_bytes(training, base * split if sharded else base)
+    if training.strategy == "ddp" and training.processes > 1:
+        buffers += count * _SINGLE  # gradients lie in buckets beside those of the weights
+    if zero and training.processes > 1 and training.strategy != "zero3":
+        buffers += 0.0 if not training.full else 2e8 * _HALF
+    return MemorySplit(base, adapters, gradients, states, 0.0, 0.0, 0.0, caches, buffers)
+
+
+def _trained_bytes(training: Training, count: int) -> tuple[float, float, float]:
+    """Return the bytes of what trains itself, of its gradients, and of optimizer states with ZeRO's copies, on a GPU."""
+    split, strategy = training.processes, training.strategy
+    weight = _SINGLE if training.mixed or not training.full else training.stored
+    if strategy in ("single", "ddp"):
+        return count * weight, count * weight, count * training.optimizer * (weight / _SINGLE)
+    if strategy == "fsdp2":
+        return count * weight, count * weight / split, count * training.optimizer / split
+    # ZeRO computes with copies in half precision and keeps those in float32 split.
+    own = _HALF if training.mixed else weight
+    whole = split if strategy in ("zero2", "zero3") else 1
+    return count * own, count * _SINGLE / whole, count * (_SINGLE + training.optimizer) / split
+
+
+def _cached_bytes(training: Training) -> float:
+    """Return the bytes of copies of weights: unpacked ones for a product, half-precision ones of autocast."""
+    largest = max(linear.inputs * linear.outputs for linear in training.shape.linears)
+    unpacked = largest * training.computed if training.bits in (4, 8) else 0.0
+    copies = 0.0
+    if training.mixed and training.strategy in ("single", "ddp"):
+        copies = training.trained_weights * _HALF
+    return unpacked + copies
+
+
+def _buffer_bytes(training: Training, base: float) -> float:
+    """Return the bytes of weights that are gathered from other GPUs: two layers, and what belongs to no layer."""
+    if training.strategy not in ("zero3", "fsdp2") or training.processes == 1:
+        return 0.0
+    shape = training.shape
+    layer = sum(entry.weights for entry in shape.linears if entry.part == "language") / shape.text.layers
+    dtype = {4: NF4_NESTED_BYTES, 8: 1.0}.get(training.bits, float(_HALF if training.mixed else training.stored))
+    ends = (shape.embedding_weights + shape.head_weights) * (_HALF if training.mixed else training.stored)
+    # FSDP2 keeps both ends gathered; of DeepSpeed's live weights about so much was measured.
+    gathered = 2 * layer * dtype + ends * (1.0 if training.strategy == "fsdp2" else 0.75)
+    return gathered + (layer * _SINGLE if training.full else 0.0)
+
+
+def keep_as_many(training: Training, batch: MicroBatch, room: float) -> int:
+    """Return how many layers `gradient_checkpointing: auto` would checkpoint: as few as `room` bytes allow, or all."""
+    low, high = 0, training.blocks
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if memory_of(training, batch, middle).total <= room else (middle + 1, high)
+    return low

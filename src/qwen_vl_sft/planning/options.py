@@ -1,0 +1,91 @@
+"""Command-line options of plan.py, and the plan that they ask for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwen_vl_sft.config.command_line import any_recipe_key, option
+from qwen_vl_sft.planning.cards import find_card
+from qwen_vl_sft.planning.inputs import find_shape, read_launch, read_plan_recipe
+from qwen_vl_sft.planning.rows import RowSizes, row_sizes
+from qwen_vl_sft.planning.run import RunPlan, check_launch
+from qwen_vl_sft.errors import UserError
+
+# Cards that FlashAttention 3 or 4 runs on, for packed rows.
+_FLASH_CARDS = ("H100", "H200", "B200", "GB200")
+_FLASH_PACKAGES = ("flash-attn-4", "flash-attn-3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Command-line options of plan.py; other keys go to the recipe."""
+
+    recipe: Path = option(Path("recipes/chartqa_qlora.yaml"), "the recipe that is planned", metavar="file")
+    gpu: str = option("h200", "a GPU such as a100-80, or its memory and dense bf16 rate: 48GB:181TFLOPS")
+    num_gpus: int | None = option(None, "GPUs in all; default: what the launch file says, else 1", at_least=1)
+    config_file: str | None = option(None, "launch configuration, or its name: ddp, zero2, fsdp2", metavar="file")
+    rows: int | None = option(None, "training rows, where the data is not on this machine", at_least=1)
+    row_tokens: int | None = option(None, "tokens of a row, images included", at_least=1)
+    image_tokens: int | None = option(None, "tokens of a row's images", at_least=0)
+    json: bool = option(False, "print JSON")
+    plot: Path | None = option(None, "draw memory over tokens_per_batch: a .png, .svg or .pdf", metavar="file")
+    recipe_keys: dict[str, list[str]] = any_recipe_key()
+
+
+def plan_of(options: PlanOptions) -> RunPlan:
+    """Build the plan. Raises `UserError` for a recipe, a launch file, a model or a GPU that cannot be used."""
+    recipe = read_plan_recipe(options.recipe, options.recipe_keys)
+    card, launch = find_card(options.gpu), read_launch(options.config_file, options.num_gpus)
+    model = recipe.model.model_name_or_path
+    if model is None:
+        raise UserError(f"{options.recipe}: model_name_or_path is missing; name a Hub id or a local folder")
+    shape = find_shape(model, recipe.model.model_revision)
+    rows = _stated(row_sizes(recipe.data, model, shape.vision), options)
+    flash = recipe.model.attn_implementation == "auto" and card.name.split()[0] in _FLASH_CARDS and _has_flash()
+    plan = RunPlan(recipe, shape, rows, card, launch, flash)
+    check_launch(plan)
+    return plan
+
+
+def _has_flash() -> bool:
+    for package in _FLASH_PACKAGES:
+        try:
+            importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return True
+    return False
+
+
+def _stated(rows: RowSizes, options: PlanOptions) -> RowSizes:
+    """Return the sizes with what the command line states."""
+    if options.rows is not None:
+        rows = replace(rows, rows=options.rows, source=f"{rows.source}; --rows")
+    if options.image_tokens is not None:
+        patches, share = options.image_tokens * 4.0, options.image_tokens * 4.0 / max(rows.patches, 1e-9)
+        tokens = rows.tokens + (patches - rows.patches) / 4
+        rows = _of_tokens(rows, tokens)
+        rows = replace(rows, patches=patches, patches_squared=rows.patches_squared * share**2)
+        rows = replace(rows, source=f"{rows.source}; --image_tokens")
+    if options.row_tokens is not None:
+        if options.row_tokens < rows.patches / 4:
+            raise UserError(
+                f"--row_tokens {options.row_tokens}: a row's images alone have {rows.patches / 4:.0f}; add --image_tokens"
+            )
+        rows = replace(_of_tokens(rows, options.row_tokens), source=f"{rows.source}; --row_tokens")
+    return rows
+
+
+def _of_tokens(rows: RowSizes, tokens: float) -> RowSizes:
+    share = tokens / rows.tokens
+    squared, longest = rows.tokens_squared * share**2, round(rows.longest * share)
+    return replace(rows, tokens=tokens, tokens_squared=squared, longest=longest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckPlanOptions:
+    """Command-line options of check_plan.py."""
+
+    points: Path = option(Path("benchmarks/plan.json"), "the measured runs", metavar="file")

@@ -1,0 +1,104 @@
+"""Estimate the seconds of a step from FLOPs, memory traffic and what the host needs to start the work.
+
+The constants were fitted to what was measured on H200s (`benchmarks/plan.json`); another card is taken to reach the same
+shares of its own rates. `tools/check_plan.py` tells how far the estimates are off.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen_vl_sft.planning.cards import Card
+from qwen_vl_sft.planning.memory import NF4_NESTED_BYTES, Training, language_bytes
+from qwen_vl_sft.planning.shape import Passes, Work, training_flops
+
+# Share of the card's dense half-precision peak that large matrix products reach, and share of its bandwidth.
+PRODUCTS, BANDWIDTH = 0.79, 0.7
+# The same share of attention: PyTorch's kernels, and FlashAttention built for the card.
+ATTENTION, FLASH_ATTENTION = 0.17, 0.3
+# How often what a layer keeps is read or written: forward and backward, and once more to compute it again.
+TRAFFIC, TRAFFIC_AGAIN = 9.2, 3.0
+# Seconds of the host for a layer's forward and backward pass, whose kernels it starts one by one.
+HOST_SECONDS = {
+    "single": 0.0029,
+    "ddp": 0.0029,
+    "zero1": 0.0047,
+    "zero2": 0.0047,
+    "fsdp2": 0.0062,
+    "zero3": 0.0152,
+}
+# A layer that is computed again, and one whose own weights train, take so much more.
+HOST_AGAIN, HOST_FULL = 0.25, 0.25
+# Of the rate of a link, what collectives reach; and what of their time no computation hides.
+LINK, EXPOSED = 0.7, 0.3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, its FLOPs that count as useful, and those that are computed with layers run once more."""
+
+    seconds: float
+    useful_flops: float
+    computed_flops: float
+
+
+def passes_of(training: Training, checkpointed: int = 0) -> Passes:
+    """Return how many forward passes each part's forward and backward come to, as `FlopCounter.of` does."""
+    backward, parts = (3 if training.full else 2), training.trained_parts
+    layers = max(0, checkpointed - (training.blocks - training.shape.text.layers))
+    return Passes(
+        language=backward,
+        vision=0 if training.cached_features else backward if "vision" in parts else 1,
+        merger=0 if training.cached_features else 1 if parts <= {"language"} else backward,
+        recomputed=layers / training.shape.text.layers,
+    )
+
+
+def step_time(training: Training, card: Card, work: Work, micro_batches: float, checkpointed: int) -> StepTime:
+    """Estimate a step of `micro_batches` on each GPU, which are `work` together."""
+    useful = training_flops(training.shape, work, passes_of(training), training.packing)
+    computed = training_flops(training.shape, work, passes_of(training, checkpointed), training.packing)
+    attention = FLASH_ATTENTION if training.flash_attention else ATTENTION
+    device = (computed.weights / PRODUCTS + computed.attention / attention) / card.flops
+    device += _traffic(training, work, micro_batches, checkpointed) / (card.bandwidth * BANDWIDTH)
+    again = HOST_AGAIN * checkpointed / training.blocks + HOST_FULL * training.full
+    blocks = training.shape.text.layers + (0 if training.cached_features else training.shape.vision.depth)
+    host = micro_batches * blocks * HOST_SECONDS[training.strategy] * (1 + again)
+    # Host and device work side by side, but each waits for the other now and then.
+    seconds = math.hypot(device, host) + EXPOSED * _communication(training, card, micro_batches)
+    return StepTime(seconds, useful.total, computed.total)
+
+
+def _traffic(training: Training, work: Work, micro_batches: float, checkpointed: int) -> float:
+    """Return the bytes that go through the device's memory beside those of matrix products."""
+    shape, depth = training.shape, training.blocks - training.shape.text.layers
+    again = TRAFFIC_AGAIN * max(0, checkpointed - depth) / shape.text.layers
+    language = language_bytes(training) * shape.text.layers * work.tokens * (TRAFFIC + again)
+    vision = shape.vision
+    patch = training.computed * (12 * vision.width + 3 * vision.mlp) * vision.depth
+    tower = 0.0
+    if not training.cached_features:
+        tower = patch * work.patches * (1 if "vision" not in training.trained_parts else TRAFFIC / 2)
+    weights = sum(linear.weights for linear in shape.linears)
+    unpacked = 0.0
+    if training.bits in (4, 8):
+        # Unpacked once for the forward pass and once for the backward pass: read, written, read.
+        unpacked = 2 * weights * (NF4_NESTED_BYTES + 2 * training.computed) * micro_batches
+    optimizer = training.trained_weights * 30 / (training.processes if training.strategy not in ("single", "ddp") else 1)
+    return language + tower + unpacked + optimizer
+
+
+def _communication(training: Training, card: Card, micro_batches: float) -> float:
+    """Return the seconds of collectives of a step, over the slowest link that a GPU has to another."""
+    split = training.processes
+    if split == 1:
+        return 0.0
+    share, rate = (split - 1) / split, card.link * LINK
+    gradients = training.trained_weights * 4 * 2 * share
+    if training.strategy in ("single", "ddp", "zero1", "zero2"):
+        return gradients / rate
+    linear = sum(entry.weights for entry in training.shape.linears)
+    each = {4: NF4_NESTED_BYTES, 8: 1.0}.get(training.bits, 2.0)
+    times = 3 if training.strategy == "zero3" else 2
+    return (times * linear * each * share * micro_batches + gradients * micro_batches / 2) / rate

@@ -1,0 +1,430 @@
+"""Plans of runs: dimensions, memory, time, rows, changes, and the script that prints them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fixtures.models import FAMILIES, newer
+from fixtures.repository import REPOSITORY
+from qwen_vl_sft import tiny
+from qwen_vl_sft.config.settings import DataSettings
+from qwen_vl_sft.data.row_lengths import RowLengths
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.planning import rows as planned_rows
+from qwen_vl_sft.planning.advice import changes
+from qwen_vl_sft.planning.cards import CARDS, find_card
+from qwen_vl_sft.planning.check import compare_all, format_table
+from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch, find_shape, read_launch, read_plan_recipe
+from qwen_vl_sft.planning.memory import MicroBatch, Training, keep_as_many, memory_of, targets
+from qwen_vl_sft.planning.options import PlanOptions, plan_of
+from qwen_vl_sft.planning.report import as_json, describe, verdict
+from qwen_vl_sft.planning.run import RunPlan
+from qwen_vl_sft.planning.shape import RELEASED, Passes, Work, read_shape, training_flops
+from qwen_vl_sft.planning.table import plan_table
+
+SEVEN = "Qwen/Qwen2-VL-7B-Instruct"
+BATCH = MicroBatch(8192, 60, 26000)
+
+
+def training(**changed):
+    shape = read_shape(RELEASED[SEVEN])
+    adapted = targets(shape, ["q_proj", "v_proj"], ())
+    return replace(Training(shape, bits=4, adapted=adapted, rank=8), **changed)
+
+
+def plan(*words, **keys):
+    given = {name: [str(value).lower() if isinstance(value, bool) else str(value)] for name, value in keys.items()}
+    options = {"recipe": REPOSITORY / "recipes/chartqa_qlora.yaml", "recipe_keys": given}
+    return plan_of(PlanOptions(**options, **dict(words)))
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_and_flops_are_those_of_the_model(name):
+    from transformers import AutoConfig
+
+    from qwen_vl_sft.modeling.base_model import count_parameters
+    from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter
+
+    if name == "qwen2_vl":
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tiny.MODEL_DIR))
+    else:
+        model = newer(name)
+    shape = read_shape(model.config.to_dict())
+    assert shape.parameters == {part: count.total for part, count in count_parameters(model).items()}
+
+    stats = BatchStats(tokens=900, tokens_squared=450_000, target_tokens=9, patches=3000, patches_squared=4_000_000)
+    work = Work(900, 450_000, 9, 3000, 4_000_000)
+    for packed in (False, True):
+        counter = FlopCounter.of(model.config, True, {"language"}, packed)
+        assert training_flops(shape, work, Passes(2, 1, 1), packed).total == pytest.approx(counter.flops(stats))
+        counter = FlopCounter.of(model.config, False, {"vision", "merger", "language"}, packed)
+        assert training_flops(shape, work, Passes(3, 3, 3), packed).total == pytest.approx(counter.flops(stats))
+
+
+def test_released_models_have_the_sizes_that_their_makers_tell():
+    """From the index files of their weights, `total_size` in two bytes each."""
+    known = {
+        "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
+        "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
+        "Qwen/Qwen2-VL-72B-Instruct": 73_405_560_320,
+        "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+        "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+        "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
+    }
+    assert {name: sum(read_shape(RELEASED[name]).parameters.values()) for name in known} == known
+
+
+def test_a_model_of_another_kind_is_refused():
+    with pytest.raises(UserError, match="is a llama model; the plan knows qwen2_vl"):
+        read_shape({"model_type": "llama"}, "model")
+    with pytest.raises(UserError, match="hidden_size"):
+        read_shape({"model_type": "qwen2_vl"}, "model")
+
+
+def test_plans_agree_with_what_was_measured():
+    compared = compare_all(REPOSITORY / "benchmarks/plan.json")
+    assert len(compared) >= 14
+    assert max(abs(entry.memory_off) for entry in compared) < 0.1
+    assert max(abs(entry.time_off) for entry in compared if entry.time_off is not None) < 0.2
+
+
+def test_the_largest_measured_runs_stand_in_the_file_as_they_were_measured():
+    stored = json.loads((REPOSITORY / "benchmarks/plan.json").read_text())
+    seven = json.loads((REPOSITORY / "benchmarks/step_qwen2_vl_7b_h200.json").read_text())
+    known = {result["peak_memory_gib"] for run in seven["runs"] for result in run.get("results", ())}
+    points = [point for point in stored["points"] if point["source"] == "step_qwen2_vl_7b_h200.json"]
+    assert sum(point["gib"] in known for point in points) == len(points) - 2  # these two stand in the documentation
+
+
+def test_the_table_of_the_documentation_is_current():
+    page = (REPOSITORY / "docs/planning.md").read_text()
+    assert plan_table() in page
+    assert format_table(compare_all(REPOSITORY / "benchmarks/plan.json")) in page
+
+
+def test_lora_parameters_are_those_of_the_recipe():
+    assert training().adapter_weights == 2_523_136
+    shape = read_shape(RELEASED[SEVEN])
+    assert len(targets(shape, None, ("language",))) == 7
+    assert [linear.part for linear in targets(shape, ["qkv"], ())] == ["vision"]
+    assert not targets(shape, ["proj_q"], ())
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("adapted", [None, ()])
+def test_memory_falls_with_checkpointing_and_grows_with_tokens(strategy, adapted):
+    some = training(strategy=strategy, processes=1 if strategy == "single" else 4)
+    if adapted is None:
+        some = replace(some, adapted=None, bits=16)
+    totals = [memory_of(some, BATCH, count).total for count in range(some.blocks + 1)]
+    # The first that is checkpointed needs room to be computed again.
+    assert totals[1:] == sorted(totals[1:], reverse=True)
+    assert memory_of(some, MicroBatch(4096, 30, 13000), 0).total < totals[0]
+    kept = keep_as_many(some, BATCH, totals[-1] + (totals[2] - totals[-1]) / 2)
+    assert 2 < kept < some.blocks
+    assert keep_as_many(some, BATCH, 0) == some.blocks
+
+
+def test_what_shards_takes_less_on_more_gpus():
+    full = training(adapted=None, bits=16)
+    sizes = {
+        strategy: memory_of(replace(full, strategy=strategy, processes=8), BATCH, 60).total
+        for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+    }
+    assert sizes["ddp"] > sizes["zero1"] > sizes["zero2"] > sizes["zero3"]
+    assert sizes["fsdp2"] < sizes["zero2"]
+    split = memory_of(replace(full, strategy="zero2", processes=8), BATCH, 60)
+    assert split.gradients == full.trained_weights * 4 / 8
+    assert split.optimizer == full.trained_weights * 12 / 8
+
+
+def test_parts_of_the_memory_by_hand():
+    split = memory_of(training(), BATCH, 28)
+    linear = 28 * (3584 * (3584 + 1024) + 3584 * 3584 + 3 * 3584 * 18944)
+    linear += 32 * 12 * 1280**2 + 5120 * 5120 + 5120 * 3584
+    others = 8_291_375_616 - linear
+    assert split.weights == pytest.approx(linear * (0.5 + 1 / 64 + 4 / 16384) + others * 2)
+    assert split.adapters == split.gradients == 2_523_136 * 4
+    assert split.optimizer == 2_523_136 * 8
+    assert split.buffers == 0
+    assert memory_of(training(nested=False), BATCH, 28).weights > split.weights
+    assert memory_of(training(bits=16), BATCH, 28).weights == 8_291_375_616 * 2
+
+
+def test_kernels_dropout_and_cached_features_change_activations():
+    kernels = frozenset({"rms_norm", "swiglu"})
+    fused = memory_of(training(kernels=kernels), BATCH, 0)
+    assert memory_of(training(), BATCH, 0).activations > 1.3 * fused.activations
+    assert memory_of(training(kernels=kernels, dropout=True), BATCH, 0).activations > fused.activations
+    assert memory_of(training(cached_features=True), BATCH, 0).vision == 0
+    assert memory_of(training(packing=False), BATCH, 0).activations > memory_of(training(), BATCH, 0).activations
+
+
+def test_cards_by_name():
+    assert find_card("H200") == CARDS["h200"]
+    assert find_card("NVIDIA GeForce RTX 4090") == CARDS["rtx4090"]
+    assert find_card("4090") == CARDS["rtx4090"]
+    other = find_card("48GB:181TFLOPS")
+    assert other.memory == 48 * 2**30
+    assert other.flops == 181e12
+    with pytest.raises(UserError, match="did you mean h100"):
+        find_card("h10")
+
+
+def test_defaults_of_training_keys_are_trls():
+    from qwen_vl_sft.config.reading import key_hints, training_default
+
+    for name, (_, default) in TRAINING_KEYS.items():
+        assert default == training_default(name), name
+    assert set(TRAINING_KEYS) <= set(key_hints())
+
+
+def test_no_key_of_a_recipe_is_taken_for_a_mistyped_one(tmp_path):
+    from qwen_vl_sft.config.reading import key_hints
+
+    path = tmp_path / "recipe.yaml"
+    others = [name for name in key_hints() if name not in TRAINING_KEYS]
+    path.write_text("".join(f"{name}: null\n" for name in others if name.startswith(("lr", "eval", "log", "save"))))
+    with pytest.raises(UserError) as refused:
+        read_plan_recipe(path, {})
+    assert "unknown" not in str(refused.value)
+
+
+def test_mistyped_foreign_and_wrong_keys_are_refused_at_once(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("tokens_per_bach: 4096\ndeepspeed: x\nlora_r: many\nlearning_rate: 1e-4\n")
+    with pytest.raises(UserError) as refused:
+        read_plan_recipe(path, {"packing": ["perhaps"]})
+    problems = "\n".join(refused.value.problems)
+    assert "did you mean tokens_per_batch?" in problems
+    assert "deepspeed cannot be set" in problems
+    assert "lora_r: 'many' is not a whole number" in problems
+    assert "packing: 'perhaps'" in problems
+    assert len(refused.value.problems) == 4
+
+
+def test_launch_files():
+    assert read_launch(None, None) == Launch("single", 1)
+    assert read_launch(None, 4) == Launch("ddp", 4)
+    for name in ("zero1", "zero2", "zero3", "fsdp2", "ddp"):
+        assert read_launch(name, 8) == Launch(name, 8)
+    assert read_launch("single_gpu", None) == Launch("single", 1)
+    with pytest.raises(UserError, match="config_file: nowhere does not exist"):
+        read_launch("nowhere", None)
+
+
+def test_dimensions_are_found_without_a_network(tmp_path, monkeypatch):
+    commit = tmp_path / "hub/hub/models--me--mine"
+    (commit / "refs").mkdir(parents=True)
+    (commit / "refs/main").write_text("abc\n")
+    (commit / "snapshots/abc").mkdir(parents=True)
+    (commit / "snapshots/abc/config.json").write_text(json.dumps(RELEASED[SEVEN]))
+    assert find_shape("me/mine") == find_shape(SEVEN)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder with a config.json"):
+        find_shape("no such: name")
+    shape = find_shape(str(tiny.MODEL_DIR))
+    assert sum(shape.parameters.values()) < 2e6
+
+
+def test_rows_of_jsonl_are_sampled(tmp_path):
+    Image.new("RGB", (280, 560)).save(tmp_path / "a.png")
+    Image.new("RGB", (28, 28)).save(tmp_path / "b.png")
+    lines = []
+    for number in range(10):
+        turns = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y" * 20}]
+        lines.append(json.dumps({"messages": turns, "images": ["a.png" if number < 8 else "b.png"]}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    vision = find_shape(SEVEN).vision
+    found = planned_rows.sample(DataSettings(dataset_name=str(tmp_path)), vision)
+    assert found.rows == 10
+    # 10 x 20 merged tokens of 4 patches, and the smallest image of 2 x 2 of them.
+    assert found.patches == (8 * 800 + 2 * 16) / 10
+    assert found.target_tokens == 1 + 20 / 4
+    assert found.images == 1
+    assert found.distinct_images == 0.2
+    assert found.computed < 0.3
+    sliced = planned_rows.sample(DataSettings(dataset_name=str(tmp_path), dataset_train_split="train[:50%]"), vision)
+    assert sliced.rows == 5
+
+
+def test_rows_of_parquet_are_sampled():
+    vision = find_shape(SEVEN).vision
+    found = planned_rows.sample(DataSettings(dataset_name=str(tiny.DATA_DIR)), vision)
+    assert found.source == f"estimated from 200 of {found.rows} rows"
+    assert found.images == 1
+    assert 0 < found.patches < 1000
+
+
+def test_sizes_of_images_are_the_processors():
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    random = np.random.default_rng(0)
+    for width, height in random.integers(8, 4000, (50, 2)).tolist():
+        if max(width, height) / min(width, height) > 100:
+            continue
+        for least, most in ((3136, 12845056), (200704, 1003520)):
+            high, wide = smart_resize(height, width, 28, least, most)
+            assert planned_rows.patches_of(width, height, 28, least, most) == high * wide // 784
+
+
+def test_unreadable_data_is_assumed_and_says_so(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"image": "gone.png", "query": "?", "label": "1"}\n')
+    found = planned_rows.row_sizes(DataSettings(dataset_name=str(tmp_path)), SEVEN, find_shape(SEVEN).vision)
+    assert found.source.startswith("assumed")
+    part = planned_rows.row_sizes(DataSettings(dataset_train_split="train[:10%]"), SEVEN, find_shape(SEVEN).vision)
+    assert part.rows == 2830
+
+
+def test_what_a_check_measured_is_used_until_the_data_changes(tmp_path):
+    data = DataSettings(dataset_name=str(tmp_path))
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    ones = np.ones(4, dtype=np.int64)
+    lengths = RowLengths(
+        tokens=np.array([100, 100, 200, 50]),
+        target_tokens=3 * ones,
+        images=np.array([1, 1, 2, 0]),
+        patches=np.array([320, 320, 640, 0]),
+        prefix=np.array([0, 0, 1, -1]),
+        prefix_tokens=np.array([80, 80, 160, 0]),
+        prefix_patches=np.array([320, 320, 640, 0]),
+    )
+    found = planned_rows.measured(lengths)
+    assert (found.rows, found.tokens, found.longest, found.images) == (4, 112.5, 200, 1)
+    assert found.computed == 1 - 80 / 450
+    assert found.patches_squared == (320**2 * 2 + 640**2 / 2) / 4
+    planned_rows.remember(data, SEVEN, found)
+    kept = planned_rows.row_sizes(data, SEVEN, find_shape(SEVEN).vision)
+    assert replace(kept, source=found.source) == found
+    assert planned_rows.remembered(data, "another model") is None
+    (tmp_path / "train.jsonl").write_text("{}\n{}\n")
+    assert planned_rows.remembered(data, SEVEN) is None
+
+
+def test_stated_rows_win():
+    found = plan(("rows", 1000), ("row_tokens", 400), ("image_tokens", 300)).rows
+    assert (found.rows, found.tokens, found.patches) == (1000, 400, 1200)
+    with pytest.raises(UserError, match="a row's images alone"):
+        plan(("row_tokens", 100))
+
+
+def test_the_tutorial_fits_on_its_card():
+    found = plan(("gpu", "a100-80"), packing=False, per_device_train_batch_size=4, gradient_checkpointing=True)
+    assert found.fits
+    assert found.steps == 3 * 89 - 1 or found.steps == 266
+    assert found.rows_per_step == 32
+    assert found.micro_batches == 8
+    assert "all of 28 checkpointed" in verdict(found)
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"use_peft": False, "load_in_4bit": False}, {"packing": False, "gradient_checkpointing": False}]
+)
+@pytest.mark.parametrize("gpu", ["t4", "rtx4090", "h200", "48GB:181TFLOPS"])
+def test_every_plan_is_told_in_80_columns(gpu, words):
+    found = plan(("gpu", gpu), **words)
+    text = describe(found)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    assert json.loads(json.dumps(as_json(found)))["fits"] == found.fits
+    for change in changes(found):
+        assert change.plan.fits
+        assert not found.fits or change.plan.hours < found.hours
+
+
+def test_changes_make_a_plan_fit_or_faster():
+    full = plan(("gpu", "a100-80"), use_peft=False, load_in_4bit=False)
+    assert not full.fits
+    texts = [change.text for change in changes(full)]
+    assert len(texts) == 3
+    assert any(text.startswith("use_peft: true") for text in texts)
+    assert "max_pixels" not in " ".join(texts)
+    slow = plan(packing=False, gradient_checkpointing=True, fused_kernels="null")
+    assert changes(slow)[0].text == "packing: true"
+    several = plan(("gpu", "l40s"), ("num_gpus", 4), use_peft=False, load_in_4bit=False)
+    assert not several.fits
+    assert any("8 GPUs" in change.text for change in changes(several))
+
+
+def test_the_largest_micro_batch_that_fits_fits():
+    found = plan(("gpu", "rtx4090"))
+    for count in (0, found.training.blocks):
+        tokens = found.fitting_tokens(count)
+        share = found.largest()
+        batch = MicroBatch(tokens, tokens * share.target_tokens / share.tokens, tokens * share.patches / share.tokens)
+        assert memory_of(found.training, batch, count).total <= found.room
+        more = MicroBatch(tokens + 512, batch.target_tokens, batch.patches)
+        assert memory_of(found.training, more, count).total > found.room - 2**26
+
+
+def test_what_is_written():
+    found = plan(num_train_epochs=1, save_steps=10, save_total_limit=2)
+    disk = found.disk()
+    assert disk["checkpoint"] == 2_523_136 * 12
+    assert disk["checkpoints"] == 2 * disk["checkpoint"]
+    assert disk["features"] == 0
+    cached = plan(cache_image_features="bfloat16").disk()["features"]
+    assert cached == pytest.approx(2830 * 0.6 * 2237 / 4 * 3584 * 2)
+    assert plan(save_strategy="no").disk()["checkpoints"] == 0
+
+
+def test_eight_bits_are_not_sharded():
+    with pytest.raises(UserError, match="cannot be sharded under fsdp2"):
+        plan(("num_gpus", 2), ("config_file", "fsdp2"), load_in_4bit=False, load_in_8bit=True)
+
+
+def test_a_plan_imports_no_training_library():
+    """It has to answer at once. Each module that it imports, and what that imports of this package, is read."""
+    heavy = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "numpy"}
+    waiting, seen, found = [REPOSITORY / "scripts/plan.py"], set(), set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not path.is_file():
+            continue
+        seen.add(path)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found |= {f"{path.name}: {name}" for name in names if name.split(".")[0] in heavy}
+            for name in names:
+                if name.split(".")[0] == "qwen_vl_sft":
+                    place = REPOSITORY / "src" / Path(*name.split("."))
+                    waiting += [place.with_suffix(".py"), place / "__init__.py"]
+    assert len(seen) > 15
+    assert not found
+
+
+def test_a_shape_that_is_read_by_the_script_says_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["plan.py"])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        find_shape(str(tmp_path))
+
+
+def test_sharing_computes_fewer_tokens():
+    shared, alone = plan(share_prefixes=True), plan()
+    assert shared.computed_share == pytest.approx(0.62)
+    assert shared.hours < alone.hours
+    assert isinstance(shared, RunPlan)
