@@ -1,7 +1,7 @@
 """Compare plans with measured runs: memory of a GPU and seconds of a step.
 
-    python scripts/check_plan.py
-    python scripts/check_plan.py --points benchmarks/plan.json
+python scripts/check_plan.py
+python scripts/check_plan.py --points benchmarks/plan.json
 """
 
 from __future__ import annotations

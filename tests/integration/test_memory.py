@@ -55,6 +55,20 @@ def test_a_few_trials_are_enough(room):
     assert len(tried) <= 6
 
 
+@pytest.mark.parametrize("guess", [1, 20, 27, 28, 90])
+def test_a_plan_that_is_near_saves_trials_and_one_that_is_wrong_changes_nothing(guess):
+    tried = []
+
+    def peak(kept):
+        tried.append(kept)
+        return 8.0 + 0.9 * kept
+
+    kept, most = choose(peak, 28, 30.0, guess)
+    assert (kept, most) == (24, 8.0 + 0.9 * 24)
+    assert tried[1] == min(guess, 28)
+    assert len(tried) <= (4 if guess == 20 else 7)
+
+
 def test_the_largest_micro_batch_is_as_large_as_any(tiny_processor):
     data = scan(open_rows(str(tiny.DATA_DIR), "train[:200]"), Encoder(tiny_processor))
     for share, rows_per_step in itertools.product((False, True), (4, 32)):

@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.planning import rows as planned_rows
 from qwen_vl_sft.planning.advice import changes
-from qwen_vl_sft.planning.cards import CARDS, find_card
+from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
 from qwen_vl_sft.planning.check import compare_all, format_table
 from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch, find_shape, read_launch, read_plan_recipe
 from qwen_vl_sft.planning.memory import MicroBatch, Training, keep_as_many, memory_of, targets
@@ -50,10 +51,10 @@ def plan(*words, **keys):
 def own_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "3_5" not in name])
 def test_weights_and_flops_are_those_of_the_model(name):
     from transformers import AutoConfig
 
@@ -136,8 +137,9 @@ def test_memory_falls_with_checkpointing_and_grows_with_tokens(strategy, adapted
     if adapted is None:
         some = replace(some, adapted=None, bits=16)
     totals = [memory_of(some, BATCH, count).total for count in range(some.blocks + 1)]
-    # The first that is checkpointed needs room to be computed again.
-    assert totals[1:] == sorted(totals[1:], reverse=True)
+    # The first layer of the language model that is checkpointed needs room to be computed again.
+    assert sum(after > before for before, after in pairwise(totals)) <= 1
+    assert totals[-1] < 0.7 * totals[0]
     assert memory_of(some, MicroBatch(4096, 30, 13000), 0).total < totals[0]
     kept = keep_as_many(some, BATCH, totals[-1] + (totals[2] - totals[-1]) / 2)
     assert 2 < kept < some.blocks
@@ -177,6 +179,26 @@ def test_kernels_dropout_and_cached_features_change_activations():
     assert memory_of(training(kernels=kernels, dropout=True), BATCH, 0).activations > fused.activations
     assert memory_of(training(cached_features=True), BATCH, 0).vision == 0
     assert memory_of(training(packing=False), BATCH, 0).activations > memory_of(training(), BATCH, 0).activations
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79, "h100"),
+        ("NVIDIA H100 PCIe", 79, "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", 39, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 79, "a100-80"),
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("Tesla T4", 15, "t4"),
+        ("NVIDIA L40S", 44, "l40s"),
+        ("NVIDIA L40", 44, "l40"),
+        ("NVIDIA GB200", 180, "gb200"),
+        ("AMD Instinct MI300X", 192, "mi300x"),
+    ],
+)
+def test_cards_by_the_name_of_a_device(name, gib, key):
+    assert card_of_device(name, gib * 2**30) == CARDS[key]
+    assert card_of_device("NVIDIA GeForce GTX 1080") is None
 
 
 def test_cards_by_name():
@@ -240,7 +262,7 @@ def test_dimensions_are_found_without_a_network(tmp_path, monkeypatch):
     (commit / "snapshots/abc/config.json").write_text(json.dumps(RELEASED[SEVEN]))
     assert find_shape("me/mine") == find_shape(SEVEN)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="folder with a config.json"):
+    with pytest.raises(UserError, match="no folder with a"):
         find_shape("no such: name")
     shape = find_shape(str(tiny.MODEL_DIR))
     assert sum(shape.parameters.values()) < 2e6
@@ -262,7 +284,7 @@ def test_rows_of_jsonl_are_sampled(tmp_path):
     assert found.target_tokens == 1 + 20 / 4
     assert found.images == 1
     assert found.distinct_images == 0.2
-    assert found.computed < 0.3
+    assert found.computed == pytest.approx(1 - (7 * 200 + 4) / 2078)
     sliced = planned_rows.sample(DataSettings(dataset_name=str(tmp_path), dataset_train_split="train[:50%]"), vision)
     assert sliced.rows == 5
 

@@ -1,40 +1,20 @@
-"""Statistics of a batch, the floating-point operations of training on it, and the peaks of known GPUs."""
+"""Statistics of a batch, the floating-point operations of training on it, and the peak of a GPU."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen_vl_sft.families.base import ForwardFlops
 from qwen_vl_sft.families.registry import family_of
-
-# Dense bf16 peak in FLOP/s by words of the device's name, from NVIDIA's datasheets (without sparsity).
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A40": 150e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+from qwen_vl_sft.planning.cards import card_of_device
 
 
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 peak of a GPU in FLOP/s, None when it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
+    card = card_of_device(device_name)
+    return card.flops if card else None
 
 
 @dataclass

@@ -17,7 +17,7 @@ class Card:
     """A GPU.
 
     Attributes:
-        name: how people write it.
+        name: how people write it; the names of devices hold it too.
         memory: bytes, as its driver tells.
         flops: dense FLOP/s of half-precision products added up in float32, without sparsity.
         bandwidth: bytes/s of its memory.
@@ -57,11 +57,18 @@ CARDS: dict[str, Card] = {
     "rtx3090": _card("RTX 3090", 24576, 71, 936),
     "rtx4090": _card("RTX 4090", 24564, 165, 1008),
     "rtx5090": _card("RTX 5090", 32607, 209, 1792, 50),
+    "a10g": _card("A10G", 23028, 70, 600),
+    "a40": _card("A40", 46068, 150, 696),
+    "l40": _card("L40", 46068, 181, 864),
+    "rtx6000ada": _card("RTX 6000 Ada", 49140, 364, 960),
     # https://www.nvidia.com/en-us/data-center/a100/ (SXM)
     "a100-40": _card("A100 40 GB", 40960, 312, 1555, 300),
     "a100-80": _card("A100 80 GB", 81920, 312, 2039, 300),
     # https://www.nvidia.com/en-us/data-center/h100/ (SXM; 1,979 with sparsity)
-    "h100": _card("H100 80 GB", 81559, 989, 3350, 450),
+    "a800": _card("A800", 81920, 312, 2039, 200),
+    "h100": _card("H100", 81559, 989, 3350, 450),
+    "h100-pcie": _card("H100 PCIe", 81559, 756, 2000, 300),
+    "gh200": _card("GH200", 97871, 989, 4000, 450),
     # https://www.nvidia.com/en-us/data-center/h200/
     "h200": _card("H200", 143771, 989, 4800, 450),
     # https://www.nvidia.com/en-us/data-center/dgx-b200/ and gb200-nvl72, a GPU of it
@@ -71,7 +78,7 @@ CARDS: dict[str, Card] = {
     "mi300x": _card("MI300X", 196592, 1307, 5300, 448),
 }
 _ALSO = {"3090": "rtx3090", "4090": "rtx4090", "5090": "rtx5090", "a100": "a100-80", "a100-40gb": "a100-40"}
-_ALSO |= {"a100-80gb": "a100-80", "a10g": "a10"}
+_ALSO |= {"a100-80gb": "a100-80", "h100-80": "h100", "h100-sxm": "h100"}
 
 
 def find_card(text: str) -> Card:
@@ -95,3 +102,15 @@ def find_card(text: str) -> Card:
         f"--gpu {quoted(text)}: is unknown; {hint}known are {', '.join(CARDS)}; for another write its memory and dense"
         " bf16 rate, e.g. 48GB:181TFLOPS"
     )
+
+
+def card_of_device(device_name: str, memory: float = 80 * 2**30) -> Card | None:
+    """Return the GPU that a driver calls `device_name`, such as "NVIDIA H100 80GB HBM3"; None where it is not known.
+
+    `memory`, in bytes, tells an A100 of 40 GB from one of 80.
+    """
+    for card in sorted(CARDS.values(), key=lambda card: len(card.name), reverse=True):
+        words = card.name.removesuffix(" 40 GB").removesuffix(" 80 GB")
+        if re.search(rf"\b{words}\b", device_name) and (words == card.name or abs(card.memory - memory) < 20 * 2**30):
+            return card
+    return None

@@ -195,7 +195,9 @@ def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> Memor
     repeated = 2 * text.keys * training.computed * batch.tokens * batch.repeated_keys
     whole = kept + repeated
     # The last layer keeps less, as its MLP sees target tokens alone.
-    saved = layers * stream + max(text.layers - 1 - layers, 0) * whole + (0 if layers == text.layers else last + repeated)
+    saved = (
+        layers * stream + max(text.layers - 1 - layers, 0) * whole + (0 if layers == text.layers else last + repeated)
+    )
     # The widest moment of a layer's backward pass: its MLP's gradient beside a few of the stream's width.
     moment = (text.mlp * training.computed + 3 * text.hidden * training.stream) * batch.tokens
     activations = saved + (whole if layers else 0.0) + moment
@@ -224,8 +226,10 @@ def _attention_bytes(training: Training) -> float:
     if training.full:
         # Autocast makes the three products' inputs anew, from float32.
         kept += text.hidden * half * (3 if wide > half else 1)
-    return kept + _adapter_bytes(training, ("q_proj", "k_proj", "v_proj"), text.hidden) + _adapter_bytes(
-        training, ("o_proj",), text.queries, kept_anyway=True
+    return (
+        kept
+        + _adapter_bytes(training, ("q_proj", "k_proj", "v_proj"), text.hidden)
+        + _adapter_bytes(training, ("o_proj",), text.queries, kept_anyway=True)
     )
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_vl_sft.config.command_line import any_recipe_key, option
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.planning.cards import find_card
 from qwen_vl_sft.planning.inputs import find_shape, read_launch, read_plan_recipe
 from qwen_vl_sft.planning.rows import RowSizes, row_sizes
 from qwen_vl_sft.planning.run import RunPlan, check_launch
-from qwen_vl_sft.errors import UserError
 
 # Cards that FlashAttention 3 or 4 runs on, for packed rows.
 _FLASH_CARDS = ("H100", "H200", "B200", "GB200")

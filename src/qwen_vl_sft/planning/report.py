@@ -147,12 +147,12 @@ def _checkpointing_lines(plan: RunPlan) -> list[str]:
 
 def _time_lines(plan: RunPlan) -> list[str]:
     step, processes = plan.step, plan.launch.processes
-    rate = step.useful_flops / step.seconds / 1e12
+    rate, rows = step.useful_flops / step.seconds / 1e12, plan.rows_per_step / step.seconds
     batches = "1 micro-batch" if plan.micro_batches == 1 else f"{plan.micro_batches} micro-batches"
     gpu_hours = f", {plan.hours * processes:.1f} GPU hours" if processes > 1 else ""
     return [
         f"time        {hours(plan.hours)}{gpu_hours}: {plan.steps:,} steps of {step.seconds:.2f} s",
-        f"            {plan.rows_per_step:.0f} rows a step in {batches} a GPU, {plan.rows_per_step / step.seconds:.1f} rows/s",
+        f"            {plan.rows_per_step:.0f} rows a step in {batches} a GPU, {rows:.1f} rows/s",
         f"            {plan.tokens / 1e6:,.1f} million tokens, {plan.tokens_per_second:,.0f} tokens/s",
         f"            {plan.flops / 1e15:,.1f} PFLOP, {rate:.0f} useful TFLOP/s a GPU",
         *_wrapped("assumed", ASSUMPTION),

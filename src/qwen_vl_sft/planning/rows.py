@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.atomic_write import atomic_write
-from qwen_vl_sft.cache_folder import cache_folder
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.planning.shape import VisionShape
 
@@ -167,7 +166,9 @@ def _place(data: DataSettings, model: str) -> Path:
         keys.pop(irrelevant, None)
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files(data)[:1000]]
     text = json.dumps([keys, model, files], sort_keys=True, default=str)
-    return cache_folder("row_sizes") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    # Beside the checked rows themselves, which `datasets` keeps.
+    home = os.environ.get("HF_DATASETS_CACHE") or str(_hub_home() / "datasets")
+    return Path(home).expanduser() / "qwen_vl_sft_row_sizes" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 def sample(data: DataSettings, vision: VisionShape) -> RowSizes | None:
@@ -187,15 +188,22 @@ def _files(data: DataSettings) -> list[Path]:
     if path.is_file():
         return [path]
     roots = [path] if path.is_dir() else _hub_snapshots(str(data.dataset_name))
-    files = [file for root in roots for kind in ("parquet", "jsonl", "json") for file in sorted(root.rglob(f"*.{kind}"))]
+    # Only where data files are by custom: other folders may hold a million images.
+    places = [place for root in roots for place in (root, root / "data", root / (data.dataset_config or "default"))]
+    kinds = ("parquet", "jsonl", "json")
+    files = [file for place in places for kind in kinds for file in sorted(place.glob(f"*.{kind}"))]
     return [file for file in files if re.match(rf"{re.escape(split)}([-._]|$)", file.stem)]
 
 
 def _hub_snapshots(name: str) -> list[Path]:
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub")
     snapshots = hub / f"datasets--{name.replace('/', '--')}" / "snapshots"
     return sorted(snapshots.iterdir())[-1:] if snapshots.is_dir() else []
+
+
+def _hub_home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
 
 
 class _Sample:

@@ -123,7 +123,7 @@ class ModelShape:
     def parameters(self) -> dict[str, int]:
         """Count the parameters of each part: vision, merger, language."""
         text, vision = self.text, self.vision
-        counts = {part: 0 for part in ("vision", "merger", "language")}
+        counts = dict.fromkeys(("vision", "merger", "language"), 0)
         for linear in self.linears:
             counts[linear.part] += linear.weights
             if linear.part != "language":
@@ -182,7 +182,7 @@ def training_flops(shape: ModelShape, work: Work, passes: Passes, packed: bool) 
     batches take the last layer's MLP for target tokens alone. `modeling.flops` counts the same with the libraries.
     """
     text, vision = shape.text, shape.vision
-    weights = {part: 0 for part in ("vision", "merger", "language")}
+    weights = dict.fromkeys(("vision", "merger", "language"), 0)
     for linear in shape.linears:
         weights[linear.part] += linear.weights
     late = 3 * text.hidden * text.mlp if packed else 0

@@ -85,7 +85,9 @@ def _traffic(training: Training, work: Work, micro_batches: float, checkpointed:
     if training.bits in (4, 8):
         # Unpacked once for the forward pass and once for the backward pass: read, written, read.
         unpacked = 2 * weights * (NF4_NESTED_BYTES + 2 * training.computed) * micro_batches
-    optimizer = training.trained_weights * 30 / (training.processes if training.strategy not in ("single", "ddp") else 1)
+    optimizer = (
+        training.trained_weights * 30 / (training.processes if training.strategy not in ("single", "ddp") else 1)
+    )
     return language + tower + unpacked + optimizer
 
 

@@ -19,11 +19,9 @@ from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.planning.memory import MARGIN
 from qwen_vl_sft.random_state import kept_random_state
 from qwen_vl_sft.resilience.faults import describe_micro_batch, explained_out_of_memory
-
-# Left free for what the allocator cannot use, and for the communication of processes.
-MARGIN = 0.08
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,8 @@ class MemoryProbe(TrainerCallback):
         automatic: choose which layers are checkpointed; otherwise all that the Trainer has set.
         plan: of packed rows; when memory has room for larger micro-batches, a line says so.
         memory: what is measured; None for the memory of the trainer's device.
+        expected: the bytes that a plan expects with so many layers checkpointed; the first trial is near them. None
+            where there is no plan.
 
     `fit` is what was found, None before training begins.
     """
@@ -105,11 +105,13 @@ class MemoryProbe(TrainerCallback):
         automatic: bool,
         plan: StepPlan | None = None,
         memory: Any = None,
+        expected: Callable[[int], float] | None = None,
     ) -> None:
         self.trainer = trainer
         self.largest = largest
         self.automatic = automatic
         self.plan = plan
+        self.expected = expected
         self.memory = memory or DeviceMemory(trainer.args.device)
         self.fit: Fit | None = None
 
@@ -136,7 +138,8 @@ class MemoryProbe(TrainerCallback):
             return _over_processes(trainer.accelerator, found)
 
         room = -_over_processes(trainer.accelerator, -self.memory.room() * (1 - MARGIN))
-        kept, most = choose(peak, len(layers), room) if self.automatic else (0, peak(0))
+        guess = self._guess(len(layers), room)
+        kept, most = choose(peak, len(layers), room, guess) if self.automatic else (0, peak(0))
         _checkpoint_all_but(kept, layers)
         self.memory.forget()
         self.fit = Fit(len(all_layers(model)), len(layers) - kept, int(most), int(room / (1 - MARGIN)))
@@ -145,6 +148,14 @@ class MemoryProbe(TrainerCallback):
             larger = room_for(self.plan, used, most, room) if self.plan and kept == len(layers) else None
             if larger:
                 print(f"            room for tokens_per_batch: {larger}, fewer and larger micro-batches", flush=True)
+
+    def _guess(self, layers: int, room: float) -> int | None:
+        """Return how many layers could keep their activations by the plan, a little below it."""
+        # An error in a trial must not happen where processes wait for each other.
+        if self.expected is None or self.trainer.is_fsdp_enabled:
+            return None
+        checkpointed = (count for count in range(layers + 1) if self.expected(count) <= room)
+        return int(0.9 * (layers - next(checkpointed, layers)))
 
     def _peak(self, model: Any, batch: dict[str, Any], rows: list[int], checkpointing: bool) -> float:
         inputs = self.trainer._prepare_inputs(dict(batch))
@@ -169,16 +180,16 @@ def largest_batch(collator: Any, scan: Scan, sampler: Any, rows: int) -> dict[st
     return batch
 
 
-def choose(peak: Callable[[int], float], layers: int, room: float) -> tuple[int, float]:
+def choose(peak: Callable[[int], float], layers: int, room: float, guess: int | None = None) -> tuple[int, float]:
     """Return the largest number of layers that can keep their activations, and the peak then, in few trials.
 
-    `peak` tells the bytes needed when so many do, and grows with them. The peak with none is returned even if it is above
-    `room`: it has been seen to work.
+    The first trial is `guess`, where there is one. `peak` tells the bytes needed when so many do, and grows with them.
+    The peak with none is returned even if it is above `room`: it has been seen to work.
     """
     fits, above = 0, layers + 1
     known = {0: peak(0)}
     while above - fits > 1 and known[fits] < room:
-        tried = _next_trial(known, fits, above, room)
+        tried = _next_trial(known, fits, above, room, guess)
         known[tried] = peak(tried)
         if known[tried] <= room:
             fits = tried
@@ -187,11 +198,12 @@ def choose(peak: Callable[[int], float], layers: int, room: float) -> tuple[int,
     return fits, known[fits]
 
 
-def _next_trial(known: dict[int, float], fits: int, above: int, room: float) -> int:
+def _next_trial(known: dict[int, float], fits: int, above: int, room: float, guess: int | None) -> int:
     """Choose along the line through the last two that fit, but never far: it may be flat where something else needs more."""
     below = max((number for number in known if number < fits), default=None)
     if below is None:
-        return min(4, above - 1)
+        first = guess if guess and len(known) == 1 else 4
+        return min(first, above - 1)
     slope = (known[fits] - known[below]) / (fits - below)
     reach = int((room - known[fits]) / slope) if slope > 0 else above
     return max(fits + 1, min(fits + reach, 3 * fits + 4, above - 1))

@@ -22,6 +22,7 @@ from qwen_vl_sft.modeling.base_model import format_parameters
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
 from qwen_vl_sft.modeling.lora import covers_all_linear, outside_scope
 from qwen_vl_sft.modeling.structure import ModelStructure
+from qwen_vl_sft.training.planned_memory import memory_lines
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
 
@@ -44,6 +45,7 @@ def show(run: Run, data: PreparedData, dry_run: bool) -> None:
     ):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     if dry_run:
+        print("\n".join(memory_lines(run, data)))
         print(f"\n{preview(data.train, data.encoder)}", flush=True)
 
 

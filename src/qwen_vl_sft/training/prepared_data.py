@@ -16,6 +16,7 @@ from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import load_family, load_processor
+from qwen_vl_sft.planning import rows as row_sizes
 from qwen_vl_sft.training.image_features import ImageFeatures, plan_features
 from qwen_vl_sft.training.resolve import Run
 
@@ -77,6 +78,8 @@ def prepare_data(run: Run) -> PreparedData:
         _check_rows_fit(train, recipe.run.tokens_per_batch)
         if recipe.run.global_batch_tokens is not None:
             _check_steps_hold_rows(train, recipe.run.global_batch_tokens, context.processes)
+    if context.rank == 0:
+        row_sizes.remember(data, str(recipe.model.model_name_or_path), row_sizes.measured(train.lengths))
     features = plan_features(recipe, run.structure, train, encoder)
     return PreparedData(encoder, train, evaluation, features, *_plan_steps(run, train, features is not None))
 

@@ -50,6 +50,7 @@ from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.loss_plot import plot_loss
 from qwen_vl_sft.training.memory import MemoryProbe, found_fit, largest_batch
 from qwen_vl_sft.training.model_setup import finish_model, prepare_model
+from qwen_vl_sft.training.planned_memory import expected_bytes
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
 from qwen_vl_sft.training.rules import EVALUATION_METRICS
@@ -181,7 +182,8 @@ def build_trainer(
     if isinstance(data.train, Scan) and not context.on_cpu and not reentrant:
         largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
         automatic = recipe.run.gradient_checkpointing == "auto"
-        trainer.add_callback(MemoryProbe(trainer, largest, automatic, data.step_plan))
+        expected = expected_bytes(run, data)
+        trainer.add_callback(MemoryProbe(trainer, largest, automatic, data.step_plan, expected=expected))
     if resume:
         trainer.add_callback(CorrectState(resume))
     if stopper:
