@@ -18,6 +18,7 @@ from qwen_vl_sft.demo import options as demo
 from qwen_vl_sft.evaluation import options as evaluation
 from qwen_vl_sft.inference import options as inference
 from qwen_vl_sft.merging import plan as merging
+from qwen_vl_sft.planning import options as planning
 from qwen_vl_sft.publishing import options as publishing
 from qwen_vl_sft.tools import options as tools
 
@@ -41,8 +42,10 @@ OPTIONS = {
     "kill_and_resume": tools.KillAndResumeOptions,
     "make_random_model": tools.RandomModelOptions,
     "make_tiny": tools.TinyOptions,
+    "plan": planning.PlanOptions,
+    "check_plan": planning.CheckPlanOptions,
 }
-MEASURING = ("benchmark", "check_packing", "compare_strategies", "kill_and_resume")
+MEASURING = ("benchmark", "check_packing", "compare_strategies", "kill_and_resume", "plan")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_vl_sft.planning.inputs import Launch
 from qwen_vl_sft.planning.run import RunPlan
@@ -132,7 +133,7 @@ def _more_gpus(plan: RunPlan) -> Iterator[Change]:
                 break
 
 
-def _checkpointing(plan: RunPlan) -> Iterator[tuple[str, dict[str, object]]]:
+def _checkpointing(plan: RunPlan) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "", {}
     if plan.recipe.run.gradient_checkpointing is False:
         yield "gradient_checkpointing: auto, ", {"gradient_checkpointing": "auto"}

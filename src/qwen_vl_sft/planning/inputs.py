@@ -59,9 +59,10 @@ def read_plan_recipe(path: str | Path, words: Mapping[str, Sequence[str]]) -> Re
     texts = {name for name, kind in hints.items() if is_text(kind)}
     merged = _read_file(Path(path), texts)
     for name, parts in words.items():
-        values = [yaml.safe_load(word) if name not in texts else word for word in parts]
-        merged[name] = True if not values else values[0] if len(values) == 1 else values
-    problems, values = [], {}
+        read = [word if name in texts else _yaml(name, word) for word in parts]
+        merged[name] = True if not read else read[0] if len(read) == 1 else read
+    problems: list[str] = []
+    values: dict[str, Any] = {}
     for name, value in merged.items():
         try:
             if name in hints:
@@ -73,6 +74,13 @@ def read_plan_recipe(path: str | Path, words: Mapping[str, Sequence[str]]) -> Re
     raise_all(problems)
     defaults = {name: default for name, (_, default) in TRAINING_KEYS.items()}
     return build({**defaults, **values})
+
+
+def _yaml(name: str, word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        raise UserError(f"command line: --{name}: {quoted(word)} is not valid YAML") from None
 
 
 def _hints() -> dict[str, Any]:
