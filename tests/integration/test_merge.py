@@ -280,6 +280,18 @@ def test_adapters_that_cannot_be_merged(run, tmp_path, key, value, told):
     assert left_in(tmp_path) == ["run"]
 
 
+def test_a_base_whose_weights_have_changed_is_told(run, tmp_path, capsys):
+    changed, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(run, changed)
+    shutil.copytree(tiny.MODEL_DIR, base)
+    (changed / "environment.json").write_text(json.dumps({"base": "a folder of weights 0123456789abcdef"}))
+    told = r"was trained on .* \(a folder of weights 0123456789abcdef\), and .* is another model"
+    with pytest.raises(UserError, match=told):
+        prepare(make_plan(options(changed, tmp_path / "merged")))
+    prepare(make_plan(options(changed, tmp_path / "merged", base=str(base))))
+    assert "warning: --run: the adapter" in capsys.readouterr().err
+
+
 def test_another_base_is_refused(run, tmp_path):
     from transformers import AutoConfig, AutoModelForImageTextToText
 

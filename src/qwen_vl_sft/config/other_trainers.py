@@ -35,6 +35,7 @@ FORMER_KEYS: dict[str, str] = {
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules (lora_target_modules: all-linear for all)",
     "additional_target": "lora_modules_to_save",
+    "adapter_name_or_path": "init_adapter (trains the adapter further)",
     "quantization_bit": "load_in_4bit or load_in_8bit",
     "quantization_type": "bnb_4bit_quant_type",
     "double_quantization": "use_bnb_nested_quant",
@@ -64,6 +65,7 @@ FORMER_KEYS: dict[str, str] = {
     "freeze_llm": "lora_scope: vision",
     "freeze_aligner": "lora_scope",
     "attn_impl": "attn_implementation",
+    "adapters": "init_adapter (trains the adapter further)",
     "quant_bits": "load_in_4bit or load_in_8bit",
     "bnb_4bit_compute_dtype": "dtype",
     "dataset_shuffle": "shuffle_dataset",
@@ -86,6 +88,7 @@ FORMER_KEYS: dict[str, str] = {
     "optimizer": "optim",
     "lr_scheduler": "lr_scheduler_type",
     "adapter": "use_peft: true (with load_in_4bit: true for qlora)",
+    "lora_model_dir": "init_adapter (trains the adapter further)",
     "lora_target_linear": "lora_target_modules: all-linear",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
@@ -121,6 +124,7 @@ _TOKENS = "tokens are the model's own; add none"
 _EARLY = "a run is not ended early; set load_best_model_at_end: true to keep its best model"
 _RATES = "all weights train at one learning rate; set learning_rate"
 _NO_INIT = "LoRA is always initialised as PEFT does by default; leave the key out"
+_NEW_ADAPTER = "merge the adapter with scripts/merge.py, and name the merged model in model_name_or_path"
 # Why a key of another trainer has none here, and what to do.
 WITHOUT_COUNTERPART: dict[str, str] = {
     "template": _TEMPLATE,
@@ -159,6 +163,8 @@ WITHOUT_COUNTERPART: dict[str, str] = {
     "loraplus_lr_ratio": _RATES,
     "lorap_lr_ratio": _RATES,
     "embedding_lr": _RATES,
+    "create_new_adapter": _NEW_ADAPTER,
+    "resume_only_model": "init_adapter takes the weights of an adapter alone; resume_from_checkpoint all of a run's state",
     "pissa_init": _NO_INIT,
     "init_weights": _NO_INIT,
     "loftq_config": _NO_INIT,

@@ -111,6 +111,11 @@ class ModelSettings:
     lora_modules_to_save: list[str] | None = key(None, "layers trained in full in addition to the adapter")
     use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
     use_dora: bool = key(False, "weight-decomposed LoRA")
+    init_adapter: str | None = key(
+        None,
+        "run folder, checkpoint or PEFT adapter whose LoRA weights a new run starts from (a second stage); it settles"
+        " rank, scale and layers, and the base model",
+    )
     freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) does not train the vision tower")
 
     @property

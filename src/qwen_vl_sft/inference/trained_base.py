@@ -10,6 +10,7 @@ from typing import Any
 from qwen_vl_sft.checkpointing.checkpoints import with_manifest
 from qwen_vl_sft.checkpointing.manifest import read_manifest
 from qwen_vl_sft.checkpointing.run_folder import BASE, ENVIRONMENT, METRICS
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.source import Source
 from qwen_vl_sft.modeling.base_identity import FOLDER, identity_of_base
@@ -24,22 +25,38 @@ def check_trained_base(source: Source) -> None:
     if source.tuned is None or not source.tuned.is_adapter:
         return
     assert source.trained is not None
-    name = source.trained.model_name_or_path
-    trained = base_of_run(source.tuned.home, name)
-    asked, now = source.recipe.model.model_name_or_path, identity_of_base(source.recipe.model)
+    way_out = (
+        "give the base model it was trained on with --model_name_or_path (and --model_revision), or score the base alone"
+        " with --arms base,prompted"
+    )
+    tuned, name = source.tuned, source.trained.model_name_or_path
+    check_same_base(tuned.folder, tuned.home, name, source.recipe.model, "--run", way_out)
+
+
+def check_same_base(folder: Path, home: Path, name: str | None, asked: ModelSettings, key: str, way_out: str) -> None:
+    """Raise `UserError` where `asked` is another base model than that of an adapter, as far as its run tells.
+
+    Args:
+        folder: where the adapter is.
+        home: the folder of its run.
+        name: the base model in the recipe of its run.
+        asked: the base model that it is to be put on.
+        key: the setting that names the adapter.
+        way_out: what the user can do.
+    """
+    trained, now = base_of_run(home, name), identity_of_base(asked)
     if trained == now:
         return
     if trained is not None and trained.startswith(FOLDER) == now.startswith(FOLDER):
         raise UserError(
-            f"--run: the adapter in {source.tuned.folder} was trained on {_words(name, trained)}, and"
-            f" {asked} is another model ({now}); give the base model it was trained on with --model_name_or_path (and"
-            f" --model_revision), or score the base alone with --arms base,prompted"
+            f"{key}: the adapter in {folder} was trained on {_words(name, trained)}, and {asked.model_name_or_path} is"
+            f" another model ({now}); {way_out}"
         )
-    if trained is not None or asked != name:
+    if trained is not None or asked.model_name_or_path != name:
         told = _words(name, trained) if trained else "a base model that its run does not identify"
         print(
-            f"warning: the adapter in {source.tuned.folder} was trained on {told}; whether {asked} ({now}) holds the same"
-            f" weights cannot be told",
+            f"warning: the adapter in {folder} was trained on {told}; whether {asked.model_name_or_path} ({now}) holds the"
+            f" same weights cannot be told",
             file=sys.stderr,
             flush=True,
         )

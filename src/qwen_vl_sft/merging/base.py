@@ -250,9 +250,9 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     return Adapter(pairs, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
 
 
-def adapter_config(folder: Path) -> LoraConfig:
+def adapter_config(folder: Path, key: str = "--run") -> LoraConfig:
     """Read PEFT's configuration of a LoRA or DoRA adapter. Raises `UserError` naming each setting that cannot be merged."""
-    written = read_adapter_config(folder)
+    written = read_adapter_config(folder, key)
     default = LoraConfig()
     known = {entry.name for entry in fields(LoraConfig)}
     # An unset field may be written as null, [] or {}.
@@ -267,7 +267,7 @@ def adapter_config(folder: Path) -> LoraConfig:
         odd.append(f"init_lora_weights: {written['init_lora_weights']}")
     if odd:
         raise UserError(
-            f"--run: the adapter in {folder} is not LoRA or DoRA on linear layers ({', '.join(odd)}), which this script"
+            f"{key}: the adapter in {folder} is not LoRA or DoRA on linear layers ({', '.join(odd)}), which this script"
             f" cannot merge; merge it with PEFT's merge_and_unload, or train without it"
         )
     # PEFT warns when the base has moved; here it is chosen on purpose.

@@ -17,6 +17,7 @@ import torch
 from qwen_vl_sft.atomic_write import writing_to
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.inference.trained_base import check_same_base
 from qwen_vl_sft.merging.base import HEAD, download, quantized_layers, read_adapter, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights
 from qwen_vl_sft.merging.folder import NOTHING_LEFT, staged, write_companions
@@ -53,6 +54,7 @@ def prepare(plan: Plan) -> Merge:
     """Read the structure of base and adapter, and check that they fit. Raises `UserError`."""
     folder = download(plan.base)
     named = plan.base
+    check_base(plan)
     plan = replace(plan, base=stored_in(folder, plan.base), trained=stored_in(folder, plan.trained))
     model = build_on_meta(plan.base)
     weights = read_base(folder, model)
@@ -79,6 +81,20 @@ def prepare(plan: Plan) -> Merge:
     task = Merge(plan, folder, weights, adapter, quantized, unties, report)
     task.report["bytes"] = size_of(task)
     return task
+
+
+def check_base(plan: Plan) -> None:
+    """Raise `UserError` where the base model is another one than the adapter was trained on; with --base only warn."""
+    tuned, name = plan.tuned, plan.recipe.model.model_name_or_path
+    try:
+        check_same_base(
+            tuned.folder, tuned.home, name, plan.base, "--run", "name the base model it was trained on with --base"
+        )
+    except UserError as error:
+        if not plan.options.base:
+            raise
+        # Meant, say for the same weights in other files.
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def stored_in(folder: Path, settings: ModelSettings) -> ModelSettings:

@@ -110,14 +110,14 @@ def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> M
     return replace(settings, model_name_or_path=name, model_revision=config.get("revision") or settings.model_revision)
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read PEFT's configuration of an adapter. Raises `UserError`."""
+def read_adapter_config(folder: Path, key: str = "--run") -> dict[str, Any]:
+    """Read PEFT's configuration of an adapter, which `key` names. Raises `UserError`."""
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--run: {folder / ADAPTER_CONFIG} cannot be read: {error}; name a finished run") from None
+        raise UserError(f"{key}: {folder / ADAPTER_CONFIG} cannot be read: {error}; name a finished run") from None
     if not isinstance(config, dict):
-        raise UserError(f"--run: {folder / ADAPTER_CONFIG} is not an adapter's configuration; name a finished run")
+        raise UserError(f"{key}: {folder / ADAPTER_CONFIG} is not an adapter's configuration; name a finished run")
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -210,6 +211,11 @@ def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:
         )
     except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         reason = first_line(error)
+        if (Path(settings.model_name_or_path or "") / "adapter_config.json").is_file():
+            raise UserError(
+                f"model_name_or_path: {settings.model_name_or_path} holds an adapter and no model; name the base model"
+                f" here and the adapter's run with --run, or merge them with scripts/merge.py"
+            ) from error
         raise UserError(
             f"model_name_or_path: {settings.model_name_or_path} cannot be loaded: {reason.rstrip('.')}."
             " Check the name, the revision and the network, or give a local folder."

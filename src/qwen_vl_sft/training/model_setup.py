@@ -21,6 +21,7 @@ from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model, trained_parts
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.training.resolve import Run
+from qwen_vl_sft.training.second_stage import load_init_adapter
 
 
 def prepare_model(run: Run, pad_token_id: int) -> Any:
@@ -49,6 +50,7 @@ def finish_model(model: Any, accelerator: Any, run: Run) -> None:
     recipe, context = run.recipe, run.context
     if recipe.model.use_peft:
         keep_trained_weights_in_float32(model)
+        load_init_adapter(model, recipe.model)
         if LORA in run.chosen.fused_kernels:
             use_fused_lora(model)
     elif recipe.get("bf16") and context.strategy in ("single", "ddp"):

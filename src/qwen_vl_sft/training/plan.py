@@ -25,6 +25,7 @@ from qwen_vl_sft.modeling.structure import ModelStructure
 from qwen_vl_sft.training.planned_memory import memory_lines
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
+from qwen_vl_sft.training.shared_rows import count_shared_rows
 
 # Schedules that follow the evaluations, and read nothing else.
 _FOLLOW_EVALUATIONS = (SchedulerType.GREEDY, SchedulerType.REDUCE_ON_PLATEAU)
@@ -42,6 +43,7 @@ def show(run: Run, data: PreparedData, dry_run: bool) -> None:
         *warnings(run.recipe, run.structure.lora_parts),
         *(f"{name}: true has no effect on a CPU" for name in idle),
         *warnings_of_data(run, data),
+        *warnings_of_evaluation(data),
     ):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     if dry_run:
@@ -141,6 +143,11 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
         found.append("max_predict_samples has no effect without predict_with_generate: true")
     if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
         found.append("tokens_per_batch has no effect without packing: true; per_device_train_batch_size is the batch")
+    if recipe.run.packing and recipe.get("neftune_noise_alpha"):
+        found.append(
+            "neftune_noise_alpha is divided by the root of a sequence's length, which with packing: true is that of a whole"
+            " micro-batch: the noise follows tokens_per_batch, not the rows; set packing: false for NEFTune's own"
+        )
     if recipe.data.dataset_streaming and recipe.get("dataloader_num_workers") > 1:
         found.append("dataloader_num_workers above 1 has no effect: a stream is read by one worker, in its order")
     if not recipe.run.push_to_hub:
@@ -216,6 +223,19 @@ def warnings_of_data(run: Run, data: PreparedData) -> list[str]:
     return found
 
 
+def warnings_of_evaluation(data: PreparedData) -> list[str]:
+    """Return a warning when evaluation rows are training rows too."""
+    if not isinstance(data.train, Scan) or data.evaluation is None:
+        return []
+    shared, looked_at = count_shared_rows(data.train, data.evaluation)
+    if not shared:
+        return []
+    return [
+        f"{shared} of {looked_at} evaluation rows that were looked at are training rows too, with the same texts and images:"
+        f" the evaluation then does not tell how the model does on new rows; evaluate on other rows (dataset_test_split)"
+    ]
+
+
 def _trains_half_precision(recipe: Recipe) -> bool:
     return not recipe.model.use_peft and recipe.model.dtype == "bfloat16"
 
@@ -239,6 +259,8 @@ def _trained_lines(settings: ModelSettings, structure: ModelStructure) -> list[s
         names = sorted({name.rsplit(".", 1)[-1] for name in structure.lora_targets})
         line = f"trains      LoRA r={settings.lora_r} on {len(structure.lora_targets)} layers: {', '.join(names)}"
         lines = textwrap.wrap(line, width=80, subsequent_indent=" " * 12)
+    if settings.init_adapter:
+        lines.append(f"starts from {settings.init_adapter}, with a new optimizer and schedule")
     return [*lines, "", format_parameters(dict(structure.parameters))]
 
 

@@ -16,6 +16,7 @@ from qwen_vl_sft.modeling.chosen import Chosen, choose
 from qwen_vl_sft.modeling.model_rules import problems_of_family, problems_of_structure
 from qwen_vl_sft.modeling.structure import ModelStructure, build_structure
 from qwen_vl_sft.training.rules import problems_of
+from qwen_vl_sft.training.second_stage import check_fits, with_init_adapter
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ def resolve(recipe: Recipe, context: DistributedContext) -> Run:
 
     Nothing but the model's configuration is read, and no other process is waited for.
     """
+    try:
+        recipe = with_init_adapter(recipe)
+    except UserError as error:
+        raise UserError(*error.problems, *problems_of(recipe, context)) from None
     problems = problems_of(recipe, context)
     chosen: Chosen | None = None
     try:
@@ -71,4 +76,6 @@ def resolve(recipe: Recipe, context: DistributedContext) -> Run:
     assert chosen is not None
     recipe = with_accumulation(recipe, context.processes)
     batch = resolve_batch(recipe, context.processes)
-    return Run(recipe, context, batch, chosen, build_structure(model, recipe.model))
+    structure = build_structure(model, recipe.model)
+    check_fits(recipe.model, structure.lora_targets)
+    return Run(recipe, context, batch, chosen, structure)

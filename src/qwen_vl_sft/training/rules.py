@@ -33,7 +33,8 @@ def problems_of(recipe: Recipe, context: DistributedContext) -> list[str]:
 
 def _required(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     stated = {
-        "model_name_or_path": recipe.model.model_name_or_path,
+        # An adapter names its base model.
+        "model_name_or_path": recipe.model.model_name_or_path or recipe.model.init_adapter,
         "dataset_name": recipe.data.dataset_name,
         "output_dir": recipe.training.get("output_dir"),
     }
