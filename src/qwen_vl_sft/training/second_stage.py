@@ -86,7 +86,7 @@ def with_init_adapter(recipe: Recipe) -> Recipe:
         )
     start = read_init_adapter(Path(model.init_adapter).expanduser())
     raise_all([*_other_keys(recipe, start)])
-    settled = {name: start.config.get(theirs) or None for name, theirs in _SETTLED.items()}
+    settled: dict[str, Any] = {name: start.config.get(theirs) or None for name, theirs in _SETTLED.items()}
     settled |= {name: bool(settled[name]) for name in ("use_rslora", "use_dora")}
     if start.recipe and "lora_scope" not in recipe.stated:
         settled["lora_scope"] = start.recipe.model.lora_scope
