@@ -79,7 +79,7 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 HEADLINE = "relaxed_accuracy"
 NOTES = {
     "relaxed_accuracy": "published ChartQA metric: numbers within 5%, years too",
-    "normalised_relaxed_accuracy": "years exact; separators and a full stop ignored, so it may be higher",
+    "normalised_relaxed_accuracy": "years exact, separators ignored: may be higher",
     "exact_match": "same text, case-sensitive",
     "anls": "similarity of texts, 0 below a half",
 }
