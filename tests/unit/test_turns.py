@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import trl
+from datasets import Dataset
 
 from fixtures.messages import conversation_row, png, write_messages
 from qwen_vl_sft.data.dataset import open_rows
@@ -230,6 +231,26 @@ def test_forms_of_tools_that_mean_the_same(row, with_tools):
     found = encoder.encode(read(row))
     assert found.input_ids.tolist() == expected.input_ids.tolist()
     assert found.labels.tolist() == expected.labels.tolist()
+
+
+def test_tools_of_parquet_are_those_of_json(with_tools, tmp_path):
+    other = {"type": "function", "function": {"name": "turn", "parameters": {"type": "object", "required": ["side"]}}}
+    call = {"type": "function", "function": {"name": "turn", "arguments": {"side": "left"}}}
+    rows = [
+        {"messages": TALK, "tools": [TOOL, other], "system": None},  # `from_list` takes the columns of the first row
+        {"messages": [TURNS[0], {"role": "assistant", "content": "So.", "tool_calls": [call, CALL], "weight": 1}]},
+        {"messages": TURNS, "system": "Be brief."},
+    ]
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "parquet").mkdir()
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "parquet/train-00000-of-00001.parquet"))
+    encoder = Encoder(with_tools)
+    json_rows, parquet_rows = (open_rows(str(tmp_path / name), "train") for name in ("json", "parquet"))
+    for index in range(len(rows)):
+        one, same = (found.encode({"row": index}, encoder) for found in (json_rows, parquet_rows))
+        assert one.input_ids.tolist() == same.input_ids.tolist()
+        assert one.labels.tolist() == same.labels.tolist()
 
 
 @pytest.mark.parametrize(
