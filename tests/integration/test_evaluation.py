@@ -39,7 +39,7 @@ from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
 from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question
-from qwen_vl_sft.inference.generation import GeneratedAnswer, plan_batches
+from qwen_vl_sft.inference.generation import ROWS_OF_A_UNIT, GeneratedAnswer, plan_units
 from qwen_vl_sft.inference.models import attach_adapter, load_arm
 from qwen_vl_sft.inference.source import TunedModel, find_tuned, read_source
 from qwen_vl_sft.tiny import MODEL_DIR
@@ -50,44 +50,45 @@ FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
 # Answers on disk: no model
 
 
-def fake_answer(place, batch):
-    """An answer that depends on the whole batch, as those of a model in 16 bits may."""
-    digest = hashlib.sha256(repr((place, batch)).encode()).hexdigest()
+def fake_answer(place):
+    """An answer that depends on the row."""
+    digest = hashlib.sha256(repr(place).encode()).hexdigest()
     return GeneratedAnswer(digest[:2], ended=digest[2] < "8")
 
 
-def run_processes(files, batches, processes, stop_after=None):
-    """Every process answers its share, or only its first `stop_after` batches; nobody reads after the first has written."""
+def run_processes(files, units, processes, stop_after=None):
+    """Every process answers its share, or only its first `stop_after` rows; nobody reads after the first has written."""
     done = files.read().get("base", {})
     for rank in range(processes):
         files.repair(rank)
-        for batch in deal(batches, done, rank, processes)[:stop_after]:
-            files.append(rank, "base", {place: fake_answer(place, batch) for place in batch if place not in done})
+        rows = [place for unit in deal(units, done, rank, processes) for place in unit]
+        for place in rows[:stop_after]:
+            files.append(rank, "base", {place: fake_answer(place)})
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=30),
-    st.integers(1, 5),
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), min_size=1, max_size=30),
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), max_size=3),
     st.integers(1, 5),
     st.randoms(),
 )
-def test_neither_processes_nor_kills_nor_order_change_a_score(lengths, batch_size, killed_runs, processes, rng):
-    batches = plan_batches(lengths, batch_size)
+def test_neither_processes_nor_kills_nor_order_change_a_score(measured, killed_runs, processes, rng):
+    lengths = [length for length, _ in measured]
+    units = plan_units(lengths, [image for _, image in measured])
     questions = [
         Question(place, "?", [f"{place % 7:02x}"], ("human", "machine")[place % 2]) for place in range(len(lengths))
     ]
-    alone = {place: fake_answer(place, batch) for batch in batches for place in batch}
+    alone = {place: fake_answer(place) for place in range(len(lengths))}
     expected = collect(questions, {"base": alone}, ["base"])
     with tempfile.TemporaryDirectory() as folder:
         files = AnswerFiles(Path(folder))
         for former_processes, stop_after in killed_runs:
-            run_processes(files, batches, former_processes, stop_after)
+            run_processes(files, units, former_processes, stop_after)
             victim = Path(folder) / "parts" / f"rank-{rng.randrange(former_processes):05d}.jsonl"
             content = victim.read_bytes()
             victim.write_bytes(content[: rng.randrange(len(content) + 1)])
-        run_processes(files, batches, processes)
+        run_processes(files, units, processes)
         lines = [line for path in Path(folder).glob("parts/*") for line in path.read_text().splitlines() if line]
         whole = [json.loads(line)["row_id"] for line in lines if line.endswith("}")]
         assert sorted(whole) == list(range(len(lengths))), "a row twice, or lost"
@@ -99,11 +100,21 @@ def test_neither_processes_nor_kills_nor_order_change_a_score(lengths, batch_siz
 
 
 def test_shares_are_balanced():
-    batches = plan_batches(list(range(100)), 4)
-    shares = [deal(batches, [], rank, 3) for rank in range(3)]
-    assert sorted(place for share in shares for batch in share for place in batch) == list(range(100))
-    costs = [sum(sum(batch) for batch in share) for share in shares]
+    units = plan_units(list(range(100)), [number // 4 for number in range(100)])
+    shares = [deal(units, [], rank, 3) for rank in range(3)]
+    assert sorted(place for share in shares for unit in share for place in unit) == list(range(100))
+    costs = [sum(sum(unit) for unit in share) for share in shares]
     assert max(costs) < 1.2 * min(costs)
+    left = [deal(units, range(90), rank, 2) for rank in range(2)]
+    assert sorted(place for share in left for unit in share for place in unit) == list(range(90, 100))
+
+
+def test_rows_on_the_same_images_are_one_unit():
+    many = ROWS_OF_A_UNIT + 2
+    units = plan_units([3, 9, 3, 7, 1, 8], ["a", "b", "a", (), (), "a"])
+    assert units == [[1], [5, 0, 2], [3], [4]]
+    assert [len(unit) for unit in plan_units([1] * many, ["a"] * many)] == [ROWS_OF_A_UNIT, 2]
+    assert plan_units([], []) == []
 
 
 def test_missing_answers_are_never_scored():
@@ -590,12 +601,12 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
         held[arm] = weakref.ref(loaded)
         return loaded
 
-    def answer(model, *_):
+    def answer(_, model, *__):
         assert isinstance(model, Model)
-        yield [0], [GeneratedAnswer("1", ended=True)]
+        yield [(0, GeneratedAnswer("1", ended=True))]
 
     monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.load_arm", load)
-    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.generate_batches", answer)
+    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate._answers", answer)
     monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.make_encoder", lambda *_: None)
     arms, files = ("base", "prompted", "tuned"), AnswerFiles(tmp_path)
     ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse(Options, []), tmp_path)
@@ -610,11 +621,11 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
     ("where", "rows", "told"),
     [
         ("load_arm", 1, r"--arms: .* the model of base; .*--load_in_4bit .*CUDA out of memory"),
-        ("generate_batches", 8, r"--batch_size 8: .*--max_pixels"),
+        ("Engine", 8, r"--batch_size: the GPU's memory .*--max_pixels .*CUDA out of memory"),
     ],
 )
 def test_too_little_memory_names_the_way_out(where, rows, told, run, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(f"qwen_vl_sft.evaluation.evaluate.{where}", fail)

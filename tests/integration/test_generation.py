@@ -1,16 +1,13 @@
 """Batched answers equal those of each prompt alone, and of transformers' own way; on a random model in float32."""
 
-import io
 import re
 
 import pytest
 import torch
-from PIL import Image
 
+from fixtures.conversations import conversation, image
 from fixtures.evaluation import tiny_model
-from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.inference.generation import (
     decode_answer,
     estimate_length,
@@ -21,19 +18,6 @@ from qwen_vl_sft.inference.generation import (
 )
 
 NEW_TOKENS = 12
-
-
-def image(width, height, seed):
-    noise = torch.randint(0, 255, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise.numpy()).save(file, "PNG")
-    return ImageFile(file.getvalue(), None)
-
-
-def conversation(question, *images):
-    parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "not shown"}]}
-    return Conversation([{"role": "user", "content": parts}, answer], list(images))
 
 
 @pytest.fixture(scope="module")

@@ -97,14 +97,17 @@ class Encoder:
         ids, is_target = self._tokenize(conversation)
         return self._with_media(ids, is_target, conversation, read_media or self.read_media)
 
-    def encode_prompt(self, conversation: Conversation) -> Encoded:
-        """Encode the prompt of the last answer, ready to generate it. Raises `BadRow` or `OverLongRow`."""
+    def encode_prompt(self, conversation: Conversation, read_media: ReadMedia | None = None) -> Encoded:
+        """Encode the prompt of the last answer, ready to generate it. Raises `BadRow` or `OverLongRow`.
+
+        `read_media` may know an image already; default: `read_media` of this encoder.
+        """
         conversation = self.with_boxes(conversation)
         messages = prompt_of(with_system_message(conversation.messages, self.system_message))
         self._template.check(messages, conversation.tools)
         text = self._template.render(messages, add_generation_prompt=True, tools=conversation.tools)
         ids = self._template.tokenize(text)
-        return self._with_media(ids, [False] * len(ids), conversation, self.read_media)
+        return self._with_media(ids, [False] * len(ids), conversation, read_media or self.read_media)
 
     def with_boxes(self, conversation: Conversation) -> Conversation:
         """Return the conversation with its boxes as the model writes them. Raises `BadRow`."""

@@ -48,7 +48,7 @@ class AnswerFiles:
                 path.write_bytes(content[: content.rfind(b"\n") + 1])
 
     def append(self, rank: int, arm: str, answers: Mapping[int, GeneratedAnswer | None]) -> None:
-        """Add the answers of a batch."""
+        """Add answers."""
         lines = []
         for row_id, answer in answers.items():
             entry = {"answer": answer.text, "ended": answer.ended} if answer else {"answer": None}
@@ -115,15 +115,20 @@ def _lacks(path: Path, key: str) -> bool:
     return not isinstance(content, dict) or key not in content
 
 
-def deal(batches: Sequence[Sequence[int]], done: Iterable[int], rank: int, processes: int) -> list[list[int]]:
-    """Return this process's share of the batches that are not done, dealt in turn, longest first.
+def deal(units: Sequence[Sequence[int]], done: Iterable[int], rank: int, processes: int) -> list[list[int]]:
+    """Return the units of this process with the rows that are not done, longest first.
 
-    Whole batches are dealt, the same ones whatever the number of processes and however much is done, because the
-    answers in 16 bits may depend on what stands beside a row in its batch.
+    Units are dealt in their order, each to the process with the fewest rows so far.
     """
-    finished = set(done)
-    open_batches = [list(batch) for batch in batches if not finished.issuperset(batch)]
-    return open_batches[rank::processes]
+    finished, counts = set(done), [0] * processes
+    own: list[list[int]] = []
+    for unit in units:
+        rows = [row for row in unit if row not in finished]
+        process = counts.index(min(counts))
+        counts[process] += len(rows)
+        if rows and process == rank:
+            own.append(rows)
+    return own
 
 
 def different_settings(previous: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

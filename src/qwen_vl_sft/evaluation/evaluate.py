@@ -1,6 +1,6 @@
 """Score a model on a split of the data, on any number of processes; a killed evaluation can be resumed.
 
-Each process answers whole batches into a file of its own; the first one joins the files in row order and scores them.
+Each process answers its rows into a file of its own; the first one joins the files in row order and scores them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,15 @@ from qwen_vl_sft.evaluation.scoring import (
     write_results,
 )
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, describe_task, prepare
-from qwen_vl_sft.inference.generation import GeneratedAnswer, generate_batches
-from qwen_vl_sft.inference.models import load_arm, make_encoder
+from qwen_vl_sft.inference.engine.cache import free_memory
+from qwen_vl_sft.inference.engine.engine import Engine
+from qwen_vl_sft.inference.engine.features import FeatureMemory
+from qwen_vl_sft.inference.generation import GeneratedAnswer
+from qwen_vl_sft.inference.models import changes_tower, load_arm, make_encoder
 from qwen_vl_sft.inference.source import ARMS, precision_summary
+
+# Share of the machine's free memory that features of images may take.
+FEATURE_SHARE = 0.25
 
 
 def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
@@ -132,31 +138,35 @@ def answer_all(
     Returns the rows that this process answered for each arm, and the seconds that took, without loading.
     """
     model, speed = None, {}
+    seen: FeatureMemory | None = None
     index_of = {question.row_id: index for index, question in enumerate(task.questions)}
+    shares = {}
     for arm in arms:
         done = {index_of[row_id] for row_id in answered.get(arm, {})}
-        share = deal(task.batches, done, context.rank, context.processes)
-        if not share:
-            continue
+        if share := deal(task.units, done, context.rank, context.processes):
+            shares[arm] = share
+    for arm, share in shares.items():
         if arm == "tuned" and plan.tuned and not plan.tuned.is_adapter:
             # A whole model of its own: with the base still there, the GPU would have to hold both.
-            model = None
+            model = seen = None
             gc.collect()
             torch.cuda.empty_cache()
         model = _load(plan, arm, model, context)
+        if seen is None or changes_tower(model):
+            # Once more arms follow on the same tower, its features are kept for them.
+            seen = FeatureMemory(_feature_bytes(context) if arm != list(shares)[-1] else 0)
         encoder = make_encoder(plan, arm, task.processor, task.system_message)
         prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
         title = arm if context.processes == 1 else f"{arm}, process 0 of {context.processes}"
         began = time.perf_counter()
         with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=context.rank > 0) as progress:
-            for batch, given in _generate(plan, model, prompts, share):
+            for finished in _answers(plan, model, prompts, share, seen):
                 new = {
                     task.questions[index].row_id: None if index in prompts.unreadable else answer
-                    for index, answer in zip(batch, given, strict=True)
-                    if index not in done
+                    for index, answer in finished
                 }
                 files.append(context.rank, arm, new)
-                progress.update(len(batch))
+                progress.update(len(finished))
         speed[arm] = sum(map(len, share)), time.perf_counter() - began
     return speed
 
@@ -181,17 +191,31 @@ def _load(plan: Plan, arm: str, model: Any, context: DistributedContext) -> Any:
         ) from error
 
 
-def _generate(
-    plan: Plan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]]
-) -> Iterator[tuple[list[int], list[GeneratedAnswer]]]:
+def _feature_bytes(context: DistributedContext) -> int:
+    """Return how much memory of the machine this process may take for features of images."""
+    return int(free_memory(torch.device("cpu")) * FEATURE_SHARE) // context.processes
+
+
+def _answers(
+    plan: Plan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]], memory: FeatureMemory
+) -> Iterator[list[tuple[int, GeneratedAnswer]]]:
+    options = plan.options
     try:
-        yield from generate_batches(model, prompts.encoder, prompts.encode, share, plan.recipe.run.max_new_tokens)
+        engine = Engine(
+            model,
+            prompts.encoder,
+            plan.recipe.run.max_new_tokens,
+            rows=options.batch_size,
+            memory=memory,
+            cuda_graphs=options.cuda_graphs,
+        )
+        yield from engine.answers(prompts.encode, share)
     except BadRow as error:
         raise UserError(f"{error}; {WAY_OUT}") from None
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"--batch_size {plan.options.batch_size}: the GPU's memory does not hold a batch of the longest rows; give"
-            f" less, with --overwrite, or reduce the images with --max_pixels ({first_line(error)})"
+            "--batch_size: the GPU's memory does not hold the rows that are answered at once; give a number, or a smaller"
+            f" one, with --overwrite, or reduce the images with --max_pixels ({first_line(error)})"
         ) from error
 
 

@@ -10,7 +10,7 @@ from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.inference.source import RECIPE_KEYS, Source, read_source, unknown_arms
 
 # Options that mean nothing where a file of predictions is scored.
-MODEL_OPTIONS = ("run", "arms", "split", "max_samples", "batch_size", "resume")
+MODEL_OPTIONS = ("run", "arms", "split", "max_samples", "batch_size", "cuda_graphs", "resume")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Options:
     max_samples: int | None = option(
         None, "most rows to answer, evenly spaced over the split; default: all", at_least=1
     )
-    batch_size: int = option(8, "rows answered together", at_least=1)
+    batch_size: int | None = option(
+        None, "most rows answered at once; default: as many as pay off and memory holds", at_least=1
+    )
+    cuda_graphs: bool = option(False, "replay CUDA graphs for each token; pays off for long answers")
     output_dir: Path | None = option(
         None,
         "default: RUN/evaluation, or evaluation here; --predictions writes only if given",

@@ -13,24 +13,29 @@ from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, select_evenly
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats.base import DataFormat
+from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
-from qwen_vl_sft.inference.generation import estimate_length, plan_batches
+from qwen_vl_sft.inference.generation import estimate_length, plan_units
 from qwen_vl_sft.inference.models import load_run_processor
 from qwen_vl_sft.inference.source import ARMS, TunedModel
 from qwen_vl_sft.inference.trained_base import check_trained_base
 
 logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
-# Stands in a batch for a row that cannot be read.
+# How rows are answered; another way may round otherwise in half precision, so an evaluation goes on in its own alone.
+ENGINE = "packed prompts, continuous batch"
+# Stands for a row that cannot be read.
 _STAND_IN = Conversation([{"role": "user", "content": [{"type": "text", "text": "?"}]}], [])
 WAY_OUT = "fix it, or leave such rows out with --bad_rows skip"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be answered: the rows, their questions, and the batches, which hold places in `questions`.
+    """What is to be answered: the rows, their questions, and the units, which hold places in `questions`.
+
+    Rows of a unit show the same images; a process answers all of a unit.
 
     `rows_digest` tells whether other rows are the same ones. `left_out` rows of the split are not among them, since they
     cannot be used.
@@ -38,7 +43,7 @@ class Task:
 
     rows: Rows
     questions: list[Question]
-    batches: list[list[int]]
+    units: list[list[int]]
     arms: tuple[str, ...]
     system_message: str
     processor: Any
@@ -54,7 +59,7 @@ class Prompts:
     """Encodes the questions of rows, each up to the answer that is scored.
 
     A row that cannot be read raises `BadRow` with its name. With `skip_bad_rows` something else stands in its place, so
-    that batches and processes stay what they are, and the row is in `unreadable` from then on.
+    that processes keep their shares, and the row is in `unreadable` from then on.
     """
 
     def __init__(self, rows: Rows, encoder: Encoder, skip_bad_rows: bool = False) -> None:
@@ -63,12 +68,12 @@ class Prompts:
         self.skip_bad_rows = skip_bad_rows
         self.unreadable: set[int] = set()
 
-    def encode(self, index: int) -> Encoded:
-        """Encode the prompt of the row at this index."""
+    def encode(self, index: int, read_media: ReadMedia | None = None) -> Encoded:
+        """Encode the prompt of the row at this index; `read_media` as in `Encoder.encode_prompt`."""
         self.unreadable.discard(index)
         try:
             with self.rows.opened({"row": index}) as (conversation, _):
-                return self.encoder.encode_prompt(conversation.up_to_last_answer())
+                return self.encoder.encode_prompt(conversation.up_to_last_answer(), read_media)
         except BadRow as error:
             if not self.skip_bad_rows:
                 raise
@@ -78,7 +83,7 @@ class Prompts:
 
 
 def prepare(plan: Plan) -> Task:
-    """Open the rows, read their questions and lengths, and form the batches. Raises `UserError`, decodes no image."""
+    """Open the rows, read their questions and lengths, and form the units. Raises `UserError`, decodes no image."""
     data, options = plan.recipe.data, plan.options
     if not data.dataset_name:
         raise UserError("dataset_name is not set, neither by --run nor by --dataset_name; name a dataset")
@@ -99,12 +104,12 @@ def prepare(plan: Plan) -> Task:
         check_trained_base(plan)
     processor = load_run_processor(plan)
     found = _measured(rows, Encoder(processor), data.bad_rows == "skip")
-    batches = plan_batches([row.length for row in found.values()], options.batch_size)
+    units = plan_units([row.length for row in found.values()], [row.images for row in found.values()])
     left_out = len(rows) - len(found)
     return Task(
         rows.select([*found]) if left_out else rows,
         [row.question for row in found.values()],
-        batches,
+        units,
         arms,
         message,
         processor,
@@ -115,10 +120,11 @@ def prepare(plan: Plan) -> Task:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The question of a row, the estimated length of its prompt in tokens, and a digest of all that it asks."""
+    """The question of a row, the estimated length of its prompt in tokens, its images, and a digest of all that it asks."""
 
     question: Question
     length: int
+    images: tuple[str, ...]
     digest: str
 
 
@@ -127,7 +133,8 @@ def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, _M
 
     def read(raw: Mapping[str, Any], conversation: Conversation) -> _Measured:
         question = read_question(raw, conversation, rows.format)
-        return _Measured(question, estimate_length(encoder, conversation), digest_of_row(question, conversation))
+        length, digest = estimate_length(encoder, conversation), digest_of_row(question, conversation)
+        return _Measured(question, length, tuple(item.content_hash for item in conversation.media), digest)
 
     try:
         return read_usable(rows, read, skip_bad_rows)
@@ -184,6 +191,7 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
         "dataset_config": plan.recipe.data.dataset_config,
         "rows": len(task.questions),
         "rows_digest": task.rows_digest,
+        "engine": ENGINE,
         "batch_size": plan.options.batch_size,
         "max_new_tokens": plan.recipe.run.max_new_tokens,
         "system_message": task.system_message,

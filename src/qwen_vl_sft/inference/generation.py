@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from qwen_vl_sft.batching.collator import pad
 from qwen_vl_sft.data.conversation import Conversation
@@ -17,6 +17,8 @@ from qwen_vl_sft.data.encoding import Encoded, Encoder
 
 # A token of a chart question is about four letters; only the order of the estimates matters.
 LETTERS_OF_A_TOKEN = 4
+# Rows on the same images that are read together, and by one process: with more, processes would get unequal shares.
+ROWS_OF_A_UNIT = 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,23 @@ def generate_answers(
     for indices, generated in generate_batches(model, encoder, prompt_at, batches, max_new_tokens):
         answers.update(zip(indices, (answer.text for answer in generated), strict=True))
     return [answers[index] for index in range(len(conversations))]
+
+
+def plan_units(lengths: Sequence[int], images: Sequence[Hashable]) -> list[list[int]]:
+    """Group the indices 0 to N-1 into units of rows on the same images, which can share their beginning.
+
+    Longest first: out-of-memory surfaces at once. A row whose `images` are empty is a unit of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    found: dict[Hashable, list[list[int]]] = {}
+    units: list[list[int]] = []
+    for index in order:
+        alike = found.setdefault(images[index] or index, [])
+        if not alike or len(alike[-1]) == ROWS_OF_A_UNIT:
+            alike.append([])
+            units.append(alike[-1])
+        alike[-1].append(index)
+    return units
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -115,7 +134,7 @@ def generate_batch(
         config = greedy_config(encoder, max_new_tokens)
         output = model.generate(**inputs, generation_config=config, synced_gpus=synced, **generate_options)
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
-    ends = set(_ends(encoder))
+    ends = set(answer_ends(encoder))
     return [GeneratedAnswer(decode_answer(encoder, tokens), not ends.isdisjoint(tokens)) for tokens in answers]
 
 
@@ -136,8 +155,27 @@ def greedy_config(encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
         top_p=1.0,
         use_cache=True,
         # Padding is the end-of-text token, with which base models end.
-        eos_token_id=_ends(encoder),
+        eos_token_id=answer_ends(encoder),
         pad_token_id=encoder.pad_token_id,
+    )
+
+
+def logits_processors(model: Any, encoder: Encoder, prompt: torch.Tensor, max_new_tokens: int) -> LogitsProcessorList:
+    """Return what the model's generation_config.json has `generate` do with the logits of a row; empty as a rule.
+
+    That of a Qwen-VL model asks for nothing beside what `greedy_config` sets itself. `prompt` [T] are its tokens.
+    """
+    config, _ = model._prepare_generation_config(greedy_config(encoder, max_new_tokens))
+    config.max_length = len(prompt) + max_new_tokens
+    if config.min_new_tokens is not None:
+        config.min_length = len(prompt) + config.min_new_tokens
+    model._prepare_special_tokens(config, True, device=model.device)
+    return model._get_logits_processor(  # type: ignore[no-any-return]
+        config,
+        input_ids_seq_length=len(prompt),
+        encoder_input_ids=prompt[None].to(model.device),
+        logits_processor=LogitsProcessorList(),
+        device=model.device,
     )
 
 
@@ -148,12 +186,13 @@ def decode_answer(encoder: Encoder, tokens: list[int]) -> str:
 
     Special tokens of boxes and of references to objects stay in the text: they are part of the training targets.
     """
-    ends = _ends(encoder)
+    ends = answer_ends(encoder)
     end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     text_tokens = [token for token in tokens[:end] if token not in encoder.structural_ids]
     text = encoder.processor.tokenizer.decode(text_tokens, clean_up_tokenization_spaces=False)
     return f"{encoder.opening}{text}".strip()
 
 
-def _ends(encoder: Encoder) -> list[int]:
+def answer_ends(encoder: Encoder) -> list[int]:
+    """Return the tokens that end an answer."""
     return [encoder.end_of_turn_id, encoder.pad_token_id]

@@ -93,3 +93,19 @@ def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
             f" first of them {unplaced[0]}; give the base model it was trained on with --model_name_or_path"
         )
     return tuned
+
+
+def changes_tower(model: Any) -> bool:
+    """Return whether a model's adapter reaches its vision tower or what merges its patches."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not isinstance(model, PeftModel):
+        return False
+    family = family_of(model.get_base_model().config)
+    return any(
+        family.part_of(name) != "language"
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    )

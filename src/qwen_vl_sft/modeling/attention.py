@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qwen_vl_sft.modeling.attention_kernels import SDPA, has_varlen_kernel, varlen_kernel
+from qwen_vl_sft.modeling.attention_kernels import FLASH, SDPA, has_varlen_kernel, varlen_kernel
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 # "flash" in the name makes the vision tower pass the boundaries between images.
@@ -44,6 +44,12 @@ def use_packed_attention(model: Any, kernel: str = SDPA) -> None:
 def _named(name: str, kernel: str) -> str:
     """Return a name for each kernel: models in one process may have different ones."""
     return name if kernel == SDPA else f"{name}_{kernel.removeprefix('flash_attention_')}"
+
+
+def kernel_of(implementation: str) -> str:
+    """Return the kernel that a language model's attention implementation stands for."""
+    named = {_named(PACKED, kernel): kernel for kernel in FLASH}
+    return named.get(implementation, implementation if implementation in FLASH else SDPA)
 
 
 def _packed_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

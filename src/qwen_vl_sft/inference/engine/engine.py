@@ -1,0 +1,279 @@
+"""The engine: prompts are packed and read by a budget of tokens, answers decoded in a batch whose free places are refilled.
+
+Every answer is the one that transformers' `generate` gives to its prompt alone: greedy, to the end of the turn or to
+`max_new_tokens`. It does not depend on what else is answered, but for rounding in half precision.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.inference.engine.attention import PrefillStep, cached_attention
+from qwen_vl_sft.inference.engine.cache import KeyValueCache, affordable_slots, free_memory
+from qwen_vl_sft.inference.engine.decoding import Decoder
+from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
+from qwen_vl_sft.inference.engine.prompts import Group, PackedPrompts, Piece, Prompt, pack
+from qwen_vl_sft.inference.engine.reading import PromptAt, PromptReader
+from qwen_vl_sft.inference.generation import GeneratedAnswer, answer_ends, decode_answer, logits_processors
+
+# Rows that are answered at once, where memory does not say fewer.
+ROWS_ON_GPU, ROWS_ON_CPU = 256, 64
+# Tokens of prompts that are read in one forward pass, and the least of them where memory is short.
+PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 8192, 1024
+# Slots of the cache for each row that is answered at once; prompts with several images take more of them.
+SLOTS_A_ROW = 2048
+# A forward pass holds about so many vectors of a token, of the width of the model and of its MLP.
+_WIDE, _MLP_WIDE = 8, 3
+# Share of the free memory that a prefill may take.
+_PREFILL_SHARE = 0.2
+
+
+@dataclass
+class Answering:
+    """A row that is being answered: the tokens of its answer so far, and what the next one needs.
+
+    `length` counts the tokens in the cache, `position` is the M-RoPE position of the next.
+    """
+
+    prompt: Prompt
+    group: Group
+    place: int
+    slots: list[int]
+    length: int
+    position: int
+    processors: Any
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+class Engine:
+    """Answers prompts with a model that is loaded, adapter and all, as it is now.
+
+    Args:
+        model: a Qwen-VL model, with or without an adapter.
+        encoder: knows the tokens that end an answer, and reads images.
+        max_new_tokens: most tokens of an answer.
+        rows: most rows that are answered at once; None for as many as pay off.
+        slots: most tokens in the cache; None for what the free memory holds.
+        prefill_tokens: most tokens of prompts in one forward pass, unless one prompt is longer; None by memory.
+        memory: keeps features of images for later rows and engines on the same vision tower.
+        cuda_graphs: decode by replaying CUDA graphs.
+        autocast: entered anew for each forward pass, so that its cache of half-precision weights is dropped afterwards.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: Encoder,
+        max_new_tokens: int,
+        rows: int | None = None,
+        slots: int | None = None,
+        prefill_tokens: int | None = None,
+        memory: FeatureMemory | None = None,
+        cuda_graphs: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.max_new_tokens = max_new_tokens
+        self.memory = memory
+        self.autocast = autocast
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._base = base
+        self._language = base.model.language_model
+        self.positions = Positions(base.config)
+        weight = self._language.embed_tokens.weight
+        self.device: torch.device = weight.device
+        on_gpu = self.device.type == "cuda"
+        config = base.config.get_text_config()
+        with autocast():
+            autocasts = torch.is_autocast_enabled(self.device.type)
+            dtype = torch.get_autocast_dtype(self.device.type) if autocasts else weight.dtype
+        self.rows = rows or (ROWS_ON_GPU if on_gpu else ROWS_ON_CPU)
+        if prefill_tokens is None:
+            per_token = dtype.itemsize * (_WIDE * config.hidden_size + _MLP_WIDE * config.intermediate_size)
+            affordable = int(free_memory(self.device) * _PREFILL_SHARE) // per_token
+            prefill_tokens = min(PREFILL_TOKENS, max(LEAST_PREFILL_TOKENS, affordable))
+        self.prefill_tokens = prefill_tokens
+        wanted = self.rows * max(SLOTS_A_ROW, 2 * max_new_tokens)
+        self.cache = KeyValueCache(
+            config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
+        )
+        self._decoder = Decoder(base, self.cache, self.rows, cuda_graphs and on_gpu)
+        self._ends = set(answer_ends(encoder))
+        # Asked once: it takes a millisecond, which on a CPU is an answer's token.
+        self._processes = bool(self._processors_of(torch.zeros(1, dtype=torch.long)))
+
+    def answers(
+        self, prompt_at: PromptAt, units: Sequence[Sequence[int]]
+    ) -> Iterator[list[tuple[int, GeneratedAnswer]]]:
+        """Answer the rows of all units and yield them, with their numbers, as they are finished.
+
+        `prompt_at` encodes the prompt of a row; rows of a unit are read together. A row that it raises `BadRow` for ends
+        the work: rows that are being answered are finished and yielded before it is raised.
+        """
+        with closing(self.steps(prompt_at, units)) as steps:
+            for answered in steps:
+                done = [(row.prompt.number, self.answer_of(row)) for row in answered if row.finished]
+                if done:
+                    yield done
+
+    def answer_of(self, row: Answering) -> GeneratedAnswer:
+        """Return the answer of a row so far."""
+        return GeneratedAnswer(decode_answer(self.encoder, row.tokens), not self._ends.isdisjoint(row.tokens))
+
+    def steps(self, prompt_at: PromptAt, units: Sequence[Sequence[int]]) -> Generator[list[Answering], None, None]:
+        """Compute one forward pass after another, and yield the rows that got a token from it."""
+        on_cpu = self.device.type == "cpu"
+        was_training = self.model.training
+        self.model.eval()
+        running: list[Answering] = []
+        waiting: deque[Group] = deque()
+        free_places = list(range(self.rows - 1, -1, -1))
+        try:
+            with PromptReader(self.encoder, prompt_at, units, self.positions, self.memory, on_cpu) as reader:
+                while True:
+                    new, pieces = self._admit(reader, waiting, free_places, wait=on_cpu or not running)
+                    if pieces:
+                        answered = new
+                        self._prefill(new, pieces)
+                    elif running:
+                        answered = running
+                        self._decode(running)
+                    elif waiting:
+                        raise self._too_long(waiting[0])
+                    elif reader.exhausted:
+                        break
+                    else:
+                        continue
+                    for row in answered:
+                        if row.finished:
+                            self._release(row, free_places)
+                    running = [row for row in ([*running, *new] if pieces else running) if not row.finished]
+                    yield answered
+                if reader.failure is not None:
+                    raise reader.failure
+        finally:
+            for row in running:
+                self._release(row, free_places)
+            self.model.train(was_training)
+
+    def _admit(
+        self, reader: PromptReader, waiting: deque[Group], free_places: list[int], wait: bool
+    ) -> tuple[list[Answering], list[Piece]]:
+        """Take rows that wait, as many as places, slots and the budget of tokens allow; they wait in their order."""
+        on_cpu = self.device.type == "cpu"
+        rows: list[Answering] = []
+        pieces: list[Piece] = []
+        tokens = 0
+        while free_places:
+            if not waiting:
+                # A GPU takes what there is; on a CPU reading and answering share the cores.
+                next_group = reader.next_group(wait and (on_cpu or not pieces))
+                if next_group is None:
+                    break
+                waiting.append(next_group)
+            group = waiting[0]
+            prompt = group.waiting[0]
+            new_tokens = group.missing + len(prompt) - group.shared
+            if pieces and tokens + new_tokens > self.prefill_tokens:
+                break
+            if new_tokens + self.max_new_tokens - 1 > self.cache.free:
+                break
+            tokens += new_tokens
+            if group.missing:
+                group.prefix = self.cache.take(group.shared)
+                pieces.append(Piece(prompt, 0, group.shared, group.prefix, (), answers=False))
+            own = self.cache.take(len(prompt) - group.shared + self.max_new_tokens - 1)
+            branch = own[: len(prompt) - group.shared]
+            pieces.append(Piece(prompt, group.shared, len(prompt), branch, group.prefix, answers=True))
+            rows.append(self._start(group, group.waiting.popleft(), free_places.pop(), own))
+            if not group.waiting:
+                waiting.popleft()
+        return rows, pieces
+
+    def _start(self, group: Group, prompt: Prompt, place: int, own: list[int]) -> Answering:
+        self._decoder.take_place(place, [*group.prefix, *own])
+        processors = self._processors_of(prompt.row.input_ids) if self._processes else None
+        return Answering(prompt, group, place, own, len(prompt), int(prompt.positions.max()) + 1, processors)
+
+    def _release(self, row: Answering, free_places: list[int]) -> None:
+        self.cache.release(row.slots)
+        free_places.append(row.place)
+        row.group.users -= 1
+        if not row.group.users:
+            self.cache.release(row.group.prefix)
+
+    def _prefill(self, rows: Sequence[Answering], pieces: Sequence[Piece]) -> None:
+        packed = pack(pieces)
+        with torch.no_grad(), self.autocast(), cached_attention(self._language):
+            self._add_tokens(rows, self._prompt_logits(packed))
+
+    def _processors_of(self, prompt: torch.Tensor) -> Any:
+        return logits_processors(self._base, self.encoder, prompt, self.max_new_tokens)
+
+    def _prompt_logits(self, packed: PackedPrompts) -> torch.Tensor:
+        device = self.device
+        step = PrefillStep(
+            self.cache,
+            packed.write.to(device),
+            None if packed.read is None else packed.read.to(device),
+            packed.bounds_q.to(device),
+            packed.bounds_k.to(device),
+            packed.longest_q,
+            packed.longest_k,
+        )
+        shown = {}
+        if packed.images:
+            layers = image_layers(self._base.model, self.positions, packed.images, self.memory)
+            shown = {"image": self.positions.family.feature_output(layers)}
+        output = self._base.model(
+            input_ids=packed.input_ids.to(device),
+            position_ids=packed.position_ids.to(device),
+            mm_encoder_outputs=shown,
+            use_cache=False,
+            step=step,
+        )
+        last = output.last_hidden_state[0].index_select(0, packed.last.to(device))
+        return self._base.lm_head(last).float()  # type: ignore[no-any-return]
+
+    def _decode(self, rows: Sequence[Answering]) -> None:
+        with torch.no_grad(), self.autocast(), cached_attention(self._language):
+            logits = self._decoder.logits(
+                [row.place for row in rows],
+                [row.tokens[-1] for row in rows],
+                [row.position for row in rows],
+                [row.length for row in rows],
+            )
+            for row in rows:
+                row.length += 1
+                row.position += 1
+            self._add_tokens(rows, logits)
+
+    def _add_tokens(self, rows: Sequence[Answering], logits: torch.Tensor) -> None:
+        if any(row.processors for row in rows):
+            logits = torch.cat([self._processed(row, one) for row, one in zip(rows, logits, strict=True)])
+        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            row.tokens.append(token)
+            row.finished = token in self._ends or len(row.tokens) == self.max_new_tokens
+
+    def _processed(self, row: Answering, logits: torch.Tensor) -> torch.Tensor:
+        so_far = torch.cat([row.prompt.row.input_ids, torch.tensor(row.tokens, dtype=torch.long)]).to(logits.device)
+        return row.processors(so_far[None], logits[None])  # type: ignore[no-any-return]
+
+    def _too_long(self, group: Group) -> UserError:
+        needed = len(group.waiting[0]) + self.max_new_tokens
+        return UserError(
+            f"a row's prompt and answer may have {needed:,} tokens, and the memory that is free holds"
+            f" {self.cache.slots:,}; give a smaller --max_new_tokens, or reduce the images with --max_pixels"
+        )

@@ -1,0 +1,76 @@
+"""What the vision tower makes of images, kept in memory for rows and arms that show them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.media import EncodedMedia, MediaFile, ReadMedia
+from qwen_vl_sft.data.media.image import EncodedImage
+from qwen_vl_sft.families.base import FeatureLayers
+
+
+class FeatureMemory:
+    """Features of images by content hash, on the CPU. What no longer fits is computed again when it is needed.
+
+    All come from one vision tower and one image processor; who has several keeps a memory for each.
+
+    Args:
+        most_bytes: most memory to take.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.taken = 0
+        self._known: dict[str, EncodedImage] = {}
+
+    def reading(self, read: ReadMedia) -> ReadMedia:
+        """Return `read` that brings features instead of pixels where they are known, without decoding."""
+
+        def known_or_read(file: MediaFile) -> EncodedMedia:
+            found = self._known.get(file.content_hash)
+            return read(file) if found is None else found
+
+        return known_or_read
+
+    def keep(self, image: EncodedImage, features: torch.Tensor) -> None:
+        """Keep the features [M, values] of an image, if there is room for them."""
+        size = features.numel() * features.element_size()
+        if image.content_hash in self._known or self.taken + size > self.most_bytes:
+            return
+        self.taken += size
+        self._known[image.content_hash] = replace(image, pixel_values=None, features=features.cpu())
+
+
+def image_layers(
+    backbone: Any, positions: Positions, images: Sequence[EncodedImage], memory: FeatureMemory | None
+) -> FeatureLayers:
+    """Return the features of images, layer by layer: [merged tokens, D] each; the tower runs once on each different image."""
+    family, device = positions.family, backbone.language_model.embed_tokens.weight.device
+    different = {image.content_hash: image for image in images if image.features is None}
+    made: dict[str, list[torch.Tensor]] = {}
+    if different:
+        shown = list(different.values())
+        grids = torch.stack([image.grid for image in shown])
+        pixels = torch.cat([image.pixel_values for image in shown if image.pixel_values is not None])
+        inputs = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in positions.patch_inputs(grids).items()
+        }
+        output = backbone.get_image_features(pixels.to(device), grids.to(device), return_dict=True, **inputs)
+        for image, *layers in zip(shown, *family.feature_layers(output), strict=True):
+            made[image.content_hash] = layers
+            if memory is not None:
+                memory.keep(image, torch.cat(layers, dim=-1))
+    width = positions.config.get_text_config().hidden_size
+    of_images = [
+        made[image.content_hash]
+        if image.features is None
+        else list(image.features.to(device, non_blocking=True).split(width, dim=-1))
+        for image in images
+    ]
+    return [list(layer) for layer in zip(*of_images, strict=True)]

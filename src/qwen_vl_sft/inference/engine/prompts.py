@@ -1,0 +1,124 @@
+"""Prompts that wait for the model: groups of rows that begin alike, packed piece by piece into one prefill."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qwen_vl_sft.batching.packed_collator import prefix_length
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.encoding import Encoded
+from qwen_vl_sft.data.media.image import EncodedImage
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded prompt of T tokens with its M-RoPE positions [3, T]; `number` is the caller's name for it."""
+
+    number: int
+    row: Encoded
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.row.input_ids)
+
+
+@dataclass
+class Group:
+    """Prompts that wait and have their first `shared` tokens in common.
+
+    `prefix` are the slots of these tokens, once they are computed; they are held until the last row of the group has
+    ended, and `users` counts the rows that have not.
+    """
+
+    shared: int
+    waiting: deque[Prompt]
+    users: int
+    prefix: list[int] = field(default_factory=list)
+
+    @property
+    def missing(self) -> int:
+        """Count the tokens of the prefix that have yet to be computed."""
+        return 0 if self.prefix else self.shared
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens of a prompt, in `slots` of the cache, behind the tokens in the slots `before`.
+
+    With `answers` the model's next token is wanted: the piece ends its prompt.
+    """
+
+    prompt: Prompt
+    start: int
+    stop: int
+    slots: Sequence[int]
+    before: Sequence[int]
+    answers: bool
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def images(self) -> tuple[EncodedImage, ...]:
+        """Return the images of the prompt that stand in this piece: all, or none in what follows a shared prefix."""
+        return self.prompt.row.media if bool(self.prompt.row.mm_token_type_ids[self.start : self.stop].any()) else ()
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """Pieces in one sequence of T tokens.
+
+    `input_ids` [1, T], `position_ids` [3, 1, T], `images` in order of appearance, `last` [N] the positions of the tokens
+    that predict an answer's first, and what `PrefillStep` needs.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    images: list[EncodedImage]
+    last: torch.Tensor
+    write: torch.Tensor
+    read: torch.Tensor | None
+    bounds_q: torch.Tensor
+    bounds_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
+def group_prompts(numbered: Sequence[tuple[int, Encoded]], positions: Positions) -> list[Group]:
+    """Group prompts that begin with the same tokens and images, up to the last image; others stand alone."""
+    found: dict[object, list[Prompt]] = {}
+    for number, row in numbered:
+        prompt = Prompt(number, row, positions(row))
+        shared = prefix_length(row)
+        images = tuple(image.content_hash for image in row.media)
+        key = (row.input_ids[:shared].numpy().tobytes(), images) if shared else number
+        found.setdefault(key, []).append(prompt)
+    return [
+        Group(prefix_length(prompts[0].row) if len(prompts) > 1 else 0, deque(prompts), len(prompts))
+        for prompts in found.values()
+    ]
+
+
+def pack(pieces: Sequence[Piece]) -> PackedPrompts:
+    """Pack pieces one after another."""
+    lengths = [len(piece) for piece in pieces]
+    reach = [len(piece.before) + len(piece) for piece in pieces]
+    ends = list(itertools.accumulate(lengths))
+    seen = [slot for piece in pieces for slot in (*piece.before, *piece.slots)] if lengths != reach else None
+    return PackedPrompts(
+        torch.cat([piece.prompt.row.input_ids[piece.start : piece.stop] for piece in pieces])[None],
+        torch.cat([piece.prompt.positions[:, piece.start : piece.stop] for piece in pieces], dim=1)[:, None],
+        [image for piece in pieces for image in piece.images],
+        torch.tensor([end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.answers]),
+        torch.tensor([slot for piece in pieces for slot in piece.slots]),
+        None if seen is None else torch.tensor(seen),
+        torch.tensor([0, *ends], dtype=torch.int32),
+        torch.tensor([0, *itertools.accumulate(reach)], dtype=torch.int32),
+        max(lengths),
+        max(reach),
+    )

@@ -1,0 +1,90 @@
+"""Read and encode prompts ahead of the model, in threads; rows on one image are read together and decode it once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.media import ReadMedia, reading_once
+from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.inference.engine.features import FeatureMemory
+from qwen_vl_sft.inference.engine.prompts import Group, group_prompts
+
+PromptAt = Callable[[int, ReadMedia], Encoded]
+# Threads beside a GPU: decoding and resizing a chart takes as long as answering two questions on it.
+_MOST_THREADS = 8
+# Groups of rows that are read ahead for each thread.
+_AHEAD = 4
+
+
+class PromptReader:
+    """Reads groups of rows in their order; a context manager, which waits for no row that nobody wants any longer.
+
+    Args:
+        encoder: reads images.
+        prompt_at: encodes the prompt of a row, with a function that reads its images. Raises `BadRow`.
+        units: the rows' numbers, those on one image together.
+        positions: M-RoPE positions of a row.
+        memory: features that are known.
+        on_cpu: whether the model computes on the CPU too, and so leaves one thread.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        prompt_at: PromptAt,
+        units: Sequence[Sequence[int]],
+        positions: Positions,
+        memory: FeatureMemory | None,
+        on_cpu: bool,
+    ) -> None:
+        self._prompt_at = prompt_at
+        self._positions = positions
+        self._read_media = memory.reading(encoder.read_media) if memory else encoder.read_media
+        threads = 1 if on_cpu else max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
+        self._pool = ThreadPoolExecutor(max_workers=threads)
+        self._left = iter(units)
+        self._coming: deque[Future[list[Group]]] = deque()
+        self._ahead = _AHEAD * threads
+        self._ready: deque[Group] = deque()
+        # A row that cannot be read ends the reading; whoever asks for more is told.
+        self.failure: BadRow | None = None
+        self._fill()
+
+    def __enter__(self) -> PromptReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def next_group(self, wait: bool) -> Group | None:
+        """Return the next group; None where none is left, or none is ready and `wait` is off."""
+        while not self._ready and self._coming and (wait or self._coming[0].done()):
+            try:
+                self._ready += self._coming.popleft().result()
+            except BadRow as error:
+                self.failure = error
+                self._coming.clear()
+                self._left = iter(())
+            self._fill()
+        return self._ready.popleft() if self._ready else None
+
+    @property
+    def exhausted(self) -> bool:
+        """Return whether nothing more comes."""
+        return not self._ready and not self._coming
+
+    def _fill(self) -> None:
+        while len(self._coming) < self._ahead and (unit := next(self._left, None)) is not None:
+            self._coming.append(self._pool.submit(self._read, unit))
+
+    def _read(self, unit: Sequence[int]) -> list[Group]:
+        read_media = reading_once(self._read_media)
+        return group_prompts([(number, self._prompt_at(number, read_media)) for number in unit], self._positions)

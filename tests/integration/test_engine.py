@@ -1,0 +1,214 @@
+"""The engine's answers are those of transformers' `generate` one prompt at a time, whatever else it answers meanwhile."""
+
+from contextlib import closing
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fixtures.conversations import conversation, image
+from fixtures.models import FAMILIES, newer, qwen2_vl
+from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.media.image_file import ImageFile
+from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.inference.engine.cache import NO_TOKEN, KeyValueCache
+from qwen_vl_sft.inference.engine.engine import Engine
+from qwen_vl_sft.inference.engine.features import FeatureMemory
+from qwen_vl_sft.inference.generation import GeneratedAnswer, decode_answer, plan_units
+
+NEW_TOKENS = 16
+SHARED, TALL, WIDE = image(112, 112, 0), image(56, 112, 3), image(112, 56, 2)
+# One, two and no images; questions on the same image, on the same two, on one of them, and the same question again.
+ASKED = [
+    conversation("How many bars are there?", SHARED),
+    conversation("Why?", image(84, 56, 1)),
+    conversation("Which of the two charts has the larger blue bar?", WIDE, TALL),
+    conversation("A question of many words about no chart at all, to be longer than the others are"),
+    conversation("Is the red bar taller than the blue bar?", TALL),
+    conversation("Yes or no?", SHARED),
+    conversation("Hm?"),
+    conversation("Bars?", SHARED),
+    conversation("Which?", WIDE, TALL),
+    conversation("Yes or no?", SHARED),
+    conversation("Which?", TALL, WIDE),
+]
+UNITS = plan_units([len(asked.media) for asked in ASKED], [tuple(f.content_hash for f in a.media) for a in ASKED])
+
+
+def alone(model, encoder, row, new_tokens=NEW_TOKENS):
+    """What transformers answers to one prompt."""
+    inputs = pad([row], encoder.pad_token_id)
+    del inputs["labels"]
+    ends = [encoder.end_of_turn_id, encoder.pad_token_id]
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends)
+    tokens = output[0, len(row.input_ids) :].tolist()
+    return GeneratedAnswer(decode_answer(encoder, tokens), not set(ends).isdisjoint(tokens))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tiny_processor):
+    """A model in float32, its encoder, and what transformers answers."""
+    torch.manual_seed(1)
+    model = qwen2_vl() if request.param == "qwen2_vl" else newer(request.param)
+    if request.param != "qwen2_vl":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(3.0)  # so that answers differ from prompt to prompt
+    encoder = Encoder(tiny_processor, system_message="Answer.")
+    model.eval()
+    return model, encoder, [alone(model, encoder, encoder.encode_prompt(asked)) for asked in ASKED]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_processor):
+    return qwen2_vl(), Encoder(tiny_processor)
+
+
+def answers(engine, asked=ASKED, units=UNITS):
+    found = {}
+    for done in engine.answers(lambda number, read: engine.encoder.encode_prompt(asked[number], read), units):
+        found.update(done)
+    assert engine.cache.free == engine.cache.slots, "slots are lost"
+    assert len(found) == len(asked), "rows are lost"
+    return [found[number] for number in sorted(found)]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(0, len(ASKED) - 1), min_size=1, max_size=9),
+    st.integers(1, 5),
+    st.sampled_from([1, 70, 400]),
+    st.sampled_from([170, 4096]),
+    st.booleans(),
+)
+def test_answers_are_those_of_generate_one_at_a_time(family, chosen, rows, prefill_tokens, slots, remember):
+    model, encoder, expected = family
+    asked = [ASKED[number] for number in chosen]
+    units = plan_units([1] * len(asked), [tuple(file.content_hash for file in one.media) for one in asked])
+    memory = FeatureMemory(10**9) if remember else None
+    engine = Engine(model, encoder, NEW_TOKENS, rows=rows, slots=slots, prefill_tokens=prefill_tokens, memory=memory)
+    for _ in range(1 + remember):
+        assert answers(engine, asked, units) == [expected[number] for number in chosen]
+
+
+def test_the_comparison_above_would_notice(family):
+    _, _, expected = family
+    assert len({answer.text for answer in expected}) > 6
+
+
+@pytest.mark.parametrize("new_tokens", [1, 12, 40])
+def test_answers_end_with_their_turn_or_are_cut(tiny, new_tokens):
+    model, encoder = tiny
+    expected = [alone(model, encoder, encoder.encode_prompt(asked), new_tokens) for asked in ASKED]
+    assert answers(Engine(model, encoder, new_tokens, rows=3)) == expected
+    assert {answer.ended for answer in expected} == {1: {False}, 12: {True, False}, 40: {True}}[new_tokens]
+
+
+def test_several_rows_share_the_slots_of_what_they_begin_with(tiny):
+    model, encoder = tiny
+    engine = Engine(model, encoder, 4)
+    held = []
+
+    def prompt_at(number, read):
+        return encoder.encode_prompt(ASKED[number], read)
+
+    with closing(engine.steps(prompt_at, [[0, 5, 7, 9]])) as steps:
+        rows = next(steps)
+        held = engine.cache.slots - engine.cache.free
+    lengths = [len(row.prompt) for row in rows]
+    shared = rows[0].group.shared
+    assert len(rows) == 4
+    assert shared > 16
+    assert held == sum(lengths) - 3 * shared + 4 * 3
+    assert engine.cache.free == engine.cache.slots, "a stream that is closed early gives everything back"
+
+
+def test_the_tower_sees_each_image_once(tiny, monkeypatch):
+    model, encoder = tiny
+    seen, compute = [], model.model.visual.forward
+    monkeypatch.setattr(
+        model.model.visual, "forward", lambda x, grid_thw, **more: seen.extend(grid_thw) or compute(x, grid_thw, **more)
+    )
+    decoded, decode = [], ImageFile.decode
+    monkeypatch.setattr(ImageFile, "decode", lambda file: decoded.append(file.content_hash) or decode(file))
+    images = {file.content_hash for asked in ASKED for file in asked.media}
+    memory = FeatureMemory(10**9)
+    first = answers(Engine(model, encoder, 3, memory=memory))
+    assert len(seen) == len(images)
+    again = Encoder(encoder.processor, system_message="Answer in a word.")
+    answers(Engine(model, again, 3, memory=memory))
+    assert len(seen) == len(images), "known features are used, and the images not even decoded"
+    count = len(decoded)
+    assert answers(Engine(model, encoder, 3, memory=memory)) == first
+    assert len(decoded) == count
+    assert memory.taken > 0
+    forgetful = FeatureMemory(memory.taken - 1)
+    assert answers(Engine(model, encoder, 3, memory=forgetful)) == first
+    assert 0 < forgetful.taken < memory.taken
+
+
+def test_a_bad_row_ends_the_work_once_the_rows_before_it_are_answered(tiny):
+    model, encoder = tiny
+
+    def prompt_at(number, read):
+        if number == 6:
+            raise BadRow("row 6 is bad")
+        return encoder.encode_prompt(ASKED[number], read)
+
+    found, before = [], UNITS[: UNITS.index([6])]
+    engine = Engine(model, encoder, 5, rows=2)
+    work = engine.answers(prompt_at, UNITS)
+    with pytest.raises(BadRow, match="row 6"):
+        found.extend(number for done in work for number, _ in done)
+    assert sorted(found) == sorted(number for unit in before for number in unit)
+    assert engine.cache.free == engine.cache.slots
+
+
+def test_a_row_that_memory_cannot_hold_is_refused(tiny):
+    model, encoder = tiny
+    with pytest.raises(UserError, match=r"holds 50; give a smaller --max_new_tokens, or reduce the images"):
+        answers(Engine(model, encoder, 30, slots=50))
+
+
+def test_mode_and_attention_are_put_back(tiny):
+    model, encoder = tiny
+    model.train()
+    before = model.model.language_model.config._attn_implementation
+    answers(Engine(model, encoder, 2))
+    assert model.training
+    assert model.model.language_model.config._attn_implementation == before
+    model.eval()
+
+
+def test_what_generation_config_asks_for_is_done_beside_what_greedy_answers_set(tiny):
+    model, encoder = tiny
+    plain = answers(Engine(model, encoder, 8))
+    config = model.generation_config
+    try:
+        config.repetition_penalty = 20.0
+        assert answers(Engine(model, encoder, 8)) == plain, "a shipped repetition penalty is not applied"
+        config.repetition_penalty = None
+        first = encoder.processor.tokenizer(plain[0].text)["input_ids"][0]
+        for name, value in (("suppress_tokens", [first]), ("min_new_tokens", 8), ("bad_words_ids", [[first]])):
+            setattr(config, name, value)
+            expected = [alone(model, encoder, encoder.encode_prompt(asked), 8) for asked in ASKED]
+            assert answers(Engine(model, encoder, 8)) == expected != plain
+            setattr(config, name, None)
+    finally:
+        config.suppress_tokens = config.min_new_tokens = config.bad_words_ids = config.repetition_penalty = None
+
+
+def test_slots_are_taken_once_and_given_back(tiny):
+    config = tiny[0].config.get_text_config()
+    cache = KeyValueCache(config, 10, torch.float32, torch.device("cpu"))
+    one, other = cache.take(4), cache.take(6)
+    assert sorted([*one, *other]) == list(range(1, 11))
+    assert NO_TOKEN not in one
+    cache.release(one)
+    assert sorted(cache.take(4)) == sorted(one)
+    with pytest.raises(AssertionError):
+        cache.take(1)
