@@ -1,6 +1,8 @@
-"""scripts/benchmark.py: ways of training side by side."""
+"""scripts/benchmark.py and benchmark_answers.py: ways of training, and of answering, side by side."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,8 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.tools.benchmark import FEWEST_ROWS, repeated, run_session
-from qwen_vl_sft.tools.options import BenchmarkOptions
+from qwen_vl_sft.tools.benchmark_answers import run_session as answer_session
+from qwen_vl_sft.tools.options import AnswerBenchmarkOptions, BenchmarkOptions
 
 
 def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
@@ -64,3 +67,31 @@ def test_ways_of_training_are_measured_on_rows_enough(tmp_path):
     assert list((tmp_path / "runs" / "image_features").glob("*/*"))
     assert "| packed_plain  |" in finished.stdout
     assert (tmp_path / "speed.png").stat().st_size > 5_000
+
+
+def test_ways_of_answering_are_measured_and_their_answers_compared(tmp_path, monkeypatch):
+    keys = {"use_cpu": "true", "load_in_4bit": "false", "dtype": "float32", "dataset_name": str(tiny.DATA_DIR)}
+    options = AnswerBenchmarkOptions(
+        config=str(tiny.MODEL_DIR), recipe=Path("recipes/quickstart.yaml"), output_dir=tmp_path, recipe_keys=keys,
+        rows=5, new_tokens=4, long_rows=3, long_tokens=9, rounds=1, batch_size=2,
+    )  # fmt: skip
+    table = answer_session(options)
+    assert table.splitlines()[0].split("|")[1:3] == [" work                  ", " variant "]
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [result["work"] for result in results[::2]] == [
+        "one question an image", "rows as they come", "three arms", "long answers",
+    ]  # fmt: skip
+    assert [result["rows"] for result in results[::2]] == [5, 5, 15, 3]
+    assert {result["variant"] for result in results} == {"padded", "engine"}
+    assert all(result["differing"] == 0 and result["rows_per_second"] > 0 for result in results)
+    # Another answer would be noticed, with its margin.
+    monkeypatch.setattr("qwen_vl_sft.tools.benchmark_answers._with_engine", lambda *_: {0: [1, 2]})
+    monkeypatch.setattr("qwen_vl_sft.tools.benchmark_answers._padded", lambda *_: {0: [1, 3, 4]})
+    answer_session(replace(options, works=("alone",), output_dir=tmp_path / "other"))
+    _, other = json.loads((tmp_path / "other/results.json").read_text())["results"]
+    assert (other["differing"], len(other["margins"])) == (1, 1)
+    assert other["largest_margin"] > 0
+    with pytest.raises(UserError, match="--variants: unknown engin; known are padded, engine, graphs"):
+        answer_session(replace(options, variants=("engin",)))
+    with pytest.raises(UserError, match="--works: unknown al; known are alone"):
+        answer_session(replace(options, works=("al",)))

@@ -21,7 +21,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.answer_lines import format_table
-from qwen_vl_sft.inference.answering import Answer, Answerer, _AnswerStreamer, ask, read_images
+from qwen_vl_sft.inference.answering import Answer, Answerer, _Listener, ask, read_images
 from qwen_vl_sft.inference.options import Options, check_options, choose_arms, read_questions
 from qwen_vl_sft.inference.source import read_source
 
@@ -103,10 +103,9 @@ def test_characters_of_several_tokens_appear_whole(tiny_processor):
     text = "naïve → 日本 😀 done"
     tokens = tiny_processor.tokenizer(text)["input_ids"]
     assert len(tokens) > len(text)
-    listener = _AnswerStreamer(Encoder(tiny_processor))
-    listener.put(torch.tensor([[1, 2, 3]]))  # the prompt
-    for token in tokens:
-        listener.put(torch.tensor([token]))
+    listener = _Listener(Encoder(tiny_processor))
+    for count in range(1, len(tokens) + 1):
+        listener.hear(tokens[:count])
     texts = [listener.received.get().text for _ in tokens]
     assert texts[-1] == text
     assert all(text.startswith(part) for part in texts)

@@ -1,4 +1,4 @@
-"""Batched answers equal those of each prompt alone, and of transformers' own way; on a random model in float32."""
+"""Answers of padded batches equal those of each prompt alone, and of transformers' own way; a random model in float32."""
 
 import re
 
@@ -8,16 +8,23 @@ import torch
 from fixtures.conversations import conversation, image
 from fixtures.evaluation import tiny_model
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.inference.generation import (
-    decode_answer,
-    estimate_length,
-    generate_answers,
-    generate_batch,
-    greedy_config,
-    plan_batches,
-)
+from qwen_vl_sft.inference.generation import decode_answer, estimate_length, greedy_config
+from qwen_vl_sft.inference.padded_batches import generate_batch, generate_batches, plan_batches
 
 NEW_TOKENS = 12
+
+
+def generate_answers(model, encoder, conversations, batch_size, max_new_tokens):
+    """The text of each conversation's answer, in their order."""
+    batches = plan_batches([estimate_length(encoder, asked) for asked in conversations], batch_size)
+
+    def prompt_at(number):
+        return encoder.encode_prompt(conversations[number])
+
+    answers = {}
+    for numbers, given in generate_batches(model, encoder, prompt_at, batches, max_new_tokens):
+        answers |= dict(zip(numbers, (answer.text for answer in given), strict=True))
+    return [answers[number] for number in range(len(conversations))]
 
 
 @pytest.fixture(scope="module")

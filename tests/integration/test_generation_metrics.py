@@ -16,8 +16,9 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.evaluation.answer_files import deal
 from qwen_vl_sft.evaluation.metrics import METRICS, score
-from qwen_vl_sft.inference.generation import generate_answers
+from qwen_vl_sft.inference.engine.engine import answer_conversations
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, load_model
 from qwen_vl_sft.training.generation_metrics import ANSWERS_FOLDER, GenerationMetrics, share
 from qwen_vl_sft.training.model_setup import keep_trained_weights_in_float32
@@ -53,9 +54,9 @@ def evaluation(tiny_processor):
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
 def test_processes_answer_every_batch_and_where_weights_are_split_as_many_each(count, context):
     batches = [[number] for number in range(count)]
-    shares = [share(batches, rank, context, equal=False) for rank in range(context)]
+    shares = [deal(batches, (), rank, context) for rank in range(context)]
     assert sorted(batch for part in shares for batch in part) == batches
-    equal = [share(batches, rank, context, equal=True) for rank in range(context)]
+    equal = [share(batches, rank, context) for rank in range(context)]
     assert {len(part) for part in equal} == {len(equal[0])}
     assert {tuple(batch) for part in equal for batch in part} == {tuple(batch) for batch in batches}
 
@@ -68,7 +69,7 @@ def test_the_scores_are_those_of_evaluation(evaluation, tiny_processor, tmp_path
     found = metrics.measure(model, Accelerator(cpu=True), step=3)
     chosen = [evaluation.rows.dataset[index] for index in metrics.sample]
     conversations = [evaluation.rows.conversation({"row": index}) for index in metrics.sample]
-    answers = generate_answers(model, encoder, conversations, 1, 24)
+    answers = answer_conversations(model, encoder, conversations, 24, rows=1)
     scores = [score(answer, row["label"]) for answer, row in zip(answers, chosen, strict=True)]
     assert found == pytest.approx({name: sum(one[name] for one in scores) / 12 for name in METRICS})
     kept = [json.loads(line) for line in (tmp_path / ANSWERS_FOLDER / "step-000003.jsonl").read_text().splitlines()]
@@ -107,7 +108,42 @@ def test_each_image_is_decoded_once(tiny_processor, messages_folder, monkeypatch
     decoded, decode = [], ImageFile.decode
     monkeypatch.setattr(ImageFile, "decode", lambda file: decoded.append(file.path) or decode(file))
     metrics.measure(load_model(MODEL, on_cpu=True), Accelerator(cpu=True), step=1)
-    assert decoded == [str(rows.folder / "images/red.png")] * 2
+    assert decoded == [str(rows.folder / "images/red.png")]
+
+
+def test_a_frozen_tower_sees_each_image_once_in_all_evaluations(evaluation, tiny_processor, monkeypatch):
+    from accelerate import Accelerator
+
+    model, encoder = load_model(MODEL, on_cpu=True), Encoder(tiny_processor)
+    seen, compute = [], model.model.visual.forward
+    monkeypatch.setattr(
+        model.model.visual, "forward", lambda x, grid_thw, **more: seen.extend(grid_thw) or compute(x, grid_thw, **more)
+    )
+    metrics = GenerationMetrics(evaluation, encoder, 6, batch_size=2, max_new_tokens=3)
+    counts = []
+    for trains in (True, False):
+        for parameter in model.model.visual.parameters():
+            parameter.requires_grad_(trains)
+        for _ in range(2):
+            metrics.measure(model, Accelerator(cpu=True), step=1)
+            counts.append(len(seen))
+    assert counts == [counts[0], 2 * counts[0], 3 * counts[0], 3 * counts[0]]
+
+
+def test_all_processes_poll_equally_often(evaluation, tiny_processor, monkeypatch):
+    from accelerate import Accelerator
+
+    model, polls = load_model(MODEL, on_cpu=True), []
+    for rank in range(3):
+        accelerator = Accelerator(cpu=True)
+        monkeypatch.setattr(type(accelerator), "process_index", rank)
+        monkeypatch.setattr(type(accelerator), "num_processes", 3)
+        monkeypatch.setattr(accelerator, "reduce", lambda sums, **_: sums)
+        metrics = GenerationMetrics(evaluation, Encoder(tiny_processor), 10, batch_size=2, max_new_tokens=2)
+        count = []
+        metrics.measure(model, accelerator, step=1, poll=lambda count=count: count.append(1))
+        polls.append(len(count))
+    assert polls == [1, 1, 1]
 
 
 def test_weights_that_train_in_float32_beside_others_in_bfloat16_answer(evaluation, tiny_processor, monkeypatch):

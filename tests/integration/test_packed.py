@@ -172,7 +172,7 @@ def test_the_comparison_above_would_notice(name, model, encoded):
 
 
 def test_generation_on_the_packed_attention_is_that_of_plain_attention(encoded, tiny_processor):
-    from qwen_vl_sft.inference.generation import generate_batch
+    from qwen_vl_sft.inference.padded_batches import generate_batch
 
     encoder = Encoder(tiny_processor)
     plain, packed = qwen2_vl(), qwen2_vl()

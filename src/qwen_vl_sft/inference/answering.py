@@ -17,22 +17,24 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
-from qwen_vl_sft.inference.generation import decode_answer, generate_batch
-from qwen_vl_sft.inference.models import attach_adapter, load_arm, load_run_processor, make_encoder
+from qwen_vl_sft.inference.engine.engine import Engine
+from qwen_vl_sft.inference.engine.features import FeatureMemory
+from qwen_vl_sft.inference.generation import decode_answer
+from qwen_vl_sft.inference.models import attach_adapter, changes_tower, load_arm, load_run_processor, make_encoder
 from qwen_vl_sft.inference.source import Source, check_one_base
 from qwen_vl_sft.inference.trained_base import check_trained_base
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
 
 # Stands for the bytes of a character whose last token is still to come.
 UNFINISHED_CHARACTER = "\ufffd"
+# Memory for the features of images that were asked about last, so that the next arm does not compute them again.
+FEATURE_BYTES = 2**28
 # How long an iterator that is left behind waits for the token that is being generated.
 STOPPING_SECONDS = 5
 
@@ -104,6 +106,8 @@ class Answerer:
         self._base: Any = None
         self._full: dict[int, Any] = {}
         self._lock = threading.Lock()
+        # Of the vision tower and pixel limits that answered last, which the next arm mostly shares.
+        self._seen: tuple[Any, FeatureMemory] = (None, FeatureMemory(0))
 
     def load(self, arms: Collection[str]) -> None:
         """Load what the arms need. Raises `UserError`."""
@@ -148,19 +152,23 @@ class Answerer:
 
         Whoever stops iterating stops the generation too, at its next token.
         """
-        listener = _AnswerStreamer(encoder)
+        listener = _Listener(encoder)
 
         def answer() -> None:
             # The thread that generates holds the lock: an iterator that is left behind must not keep it.
             try:
                 with self._lock, self._weights(arm, run_index) as model, reported_memory(), _as_request():
                     listener.begin()
-                    rows = [encoder.encode_prompt(conversation)]
-                    criteria = StoppingCriteriaList([listener.is_abandoned])
-                    [given] = generate_batch(
-                        model, encoder, rows, max_new_tokens, streamer=listener, stopping_criteria=criteria
-                    )
-                    listener.finish(given.text)
+                    memory = self._memory(arm, run_index, model, encoder)
+                    row = encoder.encode_prompt(conversation, memory.reading(encoder.read_media))
+                    slots = len(row.input_ids) + max_new_tokens
+                    engine = Engine(model, encoder, max_new_tokens, rows=1, slots=slots, memory=memory)
+                    with contextlib.closing(engine.steps(lambda number, read: row, [[0]])) as steps:
+                        for [answering] in steps:
+                            listener.hear(answering.tokens)
+                            if listener.abandoned.is_set():
+                                return
+                    listener.finish(engine.answer_of(answering).text)
             except BaseException as error:
                 listener.received.put(error)
 
@@ -179,6 +187,15 @@ class Answerer:
             # Python must not end in the middle of the model's last step.
             worker.join(timeout=STOPPING_SECONDS)
 
+    def _memory(self, arm: str, run_index: int, model: Any, encoder: Encoder) -> FeatureMemory:
+        """Return the features known of the tower that an arm has, at the pixel limits of its encoder."""
+        own = arm == "tuned" and (run_index in self._full or changes_tower(model))
+        size = encoder.processor.image_processor.size
+        key = (run_index if own else None, size["shortest_edge"], size["longest_edge"])
+        if self._seen[0] != key:
+            self._seen = (key, FeatureMemory(FEATURE_BYTES))
+        return self._seen[1]
+
     @contextlib.contextmanager
     def _weights(self, arm: str, run_index: int) -> Iterator[Any]:
         if arm == "tuned" and run_index in self._full:
@@ -193,40 +210,33 @@ class Answerer:
             yield self._base
 
 
-class _AnswerStreamer(BaseStreamer):
-    """Turns generated tokens into answers, and stops `generate` when nobody listens any more."""
+class _Listener:
+    """Turns generated tokens into answers, for an iterator in another thread that may be left behind (`abandoned`)."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.received: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
         self.abandoned = threading.Event()
         self._encoder = encoder
-        self._tokens: list[int] | None = None
+        self._count = 0
         self._began = self._first = 0.0
 
     def begin(self) -> None:
         self._began = time.perf_counter()
 
-    def put(self, value: torch.Tensor) -> None:
-        if self._tokens is None:  # the prompt comes first
-            self._tokens = []
-            return
-        if not self._tokens:
+    def hear(self, tokens: Sequence[int]) -> None:
+        """Tell the answer so far; all of its tokens are given each time."""
+        if not self._count:
             self._first = time.perf_counter() - self._began
-        self._tokens += value.flatten().tolist()
-        self._say(decode_answer(self._encoder, self._tokens).rstrip(UNFINISHED_CHARACTER), finished=False)
-
-    def end(self) -> None:
-        """Do nothing: `finish` brings the text, decoded as in an evaluation."""
+        self._count = len(tokens)
+        self._say(decode_answer(self._encoder, tokens).rstrip(UNFINISHED_CHARACTER), finished=False)
 
     def finish(self, text: str) -> None:
+        """Tell the whole answer, decoded as in an evaluation."""
         self._say(text, finished=True)
 
-    def is_abandoned(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.abandoned.is_set(), device=input_ids.device)
-
     def _say(self, text: str, finished: bool) -> None:
-        tokens = len(self._tokens or ())
-        self.received.put(Answer(text, tokens, self._first, time.perf_counter() - self._began, finished))
+        seconds = time.perf_counter() - self._began
+        self.received.put(Answer(text, self._count, self._first, seconds, finished))
 
 
 @contextlib.contextmanager

@@ -144,10 +144,10 @@ def load_adapted(plan: Plan, settings: Any) -> Any:
 
 def compute_outputs(model: Any, encoder: Encoder, conversations: Sequence[Conversation]) -> Outputs:
     """Compute the model's logits of the given answers, and its own answers."""
-    from qwen_vl_sft.inference.generation import generate_answers
+    from qwen_vl_sft.inference.engine.engine import answer_conversations
 
     logits = answer_logits(model, encoder, conversations)
-    answers = generate_answers(model, encoder, conversations, 1, MAX_NEW_TOKENS)
+    answers = answer_conversations(model, encoder, conversations, MAX_NEW_TOKENS)
     del model
     gc.collect()
     return Outputs(logits, answers)

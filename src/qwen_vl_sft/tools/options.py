@@ -59,6 +59,31 @@ class BenchmarkOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerBenchmarkOptions(RecipeOptions):
+    """Command-line options of benchmark_answers.py."""
+
+    config: str = option(
+        REQUIRED, "random weights of this shape: local folder or Hub id with a config.json", metavar="model"
+    )
+    variants: tuple[str, ...] = option(
+        ("padded", "engine"), "some of padded,engine,graphs; the first is what ratios refer to", parse=names
+    )
+    works: tuple[str, ...] = option(
+        ("alone", "shared", "arms", "long"),
+        "one question an image, rows as they come, three arms, long answers",
+        parse=names,
+        shown="alone,shared,arms,long",
+    )
+    split: str = option("test", "split of the dataset, slices allowed")
+    rows: int = option(256, "rows to answer", at_least=1)
+    new_tokens: int = option(16, "most tokens of an answer", at_least=1)
+    long_rows: int = option(64, "rows with long answers", at_least=1)
+    long_tokens: int = option(256, "most tokens of a long answer", at_least=1)
+    rounds: int = option(2, "times each variant runs", at_least=1)
+    batch_size: int = option(16, "rows of a padded batch", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckPackingOptions(RecipeOptions):
     """Command-line options of check_packing.py."""
 

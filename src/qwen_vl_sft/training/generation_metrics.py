@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,23 @@ from tqdm import tqdm
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.data.dataset import even_indices
 from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.evaluation.answer_files import deal
 from qwen_vl_sft.evaluation.metrics import METRICS
 from qwen_vl_sft.evaluation.scoring import score_row
 from qwen_vl_sft.evaluation.task import Prompts, read_question
-from qwen_vl_sft.inference.generation import generate_batches, plan_batches
+from qwen_vl_sft.inference.engine.engine import Engine
+from qwen_vl_sft.inference.engine.features import FeatureMemory
+from qwen_vl_sft.inference.generation import GeneratedAnswer, plan_units
+from qwen_vl_sft.inference.padded_batches import generate_batches, plan_batches
+from qwen_vl_sft.modeling.base_model import is_vision_frozen
 
 ARM = "tuned"
 ANSWERS_FOLDER = "answers_while_training"
+# Memory of each process for features of images, which a frozen tower gives at every evaluation alike.
+FEATURE_BYTES = 2**30
 
 
 class GenerationMetrics:
@@ -36,7 +45,8 @@ class GenerationMetrics:
         evaluation: the checked evaluation rows.
         encoder: makes the prompts, with the system message of training.
         rows: how many rows to answer, None for all.
-        batch_size: rows that a process answers together.
+        batch_size: rows that a process answers together where weights are split; elsewhere memory says how many, and
+            this is after how many of them `measure` polls.
         max_new_tokens: most tokens of an answer.
         output_dir: the run folder; the answers of each evaluation are kept below it. None keeps none.
         skip_bad_rows: leave rows out of the scores whose images can be read no longer; otherwise they raise `BadRow`.
@@ -60,7 +70,12 @@ class GenerationMetrics:
         self.max_new_tokens = max_new_tokens
         self.output_dir = output_dir
         self.left_out = 0
-        self.batches = plan_batches([int(evaluation.lengths.tokens[index]) for index in self.sample], batch_size)
+        self.batch_size = batch_size
+        lengths = [int(evaluation.lengths.tokens[index]) for index in self.sample]
+        prefixes = [int(evaluation.lengths.prefix[index]) for index in self.sample]
+        self.batches = plan_batches(lengths, batch_size)
+        self.units = plan_units(lengths, [(prefix,) if prefix >= 0 else () for prefix in prefixes])
+        self.features = FeatureMemory(FEATURE_BYTES)
 
     def measure(
         self,
@@ -72,38 +87,62 @@ class GenerationMetrics:
     ) -> dict[str, float]:
         """Return the mean of every metric over the sample, by name. All processes must call at once.
 
-        `model` is the one in training, as the strategy wrapped it. `poll` is called between batches, on all processes
-        equally often; what it raises ends the measurement.
+        `model` is the one in training, as the strategy wrapped it. `poll` is called now and then, on all processes equally
+        often; what it raises ends the measurement.
         """
-        rank, context = accelerator.process_index, accelerator.num_processes
-        synced = context > 1 and is_split(model)
-        batches = share(self.batches, rank, context, equal=synced)
-        answerer = answering_model(model, accelerator)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        synced = processes > 1 and is_split(model)
+        answering = self._in_step if synced else self._on_its_own
+        # Each process polls when it has answered so many rows; the one with the fewest rows says how often that is.
+        batches = len(self.batches) // processes
+        shares = [sum(map(len, deal(self.units, (), other, processes))) for other in range(processes)]
+        polls = batches if synced else min(shares) // self.batch_size
         answers: dict[int, str] = {}
-        # In training it wraps the model's own forward, which `generate` of a model with an adapter does not call.
-        autocast = accelerator.autocast
-        shown = tqdm(
-            generate_batches(
-                answerer, self.prompts.encoder, self._prompt, batches, self.max_new_tokens, synced, autocast
-            ),
-            total=len(batches),
+        with tqdm(
+            total=len(self.sample) if synced else shares[rank],
             desc="answering",
-            unit="batch",
+            unit="row",
             leave=False,
             disable=not (show_progress and rank == 0),
-        )
-        for number, (places, given) in enumerate(shown):
-            answers.update(zip(places, (answer.text for answer in given), strict=True))
-            if poll is not None and number < len(self.batches) // context:
-                poll()
+        ) as progress:
+            polled = 0
+            with closing(answering(answering_model(model, accelerator), accelerator)) as finished:
+                for number, given in enumerate(finished, start=1):
+                    answers.update((place, answer.text) for place, answer in given)
+                    progress.update(len(given) * (processes if synced else 1))
+                    due = number if synced else len(answers) // self.batch_size
+                    while poll is not None and polled < min(due, polls):
+                        polled += 1
+                        poll()
         read = [place for place in answers if self.sample[place] not in self.prompts.unreadable]
         scored = {place: self._score(place, answers[place]) for place in read}
         if self.output_dir is not None:
             self._keep_answers(scored, accelerator, step)
         return self._means(scored, accelerator)
 
-    def _prompt(self, place: int) -> Encoded:
-        return self.prompts.encode(self.sample[place])
+    def _in_step(self, model: Any, accelerator: Any) -> Generator[list[tuple[int, GeneratedAnswer]], None, None]:
+        """Answer as many padded batches as every other process, whose parts of the weights each step needs."""
+        batches = share(self.batches, accelerator.process_index, accelerator.num_processes)
+        # In training autocast wraps the model's own forward, which `generate` of a model with an adapter does not call.
+        for places, given in generate_batches(
+            model, self.prompts.encoder, self._prompt, batches, self.max_new_tokens, True, accelerator.autocast
+        ):
+            yield list(zip(places, given, strict=True))
+
+    def _on_its_own(self, model: Any, accelerator: Any) -> Generator[list[tuple[int, GeneratedAnswer]], None, None]:
+        """Answer this process's rows with the engine."""
+        own = deal(self.units, (), accelerator.process_index, accelerator.num_processes)
+        engine = Engine(
+            model,
+            self.prompts.encoder,
+            self.max_new_tokens,
+            memory=self.features if is_vision_frozen(model) else None,
+            autocast=accelerator.autocast,
+        )
+        yield from engine.answers(self._prompt, own)
+
+    def _prompt(self, place: int, read_media: ReadMedia | None = None) -> Encoded:
+        return self.prompts.encode(self.sample[place], read_media)
 
     def _score(self, place: int, text: str) -> dict[str, Any]:
         raw = self.rows.dataset[self.sample[place]]  # type: ignore[index]
@@ -133,10 +172,10 @@ class GenerationMetrics:
             atomic_write(folder / f"step-{step:06d}.jsonl", "".join(lines))
 
 
-def share(batches: Sequence[Sequence[int]], rank: int, context: int, equal: bool) -> list[list[int]]:
-    """Return the batches of one process. With `equal`, all get the same number; the last may be repeats."""
-    own = [list(batch) for batch in batches[rank::context]]
-    if equal and len(own) < math.ceil(len(batches) / context):
+def share(batches: Sequence[Sequence[int]], rank: int, processes: int) -> list[list[int]]:
+    """Return the batches of one process. All get the same number; the last may be repeats."""
+    own = [list(batch) for batch in batches[rank::processes]]
+    if len(own) < math.ceil(len(batches) / processes):
         own.append(list(batches[-1]))
     return own
 

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.engine.attention import PrefillStep, cached_attention
@@ -24,7 +25,14 @@ from qwen_vl_sft.inference.engine.decoding import Decoder
 from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
 from qwen_vl_sft.inference.engine.prompts import Group, PackedPrompts, Piece, Prompt, pack
 from qwen_vl_sft.inference.engine.reading import PromptAt, PromptReader
-from qwen_vl_sft.inference.generation import GeneratedAnswer, answer_ends, decode_answer, logits_processors
+from qwen_vl_sft.inference.generation import (
+    GeneratedAnswer,
+    answer_ends,
+    decode_answer,
+    estimate_length,
+    logits_processors,
+    plan_units,
+)
 
 # Rows that are answered at once, where memory does not say fewer.
 ROWS_ON_GPU, ROWS_ON_CPU = 256, 64
@@ -32,10 +40,28 @@ ROWS_ON_GPU, ROWS_ON_CPU = 256, 64
 PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 8192, 1024
 # Slots of the cache for each row that is answered at once; prompts with several images take more of them.
 SLOTS_A_ROW = 2048
+# What the cache has at least, if memory has it: a prompt of several large images is that long.
+LEAST_SLOTS = 32_768
 # A forward pass holds about so many vectors of a token, of the width of the model and of its MLP.
 _WIDE, _MLP_WIDE = 8, 3
 # Share of the free memory that a prefill may take.
 _PREFILL_SHARE = 0.2
+
+
+def answer_conversations(
+    model: Any, encoder: Encoder, conversations: Sequence[Conversation], max_new_tokens: int, rows: int | None = None
+) -> list[str]:
+    """Answer the last turn of each conversation; its own last assistant turn is not shown to the model.
+
+    Returns one text for each conversation, in their order. Raises `BadRow`.
+    """
+    engine = Engine(model, encoder, max_new_tokens, rows)
+    images = [tuple(file.content_hash for file in conversation.media) for conversation in conversations]
+    units = plan_units([estimate_length(encoder, conversation) for conversation in conversations], images)
+    answers: dict[int, GeneratedAnswer] = {}
+    for finished in engine.answers(lambda number, read: encoder.encode_prompt(conversations[number], read), units):
+        answers.update(finished)
+    return [answers[number].text for number in range(len(conversations))]
 
 
 @dataclass
@@ -105,7 +131,7 @@ class Engine:
             affordable = int(free_memory(self.device) * _PREFILL_SHARE) // per_token
             prefill_tokens = min(PREFILL_TOKENS, max(LEAST_PREFILL_TOKENS, affordable))
         self.prefill_tokens = prefill_tokens
-        wanted = self.rows * max(SLOTS_A_ROW, 2 * max_new_tokens)
+        wanted = max(LEAST_SLOTS, self.rows * max(SLOTS_A_ROW, 2 * max_new_tokens))
         self.cache = KeyValueCache(
             config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
         )

@@ -1,0 +1,269 @@
+"""Measure ways of answering rows side by side in one process, and compare their answers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.config.command_line import recipe_values
+from qwen_vl_sft.config.reading import Recipe, read_recipe
+from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.media import ReadMedia
+from qwen_vl_sft.distributed.context import read_context
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.inference.engine.engine import Engine
+from qwen_vl_sft.inference.engine.features import FeatureMemory
+from qwen_vl_sft.inference.generation import estimate_length, plan_units
+from qwen_vl_sft.inference.padded_batches import generate_tokens, plan_batches
+from qwen_vl_sft.modeling.base_model import load_family, load_model, load_processor
+from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.tools.measuring import TEXT, format_table, machine_facts, make_output_dir, random_model_of
+from qwen_vl_sft.tools.options import AnswerBenchmarkOptions
+
+# Answers of random weights rarely end, so all are about as long as they may be.
+LORA_B_STD = 0.02
+FEATURE_BYTES = 2**35
+COLUMNS = {
+    "work": ("work", TEXT),
+    "variant": ("variant", TEXT),
+    "rows": ("rows", "{:,}"),
+    "rows_per_second": ("rows/s", "{:.2f}"),
+    "tokens_per_second": ("new tokens/s", "{:,.0f}"),
+    "ratio": ("ratio", "{:.2f}"),
+    "peak_memory_gib": ("peak GiB", "{:.1f}"),
+    "differing": ("other answers", "{:,}"),
+    "largest_margin": ("margin", "{:.3f}"),
+}
+VARIANTS = ("padded", "engine", "graphs")
+Tokens = dict[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows to answer, each up to `new_tokens`, with one arm or with three: base, prompted and tuned."""
+
+    name: str
+    rows: Sequence[int]
+    new_tokens: int
+    arms: int = 1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with an adapter, and the questions that it is asked. Encoders: with the system message and without."""
+
+    model: Any
+    encoder: Encoder
+    bare: Encoder
+    conversations: Sequence[Conversation]
+    batch_size: int
+
+    def encoders(self, arms: int) -> list[tuple[Encoder, bool]]:
+        """Return the encoder of each arm, and whether its adapter is on."""
+        return [(self.bare, False), (self.encoder, False), (self.encoder, True)][-arms:]
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Estimate the prompts' tokens."""
+        return [estimate_length(self.encoder, self.conversations[row]) for row in rows]
+
+
+def run_session(options: AnswerBenchmarkOptions) -> str:
+    """Answer every work with every variant in turns and write results.json; returns the table. Raises `UserError`."""
+    unknown = [name for name in options.variants if name not in VARIANTS]
+    if unknown:
+        raise UserError(f"--variants: unknown {', '.join(unknown)}; known are {', '.join(VARIANTS)}")
+    keys = recipe_values(options.recipe_keys, options)
+    make_output_dir(options.output_dir)
+    model_dir = random_model_of(options)
+    recipe = read_recipe(options.recipe, {**keys, "model_name_or_path": str(model_dir)})
+    began = time.perf_counter()
+    bench = _bench(recipe, options)
+    print(f"model and rows ready after {time.perf_counter() - began:.0f} s", flush=True)
+    results: list[dict[str, Any]] = []
+    for work in _works(bench, options):
+        measured: dict[str, list[float]] = {name: [] for name in options.variants}
+        answers: dict[str, Tokens] = {}
+        peaks: dict[str, float] = {}
+        # The first round warms kernels up, on a few rows.
+        for number in range(options.rounds + 1):
+            rows = work.rows[: 2 * options.batch_size] if not number else work.rows
+            for name in options.variants:
+                seconds, found, peak = _timed(partial(_answer, name, bench, work, rows))
+                if number:
+                    measured[name].append(seconds)
+                    answers[name], peaks[name] = found, peak
+                    print(f"{work.name}, {name}: {len(rows) * work.arms / seconds:.2f} rows/s", flush=True)
+        reference = options.variants[0]
+        for name in options.variants:
+            seconds = statistics.median(measured[name])
+            tokens = sum(map(len, answers[name].values()))
+            results.append(
+                {
+                    "work": work.name,
+                    "variant": name,
+                    "rows": len(work.rows) * work.arms,
+                    "new_tokens": work.new_tokens,
+                    "seconds": measured[name],
+                    "rows_per_second": len(work.rows) * work.arms / seconds,
+                    "tokens_per_second": tokens * work.arms / seconds,
+                    "ratio": statistics.median(measured[reference]) / seconds,
+                    "peak_memory_gib": peaks[name] or None,
+                    **_differences(bench, answers[reference], answers[name]),
+                }
+            )
+        # After each work, so that results are kept if the session ends early.
+        facts = {"config": options.config, "recipe": str(options.recipe), "keys": keys, **machine_facts()}
+        text = json.dumps({**facts, "results": results}, indent=2) + "\n"
+        (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+    return format_table(results, COLUMNS)
+
+
+def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
+    context = read_context(bool(recipe.get("use_cpu")))
+    model = load_model(recipe.model, context.on_cpu, context.local_rank)
+    model = get_peft_model(model, lora_config(model, recipe.model)).eval()
+    numbers = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=numbers) * LORA_B_STD)
+    data = recipe.data
+    if not data.dataset_name:
+        raise UserError("dataset_name is not set; name a dataset with --dataset_name")
+    rows = open_rows(data.dataset_name, options.split, data.dataset_config, row_format=data.dataset_format)
+    processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
+    message, chat = rows.format.resolve_system_message(data.system_message), load_family(recipe.model).chat
+    # In memory, as they are in an evaluation's second arm; decoding them is part of what is measured.
+    most = min(len(rows), max(options.rows, options.long_rows) * 4)
+    conversations = [rows.conversation(rows.dataset[row]).up_to_last_answer() for row in range(most)]
+    encoder, bare = Encoder(processor, message, chat=chat), Encoder(processor, chat=chat)
+    return Bench(model, encoder, bare, conversations, options.batch_size)
+
+
+def _works(bench: Bench, options: AnswerBenchmarkOptions) -> Iterator[Work]:
+    images = [tuple(file.content_hash for file in asked.media) for asked in bench.conversations]
+    first = list({image: row for row, image in reversed([*enumerate(images)])}.values())[::-1]
+    works = {
+        "alone": Work("one question an image", first[: options.rows], options.new_tokens),
+        "shared": Work("rows as they come", range(min(options.rows, len(images))), options.new_tokens),
+        "arms": Work("three arms", range(min(options.rows, len(images))), options.new_tokens, arms=3),
+        "long": Work("long answers", first[: options.long_rows], options.long_tokens),
+    }
+    unknown = [name for name in options.works if name not in works]
+    if unknown:
+        raise UserError(f"--works: unknown {', '.join(unknown)}; known are {', '.join(works)}")
+    for name in options.works:
+        yield works[name]
+
+
+def _answer(variant: str, bench: Bench, work: Work, rows: Sequence[int]) -> Tokens:
+    """Return the tokens of the last arm's answers, which is the tuned one."""
+    found: Tokens = {}
+    memory = FeatureMemory(FEATURE_BYTES if work.arms > 1 else 0)
+    for encoder, adapted in bench.encoders(work.arms):
+        with contextlib.nullcontext() if adapted else bench.model.disable_adapter():
+            if variant == "padded":
+                found = _padded(bench, encoder, rows, work.new_tokens)
+            else:
+                found = _with_engine(bench, encoder, rows, work.new_tokens, memory, variant == "graphs")
+    return found
+
+
+def _padded(bench: Bench, encoder: Encoder, rows: Sequence[int], new_tokens: int) -> Tokens:
+    batches = plan_batches(bench.lengths(rows), bench.batch_size)
+
+    def encode(batch: Sequence[int]) -> list[Encoded]:
+        return [encoder.encode_prompt(bench.conversations[rows[place]]) for place in batch]
+
+    found: Tokens = {}
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = [reader.submit(encode, batch) for batch in batches]
+        for batch, prompts in zip(batches, coming, strict=True):
+            tokens = generate_tokens(bench.model, encoder, prompts.result(), new_tokens)
+            found.update(zip([rows[place] for place in batch], tokens, strict=True))
+    return {row: _without_padding(encoder, tokens) for row, tokens in found.items()}
+
+
+def _without_padding(encoder: Encoder, tokens: list[int]) -> list[int]:
+    ends = (encoder.end_of_turn_id, encoder.pad_token_id)
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: stop + 1]
+
+
+def _with_engine(
+    bench: Bench, encoder: Encoder, rows: Sequence[int], new_tokens: int, memory: FeatureMemory, graphs: bool
+) -> Tokens:
+    engine = Engine(bench.model, encoder, new_tokens, memory=memory, cuda_graphs=graphs)
+    images = [tuple(file.content_hash for file in bench.conversations[row].media) for row in rows]
+    units = [[rows[place] for place in unit] for unit in plan_units(bench.lengths(rows), images)]
+
+    def prompt_at(row: int, read_media: ReadMedia) -> Encoded:
+        return encoder.encode_prompt(bench.conversations[row], read_media)
+
+    found: Tokens = {}
+    with closing(engine.steps(prompt_at, units)) as steps:
+        for answered in steps:
+            found |= {row.prompt.number: row.tokens for row in answered if row.finished}
+    return found
+
+
+def _timed(work: Callable[[], Tokens]) -> tuple[float, Tokens, float]:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    found = work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, found, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+
+
+def _differences(bench: Bench, reference: Tokens, found: Tokens) -> Mapping[str, Any]:
+    """Count the rows whose tokens differ, with the margins of their first differing tokens when each row is alone.
+
+    `largest_margin` is in units of what the model's precision rounds a logit by: one of a few units is rounding, one of
+    dozens would be another computation.
+    """
+    margins = []
+    for row, tokens in found.items():
+        if tokens == reference[row]:
+            continue
+        same = sum(
+            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, reference[row], strict=False))
+        )
+        prompt = bench.encoder.encode_prompt(bench.conversations[row])
+        so_far = torch.tensor(tokens[:same], dtype=torch.long)
+        asked = replace(
+            prompt,
+            input_ids=torch.cat([prompt.input_ids, so_far]),
+            mm_token_type_ids=torch.cat([prompt.mm_token_type_ids, torch.zeros_like(so_far)]),
+            labels=torch.cat([prompt.labels, so_far]),
+        )
+        inputs = pad([asked], bench.encoder.pad_token_id)
+        del inputs["labels"]
+        with torch.no_grad():
+            output = bench.model(
+                **{name: value.to(bench.model.device) for name, value in inputs.items()}, logits_to_keep=1
+            )
+        logits = output.logits[0, -1].float()
+        end = bench.encoder.pad_token_id
+        one, other = ([*answer, end][same] for answer in (tokens, reference[row]))
+        rounding = float(logits[one].abs()) * torch.finfo(output.logits.dtype).eps
+        margins.append(float((logits[one] - logits[other]).abs()) / max(rounding, 1e-30))
+    return {"differing": len(margins), "margins": margins, "largest_margin": max(margins) if margins else None}
