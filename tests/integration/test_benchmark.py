@@ -70,7 +70,7 @@ def test_ways_of_training_are_measured_on_rows_enough(tmp_path):
 
 
 def test_ways_of_answering_are_measured_and_their_answers_compared(tmp_path, monkeypatch):
-    keys = {"use_cpu": "true", "load_in_4bit": "false", "dtype": "float32", "dataset_name": str(tiny.DATA_DIR)}
+    keys = {"use_cpu": ["true"], "load_in_4bit": ["false"], "dataset_name": [str(tiny.DATA_DIR)]}
     options = AnswerBenchmarkOptions(
         config=str(tiny.MODEL_DIR), recipe=Path("recipes/quickstart.yaml"), output_dir=tmp_path, recipe_keys=keys,
         rows=5, new_tokens=4, long_rows=3, long_tokens=9, rounds=1, batch_size=2,

@@ -108,10 +108,10 @@ def test_answers_end_with_their_turn_or_are_cut(tiny, new_tokens):
     assert {answer.ended for answer in expected} == {1: {False}, 12: {True, False}, 40: {True}}[new_tokens]
 
 
-def test_several_rows_share_the_slots_of_what_they_begin_with(tiny):
+@pytest.mark.parametrize("rows_at_once", [2, 4])
+def test_several_rows_share_the_slots_of_what_they_begin_with(tiny, rows_at_once):
     model, encoder = tiny
-    engine = Engine(model, encoder, 4)
-    held = []
+    engine = Engine(model, encoder, 4, rows=rows_at_once)
 
     def prompt_at(number, read):
         return encoder.encode_prompt(ASKED[number], read)
@@ -121,9 +121,9 @@ def test_several_rows_share_the_slots_of_what_they_begin_with(tiny):
         held = engine.cache.slots - engine.cache.free
     lengths = [len(row.prompt) for row in rows]
     shared = rows[0].group.shared
-    assert len(rows) == 4
+    assert len(rows) == rows_at_once
     assert shared > 16
-    assert held == sum(lengths) - 3 * shared + 4 * 3
+    assert held == sum(lengths) - (rows_at_once - 1) * shared + rows_at_once * 3
     assert engine.cache.free == engine.cache.slots, "a stream that is closed early gives everything back"
 
 
@@ -133,8 +133,8 @@ def test_the_tower_sees_each_image_once(tiny, monkeypatch):
     monkeypatch.setattr(
         model.model.visual, "forward", lambda x, grid_thw, **more: seen.extend(grid_thw) or compute(x, grid_thw, **more)
     )
-    decoded, decode = [], ImageFile.decode
-    monkeypatch.setattr(ImageFile, "decode", lambda file: decoded.append(file.content_hash) or decode(file))
+    decoded, decode = [], ImageFile.pixels
+    monkeypatch.setattr(ImageFile, "pixels", lambda file: decoded.append(file.content_hash) or decode(file))
     images = {file.content_hash for asked in ASKED for file in asked.media}
     memory = FeatureMemory(10**9)
     first = answers(Engine(model, encoder, 3, memory=memory))

@@ -22,7 +22,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.families import gated_delta_net
 from qwen_vl_sft.families.base import PackedLayout
 from qwen_vl_sft.families.gated_delta_net import CHUNK, PIECES, pieces_of
-from qwen_vl_sft.inference.generation import generate_batch
+from qwen_vl_sft.inference.padded_batches import generate_batch
 from qwen_vl_sft.merging.base import read_base
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_model

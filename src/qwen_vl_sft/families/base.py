@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -181,6 +182,30 @@ def resized_image(width: int, height: int, image_processor: Any) -> tuple[int, i
     return new_width, new_height
 
 
+@dataclass(frozen=True)
+class StateStep:
+    """Which states the layers that carry one from token to token go on from, and which they leave, in a forward pass.
+
+    Attributes:
+        lengths: tokens of each piece of packed prompts, in the order of the sequence.
+        begins: for each piece the slot that it goes on from, None for one that begins a prompt.
+        ends: for each piece the slot that it leaves its state in. Pieces that begin a prompt are computed first.
+        slots: [B] int64, where one token of each of B rows is computed instead: the slots that these go on from and leave.
+    """
+
+    lengths: Sequence[int] = ()
+    begins: Sequence[int | None] = ()
+    ends: Sequence[int] = ()
+    slots: torch.Tensor | None = None
+
+
+class RowStates(Protocol):
+    """States of the rows that are being answered, in layers that carry one from token to token."""
+
+    def applied(self, step: StateStep) -> AbstractContextManager[None]:
+        """Have these layers do what a step says, in forward passes of one sequence."""
+
+
 def image_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
     """Return what every vision tower would work out from `grids` [I, 3], waiting for the GPU image by image.
 
@@ -302,6 +327,9 @@ class ModelFamily:
         patch_inputs: gives for a configuration and `grids` [I, 3] what the tower would work out from them.
         packed_entries: gives for a configuration what a packed batch brings beside what every family takes.
         prepare_packing: changes a loaded model so that it takes `packed_entries`, layers with a state among them.
+        row_states: makes for a model, a number of slots and a type what keeps the states of rows that are answered, for
+            layers that carry one from token to token; None without such layers.
+        state_bytes: gives for a configuration and a type the memory of such a slot.
         feature_layers: gives the features in an output of `get_image_features`, layer by layer.
         feature_output: makes such an output of features.
         count_feature_layers: gives for a configuration the number of these layers.
@@ -330,6 +358,8 @@ class ModelFamily:
     patch_inputs: Callable[[Any, torch.Tensor], dict[str, Any]] = image_inputs
     packed_entries: Callable[[Any, PackedLayout], dict[str, Any]] = lambda config, layout: {}
     prepare_packing: Callable[[Any], None] = lambda model: None
+    row_states: Callable[[Any, int, torch.dtype], RowStates | None] = lambda model, slots, dtype: None
+    state_bytes: Callable[[Any, torch.dtype], int] = lambda config, dtype: 0
     feature_layers: Callable[[Any], FeatureLayers] = last_layer_features
     feature_output: Callable[[FeatureLayers], Any] = last_layer_output
     count_feature_layers: Callable[[Any], int] = lambda config: 1

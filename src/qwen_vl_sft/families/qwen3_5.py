@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from qwen_vl_sft.families.base import (
     ChatFormat,
     ForwardFlops,
@@ -18,8 +20,10 @@ from qwen_vl_sft.families.base import (
     vision_flops,
 )
 from qwen_vl_sft.families.gated_delta_net import CHUNK, PIECES, pieces_of, take_pieces
+from qwen_vl_sft.families.gated_delta_states import DeltaStates, state_bytes
 
 LINEAR = "linear_attention"
+LINEAR_LAYER = "GatedDeltaNet"
 # Qwen3.5's template drops the thoughts of earlier answers, empty ones too; Qwen3.6's has the option to keep them.
 _DROPS_THOUGHTS = "{%- if loop.index0 > ns.last_query_index %}"
 _MAY_KEEP_THOUGHTS = (
@@ -67,6 +71,11 @@ def _packed_entries(config: Any, layout: PackedLayout) -> dict[str, Any]:
     return {PIECES: pieces_of(layout, config.get_text_config().linear_conv_kernel_dim)}
 
 
+def _state_bytes(config: Any, dtype: torch.dtype) -> int:
+    text = config.get_text_config()
+    return state_bytes(text, sum(kind == LINEAR for kind in text.layer_types), dtype)
+
+
 def _adapt_template(template: str) -> str:
     """Give Qwen3.5's chat template Qwen3.6's option `preserve_thinking`, its only difference to it in conversations."""
     return template if "preserve_thinking" in template else template.replace(_DROPS_THOUGHTS, _MAY_KEEP_THOUGHTS)
@@ -80,7 +89,9 @@ FAMILY = ModelFamily(
     chat=ChatFormat(template_options={"preserve_thinking": True}, boxes=plain_boxes("norm1000")),
     patch_inputs=interpolated_image_inputs,
     packed_entries=_packed_entries,
-    prepare_packing=lambda model: take_pieces(model, "GatedDeltaNet"),
+    prepare_packing=lambda model: take_pieces(model, LINEAR_LAYER),
+    row_states=lambda model, slots, dtype: DeltaStates(model, LINEAR_LAYER, slots, dtype),
+    state_bytes=_state_bytes,
     unfit_kernels={
         "rms_norm": "its norms multiply by weight + 1",
         "rope": "it rotates a quarter of each head, and the kernel rotates all of it",

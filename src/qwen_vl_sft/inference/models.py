@@ -9,6 +9,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.inference.source import ADAPTER_FILE, Source, tuned_settings
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")

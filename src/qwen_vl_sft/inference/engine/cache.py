@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+
+from qwen_vl_sft.errors import UserError
 
 # Free memory that the cache may take: the rest is for what a forward pass computes.
 GPU_SHARE, CPU_SHARE = 0.5, 0.125
 # Stands for no token: table entries behind the end of a row, and rows that only fill up a batch.
 NO_TOKEN = 0
+FULL = "full_attention"
 
 
 class KeyValueCache:
-    """Keys and values [slots, heads, width] of each layer. A row's tokens may lie in any slots.
+    """Keys and values [slots, heads, width] of each layer of full attention, by its number. A row's tokens may lie anywhere.
 
     Args:
         config: configuration of the language model.
@@ -26,10 +31,12 @@ class KeyValueCache:
 
     def __init__(self, config: Any, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (slots + 1, config.num_key_value_heads, head_width(config))
-        # Zeros: a slot that is masked counts with weight 0, which makes no zero of a NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        layers = attention_layers(config)
+        self.keys = {layer: _zeros(shape, dtype, device) for layer in layers}
+        self.values = {layer: _zeros(shape, dtype, device) for layer in layers}
         self.slots = slots
+        self.dtype = dtype
+        self.device = device
         # The lowest slots are taken first, so that memory of the CPU that is never needed is never touched.
         self._free = list(range(slots, NO_TOKEN, -1))
 
@@ -51,12 +58,32 @@ class KeyValueCache:
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [T, heads, width] of T tokens."""
-        self.keys[layer].index_copy_(0, slots, keys.to(self.keys[layer].dtype))
-        self.values[layer].index_copy_(0, slots, values.to(self.values[layer].dtype))
+        self.keys[layer].index_copy_(0, slots, keys.to(self.dtype))
+        self.values[layer].index_copy_(0, slots, values.to(self.dtype))
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [T, heads, width] of T tokens."""
         return self.keys[layer].index_select(0, slots), self.values[layer].index_select(0, slots)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros: a slot that is masked counts with weight 0, which makes no zero of a NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # PyTorch would write every byte; NumPy's memory is zero when it is first read.
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def attention_layers(config: Any) -> list[int]:
+    """Return the numbers of the layers with full attention. Raises `UserError` for layers whose attention has a window."""
+    kinds = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    if "sliding_attention" in kinds:
+        raise UserError(
+            "the model's configuration has layers of sliding attention (use_sliding_window), which are not answered with;"
+            " set use_sliding_window to false in its config.json, as in all released Qwen-VL models"
+        )
+    return [layer for layer, kind in enumerate(kinds) if kind == FULL]
 
 
 def head_width(config: Any) -> int:
@@ -66,7 +93,7 @@ def head_width(config: Any) -> int:
 
 def bytes_per_slot(config: Any, dtype: torch.dtype) -> int:
     """Return the memory of one token over all layers."""
-    return 2 * int(config.num_hidden_layers * config.num_key_value_heads) * head_width(config) * dtype.itemsize
+    return 2 * int(len(attention_layers(config)) * config.num_key_value_heads) * head_width(config) * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qwen_vl_sft.families.base import RowStates, StateStep
 from qwen_vl_sft.inference.engine.attention import DecodeStep
 from qwen_vl_sft.inference.engine.cache import NO_TOKEN, KeyValueCache
 
@@ -45,15 +47,17 @@ class Decoder:
         model: the model, without the wrapper of an adapter.
         cache: keys and values of all rows.
         places: most rows at once.
+        states: what layers carry from token to token, a slot for each place and one more; None without such layers.
         graphs: replay CUDA graphs, one for each number of rows and width, both rounded up.
     """
 
-    def __init__(self, model: Any, cache: KeyValueCache, places: int, graphs: bool) -> None:
+    def __init__(self, model: Any, cache: KeyValueCache, places: int, states: RowStates | None, graphs: bool) -> None:
         self.model = model
         self.cache = cache
         self.places = places
+        self.states = states
         self.graphs = graphs
-        self.device = cache.keys[0].device
+        self.device = cache.device
         # One more row, which stands for none: it fills up the batch of a graph.
         self._table = torch.full((places + 1, GRAPH_WIDTH_STEP), NO_TOKEN, device=self.device)
         self._captured: dict[tuple[int, int], _Graph] = {}
@@ -117,13 +121,13 @@ class Decoder:
         slots = table.index_select(0, inputs.places)
         write = slots.gather(1, inputs.lengths[:, None])[:, 0]
         seen = torch.arange(slots.shape[1], device=self.device) <= inputs.lengths[:, None]
-        dtype = self.cache.keys[0].dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         embedded = self.model.get_input_embeddings()(inputs.tokens)[None]
-        output = self.model.model.language_model(
-            inputs_embeds=embedded,
-            position_ids=inputs.positions.expand(3, 1, -1),
-            use_cache=False,
-            step=DecodeStep(self.cache, write, slots, mask[:, None, None]),
-        )
+        with self.states.applied(StateStep(slots=inputs.places)) if self.states else nullcontext():
+            output = self.model.model.language_model(
+                inputs_embeds=embedded,
+                position_ids=inputs.positions.expand(3, 1, -1),
+                use_cache=False,
+                step=DecodeStep(self.cache, write, slots, mask[:, None, None]),
+            )
         return self.model.lm_head(output.last_hidden_state[0]).float()  # type: ignore[no-any-return]

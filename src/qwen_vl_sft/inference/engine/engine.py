@@ -46,6 +46,8 @@ LEAST_SLOTS = 32_768
 _WIDE, _MLP_WIDE = 8, 3
 # Share of the free memory that a prefill may take.
 _PREFILL_SHARE = 0.2
+# And what states that layers carry from token to token may.
+_STATE_SHARE = 0.25
 
 
 def answer_conversations(
@@ -125,7 +127,13 @@ class Engine:
         with autocast():
             autocasts = torch.is_autocast_enabled(self.device.type)
             dtype = torch.get_autocast_dtype(self.device.type) if autocasts else weight.dtype
-        self.rows = rows or (ROWS_ON_GPU if on_gpu else ROWS_ON_CPU)
+        rows = rows or (ROWS_ON_GPU if on_gpu else ROWS_ON_CPU)
+        family = self.positions.family
+        if state := family.state_bytes(base.config, dtype):
+            # A row's state, and for each row at most one prefix's, of which another is being read.
+            affordable = int(free_memory(self.device) * _STATE_SHARE) // state
+            rows = max(1, min(rows, affordable // 2 - 1))
+        self.rows = rows
         if prefill_tokens is None:
             per_token = dtype.itemsize * (_WIDE * config.hidden_size + _MLP_WIDE * config.intermediate_size)
             affordable = int(free_memory(self.device) * _PREFILL_SHARE) // per_token
@@ -135,7 +143,9 @@ class Engine:
         self.cache = KeyValueCache(
             config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
         )
-        self._decoder = Decoder(base, self.cache, self.rows, cuda_graphs and on_gpu)
+        self._states = family.row_states(base, 2 * self.rows + 2, dtype)
+        self._free_states = list(range(self.rows + 1, 2 * self.rows + 2))
+        self._decoder = Decoder(base, self.cache, self.rows, self._states, cuda_graphs and on_gpu)
         self._ends = set(answer_ends(encoder))
         # Asked once: it takes a millisecond, which on a CPU is an answer's token.
         self._processes = bool(self._processors_of(torch.zeros(1, dtype=torch.long)))
@@ -192,6 +202,8 @@ class Engine:
         finally:
             for row in running:
                 self._release(row, free_places)
+            for group in waiting:
+                self._release_prefix(group)
             self.model.train(was_training)
 
     def _admit(
@@ -218,12 +230,12 @@ class Engine:
                 break
             tokens += new_tokens
             if group.missing:
-                group.prefix = self.cache.take(group.shared)
-                pieces.append(Piece(prompt, 0, group.shared, group.prefix, (), answers=False))
-            own = self.cache.take(len(prompt) - group.shared + self.max_new_tokens - 1)
+                group.prefix, group.state = self.cache.take(group.shared), self._free_states.pop()
+                pieces.append(Piece(prompt, 0, group.shared, group.prefix, (), False, None, group.state))
+            own, place = self.cache.take(len(prompt) - group.shared + self.max_new_tokens - 1), free_places.pop()
             branch = own[: len(prompt) - group.shared]
-            pieces.append(Piece(prompt, group.shared, len(prompt), branch, group.prefix, answers=True))
-            rows.append(self._start(group, group.waiting.popleft(), free_places.pop(), own))
+            pieces.append(Piece(prompt, group.shared, len(prompt), branch, group.prefix, True, group.state, place))
+            rows.append(self._start(group, group.waiting.popleft(), place, own))
             if not group.waiting:
                 waiting.popleft()
         return rows, pieces
@@ -238,7 +250,12 @@ class Engine:
         free_places.append(row.place)
         row.group.users -= 1
         if not row.group.users:
-            self.cache.release(row.group.prefix)
+            self._release_prefix(row.group)
+
+    def _release_prefix(self, group: Group) -> None:
+        if group.state is not None:
+            self.cache.release(group.prefix)
+            self._free_states.append(group.state)
 
     def _prefill(self, rows: Sequence[Answering], pieces: Sequence[Piece]) -> None:
         packed = pack(pieces)
@@ -263,13 +280,14 @@ class Engine:
         if packed.images:
             layers = image_layers(self._base.model, self.positions, packed.images, self.memory)
             shown = {"image": self.positions.family.feature_output(layers)}
-        output = self._base.model(
-            input_ids=packed.input_ids.to(device),
-            position_ids=packed.position_ids.to(device),
-            mm_encoder_outputs=shown,
-            use_cache=False,
-            step=step,
-        )
+        with self._states.applied(packed.states) if self._states else nullcontext():
+            output = self._base.model(
+                input_ids=packed.input_ids.to(device),
+                position_ids=packed.position_ids.to(device),
+                mm_encoder_outputs=shown,
+                use_cache=False,
+                step=step,
+            )
         last = output.last_hidden_state[0].index_select(0, packed.last.to(device))
         return self._base.lm_head(last).float()  # type: ignore[no-any-return]
 

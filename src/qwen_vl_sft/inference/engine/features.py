@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.batching.positions import Positions
-from qwen_vl_sft.data.media import EncodedMedia, MediaFile, ReadMedia
+from qwen_vl_sft.data.media import EncodedMedia, MediaFile, ReadMedia, model_inputs
 from qwen_vl_sft.data.media.image import EncodedImage
 from qwen_vl_sft.families.base import FeatureLayers
 
@@ -43,7 +43,7 @@ class FeatureMemory:
         if image.content_hash in self._known or self.taken + size > self.most_bytes:
             return
         self.taken += size
-        self._known[image.content_hash] = replace(image, pixel_values=None, features=features.cpu())
+        self._known[image.content_hash] = replace(image, patches=None, normalizer=None, features=features.cpu())
 
 
 def image_layers(
@@ -55,13 +55,15 @@ def image_layers(
     made: dict[str, list[torch.Tensor]] = {}
     if different:
         shown = list(different.values())
-        grids = torch.stack([image.grid for image in shown])
-        pixels = torch.cat([image.pixel_values for image in shown if image.pixel_values is not None])
+        brought = model_inputs(shown, in_bytes=True)
+        grids, pixels = brought["image_grid_thw"], brought["pixel_values"].to(device)
+        if shown[0].normalizer is not None:
+            pixels = shown[0].normalizer(pixels)
         inputs = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in positions.patch_inputs(grids).items()
         }
-        output = backbone.get_image_features(pixels.to(device), grids.to(device), return_dict=True, **inputs)
+        output = backbone.get_image_features(pixels, grids.to(device), return_dict=True, **inputs)
         for image, *layers in zip(shown, *family.feature_layers(output), strict=True):
             made[image.content_hash] = layers
             if memory is not None:

@@ -13,6 +13,7 @@ from qwen_vl_sft.batching.packed_collator import prefix_length
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.encoding import Encoded
 from qwen_vl_sft.data.media.image import EncodedImage
+from qwen_vl_sft.families.base import StateStep
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Group:
     """Prompts that wait and have their first `shared` tokens in common.
 
     `prefix` are the slots of these tokens, once they are computed; they are held until the last row of the group has
-    ended, and `users` counts the rows that have not.
+    ended, and `users` counts the rows that have not. `state` is the slot of what layers carry from its last token on.
     """
 
     shared: int
     waiting: deque[Prompt]
     users: int
     prefix: list[int] = field(default_factory=list)
+    state: int | None = None
 
     @property
     def missing(self) -> int:
@@ -50,7 +52,8 @@ class Group:
 class Piece:
     """A run of tokens of a prompt, in `slots` of the cache, behind the tokens in the slots `before`.
 
-    With `answers` the model's next token is wanted: the piece ends its prompt.
+    With `answers` the model's next token is wanted: the piece ends its prompt. What layers carry from token to token goes
+    on from the slot `begin`, None at the beginning of a prompt, and is left in the slot `end`.
     """
 
     prompt: Prompt
@@ -59,6 +62,8 @@ class Piece:
     slots: Sequence[int]
     before: Sequence[int]
     answers: bool
+    begin: int | None
+    end: int
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -87,6 +92,7 @@ class PackedPrompts:
     bounds_k: torch.Tensor
     longest_q: int
     longest_k: int
+    states: StateStep
 
 
 def group_prompts(numbered: Sequence[tuple[int, Encoded]], positions: Positions) -> list[Group]:
@@ -121,4 +127,5 @@ def pack(pieces: Sequence[Piece]) -> PackedPrompts:
         torch.tensor([0, *itertools.accumulate(reach)], dtype=torch.int32),
         max(lengths),
         max(reach),
+        StateStep(lengths, [piece.begin for piece in pieces], [piece.end for piece in pieces]),
     )
