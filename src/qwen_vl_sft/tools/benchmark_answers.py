@@ -38,6 +38,8 @@ from qwen_vl_sft.tools.options import AnswerBenchmarkOptions
 # Answers of random weights rarely end, so all are about as long as they may be.
 LORA_B_STD = 0.02
 FEATURE_BYTES = 2**35
+# Rows with other answers whose margins are computed.
+MOST_MARGINS = 16
 COLUMNS = {
     "work": ("work", TEXT),
     "variant": ("variant", TEXT),
@@ -64,6 +66,15 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """How long the rows of a work took, the tokens of their answers, and the most memory of the GPU meanwhile."""
+
+    seconds: float
+    answers: Tokens
+    peak_memory_gib: float
+
+
+@dataclass(frozen=True)
 class Bench:
     """A model with an adapter, and the questions that it is asked. Encoders: with the system message and without."""
 
@@ -83,7 +94,7 @@ class Bench:
 
 
 def run_session(options: AnswerBenchmarkOptions) -> str:
-    """Answer every work with every variant in turns and write results.json; returns the table. Raises `UserError`."""
+    """Answer every work with every variant and write results.json, all in turns; returns the table. Raises `UserError`."""
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown:
         raise UserError(f"--variants: unknown {', '.join(unknown)}; known are {', '.join(VARIANTS)}")
@@ -94,43 +105,46 @@ def run_session(options: AnswerBenchmarkOptions) -> str:
     began = time.perf_counter()
     bench = _bench(recipe, options)
     print(f"model and rows ready after {time.perf_counter() - began:.0f} s", flush=True)
+    facts = {"config": options.config, "recipe": str(options.recipe), "keys": keys, **machine_facts()}
     results: list[dict[str, Any]] = []
     for work in _works(bench, options):
-        measured: dict[str, list[float]] = {name: [] for name in options.variants}
-        answers: dict[str, Tokens] = {}
-        peaks: dict[str, float] = {}
-        # The first round warms kernels up, on a few rows.
-        for number in range(options.rounds + 1):
-            rows = work.rows[: 2 * options.batch_size] if not number else work.rows
-            for name in options.variants:
-                seconds, found, peak = _timed(partial(_answer, name, bench, work, rows))
-                if number:
-                    measured[name].append(seconds)
-                    answers[name], peaks[name] = found, peak
-                    print(f"{work.name}, {name}: {len(rows) * work.arms / seconds:.2f} rows/s", flush=True)
-        reference = options.variants[0]
+        before = list(results)
         for name in options.variants:
-            seconds = statistics.median(measured[name])
-            tokens = sum(map(len, answers[name].values()))
-            results.append(
-                {
-                    "work": work.name,
-                    "variant": name,
-                    "rows": len(work.rows) * work.arms,
-                    "new_tokens": work.new_tokens,
-                    "seconds": measured[name],
-                    "rows_per_second": len(work.rows) * work.arms / seconds,
-                    "tokens_per_second": tokens * work.arms / seconds,
-                    "ratio": statistics.median(measured[reference]) / seconds,
-                    "peak_memory_gib": peaks[name] or None,
-                    **_differences(bench, answers[reference], answers[name]),
-                }
+            # A few rows first: kernels are compiled and loaded.
+            _answer(name, bench, work, work.rows[: options.batch_size])
+        rounds: dict[str, list[Timed]] = {}
+        for name in list(options.variants) * options.rounds:
+            rounds.setdefault(name, []).append(_timed(partial(_answer, name, bench, work, work.rows)))
+            print(
+                f"{work.name}, {name}: {len(work.rows) * work.arms / rounds[name][-1].seconds:.2f} rows/s", flush=True
             )
-        # After each work, so that results are kept if the session ends early.
-        facts = {"config": options.config, "recipe": str(options.recipe), "keys": keys, **machine_facts()}
-        text = json.dumps({**facts, "results": results}, indent=2) + "\n"
-        (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+            results = before + _summarise(bench, work, rounds)
+            # After each, so that results are kept if the session ends early.
+            text = json.dumps({**facts, "results": results}, indent=2) + "\n"
+            (options.output_dir / "results.json").write_text(text, encoding="utf-8")
     return format_table(results, COLUMNS)
+
+
+def _summarise(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) -> list[dict[str, Any]]:
+    """Return the medians of each variant, and how it compares with the first."""
+    medians = {name: statistics.median(one.seconds for one in timed) for name, timed in rounds.items()}
+    reference, count = next(iter(rounds)), len(work.rows) * work.arms
+    results = []
+    for name, timed in rounds.items():
+        answers = timed[-1].answers
+        result = {
+            "work": work.name,
+            "variant": name,
+            "rows": count,
+            "new_tokens": work.new_tokens,
+            "seconds": [one.seconds for one in timed],
+            "rows_per_second": count / medians[name],
+            "tokens_per_second": sum(map(len, answers.values())) * work.arms / medians[name],
+            "ratio": medians[reference] / medians[name],
+            "peak_memory_gib": max(one.peak_memory_gib for one in timed) or None,
+        }
+        results.append(result | _differences(bench, rounds[reference][0].answers, answers))
+    return results
 
 
 def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
@@ -221,7 +235,7 @@ def _with_engine(
     return found
 
 
-def _timed(work: Callable[[], Tokens]) -> tuple[float, Tokens, float]:
+def _timed(work: Callable[[], Tokens]) -> Timed:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.empty_cache()
@@ -231,19 +245,20 @@ def _timed(work: Callable[[], Tokens]) -> tuple[float, Tokens, float]:
     found = work()
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began, found, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    seconds = time.perf_counter() - began
+    return Timed(seconds, found, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)
 
 
-def _differences(bench: Bench, reference: Tokens, found: Tokens) -> Mapping[str, Any]:
+def _differences(bench: Bench, reference: Tokens, found: Tokens) -> dict[str, Any]:
     """Count the rows whose tokens differ, with the margins of their first differing tokens when each row is alone.
 
     `largest_margin` is in units of what the model's precision rounds a logit by: one of a few units is rounding, one of
     dozens would be another computation.
     """
     margins = []
-    for row, tokens in found.items():
-        if tokens == reference[row]:
-            continue
+    others = [row for row, tokens in found.items() if tokens != reference[row]]
+    for row in others[:MOST_MARGINS]:
+        tokens = found[row]
         same = sum(
             1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, reference[row], strict=False))
         )
@@ -266,4 +281,4 @@ def _differences(bench: Bench, reference: Tokens, found: Tokens) -> Mapping[str,
         one, other = ([*answer, end][same] for answer in (tokens, reference[row]))
         rounding = float(logits[one].abs()) * torch.finfo(output.logits.dtype).eps
         margins.append(float((logits[one] - logits[other]).abs()) / max(rounding, 1e-30))
-    return {"differing": len(margins), "margins": margins, "largest_margin": max(margins) if margins else None}
+    return {"differing": len(others), "margins": margins, "largest_margin": max(margins) if margins else None}

@@ -37,13 +37,14 @@ class FeatureMemory:
 
         return known_or_read
 
-    def keep(self, image: EncodedImage, features: torch.Tensor) -> None:
-        """Keep the features [M, values] of an image, if there is room for them."""
-        size = features.numel() * features.element_size()
+    def keep(self, image: EncodedImage, layers: Sequence[torch.Tensor]) -> None:
+        """Keep the features [M, values] of each layer of an image, if there is room for them."""
+        size = sum(layer.numel() * layer.element_size() for layer in layers)
         if image.content_hash in self._known or self.taken + size > self.most_bytes:
             return
         self.taken += size
-        self._known[image.content_hash] = replace(image, patches=None, normalizer=None, features=features.cpu())
+        features = torch.cat(list(layers), dim=-1).cpu()
+        self._known[image.content_hash] = replace(image, patches=None, normalizer=None, features=features)
 
 
 def image_layers(
@@ -67,7 +68,7 @@ def image_layers(
         for image, *layers in zip(shown, *family.feature_layers(output), strict=True):
             made[image.content_hash] = layers
             if memory is not None:
-                memory.keep(image, torch.cat(layers, dim=-1))
+                memory.keep(image, layers)
     width = positions.config.get_text_config().hidden_size
     of_images = [
         made[image.content_hash]

@@ -46,7 +46,7 @@ class PromptReader:
         self._prompt_at = prompt_at
         self._positions = positions
         self._read_media = memory.reading(encoder.read_media) if memory else encoder.read_media
-        threads = 1 if on_cpu else max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
+        threads = 1 if on_cpu else max(1, min(_MOST_THREADS, _cores() - 1))
         self._pool = ThreadPoolExecutor(max_workers=threads)
         self._left = iter(units)
         self._coming: deque[Future[list[Group]]] = deque()
@@ -88,3 +88,9 @@ class PromptReader:
     def _read(self, unit: Sequence[int]) -> list[Group]:
         read_media = reading_once(self._read_media)
         return group_prompts([(number, self._prompt_at(number, read_media)) for number in unit], self._positions)
+
+
+def _cores() -> int:
+    """Count the cores that this process may use, of those that the processes of this machine share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
