@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+from decimal import Decimal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -222,20 +223,39 @@ def test_a_name_is_no_pattern(kind, streaming, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_classes_are_read_by_their_names(streaming, tmp_path):
+def test_values_of_a_table_of_arrow_are_those_that_were_written(streaming, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
-    kinds = ClassLabel(names=["cat", "dog"])
-    image = {"bytes": png(), "path": None}
-    for column, values, answers in (
+    kinds, rows = ClassLabel(names=["cat", "dog"]), [{"image": RED, "query": "?", "label": None}] * 3
+    for feature, values, answers in (
         (kinds, [1, 0, None], ["dog", "cat"]),
         (List(kinds), [[1, 0], [0], []], ["dog", "cat"]),
+        (Value("float32"), [0.1, 2.0, None], ["0.1", "2"]),
+        (List(Value("float16")), [[0.1], [5], []], ["0.1", "5"]),
+        (Value("decimal128(9, 2)"), [Decimal("5.10"), Decimal("12.00"), None], ["5.10", "12.00"]),
+        (Value("int64"), [2**62 + 5, 0, None], [str(2**62 + 5), "0"]),
     ):
-        features = Features({"image": Image(), "query": Value("string"), "label": column})
-        rows = [{"image": image, "query": "Which?", "label": value} for value in values]
-        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
-        opened = open_rows(str(tmp_path / "train.parquet"), "train[:2]", streaming=streaming)
-        assert [texts(opened.conversation(row))[1] for row in opened.dataset] == answers
+        features = Features({"image": Value("string"), "query": Value("string"), "label": feature})
+        table = [{**row, "label": value} for row, value in zip(rows, values, strict=True)]
+        Dataset.from_list(table, features=features).to_parquet(tmp_path / "train.parquet")
+        assert read(tmp_path / "train.parquet", "train[:2]", streaming) == [["?", answer] for answer in answers]
+    # As pandas writes its categories.
+    categories = pa.table({"image": [RED] * 2, "query": ["?"] * 2, "label": pa.array(["a", "b"]).dictionary_encode()})
+    pq.write_table(categories, tmp_path / "train.parquet")
+    assert read(tmp_path, streaming=streaming) == [["?", "a"], ["?", "b"]]
+    part = {"type": ClassLabel(names=["image", "text"]), "text": Value("string"), "image": Image()}
+    turn = {"role": ClassLabel(names=["assistant", "user"]), "content": List(part)}
+    question = [{"type": 0, "text": None, "image": png("blue")}, {"type": 1, "text": "?", "image": None}]
+    answer = [{"type": 1, "text": "blue", "image": None}]
+    turns = [{"role": 1, "content": question}, {"role": 0, "content": answer}]
+    Dataset.from_list([{"messages": turns}], features=Features({"messages": List(turn)})).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    rows = open_rows(str(tmp_path), "train", streaming=streaming)
+    (row,) = rows.dataset
+    assert [texts(rows.conversation(row)), rows.conversation(row).media[0].read()] == [["?", "blue"], png("blue")]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -23,6 +23,7 @@ FORMER_KEYS: dict[str, str] = {
     "num_proc": "dataset_num_proc",
     # LLaMA-Factory
     "dataset": "dataset_name",
+    "media_dir": "image_folder",
     "dataset_dir": "dataset_name (the folder or file of the data itself)",
     "eval_dataset": "dataset_test_split (a split of the same dataset)",
     "cutoff_len": "max_length",

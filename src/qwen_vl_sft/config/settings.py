@@ -31,7 +31,12 @@ else:
 class DataSettings:
     """The data and how its rows are encoded."""
 
-    dataset_name: str | None = key(None, "Hub id, local folder (parquet, JSONL, images) or local file")
+    dataset_name: str | None = key(
+        None, "Hub id, local folder (parquet, JSONL, CSV, images, save_to_disk) or local file"
+    )
+    image_folder: str | None = key(
+        None, "folder that image paths in rows are relative to; default: the folder of the dataset"
+    )
     dataset_config: str | None = key(None, "configuration of the Hub dataset")
     dataset_train_split: str = key("train", "split to train on; slices such as train[:10%] are allowed")
     dataset_test_split: str | None = key(None, "split to evaluate on while training")

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 
+from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data import row_files
 from qwen_vl_sft.data.boxes import BoxCoordinates
 from qwen_vl_sft.data.conversation import Conversation
@@ -20,8 +21,8 @@ from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats import AUTO, choose_format
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import ReadMedia
-from qwen_vl_sft.data.source import find_source
-from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.data.source import Source, find_source
+from qwen_vl_sft.errors import BadRow, UserError, shortened
 
 ROW_ID = "row_id"
 # Rows of a stream whose columns tell its format.
@@ -98,11 +99,13 @@ def open_rows(
     max_rows: int | None = None,
     box_coordinates: BoxCoordinates | None = None,
     ignored_columns: Sequence[str] = (),
+    image_folder: str | None = None,
 ) -> Rows:
     """Open one split of a dataset.
 
     Args:
-        name: Hub id, local folder (parquet in the Hub's layout, JSONL, or images with metadata), or local file.
+        name: Hub id, local folder (parquet in the Hub's layout, JSONL, CSV, images with metadata, or of `save_to_disk`),
+            or local file.
         split: its name, with an optional slice: `train[:10%]`, `train[100:200]`.
         config: the Hub dataset's configuration.
         streaming: read row by row instead of preparing the whole split first.
@@ -111,12 +114,16 @@ def open_rows(
         max_rows: most rows to take, None for all.
         box_coordinates: coordinates of boxes in the rows; see `read_boxes`.
         ignored_columns: columns that are left unread, beside those that the format ignores anyway.
+        image_folder: folder that image paths in rows are relative to, by default that of the dataset.
 
     Raises `UserError` when the dataset, the split or the format is not there.
     """
-    path = Path(name).expanduser()
-    folder = (path if path.is_dir() else path.parent) if path.exists() else None
-    dataset = _stream(name, split, config, shuffle_seed) if streaming else _load(name, split, config)
+    folder = _image_folder(name, image_folder)
+    stated = folder if image_folder else None
+    if streaming:
+        dataset = _stream(name, split, config, shuffle_seed, stated)
+    else:
+        dataset = _load(find_source(name, split, config, stated), f"dataset {name}, split {split}")
     where = f"{name} [{split}]"
     if not streaming and shuffle_seed is not None:
         dataset = dataset.shuffle(seed=shuffle_seed)
@@ -129,6 +136,28 @@ def open_rows(
     if box_coordinates is not None:
         found = replace(found, box_coordinates=box_coordinates)
     return Rows(dataset, found, where, folder, tuple(found.unread(columns)))
+
+
+def open_split(
+    data: DataSettings,
+    split: str,
+    streaming: bool | None = None,
+    shuffle_seed: int | None = None,
+    max_rows: int | None = None,
+) -> Rows:
+    """Open one split of a recipe's data, streamed if the recipe says so or else as stated; see `open_rows`."""
+    return open_rows(
+        str(data.dataset_name),
+        split,
+        data.dataset_config,
+        data.dataset_streaming if streaming is None else streaming,
+        data.dataset_format,
+        shuffle_seed=shuffle_seed,
+        max_rows=max_rows,
+        box_coordinates=data.box_coordinates,
+        ignored_columns=data.ignored_columns or (),
+        image_folder=data.image_folder,
+    )
 
 
 def select_evenly(rows: Rows, max_rows: int | None) -> Rows:
@@ -170,10 +199,23 @@ def _in_memory(rows: Iterator[dict[str, Any]]) -> Dataset:
     return texts.add_column(ROW_ID, [row_id for row_id, _ in found]).with_transform(row_files.parse_texts)
 
 
-def _load(name: str, split: str, config: str | None) -> Dataset:
-    dataset = find_source(name, split, config).load()
+def _image_folder(name: str, stated: str | None) -> Path | None:
+    """Return the folder that paths in rows are relative to, None for a Hub dataset. Raises `UserError`."""
+    if stated:
+        folder = Path(stated).expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError(
+                f"image_folder: {shortened(stated)} is no folder here; give the folder that holds the images"
+            )
+        return folder
+    path = Path(name).expanduser()
+    return (path if path.is_dir() else path.parent) if path.exists() else None
+
+
+def _load(source: Source, where: str) -> Dataset:
+    dataset = source.load()
     if len(dataset) == 0:
-        raise UserError(f"dataset {name}, split {split}: holds no rows")
+        raise UserError(f"{where}: holds no rows")
     return _numbered(dataset)
 
 
@@ -185,14 +227,16 @@ def _numbered(dataset: Dataset) -> Dataset:
     return numbered.with_transform(row_files.parse_texts) if row_files.TEXT in numbered.column_names else numbered
 
 
-def _stream(name: str, split: str, config: str | None, shuffle_seed: int | None) -> IterableDataset:
+def _stream(
+    name: str, split: str, config: str | None, shuffle_seed: int | None, image_folder: Path | None
+) -> IterableDataset:
     base, start, stop = split, 0, None
     if "[" in split:
         match = _SLICE.match(split)
         if not match:
             raise UserError(f"dataset split {split!r}: a streamed dataset takes row slices only, such as train[:1000]")
         base, start, stop = match["split"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-    source = find_source(name, base, config)
+    source = find_source(name, base, config, image_folder)
     dataset = source.stream()
 
     if shuffle_seed is not None and dataset.num_shards > 1 and "[" not in split:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
-from qwen_vl_sft.data import row_files
+from qwen_vl_sft.data import git_lfs, row_files
+from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.row_files import RowFiles
 from qwen_vl_sft.errors import UserError
 
@@ -45,27 +46,30 @@ def escaped(file: Path) -> str:
     return glob.escape(str(file))
 
 
-def find_split(folder: Path, split: str) -> RowFiles | LoadedFiles:
-    """Return the files of a split in a folder, an absolute path. Raises `UserError`.
+def find_split(folder: Path, split: str, image_folder: Path | None = None) -> RowFiles | LoadedFiles:
+    """Return the files of a split in a folder; both folders are absolute paths. Raises `UserError` or `ValueError`.
 
-    By default `load_dataset` reads a folder of JSONL and images as images only.
+    Tables beside images name them relative to `image_folder`, by default to their own folder. By default `load_dataset`
+    reads a folder of JSONL and images as images only.
     """
-    if any(folder.rglob("*.parquet")):
+    if tables := sorted(folder.rglob("*.parquet")):
+        git_lfs.refuse_pointers(tables)
         return _loaded(folder)
     files = sorted(file for file in folder.iterdir() if row_files.kind_of(file) and not _is_metadata(file))
     if files:
         return RowFiles(_files_of_split(folder, files, split))
-    listed = _listed(folder)
+    listed = {name: [*_with_members(files)] for name, files in _listed(folder).items()}
     own = listed.get(split, [])
-    if own and all(row_files.kind_of(file) and not _is_metadata(file) for file in own):
-        return RowFiles(tuple(own))
-    if any(file.suffix.lower() in (".zip", ".tar", ".gz") for file in own):
-        return _loaded(folder)
-    if tables := [file for file in own if _is_metadata(file)]:
-        return RowFiles(tuple(tables), name_images=True)
+    texts = [file for file in own if row_files.kind_of(file)]
+    if texts and not any(map(_is_metadata, texts)) and len(texts) == len(own):
+        return RowFiles(tuple(texts))
+    if tables := [file for file in texts if _is_metadata(file)]:
+        return RowFiles(tuple(tables), True, image_folder)
     if tables := _tables_above(own, folder):
-        others = (file for name, files in listed.items() if name != split for file in files)
-        return RowFiles(tuple(tables), name_images=True, left_out=frozenset(map(str, others)))
+        others = (str(file) for name, files in listed.items() if name != split for file in files)
+        return RowFiles(tuple(tables), True, image_folder, frozenset(others))
+    if listed and not own:
+        raise UserError(f"dataset {folder}: has no split {split!r}; its files give {', '.join(listed)}")
     return _loaded(folder)
 
 
@@ -94,6 +98,12 @@ def _json_of(file: Path) -> dict[str, Any]:
     return found
 
 
+def _with_members(files: Iterable[Path]) -> Iterator[Path]:
+    """Yield files, and in place of archives what they hold."""
+    for file in files:
+        yield from archives.members(file) if file.suffix.lower() == ".zip" else [file]
+
+
 def _is_metadata(file: Path) -> bool:
     return row_files.stem_of(file) == _METADATA and row_files.kind_of(file) is not None
 
@@ -101,7 +111,7 @@ def _is_metadata(file: Path) -> bool:
 def _tables_above(files: Sequence[Path], folder: Path) -> list[Path]:
     """Return the tables of the folder that lie above some of these files: one for the images of several splits."""
     above = {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
-    return sorted(file for parent in above for file in parent.iterdir() if _is_metadata(file))
+    return sorted(file for parent in above if parent.is_dir() for file in parent.iterdir() if _is_metadata(file))
 
 
 def _listed(folder: Path) -> dict[str, list[Path]]:

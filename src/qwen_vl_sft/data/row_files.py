@@ -22,7 +22,8 @@ from typing import IO, Any
 from datasets import Dataset, Features, Value
 from datasets.packaged_modules.generator.generator import Generator
 
-from qwen_vl_sft.data import json_stream
+from qwen_vl_sft.data import git_lfs, json_stream
+from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.errors import shortened
 
 _KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv"}
@@ -52,11 +53,13 @@ class RowFiles:
         files: absolute paths, in the rows' order.
         name_images: whether they are tables beside images (`metadata.csv`): their columns `file_name` name images
             relative to the table.
+        image_folder: folder that images are relative to instead.
         left_out: images, as absolute paths, whose rows belong to another split.
     """
 
     files: tuple[Path, ...]
     name_images: bool = False
+    image_folder: Path | None = None
     left_out: frozenset[str] = frozenset()
 
     def prepare(self) -> Dataset:
@@ -64,11 +67,12 @@ class RowFiles:
 
         Its fingerprint follows from those too. Raises `ValueError` that names the file, and the place in it.
         """
-        stats = [file.stat() for file in self.files]
+        stats = [_file_on_disk(file).stat() for file in self.files]
         arguments = {
             "files": tuple(map(str, self.files)),
             "stamps": tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
             "name_images": self.name_images,
+            "image_folder": None if self.image_folder is None else str(self.image_folder),
             "left_out": tuple(sorted(self.left_out)),
             "version": _VERSION,
         }
@@ -88,8 +92,9 @@ class RowFiles:
                 if not self.name_images:
                     yield text, row
                     continue
-                row, images = _with_images(row, file)
-                if self.left_out.isdisjoint(images):
+                folder = self.image_folder or file.parent
+                row, images = _with_images(row, file, folder)
+                if not self.left_out or self.left_out.isdisjoint(_found(images, folder)):
                     yield json.dumps(row), row
 
 
@@ -116,9 +121,15 @@ def parse_texts(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _entries(
-    files: tuple[str, ...], stamps: Any, name_images: bool, left_out: tuple[str, ...], version: int
+    files: tuple[str, ...],
+    stamps: Any,
+    name_images: bool,
+    image_folder: str | None,
+    left_out: tuple[str, ...],
+    version: int,
 ) -> Iterator[dict[str, str]]:
-    for text, row in RowFiles(tuple(map(Path, files)), name_images, frozenset(left_out)).texts_and_rows():
+    folder = None if image_folder is None else Path(image_folder)
+    for text, row in RowFiles(tuple(map(Path, files)), name_images, folder, frozenset(left_out)).texts_and_rows():
         yield _entry(text, row)
 
 
@@ -126,7 +137,7 @@ def _entry(text: str, row: Mapping[str, Any]) -> dict[str, str]:
     return {TEXT: text, COLUMNS: json.dumps(sorted(row))}
 
 
-def _with_images(row: dict[str, Any], table: Path) -> tuple[dict[str, Any], list[str]]:
+def _with_images(row: dict[str, Any], table: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Name columns of files as `datasets` does: `file_name` becomes `image`, `chart_file_name` `chart`; list the files.
 
     Raises `ValueError` for a row that has a column of that name too.
@@ -139,8 +150,8 @@ def _with_images(row: dict[str, Any], table: Path) -> tuple[dict[str, Any], list
             return [beside(part) for part in value]
         if not isinstance(value, str) or not value:
             return value
-        images.append(os.path.normpath(table.parent / value))
-        return str(table.parent / value)
+        images.append(os.path.normpath(folder / value))
+        return str(folder / value)
 
     for name, value in row.items():
         if name in ("file_name", "file_names"):
@@ -156,8 +167,16 @@ def _with_images(row: dict[str, Any], table: Path) -> tuple[dict[str, Any], list
     return named, images
 
 
+def _found(images: Iterable[str], folder: Path) -> Iterator[str]:
+    """Yield images where they lie, which may be in an archive."""
+    for image in images:
+        path = Path(image)
+        yield from [image] if path.exists() else map(str, archives.find(path, folder))
+
+
 def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     is_empty = True
+    git_lfs.refuse_pointers([_file_on_disk(file)])
     try:
         with _opened(file) as source:
             for found in _csv_rows(file, source) if kind_of(file) == "csv" else _json_rows(file, source):
@@ -177,8 +196,15 @@ def _compression_of(file: Path) -> str:
 
 
 def _opened(file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    raw = file.open("rb") if _file_on_disk(file) == file else archives.open_member(file)
     opener = _OPENERS.get(_compression_of(file))
-    return opener(file, "rb") if opener else file.open("rb")
+    return opener(raw, "rb") if opener else raw
+
+
+def _file_on_disk(file: Path) -> Path:
+    """Return the file itself, or the archive that it lies in."""
+    found = None if file.is_file() else archives.split_path(file)
+    return found[0] if found else file
 
 
 def _csv_rows(file: Path, source: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
-from datasets import Audio, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, Video
+from datasets import Audio, ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value, Video
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
-from qwen_vl_sft.data import local_files, row_files
-from qwen_vl_sft.data.formats.base import READ_BY_EVALUATION
-from qwen_vl_sft.data.formats.bookkeeping import is_bookkeeping
+from qwen_vl_sft.data import formats, git_lfs, local_files, row_files
 from qwen_vl_sft.data.row_files import RowFiles
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError, first_line, shortened
+
+_SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,36 @@ class DiskSource:
 Source = SplitSource | FileSource | DiskSource
 
 
-def find_source(name: str, split: str, config: str | None) -> Source:
-    """Find the split of a Hub dataset, a local folder or a local file. Raises `UserError`."""
+def find_source(name: str, split: str, config: str | None, image_folder: Path | None = None) -> Source:
+    """Find the split of a Hub dataset, a local folder or a local file. Raises `UserError`.
+
+    Tables beside images name them relative to `image_folder`, an absolute path, where it is stated.
+    """
     path = Path(name).expanduser().absolute()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or row_files.kind_of(path) or path.suffix == ".parquet":
+            raise UserError(
+                f"dataset_name: {shortened(name)} does not exist here; give a local folder or file, or a Hub id"
+            )
+        return SplitSource(name, split, {"name": config, "path": name})
+    try:
+        return _local_source(name, path, split, config, image_folder)
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise _refusal(name, split, error) from error
+
+
+def _local_source(name: str, path: Path, split: str, config: str | None, image_folder: Path | None) -> Source:
     if path.is_file():
         return _file_source(name, path, split, config)
-    if path.exists():
-        if saved := local_files.saved_split(path, _base(split)):
-            return DiskSource(name, split, saved)
-        files = local_files.find_split(path, _base(split))
-        if isinstance(files, RowFiles):
-            return FileSource(name, split, files)
-        return SplitSource(name, split, {"name": config, **files.arguments})
-    if name.startswith((".", "/", "~")) or row_files.kind_of(path) or path.suffix == ".parquet":
-        raise UserError(f"dataset_name: {name} does not exist here; give a local folder or file, or a Hub id")
-    return SplitSource(name, split, {"name": config, "path": name})
+    if saved := local_files.saved_split(path, _base(split)):
+        git_lfs.refuse_pointers(saved.glob("*.arrow"))
+        return DiskSource(name, split, saved)
+    files = local_files.find_split(path, _base(split), image_folder)
+    if isinstance(files, RowFiles):
+        return FileSource(name, split, files)
+    return SplitSource(name, split, {"name": config, **files.arguments})
 
 
 def _file_source(name: str, path: Path, split: str, config: str | None) -> SplitSource | FileSource:
@@ -155,6 +171,7 @@ def _file_source(name: str, path: Path, split: str, config: str | None) -> Split
         )
     if row_files.kind_of(path):
         return FileSource(name, split, RowFiles((path,)))
+    git_lfs.refuse_pointers([path])
     files = {own: [local_files.escaped(path)]}
     return SplitSource(name, split, {"name": config, "path": "parquet", "data_files": files})
 
@@ -186,32 +203,68 @@ def _refusal(name: str, split: str, error: BaseException) -> UserError:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """Keep image columns as bytes and paths, which workers decode; and others' videos and sounds, which nobody reads."""
+    """Keep images as bytes and paths, which workers decode, and others' videos and sounds, which nobody reads.
+
+    In columns that a format reads, classes get their names in place of their numbers, and numbers of 16 or 32 bits the
+    value that their shortest text has: 0.1 and not 0.10000000149011612. All of that wherever they stand in a column.
+    """
+    read = {name for found in formats.FORMATS.values() for name in found.columns | found.optional}
     for column, feature in (dataset.features or {}).items():
-        inner = feature.feature if isinstance(feature, List) else feature
-        if isinstance(inner, ClassLabel) and not is_bookkeeping(column) and column not in READ_BY_EVALUATION:
-            dataset = _named(dataset, column, inner.names, isinstance(feature, List))
-        if isinstance(inner, Image | Video | Audio):
-            kept = type(inner)(decode=False)
-            dataset = dataset.cast_column(column, List(kept) if isinstance(feature, List) else kept)
+        kept = _converted(feature, _without_decoding)
+        if kept != feature:
+            dataset = dataset.cast_column(column, kept)
+        written = _converted(kept, _as_written)
+        if written != kept and column in read:
+            dataset = _with_values_as_written(dataset, column, kept, written)
     return dataset
 
 
-def _named(dataset: Any, column: str, names: list[str], is_list: bool) -> Any:
-    """Put the names of classes in place of their numbers."""
-    feature = List(Value("string")) if is_list else Value("string")
+def _converted(feature: Any, convert: Callable[[Any], Any]) -> Any:
+    """Return a feature with all that it holds converted."""
+    if isinstance(feature, Mapping):
+        return {name: _converted(inner, convert) for name, inner in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_converted(feature.feature, convert))
+    return convert(feature)
+
+
+def _without_decoding(feature: Any) -> Any:
+    return type(feature)(decode=False) if isinstance(feature, Image | Video | Audio) else feature
+
+
+def _as_written(feature: Any) -> Any:
+    if isinstance(feature, ClassLabel):
+        return Value("string")
+    return Value("float64") if _is_short_float(feature) else feature
+
+
+def _is_short_float(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in _SHORT_FLOATS
+
+
+def _with_values_as_written(dataset: Any, column: str, feature: Any, written: Any) -> Any:
     if isinstance(dataset, IterableDataset):
 
-        def name(row: dict[str, Any]) -> dict[str, Any]:
-            return {column: _names_of(row[column], names)}
+        def convert(row: dict[str, Any]) -> dict[str, Any]:
+            return {column: _value_as_written(row[column], feature)}
 
-        return dataset.map(name, features=Features({**dataset.features, column: feature}))
-    named = [_names_of(value, names) for value in dataset.with_format(None)[column]]
-    order = dataset.column_names
-    return dataset.remove_columns(column).add_column(column, named, feature=feature).select_columns(order)
+        return dataset.map(convert, features=Features({**dataset.features, column: written}))
+    values = [_value_as_written(value, feature) for value in dataset.with_format(None)[column]]
+    order, added = dataset.column_names, f"{column} as written"
+    with_both = dataset.add_column(added, values, feature=written)
+    return with_both.remove_columns(column).rename_column(added, column).select_columns(order)
 
 
-def _names_of(value: Any, names: list[str]) -> Any:
-    if isinstance(value, list):
-        return [_names_of(part, names) for part in value]
-    return names[value] if value is not None and value >= 0 else None
+def _value_as_written(value: Any, feature: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(feature, Mapping):
+        return {name: _value_as_written(value.get(name), inner) for name, inner in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return [_value_as_written(part, feature.feature) for part in value]
+    if _is_short_float(feature):
+        return float(str(_SHORT_FLOATS[feature.dtype](value)))
+    if not isinstance(feature, ClassLabel):
+        return value
+    # A class that is not known has the number -1.
+    return feature.names[value] if value >= 0 else None

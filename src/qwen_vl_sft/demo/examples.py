@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.conversation import Conversation
-from qwen_vl_sft.data.dataset import Rows, open_rows, select_evenly
+from qwen_vl_sft.data.dataset import Rows, open_split, select_evenly
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.task import read_question
 from qwen_vl_sft.inference.source import Source
@@ -33,24 +34,15 @@ def collect_examples(source: Source, number: int, folder: Path) -> list[Example]
     """Collect rows of the run's evaluation split, else of the charts that ship with this package; images go into `folder`."""
     data = source.recipe.data
     splits = list(dict.fromkeys(split for split in (data.dataset_test_split, *TRIED_SPLITS) if split))
-    wanted: list[tuple[str, str, str | None, str]] = [(str(tiny.DATA_DIR), "test", None, "auto")]
+    wanted = [(DataSettings(dataset_name=str(tiny.DATA_DIR)), "test")]
     if data.dataset_name:
-        own = [(data.dataset_name, split, data.dataset_config, data.dataset_format) for split in splits]
-        wanted = [*own, *wanted]
-    for name, split, config, row_format in wanted if number else ():
+        wanted = [*((data, split) for split in splits), *wanted]
+    for settings, split in wanted if number else ():
         try:
             # A Hub dataset is read from its beginning: a few rows are no reason to download it whole.
-            streamed = not Path(name).exists()
+            streamed = not Path(str(settings.dataset_name)).exists()
             most = number * LOOKED_AT
-            rows = open_rows(
-                name,
-                split,
-                config,
-                streamed,
-                row_format,
-                max_rows=most if streamed else None,
-                ignored_columns=data.ignored_columns or (),
-            )
+            rows = open_split(settings, split, streamed, max_rows=most if streamed else None)
             found = list(_write(rows if streamed else select_evenly(rows, most), number, folder))
         except UserError:
             continue
@@ -91,7 +83,7 @@ def _write(rows: Rows, number: int, folder: Path) -> Iterator[Example]:
             kind = (image.open().format or "png").lower()
             path = folder / f"example-{index + 1}{'-' + str(count + 1) if count else ''}.{kind}"
             # The file's own bytes: another encoding could change the answer.
-            path.write_bytes(image.data if image.data is not None else Path(str(image.path)).read_bytes())
+            path.write_bytes(image.read())
             paths.append(path)
         yield Example(tuple(paths), question.question, " or ".join(question.answers))
 

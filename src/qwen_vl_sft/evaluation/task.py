@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from qwen_vl_sft.data.conversation import Conversation
-from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_rows, select_evenly
+from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_split, select_evenly
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import ReadMedia
@@ -87,17 +87,7 @@ def prepare(plan: Plan) -> Task:
     data, options = plan.recipe.data, plan.options
     if not data.dataset_name:
         raise UserError("dataset_name is not set, neither by --run nor by --dataset_name; name a dataset")
-    rows = select_evenly(
-        open_rows(
-            data.dataset_name,
-            options.split,
-            data.dataset_config,
-            row_format=data.dataset_format,
-            box_coordinates=data.box_coordinates,
-            ignored_columns=data.ignored_columns or (),
-        ),
-        options.max_samples,
-    )
+    rows = select_evenly(open_split(data, options.split, streaming=False), options.max_samples)
     message = rows.format.resolve_system_message(plan.system_message) or ""
     arms = choose_arms(plan, message)
     if "tuned" in arms:

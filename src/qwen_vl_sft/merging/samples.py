@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from qwen_vl_sft.checkpointing.run_folder import SYSTEM_MESSAGE
 from qwen_vl_sft.data.conversation import Conversation
-from qwen_vl_sft.data.dataset import in_memory, open_rows, select_evenly
+from qwen_vl_sft.data.dataset import in_memory, open_split, select_evenly
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.errors import UserError
@@ -46,16 +46,8 @@ def read_samples(plan: Plan) -> Samples | None:
     if not samples:
         return None
     try:
-        rows = open_rows(
-            str(data.dataset_name),
-            data.dataset_test_split or data.dataset_train_split,
-            data.dataset_config,
-            streaming=data.dataset_streaming,
-            row_format=data.dataset_format,
-            max_rows=samples if data.dataset_streaming else None,
-            box_coordinates=data.box_coordinates,
-            ignored_columns=data.ignored_columns or (),
-        )
+        split = data.dataset_test_split or data.dataset_train_split
+        rows = open_split(data, split, max_rows=samples if data.dataset_streaming else None)
         rows = in_memory(rows) if rows.streamed else select_evenly(rows, samples)
         found = read_usable(rows, _with_images, data.bad_rows == "skip")
         return Samples([*found.values()], rows.format, data.enable_thinking)

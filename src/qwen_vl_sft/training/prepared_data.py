@@ -9,7 +9,7 @@ from typing import Any
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.agreed_scan import agreed_scan
-from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_rows, select_evenly
+from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_split, select_evenly
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import Scan, scan
 from qwen_vl_sft.distributed import launch
@@ -63,7 +63,7 @@ def prepare_data(run: Run) -> PreparedData:
     # One process of a machine downloads and prepares; the others then read its caches.
     with launch.join(context, recipe.get("ddp_backend")).local_main_process_first():
         seed = recipe.data_seed if data.shuffle_dataset else None
-        train_rows = _open(data, data.dataset_train_split, data.max_train_samples, seed)
+        train_rows = open_split(data, data.dataset_train_split, shuffle_seed=seed, max_rows=data.max_train_samples)
         evaluation_rows = _evaluation_rows(data) if recipe.get("eval_strategy") != "no" else None
     message = train_rows.format.resolve_system_message(data.system_message)
     chat = load_family(recipe.model).chat_with(data.enable_thinking)
@@ -126,27 +126,12 @@ def _check_steps_hold_rows(train: Scan, tokens: int, processes: int) -> None:
         )
 
 
-def _open(data: DataSettings, split: str, max_rows: int | None, shuffle_seed: int | None = None) -> Rows:
-    assert data.dataset_name is not None
-    return open_rows(
-        data.dataset_name,
-        split,
-        data.dataset_config,
-        data.dataset_streaming,
-        data.dataset_format,
-        shuffle_seed=shuffle_seed,
-        max_rows=max_rows,
-        box_coordinates=data.box_coordinates,
-        ignored_columns=data.ignored_columns or (),
-    )
-
-
 def _evaluation_rows(data: DataSettings) -> Rows:
     split, cap = data.dataset_test_split, data.max_eval_samples
     assert split is not None
     if data.dataset_streaming:
-        return in_memory(_open(data, split, cap))
-    return select_evenly(_open(data, split, None), cap)
+        return in_memory(open_split(data, split, max_rows=cap))
+    return select_evenly(open_split(data, split), cap)
 
 
 def _scan(

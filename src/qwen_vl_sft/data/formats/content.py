@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from qwen_vl_sft.data.formats.base import has_value, unread_media
@@ -123,6 +124,8 @@ def text_or_number(value: Any, what: str) -> str:
 
 def number_as_text(value: Any) -> Any:
     """Return a number as text, NaN (a missing value) as None, and everything else unchanged."""
+    if isinstance(value, Decimal):
+        return format(value, "f") if value.is_finite() else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if value != value:

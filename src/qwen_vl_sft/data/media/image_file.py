@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from qwen_vl_sft.data import git_lfs
+from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.media.decoding import decode_upright
 from qwen_vl_sft.errors import BadRow, first_line, shortened
 
@@ -31,6 +34,9 @@ WAY_OUT_OF_URLS = "download the images into the data folder and name the files"
 _SCHEME = re.compile(r"(?!file:|data:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # How the text of an encoded PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF or JPEG 2000 begins in base64.
 _BASE64_BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
+# So many bytes tell what a file is.
+_HEAD = 256
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 # Shorter text is the name of a file.
 _SHORTEST_BASE64 = 64
 
@@ -51,13 +57,22 @@ class ImageFile:
     @cached_property
     def content_hash(self) -> str:
         """The sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def read(self) -> bytes:
+        """Return its encoded bytes. Raises `BadRow` for a file that cannot be read."""
+        if self.data is not None:
+            return self.data
         try:
-            data = self.data if self.data is not None else Path(str(self.path)).read_bytes()
+            try:
+                return Path(str(self.path)).read_bytes()
+            except NotADirectoryError:
+                with archives.open_member(Path(str(self.path))) as member:
+                    return member.read()
         except FileNotFoundError:
             raise BadRow(f"image file {shortened(str(self.path))} does not exist") from None
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
-        return hashlib.sha256(data).hexdigest()
 
     def open(self) -> Image.Image:
         """Open without decoding pixels: size and mode come from the header. Raises `BadRow`.
@@ -65,12 +80,12 @@ class ImageFile:
         The sides are those before the image is turned upright; it makes as many patches either way.
         """
         try:
-            image = Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
+            image = self._opened()
         except FileNotFoundError:
             raise BadRow(f"image file {shortened(str(self.path))} does not exist") from None
         except Image.DecompressionBombError as error:
             raise BadRow(f"image{self._named()} is refused: {error}") from None
-        except MemoryError:
+        except (MemoryError, BadRow):
             raise
         except Exception as error:  # the readers of damaged files raise what they like, RuntimeError and IndexError too
             raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
@@ -113,14 +128,47 @@ class ImageFile:
     def pixels(self) -> torch.Tensor:
         """Decode as `decode` does, to [height, width, 3] uint8. Raises `BadRow`."""
         header = self.open()
-        with contextlib.suppress(OSError):  # told by `decode`
-            found = decode_upright(header, self.data if self.data is not None else Path(str(self.path)).read_bytes())
-            if found is not None:
-                return found
+        found = decode_upright(header, self.read())
+        if found is not None:
+            return found
         return torch.from_numpy(np.array(self.decode()))
+
+    def _opened(self) -> Image.Image:
+        try:
+            return Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
+        except NotADirectoryError:  # its path leads into an archive
+            return ImageFile(self.read(), self.path)._opened()
+        except UnidentifiedImageError:
+            head = self.read()[:_HEAD]
+        if git_lfs.is_pointer(head):
+            raise BadRow(f"image{self._named()} is a Git LFS pointer, not the image; {git_lfs.WAY_OUT}")
+        if not _is_heic(head):
+            raise BadRow(f"image{self._named()} cannot be read (it is in no format that Pillow knows)")
+        if not _register_heic():
+            raise BadRow(
+                f"image{self._named()} is HEIC, which is read where pillow-heif is installed (pip install"
+                " 'qwen_vl_sft[heic]'); install it, or save the images as JPEG"
+            )
+        return Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
 
     def _named(self) -> str:
         return f" {shortened(self.path)}" if self.path else ""
+
+
+def _is_heic(head: bytes) -> bool:
+    """Tell by its first bytes whether a file is HEIF with HEVC inside, as phones write it."""
+    brands = head[8 : int.from_bytes(head[:4], "big")]
+    return head[4:8] == b"ftyp" and any(brands[at : at + 4] in _HEIC_BRANDS for at in range(0, len(brands), 4))
+
+
+def _register_heic() -> bool:
+    """Let Pillow read HEIC; return whether it can."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -202,4 +250,21 @@ def image_file(value: Any, folder: Path | None) -> ImageFile:
             f"names the image file {shown}, which lies outside the data folder {folder}; put the images, or a link to"
             f" their folder, into it and name them relative to it"
         )
+    if not os.path.exists(path) and written_inside:
+        written = next(home / name for home in homes if (home / name).is_relative_to(home))
+        path = _in_archive(written, folder.absolute(), shown) or path
     return ImageFile(None, str(path))
+
+
+def _in_archive(path: Path, folder: Path, shown: str) -> Path | None:
+    """Return where a path leads if it leads into an archive, or an archive of the data folder holds its file."""
+    if archives.split_path(path):
+        return path
+    try:
+        found = archives.find(path, folder)
+    except (OSError, ValueError) as error:
+        raise BadRow(f"names the image file {shown}, which may be in an archive: {first_line(error)}") from None
+    if len(found) > 1:
+        both = " and ".join(shortened(str(place.relative_to(folder))) for place in found)
+        raise BadRow(f"names the image file {shown}, which is there twice, as {both}; name it so")
+    return found[0] if found else None
