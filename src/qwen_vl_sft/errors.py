@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import select
 import sys
 import time
@@ -20,16 +21,20 @@ EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 75
 # A message holds no more of a value that somebody wrote, which may be a whole document.
 MOST_QUOTED = 200
+_LONG_WORD = re.compile(rf"\S{{{MOST_QUOTED + 1},}}")
 # A process that may have failed because another one has gone waits so long.
 _PEER_SECONDS = 5
 
 
 class UserError(ValueError):
-    """One or more problems that the user can solve. Each says where, what, why and the way out."""
+    """One or more problems that the user can solve. Each says where, what, why and the way out.
+
+    A word of more than `MOST_QUOTED` characters, which no message has of itself, is shortened.
+    """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(_LONG_WORD.sub(lambda word: shortened(word[0]), problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,5 @@
 import contextlib
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.config.coercion import coerce, load_yaml
 from qwen_vl_sft.config.command_line import format_help, parse, recipe_values
 from qwen_vl_sft.config.other_trainers import FORMER_KEYS, WITHOUT_COUNTERPART
-from qwen_vl_sft.config.reading import build, key_hints, read_recipe
+from qwen_vl_sft.config.reading import build, key_hints, read_recipe, text_keys
 from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, REFUSED_KEYS, TRAINING_DEFAULTS
 from qwen_vl_sft.data.scan import Scan
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.training import plan
+from qwen_vl_sft.training import plan, rules
 from qwen_vl_sft.training.options import Options
 
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
+ALONE = DistributedContext("single", 1, 0, 0, on_cpu=True)
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 
@@ -453,3 +456,29 @@ def test_the_embedded_model_of_an_installation_that_is_gone_is_found_in_this_one
     assert build({"model_name_or_path": str(gone)}).model.model_name_or_path == str(tiny.MODEL_DIR)
     gone.mkdir(parents=True)
     assert build({"model_name_or_path": str(gone)}).model.model_name_or_path == str(gone)
+
+
+LONG_VALUES = ("/" + "x" * 700, "a b " * 300, f"{{{'x' * 700}: 1}}")
+TAKE_LISTS = {"fused_kernels", "lora_modules_to_save", "lora_target_modules", "report_to"}
+
+
+@pytest.mark.parametrize("key", sorted(text_keys() | TAKE_LISTS))
+def test_no_message_on_a_key_holds_a_long_value(key, tmp_path):
+    """Nor is there a traceback: a name may be too long for a file."""
+    keys = {
+        "model_name_or_path": "builtin:tiny-qwen2-vl",
+        "dataset_name": "builtin:tiny-charts",
+        "output_dir": str(tmp_path),
+    }
+    for value in LONG_VALUES:
+        try:
+            told = rules.problems_of(read_recipe(None, {**keys, key: value}), ALONE)
+        except UserError as error:
+            told = error.problems
+        for problem in told:
+            assert not re.search(r"x{200}|(a b ){50}", problem), problem[:300]
+
+
+def test_an_error_shortens_a_long_word():
+    assert str(UserError(f"model {'y' * 150} and {'x' * 900} do not fit")).endswith("... (900 characters) do not fit")
+    assert "y" * 150 in str(UserError(f"model {'y' * 150} and {'x' * 900} do not fit"))

@@ -4,10 +4,12 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 
+from fixtures.repository import REPOSITORY
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.resolve import resolve
 
 
@@ -51,6 +53,15 @@ def test_nothing_of_a_run_can_be_changed(tmp_path):
             setattr(part, name, getattr(part, name))
     with pytest.raises(TypeError, match="does not support item assignment"):
         run.recipe.training["seed"] = 1
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_set_up_on_a_cpu_with_no_key_changed_but_the_model(path, tmp_path):
+    recipe = read_recipe(path, {"model_name_or_path": "builtin:tiny-qwen2-vl", "output_dir": str(tmp_path / "run")})
+    run = resolve(recipe, DistributedContext("single", 1, 0, 0, on_cpu=True))
+    args = sft.sft_config(run)
+    assert args.use_cpu
+    assert not args.tf32
 
 
 @pytest.mark.parametrize("scope", ["language", "all"])

@@ -28,6 +28,17 @@ from qwen_vl_sft.config.settings import (
 from qwen_vl_sft.errors import UserError, quoted, raise_all, shortened
 from qwen_vl_sft.shipped_files import RECIPES, find_file, shipped_names
 
+# Keys that may name a file or a folder, and the longest name of one in bytes; asked for a longer one, Python raises.
+_PATHS = (
+    "model_name_or_path",
+    "init_adapter",
+    "dataset_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "image_features_dir",
+)
+_LONGEST_NAME = 255
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -118,6 +129,9 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
             values[name] = coerce(value, hints[name])
         except ValueError:
             problems.append(f"{sources[name]}: {name}: {quoted(value)} is not {expected(hints[name])}")
+            continue
+        if name in _PATHS and any(len(os.fsencode(part)) > _LONGEST_NAME for part in str(values[name]).split("/")):
+            problems.append(f"{sources[name]}: {name}: {quoted(value)} has a name that is too long for a file")
     raise_all(problems)
     return build(values)
 

@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import RopeFunctions
 from qwen_vl_sft.families.registry import family_of
 
@@ -50,7 +51,7 @@ def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
     unknown = [name for name in wanted if name not in KERNELS]
     compiled = [name for name in wanted if name not in PLAIN_PYTORCH]
     if unknown:
-        yield f"fused_kernels: {', '.join(unknown)} is unknown; known are {', '.join(KERNELS)}"
+        yield f"fused_kernels: {shortened(', '.join(unknown))} is unknown; known are {', '.join(KERNELS)}"
     elif compiled and on_cpu:
         yield f"fused_kernels: {', '.join(compiled)} run on CUDA only; leave them out on a CPU"
     elif set(wanted) & set(FROM_LIGER) and not _has_liger():

@@ -11,6 +11,7 @@ from torch import nn
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
@@ -112,7 +113,7 @@ def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
         if not matched:
             near = get_close_matches(wanted, endings, n=1)
             hint = f"did you mean {near[0]}?" if near else f"its layers are named {', '.join(endings)}"
-            yield f"lora_modules_to_save: {wanted} matches no layer of the model; {hint}"
+            yield f"lora_modules_to_save: {shortened(wanted)} matches no layer of the model; {hint}"
         elif lists := [name for name in matched if isinstance(modules[name], nn.ModuleList | nn.ModuleDict)]:
             yield (
                 f"lora_modules_to_save: {wanted} is a list of layers ({lists[0]}), which PEFT cannot train as one; name"
