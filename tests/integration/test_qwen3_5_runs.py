@@ -118,6 +118,8 @@ def test_a_full_model_keeps_what_transformers_does_not_load(trained, hybrid_mode
     index = json.loads((run / "model.safetensors.index.json").read_text())["weight_map"]
     base = load_file(hybrid_model / "model.safetensors")
     assert index.keys() == base.keys()
+    saved = json.loads((run / "checkpoint-2/model.safetensors.index.json").read_text())["weight_map"]
+    assert saved.keys() == index.keys()
     found = {name: load_file(run / file)[name] for name, file in index.items()}
     changed = {name for name in base if not torch.equal(found[name], base[name])}
     assert not [name for name in changed if name.startswith("mtp.")]

@@ -4,16 +4,20 @@ import copy
 
 import pytest
 
+from fixtures.messages import conversation_row, write_messages
 from fixtures.models import chat_template
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.conversation import Conversation, without_thought
+from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats.base import last_answer
+from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation.scoring import Question, score_row
 from qwen_vl_sft.families import qwen2_vl, qwen3_5
 from qwen_vl_sft.inference.generation import decode_answer
 from qwen_vl_sft.modeling.model_rules import problems_of_family
+from qwen_vl_sft.training.plan import warnings
 
 TEMPLATES = ["qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8"]
 EMPTY, THOUGHT = "<think>\n\n</think>\n\n", "<think>\nIt looks red.\n</think>\n\n"
@@ -124,7 +128,23 @@ def test_a_family_without_the_switch_refuses_it():
     (problem,) = problems_of_family(recipe, qwen2_vl.FAMILY)
     assert problem.startswith("enable_thinking does not work with Qwen2-VL: its chat template decides by itself")
     assert not list(problems_of_family(recipe, qwen3_5.FAMILY))
-    assert qwen2_vl.FAMILY.chat_with(True) is qwen2_vl.FAMILY.chat
+    assert qwen2_vl.FAMILY.chat_with(False) is qwen2_vl.FAMILY.chat
+    with pytest.raises(UserError, match=r"enable_thinking does not work with Qwen2-VL: .*; leave it out"):
+        qwen2_vl.FAMILY.chat_with(True)
+
+
+@pytest.mark.parametrize(("keys", "count"), [({}, 1), ({"max_new_tokens": 2048}, 0)])
+def test_thoughts_that_would_be_cut_are_told(keys, count):
+    recipe = read_recipe(None, {"model_name_or_path": "m", "dataset_name": "d", "enable_thinking": True, **keys})
+    assert len([text for text in warnings(recipe, []) if "max_new_tokens" in text]) == count
+
+
+@pytest.mark.parametrize("processor", TEMPLATES[:1], indirect=True)
+def test_a_scan_of_other_prompts_is_not_taken(processor, tmp_path):
+    rows = open_rows(str(write_messages(tmp_path, [conversation_row()])), "train")
+    assert len(scan(rows, encoder_of(processor, False)).kept) == 1
+    with pytest.raises(UserError, match="has an answer without a thought"):
+        scan(rows, encoder_of(processor, True))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from qwen_vl_sft.errors import UserError
+
 PARTS = ("vision", "merger", "language")
 # True, or the reason why a family cannot do it, as a user reads it after "... does not work with NAME: ".
 Capability = Literal[True] | str
@@ -206,6 +208,11 @@ class RowStates(Protocol):
         """Have these layers do what a step says, in forward passes of one sequence."""
 
 
+def reason_against(key: str, name: str, reason: str) -> str:
+    """Return why a recipe key does not work with the family of this name."""
+    return f"{key} does not work with {name}: {reason}"
+
+
 def image_inputs(config: Any, grids: torch.Tensor) -> dict[str, Any]:
     """Return what every vision tower would work out from `grids` [I, 3], waiting for the GPU image by image.
 
@@ -376,8 +383,13 @@ class ModelFamily:
     feature_cache: Capability = True
 
     def chat_with(self, enable_thinking: bool) -> ChatFormat:
-        """Return the chat format of a recipe, which says whether answers begin with a thought."""
+        """Return the chat format of a recipe, which says whether answers begin with a thought.
+
+        Raises `UserError` where the family leaves no choice and a thought is asked for.
+        """
         if self.thinking is not True:
+            if enable_thinking:
+                raise UserError(f"{reason_against('enable_thinking', self.name, self.thinking)}; leave it out")
             return self.chat
         return replace(self.chat, template_options={**self.chat.template_options, "enable_thinking": enable_thinking})
 

@@ -86,7 +86,9 @@ FAMILY = ModelFamily(
     name="Qwen3.5",
     flops=_flops,
     # https://github.com/QwenLM/Qwen3.8-Flash-Next/issues/4
-    chat=ChatFormat(template_options={"preserve_thinking": True}, boxes=plain_boxes("norm1000")),
+    chat=ChatFormat(
+        template_options={"preserve_thinking": True, "enable_thinking": False}, boxes=plain_boxes("norm1000")
+    ),
     patch_inputs=interpolated_image_inputs,
     packed_entries=_packed_entries,
     prepare_packing=lambda model: take_pieces(model, LINEAR_LAYER),

@@ -12,7 +12,7 @@ from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import shortened
-from qwen_vl_sft.families.base import ModelFamily
+from qwen_vl_sft.families.base import ModelFamily, reason_against
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
 from qwen_vl_sft.modeling.lora import trained_in_full
@@ -93,7 +93,7 @@ def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
     }
     for key, (wanted, can, instead) in asked.items():
         if wanted and can is not True:
-            yield f"{key} does not work with {family.name}: {can}; {instead}"
+            yield f"{reason_against(key, family.name, can)}; {instead}"
     for name in kernels if isinstance(kernels, list) else ():
         if name in family.unfit_kernels:
             yield f"fused_kernels: {name} does not fit {family.name}: {family.unfit_kernels[name]}; leave it out"

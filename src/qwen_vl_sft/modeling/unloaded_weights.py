@@ -22,6 +22,8 @@ def add_unloaded_weights(settings: ModelSettings, folder: Path) -> int:
     They are written in the recipe's `dtype`, as they were before training. A model in one file then has two and an index.
     Call it on one process, once the model is saved. Raises `OSError`.
     """
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        return 0  # a strategy saves split weights in a form of its own
     beginnings = load_family(settings).unloaded_weights
     tensors = _read(_folder_of(settings), beginnings, getattr(torch, settings.dtype)) if beginnings else {}
     if not tensors:

@@ -158,6 +158,11 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
             "dtype: bfloat16 without bf16: true loses steps smaller than 0.4% of a weight; bf16: true keeps what trains in"
             " float32"
         )
+    if recipe.data.enable_thinking and "max_new_tokens" not in recipe.stated:
+        found.append(
+            f"enable_thinking with max_new_tokens {recipe.run.max_new_tokens}, the default: most thoughts are longer, and an"
+            f" answer whose thought is cut scores as empty; set max_new_tokens"
+        )
     if recipe.data.train_on == "all":
         found.append(
             "train_on: all also learns the prompt's fixed text; answers usually come out worse than with assistant"

@@ -168,6 +168,7 @@ def build_trainer(
         generation_metrics=_generation_metrics(recipe, data, args.eval_batch_size),
         safeguards=safeguards,
         stopper=stopper,
+        **({} if recipe.model.use_peft else {"complete_saved": partial(add_unloaded_weights, recipe.model)}),
         callbacks=[*([EpochOrder(sampler)] if sampler else []), *callbacks],
     )
     for plain in (ProgressCallback, PrinterCallback):
@@ -252,9 +253,6 @@ def train_and_save(
         # DeepSpeed saves the copy that it computes with.
         trainer.model.to(getattr(torch, run.recipe.model.dtype))
     trainer.save_final_model(run.output_dir)
-    if not run.recipe.model.use_peft and run.context.rank == 0:
-        with explained_save("the finished model", run.output_dir, trainer.writer.newest(), remove=False):
-            add_unloaded_weights(run.recipe.model, run.output_dir)
     return metrics
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class VisionSFTTrainer(SFTTrainer):
         safeguards: write checkpoints and watch steps; None for those of `make_safeguards`.
         stopper: asked before a checkpoint is written, and between the batches of an evaluation. It must be the last of
             the trainer's callbacks.
+        complete_saved: adds to the folder of a saved model what the Trainer does not write.
 
     All other arguments are those of TRL's trainer. `finished` is what the whole run has come to (`totals`), at its end;
     `failed_loggers` tells why loggers have failed, by name.
@@ -70,9 +71,11 @@ class VisionSFTTrainer(SFTTrainer):
         generation_metrics: GenerationMetrics | None = None,
         safeguards: Safeguards | None = None,
         stopper: RunStopper | None = None,
+        complete_saved: Callable[[Path], Any] = lambda folder: None,
         **kwargs: Any,
     ) -> None:
         self._sampler = sampler
+        self._complete_saved = complete_saved
         self.throughput = throughput
         self.eval_collator = eval_collator
         self.generation_metrics = generation_metrics
@@ -402,10 +405,11 @@ class VisionSFTTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Overridden to save what DeepSpeed steps on (`save_model`).
+        # Overridden to save what DeepSpeed steps on (`save_model`), and what transformers has not loaded.
         if state_dict:
             state_dict = {name: self._held.get(name, value) for name, value in state_dict.items()}
         super()._save(output_dir, state_dict)
+        self._complete_saved(Path(output_dir or str(self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Overridden so that a checkpoint is complete or not there, and holds sound steps alone.
