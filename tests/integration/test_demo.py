@@ -24,7 +24,7 @@ from fixtures.repository import REPOSITORY
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo.examples import collect_examples, load_examples, save_examples
-from qwen_vl_sft.demo.naming import label, model_name, relaxed_accuracy, run_names
+from qwen_vl_sft.demo.naming import headline_score, label, model_name, run_names
 from qwen_vl_sft.demo.options import Options, check_options
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.source import Source, TunedModel, read_source
@@ -87,7 +87,7 @@ def test_names_tell_runs_apart_and_hide_folders(runs, sources, tmp_path):
     assert run_names(named) == ["a/run", "b/run", "c", "c/checkpoint-5"]
     assert label("one", sources[0].tuned) == "one (relaxed accuracy 75.1%)"
     assert label("two", sources[1].tuned) == "two"
-    assert relaxed_accuracy(sources[1].tuned) is None
+    assert headline_score(sources[1].tuned) is None
     assert model_name(sources[0].recipe.model) == "builtin:tiny-qwen2-vl"
     assert model_name(ModelSettings("Qwen/Qwen2-VL-2B-Instruct")) == "Qwen/Qwen2-VL-2B-Instruct"
     assert model_name(ModelSettings(str(tmp_path))) == tmp_path.name

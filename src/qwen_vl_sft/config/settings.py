@@ -167,7 +167,9 @@ class RunSettings:
     log_row_ids: bool = key(False, "write the row ids of every step to row_ids-RANK.jsonl")
     overwrite_output_dir: bool = key(False, "delete the files of an earlier run in output_dir")
     predict_with_generate: bool = key(
-        False, "at every evaluation also answer rows and log relaxed_accuracy, exact_match and the other metrics"
+        False,
+        "at every evaluation also answer rows and log relaxed_accuracy, exact_match and the other metrics; mean_iou and"
+        " those of boxes where the rows have some",
     )
     max_predict_samples: int | None = key(128, "rows that predict_with_generate answers, taken evenly over the split")
     max_new_tokens: int = key(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.evaluation.metrics import HEADLINE
+from qwen_vl_sft.evaluation.metrics import headline_of
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
 from qwen_vl_sft.inference.source import Source, TunedModel
 
@@ -28,19 +28,21 @@ def run_names(sources: Sequence[Source]) -> list[str]:
     return names
 
 
-def relaxed_accuracy(tuned: TunedModel) -> float | None:
-    """Return the relaxed accuracy of the run's own evaluation, or None."""
+def headline_score(tuned: TunedModel) -> tuple[str, float] | None:
+    """Return the headline of the run's own evaluation and its mean, or None."""
     try:
         summary = json.loads((tuned.folder / EVALUATION / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return float(summary["scores"]["tuned"]["all"][HEADLINE]["mean"])
-    except (OSError, ValueError, KeyError, TypeError):
+        cells = summary["scores"]["tuned"]["all"]
+        metric = headline_of(cells)
+        return metric, float(cells[metric]["mean"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def label(name: str, tuned: TunedModel) -> str:
     """Return a run's label in the page's list."""
-    accuracy = relaxed_accuracy(tuned)
-    return name if accuracy is None else f"{name} (relaxed accuracy {accuracy:.1%})"
+    score = headline_score(tuned)
+    return name if score is None else f"{name} ({score[0].replace('_', ' ')} {score[1]:.1%})"
 
 
 def model_name(settings: ModelSettings) -> str:

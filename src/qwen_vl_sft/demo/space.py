@@ -21,11 +21,10 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo import examples as example_files
-from qwen_vl_sft.demo.naming import EVALUATION, model_name, relaxed_accuracy, run_names
+from qwen_vl_sft.demo.naming import EVALUATION, headline_score, label, model_name, run_names
 from qwen_vl_sft.demo.options import Options
 from qwen_vl_sft.demo.serve import prepare_gradio, read_sources
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.evaluation.metrics import HEADLINE
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
 from qwen_vl_sft.inference.source import ADAPTER_FILE, Source
 from qwen_vl_sft.merging.folder import PROCESSOR_FILES
@@ -120,8 +119,7 @@ def card(names: Sequence[str], sources: Sequence[Source]) -> str:
     lines = []
     for name, source in zip(names, sources, strict=True):
         assert source.tuned
-        accuracy = relaxed_accuracy(source.tuned)
-        lines.append(f"- {name}" + (f" (relaxed accuracy {accuracy:.1%})" if accuracy is not None else ""))
+        lines.append(f"- {label(name, source.tuned)}")
     text = CARD.format(title=front["title"], base=base, runs="\n".join(lines), gradio=version)
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}"
 
@@ -159,10 +157,11 @@ def write_run(source: Source, folder: Path) -> None:
     settings_of_page = data | {"max_new_tokens": source.recipe.run.max_new_tokens}
     recipe = asdict(source.recipe.model) | {"model_name_or_path": name} | settings_of_page
     (folder / run_folder.RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    accuracy = relaxed_accuracy(tuned)
-    if accuracy is not None:
+    score = headline_score(tuned)
+    if score is not None:
         (folder / EVALUATION).mkdir()
-        _write_json(folder / EVALUATION / SUMMARY_FILE, {"scores": {"tuned": {"all": {HEADLINE: {"mean": accuracy}}}}})
+        cells = {score[0]: {"mean": score[1]}}
+        _write_json(folder / EVALUATION / SUMMARY_FILE, {"scores": {"tuned": {"all": cells}}})
 
 
 def copy_package(folder: Path, with_model: bool) -> None:

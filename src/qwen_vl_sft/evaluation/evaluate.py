@@ -9,6 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -162,13 +163,17 @@ def answer_all(
         with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=context.rank > 0) as progress:
             for finished in _answers(plan, model, prompts, share, seen):
                 new = {
-                    task.questions[index].row_id: None if index in prompts.unreadable else answer
+                    task.questions[index].row_id: None if index in prompts.unreadable else _read(prompts, index, answer)
                     for index, answer in finished
                 }
                 files.append(context.rank, arm, new)
                 progress.update(len(finished))
         speed[arm] = sum(map(len, share)), time.perf_counter() - began
     return speed
+
+
+def _read(prompts: Prompts, index: int, answer: GeneratedAnswer) -> GeneratedAnswer:
+    return replace(answer, text=prompts.in_data_coordinates(index, answer.text))
 
 
 def speed_of_arms(speeds: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str, dict[str, float]]:

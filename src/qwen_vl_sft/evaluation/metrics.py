@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from qwen_vl_sft.evaluation.box_metrics import (
+    BOX_HEADLINES,
+    BOX_METRICS,
+    BOX_NOTES,
+    POINT_METRICS,
+    Target,
+    score_boxes,
+)
 
 MAX_RELATIVE_CHANGE = 0.05
 ANLS_THRESHOLD = 0.5
@@ -77,7 +87,9 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "anls": anls,
 }
 HEADLINE = "relaxed_accuracy"
-NOTES = {
+# All that may be measured; the data decide which of the boxes and points are.
+ALL_METRICS = (*BOX_METRICS, *POINT_METRICS, *METRICS)
+NOTES = BOX_NOTES | {
     "relaxed_accuracy": "published ChartQA metric: numbers within 5%, years too",
     "normalised_relaxed_accuracy": "years exact, separators ignored: may be higher",
     "exact_match": "same text, case-sensitive",
@@ -85,10 +97,36 @@ NOTES = {
 }
 
 
-def score(prediction: str, targets: Sequence[str]) -> dict[str, float]:
-    """Return every metric of one prediction; the best of the accepted targets counts, for each metric on its own."""
+def score(prediction: str, targets: Sequence[str], boxes: Sequence[Target] = ()) -> dict[str, float]:
+    """Return every metric of one prediction; the best of the accepted targets counts, for each metric on its own.
+
+    Those of boxes and points are measured where the right answer has some.
+    """
     assert not isinstance(targets, str)
-    return {name: max(metric(prediction, target) for target in targets) for name, metric in METRICS.items()}
+    texts = {name: max(metric(prediction, target) for target in targets) for name, metric in METRICS.items()}
+    return texts | score_boxes(prediction, boxes)
+
+
+def measured_metrics(names: Collection[str]) -> list[str]:
+    """Return those of `ALL_METRICS` among `names`, in their order; the headline first."""
+    return sorted((name for name in ALL_METRICS if name in names), key=lambda name: name != headline(names))
+
+
+def headline(names: Collection[str]) -> str:
+    """Return the metric that is compared first: that of boxes or points where there is one among `names`."""
+    return next((name for name in BOX_HEADLINES if name in names), HEADLINE)
+
+
+def headline_in_log(logs: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the headline of an evaluation while training, in words, and its mean; None where nothing was answered."""
+    metric = headline([name.removeprefix("eval_") for name in logs])
+    return (metric.replace("_", " "), logs[f"eval_{metric}"]) if f"eval_{metric}" in logs else None
+
+
+def headline_of(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the headline of scores over all rows, by metric: one that all rows have, beside others without boxes too."""
+    rows = max(cell.get("rows", 0) for cell in cells.values())
+    return headline([name for name, cell in cells.items() if cell.get("rows", 0) == rows])
 
 
 @dataclass(frozen=True)

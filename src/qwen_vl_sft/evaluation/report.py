@@ -19,8 +19,8 @@ from PIL import Image
 from qwen_vl_sft.atomic_write import atomic_write, writing_to
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
-from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
-from qwen_vl_sft.evaluation.scoring import REPORT_FILE, SPLIT_COLUMN, describe_cut
+from qwen_vl_sft.evaluation.metrics import NOTES, headline, headline_of, measured_metrics
+from qwen_vl_sft.evaluation.scoring import ALL, REPORT_FILE, SPLIT_COLUMN, describe_cut
 
 # The charts of a row, by its row_id.
 Charts = Callable[[int], Sequence[ImageFile]]
@@ -54,7 +54,7 @@ def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts
         "style": _asset(STYLE),
         "facts": _facts(summary),
         "scores": _scores(summary["scores"]),
-        "comparisons": _comparisons(summary["comparisons"]),
+        "comparisons": _comparisons(summary["comparisons"], headline_of(next(iter(summary["scores"].values()))[ALL])),
         "errors": _errors(data),
         "data": to_script_json(data),
         "script": _asset(SCRIPT),
@@ -117,7 +117,7 @@ def to_script_json(value: Any) -> str:
 
 
 def _judged(scored: Mapping[str, Any], golds: Sequence[str]) -> list[Any]:
-    right = scored[HEADLINE] == 1
+    right = scored[headline(scored)] == 1
     return [scored["answer"], right, None if right else error_kind(scored["answer"], golds)]
 
 
@@ -152,14 +152,15 @@ def _facts(summary: Mapping[str, Any]) -> str:
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    headline, *others = [_metric(scores, metric) for metric in METRICS]
-    return f"{headline}<details><summary>The other metrics</summary>{''.join(others)}</details>"
+    measured = measured_metrics(next(iter(scores.values()))[ALL])
+    first, *others = [_metric(scores, metric) for metric in measured]
+    return f"{first}<details><summary>The other metrics</summary>{''.join(others)}</details>"
 
 
 def _metric(scores: Mapping[str, Any], metric: str) -> str:
-    first = next(iter(scores.values()))
-    headings = [f"{escape(split)} <small>({cells[metric]['rows']:,})</small>" for split, cells in first.items()]
-    body = [[escape(arm), *(_bar(cells[metric]) for cells in of_arm.values())] for arm, of_arm in scores.items()]
+    splits = {split: cells for split, cells in next(iter(scores.values())).items() if metric in cells}
+    headings = [f"{escape(split)} <small>({cells[metric]['rows']:,})</small>" for split, cells in splits.items()]
+    body = [[escape(arm), *(_bar(of_arm[split][metric]) for split in splits)] for arm, of_arm in scores.items()]
     name = metric.replace("_", " ")
     return f"<h3>{name[0].upper()}{name[1:]}</h3><p>{NOTES[metric]}</p>" + _table(name, ["arm", *headings], body)
 
@@ -171,10 +172,10 @@ def _bar(cell: Mapping[str, float]) -> str:
     return f"<b>{mean:.1f}</b> <small>[{low:.1f}, {high:.1f}]</small>{drawn}"
 
 
-def _comparisons(entries: Iterable[Mapping[str, Any]]) -> str:
+def _comparisons(entries: Iterable[Mapping[str, Any]], metric: str) -> str:
     body = []
     for entry in entries:
-        if entry["metric"] != HEADLINE:
+        if entry["metric"] != metric:
             continue
         mean, low, high = (100 * entry["difference"][name] for name in ("mean", "low", "high"))
         body.append(
@@ -188,7 +189,8 @@ def _comparisons(entries: Iterable[Mapping[str, Any]]) -> str:
         )
     if not body:
         return ""
-    note = "Relaxed accuracy on the same rows, in points; rows won and lost by the first arm; p of an exact sign test."
+    name = metric.replace("_", " ").capitalize()
+    note = f"{name} on the same rows, in points; rows won and lost by the first arm; p of an exact sign test."
     headings = ["arms", "rows", "difference", "won : lost", "p"]
     return f"<h2>Arms against each other</h2><p>{note}</p>" + _table("paired comparisons", headings, body)
 

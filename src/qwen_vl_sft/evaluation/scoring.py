@@ -12,7 +12,8 @@ from typing import Any
 from qwen_vl_sft.atomic_write import atomic_write, writing_to
 from qwen_vl_sft.config.settings import current_metric
 from qwen_vl_sft.data.conversation import without_thought
-from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES, compare, estimate, score
+from qwen_vl_sft.evaluation.box_metrics import Target
+from qwen_vl_sft.evaluation.metrics import NOTES, compare, estimate, headline_of, measured_metrics, score
 
 ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -27,12 +28,13 @@ NAME_WIDTH = 11
 
 @dataclass(frozen=True)
 class Question:
-    """A row to answer: its accepted answers, and the part of the data that it is also counted in."""
+    """A row to answer: its accepted answers, the part of the data that it is also counted in, and its boxes."""
 
     row_id: int
     question: str
     answers: list[str]
     split: str | None
+    boxes: tuple[Target, ...] = ()
 
 
 def split_name(value: Any) -> str | None:
@@ -45,14 +47,13 @@ def score_row(question: Question, predictions: Mapping[str, str]) -> dict[str, A
 
     A thought is kept with its answer, and not scored.
     """
+    scores = {arm: score(without_thought(text), question.answers, question.boxes) for arm, text in predictions.items()}
     return {
         "row_id": question.row_id,
         "question": question.question,
         "answers": question.answers,
         SPLIT_COLUMN: question.split,
-        "arms": {
-            arm: {"answer": text, **score(without_thought(text), question.answers)} for arm, text in predictions.items()
-        },
+        "arms": {arm: {"answer": text, **scores[arm]} for arm, text in predictions.items()},
     }
 
 
@@ -60,13 +61,15 @@ def summarise(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[st
     """Return means and paired comparisons of scored rows, each of which holds all `arms`.
 
     Returns `scores[arm][split][metric]`, an `Estimate`, and `comparisons`, a list with every pair of arms for each split
-    and metric. Splits are "all" and those the rows name. The order of the rows does not matter.
+    and metric. Splits are "all" and those the rows name. The order of the rows does not matter. A metric is measured over
+    the rows that have it, and is not there in a split without such rows.
     """
     splits = _splits(rows)
+    measured = {split: measured_metrics(_metrics_of(chosen)) for split, chosen in splits.items()}
     scores: dict[str, Any] = {}
     for arm in arms:
         scores[arm] = {
-            split: {metric: asdict(estimate(_values(chosen, arm, metric))) for metric in METRICS}
+            split: {metric: asdict(estimate(_values(chosen, arm, metric))) for metric in measured[split]}
             for split, chosen in splits.items()
         }
     comparisons = [
@@ -74,7 +77,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[st
         | asdict(compare(_values(chosen, first, metric), _values(chosen, second, metric)))
         for first, second in combinations(arms, 2)
         for split, chosen in splits.items()
-        for metric in METRICS
+        for metric in measured[split]
     ]
     return {"rows": len(rows), "scores": scores, "comparisons": comparisons}
 
@@ -82,11 +85,13 @@ def summarise(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[st
 def format_summary(summary: Mapping[str, Any]) -> str:
     """Return the summary as a table of at most 80 columns: percentages with 95% intervals, rows in the headings."""
     lines = ["in % with 95% intervals; in brackets after a heading its number of rows", ""]
-    for metric in METRICS:
+    of_all = next(iter(summary["scores"].values()))[ALL]
+    for metric in measured_metrics(of_all):
         lines += [f"{metric} ({NOTES[metric]})", *_metric_table(summary["scores"], metric), ""]
-    shown = [entry for entry in summary["comparisons"] if entry["metric"] == HEADLINE]
+    first = headline_of(of_all)
+    shown = [entry for entry in summary["comparisons"] if entry["metric"] == first]
     if shown:
-        lines += [f"arms on the same rows by {HEADLINE}, in points, with an exact sign test"]
+        lines += [f"arms on the same rows by {first}, in points, with an exact sign test"]
         lines += [_comparison_line("", "", "difference", "won:lost", "p"), *_comparison_table(shown)]
     return "\n".join(lines).rstrip()
 
@@ -130,12 +135,16 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     return splits
 
 
+def _metrics_of(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {name for row in rows for scored in row["arms"].values() for name in scored}
+
+
 def _values(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> list[float]:
-    return [row["arms"][arm][metric] for row in rows]
+    return [row["arms"][arm][metric] for row in rows if metric in row["arms"][arm]]
 
 
 def _metric_table(scores: Mapping[str, Any], metric: str) -> Iterator[str]:
-    splits = list(next(iter(scores.values())))
+    splits = [split for split, cells in next(iter(scores.values())).items() if metric in cells]
     for start in range(0, len(splits), SPLITS_A_LINE):
         columns = splits[start : start + SPLITS_A_LINE]
         counts = [next(iter(scores.values()))[split][metric]["rows"] for split in columns]

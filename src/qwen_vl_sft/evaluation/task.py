@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from qwen_vl_sft.data.boxes import answer_in_data_coordinates, boxes_of
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import ROW_ID, Rows, open_split, select_evenly
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.evaluation.box_metrics import targets_of
 from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
 from qwen_vl_sft.inference.generation import estimate_length, plan_units
@@ -67,12 +69,15 @@ class Prompts:
         self.encoder = encoder
         self.skip_bad_rows = skip_bad_rows
         self.unreadable: set[int] = set()
+        self._with_boxes: set[int] = set()
 
     def encode(self, index: int, read_media: ReadMedia | None = None) -> Encoded:
         """Encode the prompt of the row at this index; `read_media` as in `Encoder.encode_prompt`."""
         self.unreadable.discard(index)
         try:
             with self.rows.opened({"row": index}) as (conversation, _):
+                if boxes_of(conversation.up_to_last_answer().messages[-1]):
+                    self._with_boxes.add(index)
                 return self.encoder.encode_prompt(conversation.up_to_last_answer(), read_media)
         except BadRow as error:
             if not self.skip_bad_rows:
@@ -80,6 +85,16 @@ class Prompts:
             logger.warning("skipped: %s", error)
             self.unreadable.add(index)
             return self.encoder.encode_prompt(_STAND_IN)
+
+    def in_data_coordinates(self, index: int, answer: str) -> str:
+        """Return the answer to an encoded prompt with its boxes in the coordinates of the data."""
+        if index not in self._with_boxes:
+            return answer
+        with self.rows.opened({"row": index}) as (conversation, _):
+            encoder = self.encoder
+            return answer_in_data_coordinates(
+                answer, conversation.up_to_last_answer(), encoder.boxes, encoder.processor
+            )
 
 
 def prepare(plan: Plan) -> Task:
@@ -123,6 +138,7 @@ def _measured(rows: Rows, encoder: Encoder, skip_bad_rows: bool) -> dict[int, _M
 
     def read(raw: Mapping[str, Any], conversation: Conversation) -> _Measured:
         question = read_question(raw, conversation, rows.format)
+        encoder.with_boxes(conversation)  # refuses those outside the image
         length, digest = estimate_length(encoder, conversation), digest_of_row(question, conversation)
         return _Measured(question, length, tuple(item.content_hash for item in conversation.media), digest)
 
@@ -162,13 +178,16 @@ def read_question(raw: Mapping[str, Any], conversation: Conversation, row_format
     """
     if "tool_calls" in conversation.messages[-1]:
         raise BadRow("ends with the call of a tool, which no metric scores; leave such rows out of what is evaluated")
-    answers = row_format.accepted_answers(raw, conversation)
-    return Question(raw[ROW_ID], conversation.last_question, answers, split_name(raw.get(SPLIT_COLUMN)))
+    answers, split = row_format.accepted_answers(raw, conversation), split_name(raw.get(SPLIT_COLUMN))
+    return Question(raw[ROW_ID], conversation.last_question, answers, split, targets_of(conversation))
 
 
 def digest_of_row(question: Question, conversation: Conversation) -> str:
     """Digest what a row asks and accepts; its images count with their encoded bytes. Raises `BadRow`."""
-    content = [asdict(question), conversation.messages, [item.content_hash for item in conversation.media]]
+    asked = asdict(question)
+    if not question.boxes:
+        del asked["boxes"]  # so that older evaluations can be resumed
+    content = [asked, conversation.messages, [item.content_hash for item in conversation.media]]
     content += [conversation.tools] if conversation.tools else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
 from qwen_vl_sft.data.formats import known_format
-from qwen_vl_sft.evaluation.metrics import HEADLINE, METRICS, NOTES
+from qwen_vl_sft.evaluation.metrics import NOTES, headline_of, measured_metrics
 from qwen_vl_sft.publishing.card_metadata import dataset_and_split, make_metadata, metadata_problems
 from qwen_vl_sft.publishing.names import BUILTIN_PREFIX, hub_id, public_name
 from qwen_vl_sft.publishing.published_model import SIZE_NAMES, PublishedModel
@@ -153,18 +153,20 @@ def _results(published: PublishedModel) -> Iterator[str]:
     yield "| metric | " + " | ".join(arms) + " |"
     yield "| --- |" + " ---: |" * len(arms)
     splits = list(next(iter(summary["scores"].values())))
-    for metric in METRICS:
-        for part in splits if metric == HEADLINE else splits[:1]:
+    of_all = summary["scores"][arms[0]]["all"]
+    measured, first = measured_metrics(of_all), headline_of(of_all)
+    for metric in measured:
+        for part in splits if metric == first else splits[:1]:
             cells = [summary["scores"][arm][part][metric] for arm in arms]
             label = f"{metric}, {part} ({cells[0]['rows']:,} rows)"
             yield f"| {label} | " + " | ".join(_percent(cell) for cell in cells) + " |"
     yield ""
-    yield f"`base` is asked without a system message of ours, `prompted` with it, `tuned` is this model. {_notes()}"
-    yield from _comparisons(summary)
+    yield f"`base` is asked without a system message of ours, `prompted` with it, `tuned` is this model. {_notes(measured)}"
+    yield from _comparisons(summary, first)
 
 
-def _comparisons(summary: dict[str, Any]) -> Iterator[str]:
-    entries = [entry for entry in summary["comparisons"] if entry["metric"] == HEADLINE and entry["split"] == "all"]
+def _comparisons(summary: dict[str, Any], metric: str) -> Iterator[str]:
+    entries = [entry for entry in summary["comparisons"] if entry["metric"] == metric and entry["split"] == "all"]
     for entry in entries:
         if entry["second"] != "tuned":
             continue
@@ -172,7 +174,7 @@ def _comparisons(summary: dict[str, Any]) -> Iterator[str]:
         interval = f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
         yield ""
         yield (
-            f"Against `{entry['first']}` on the same rows: {100 * difference['mean']:+.1f} points {interval} of {HEADLINE},"
+            f"Against `{entry['first']}` on the same rows: {100 * difference['mean']:+.1f} points {interval} of {metric},"
             f" {entry['second_wins']} rows won and {entry['first_wins']} lost, exact sign test p = {entry['p_value']:.2g}."
         )
 
@@ -489,8 +491,8 @@ def _base_in_words(published: PublishedModel) -> str:
     return "a base model whose name on the Hub the run does not record"
 
 
-def _notes() -> str:
-    return " ".join(f"{metric}: {NOTES[metric]}." for metric in METRICS)
+def _notes(metrics: Sequence[str]) -> str:
+    return " ".join(f"{metric}: {NOTES[metric]}." for metric in metrics)
 
 
 def _percent(cell: dict[str, float]) -> str:

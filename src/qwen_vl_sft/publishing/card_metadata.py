@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from qwen_vl_sft.evaluation.metrics import METRICS, NOTES
+from qwen_vl_sft.evaluation.metrics import NOTES, measured_metrics
 from qwen_vl_sft.evaluation.scoring import ALL
 from qwen_vl_sft.publishing.names import hub_id, public_name, without_paths
 from qwen_vl_sft.publishing.published_model import PublishedModel
@@ -55,8 +55,9 @@ def eval_results(published: PublishedModel) -> list[EvalResult]:
         return []
     dataset, split = dataset_and_split(summary["dataset"])
     results = []
-    for metric in METRICS:
-        cell = summary["scores"]["tuned"][ALL][metric]
+    cells = summary["scores"]["tuned"][ALL]
+    for metric in measured_metrics(cells):
+        cell = cells[metric]
         low, high = round(100 * cell["low"], 1), round(100 * cell["high"], 1)
         results.append(
             EvalResult(

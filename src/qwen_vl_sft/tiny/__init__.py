@@ -1,6 +1,7 @@
-"""An embedded Qwen2-VL of about a million parameters and a small chart data set: everything runs without a network.
+"""An embedded Qwen2-VL of about a million parameters and small sets of drawn charts: everything runs without a network.
 
-Both are made by `scripts/make_tiny.py`; `MODEL_DIR` loads with `from_pretrained`, `DATA_DIR` with `load_dataset`.
+All are made by `scripts/make_tiny.py`; `MODEL_DIR` loads with `from_pretrained`, `DATA_DIR` (questions about charts) and
+`BOXES_DIR` (boxes of bars) with `load_dataset`.
 """
 
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 ASSETS_DIR = Path(__file__).parent / "assets"
 MODEL_DIR = ASSETS_DIR / "model"
 DATA_DIR = ASSETS_DIR / "data"
+BOXES_DIR = ASSETS_DIR / "boxes"
 # How recipes name them.
-BUILTIN = {"builtin:tiny-qwen2-vl": MODEL_DIR, "builtin:tiny-charts": DATA_DIR}
+BUILTIN = {"builtin:tiny-qwen2-vl": MODEL_DIR, "builtin:tiny-charts": DATA_DIR, "builtin:tiny-boxes": BOXES_DIR}
 # Where they lie in any installation of this package: a run may have been made by another one.
 ANYWHERE = {
     name: re.compile(rf"(?:~|/[^\n'\"\[\],]*)/qwen_vl_sft/tiny/assets/{folder.name}(?=$|[\s'\"\[\],])")

@@ -11,6 +11,7 @@ from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.distributed.launch import check_running
+from qwen_vl_sft.evaluation.metrics import headline_in_log
 
 
 class EpochOrder(TrainerCallback):
@@ -47,11 +48,12 @@ class Progress(ProgressCallback):
 
 def format_log(step: int, max_steps: int, logs: dict[str, Any]) -> str:
     """Format a log entry in at most 80 columns."""
+    answered = headline_in_log(logs)
     names = {
         "loss": ("loss", "{:.4g}"),
         "eval_loss": ("eval loss", "{:.4f}"),
         "eval_mean_token_accuracy": ("right tokens", "{:.1%}"),
-        "eval_relaxed_accuracy": ("relaxed accuracy", "{:.1%}"),
+        **({f"eval_{answered[0].replace(' ', '_')}": (answered[0], "{:.1%}")} if answered else {}),
         "learning_rate": ("lr", "{:.1e}"),
         "tokens_per_second": ("", "{:,.0f} tok/s"),
         "images_per_second": ("", "{:.3g} img/s"),

@@ -20,7 +20,7 @@ from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.evaluation.answer_files import deal
-from qwen_vl_sft.evaluation.metrics import METRICS
+from qwen_vl_sft.evaluation.metrics import ALL_METRICS
 from qwen_vl_sft.evaluation.scoring import score_row
 from qwen_vl_sft.evaluation.task import Prompts, read_question
 from qwen_vl_sft.inference.engine.engine import Engine
@@ -85,7 +85,7 @@ class GenerationMetrics:
         show_progress: bool = False,
         poll: Callable[[], None] | None = None,
     ) -> dict[str, float]:
-        """Return the mean of every metric over the sample, by name. All processes must call at once.
+        """Return the mean of every metric over the rows of the sample that have it, by name. All processes must call at once.
 
         `model` is the one in training, as the strategy wrapped it. `poll` is called now and then, on all processes equally
         often; what it raises ends the measurement.
@@ -108,7 +108,8 @@ class GenerationMetrics:
             polled = 0
             with closing(answering(answering_model(model, accelerator), accelerator)) as finished:
                 for number, given in enumerate(finished, start=1):
-                    answers.update((place, answer.text) for place, answer in given)
+                    for place, answer in given:
+                        answers[place] = self.prompts.in_data_coordinates(self.sample[place], answer.text)
                     progress.update(len(given) * (processes if synced else 1))
                     due = number if synced else len(answers) // self.batch_size
                     while poll is not None and polled < min(due, polls):
@@ -151,16 +152,22 @@ class GenerationMetrics:
 
     def _means(self, scored: dict[int, dict[str, Any]], accelerator: Any) -> dict[str, float]:
         # Each answer is scored on one process; padding to equal shares scores some twice, with the same result.
-        sums = torch.zeros(len(self.sample), len(METRICS) + 1, dtype=torch.float64)
+        # For each metric the sum and the number of scores, since not every row has every metric.
+        sums = torch.zeros(len(self.sample), 2, len(ALL_METRICS), dtype=torch.float64)
         for place, row in scored.items():
-            sums[place] = torch.tensor([*(row["arms"][ARM][metric] for metric in METRICS), 1.0], dtype=torch.float64)
+            scores = row["arms"][ARM]
+            sums[place, 0] = torch.tensor([scores.get(metric, 0.0) for metric in ALL_METRICS])
+            sums[place, 1] = torch.tensor([float(metric in scores) for metric in ALL_METRICS])
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-        sums = sums[sums[:, -1] > 0]
-        self.left_out = len(self.sample) - len(sums)
-        if not len(sums):
+        self.left_out = int((sums[:, 1].sum(dim=1) == 0).sum())
+        if self.left_out == len(self.sample):
             raise BadRow(f"none of the {len(self.sample)} evaluation rows that are answered can be read any longer")
-        means = (sums[:, :-1] / sums[:, -1:]).mean(dim=0).tolist()
-        return dict(zip(METRICS, means, strict=True))
+        means = {}
+        for number, metric in enumerate(ALL_METRICS):
+            measured = sums[sums[:, 1, number] > 0][:, :, number]
+            if len(measured):
+                means[metric] = float((measured[:, 0] / measured[:, 1]).mean())
+        return means
 
     def _keep_answers(self, scored: dict[int, dict[str, Any]], accelerator: Any, step: int) -> None:
         assert self.output_dir is not None

@@ -18,6 +18,7 @@ from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.preview import preview
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import shortened
+from qwen_vl_sft.evaluation.metrics import headline_in_log
 from qwen_vl_sft.modeling.base_model import format_parameters
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
 from qwen_vl_sft.modeling.lora import covers_all_linear, outside_scope
@@ -298,8 +299,8 @@ def outcome(metrics: dict[str, Any], output_dir: Path) -> str:
     if "eval_loss" in metrics:
         right = metrics["eval_mean_token_accuracy"]
         lines.append(f"evaluation  loss {metrics['eval_loss']:.4f}, {right:.1%} of the learned tokens right")
-    if "eval_relaxed_accuracy" in metrics:
-        lines.append(f"answers     relaxed accuracy {metrics['eval_relaxed_accuracy']:.1%}")
+    if answered := headline_in_log(metrics):
+        lines.append(f"answers     {answered[0]} {answered[1]:.1%}")
     if "tokens_per_second" in metrics:
         speed = f"speed       {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['images_per_second']:.1f} images/s"
         lines.append(f"{speed}, {metrics['data_wait']:.1%} of the time waiting for data")

@@ -16,13 +16,13 @@ from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import quoted
-from qwen_vl_sft.evaluation.metrics import METRICS
+from qwen_vl_sft.evaluation.metrics import ALL_METRICS
 from qwen_vl_sft.modeling.model_rules import MODEL_RULES
 from qwen_vl_sft.publishing.hub_rules import HUB_RULES
 from qwen_vl_sft.resilience.run_rules import RUN_RULES
 from qwen_vl_sft.training.scheduler_and_optimizer_rules import SCHEDULER_AND_OPTIMIZER_RULES
 
-# What every evaluation measures while training; those of `METRICS` come with predict_with_generate.
+# What every evaluation measures while training; those of `ALL_METRICS` come with predict_with_generate.
 EVALUATION_METRICS = ("loss", "mean_token_accuracy")
 
 
@@ -92,12 +92,12 @@ def _best_metric(recipe: Recipe) -> Iterator[str]:
     if stated is None:
         return
     metric, greater = stated.removeprefix("eval_"), recipe.get("greater_is_better")
-    known = (*EVALUATION_METRICS, *METRICS)
+    known = (*EVALUATION_METRICS, *ALL_METRICS)
     if metric not in known:
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
         yield f"metric_for_best_model: {quoted(stated)} is not measured; {hint}"
-    elif metric in METRICS and not recipe.run.predict_with_generate:
+    elif metric in ALL_METRICS and not recipe.run.predict_with_generate:
         yield f"metric_for_best_model: {stated} is measured with predict_with_generate: true only; set it, or use eval_loss"
     elif greater is not None and greater == (metric == "loss"):
         yield f"greater_is_better: {str(greater).lower()} would keep the worst model by {stated}; leave the key out"

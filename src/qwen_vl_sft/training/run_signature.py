@@ -13,7 +13,7 @@ from qwen_vl_sft.checkpointing.resume_check import SCHEDULE_KEYS
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.data.dataset import ROW_ID
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.evaluation.metrics import METRICS
+from qwen_vl_sft.evaluation.metrics import ALL_METRICS
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
@@ -81,7 +81,7 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
 def _judge(recipe: Recipe, evaluation: Scan | None) -> dict[str, Any]:
     """Return the metric and the evaluation rows that choose the best model."""
     metric = (recipe.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    answers = ("max_predict_samples", "max_new_tokens") if metric in METRICS else ()
+    answers = ("max_predict_samples", "max_new_tokens") if metric in ALL_METRICS else ()
     return {
         "metric_for_best_model": metric,
         "evaluation": fingerprint(evaluation) if evaluation else None,

@@ -34,7 +34,7 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch, shared_folder
 from qwen_vl_sft.distributed.folder_claim import FolderClaim, claim_for_all
 from qwen_vl_sft.errors import UserError, raise_all
-from qwen_vl_sft.evaluation.metrics import METRICS
+from qwen_vl_sft.evaluation.metrics import ALL_METRICS
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
@@ -332,7 +332,7 @@ def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if _loads_best(trainer):
         entries = [entry for entry in entries if entry["step"] == trainer.state.best_global_step] or entries
-    names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *METRICS, SKIPPED_ROWS)]
+    names = [f"eval_{name}" for name in (*EVALUATION_METRICS, *ALL_METRICS, SKIPPED_ROWS)]
     return {name: entries[-1][name] for name in names if name in entries[-1]} if entries else {}
 
 

@@ -80,34 +80,53 @@ def _pie_pixels(chart: Chart) -> np.ndarray:
     return np.where(dx**2 + dy**2 <= 50**2, ink, np.uint8(WHITE))
 
 
-def _draw_axis_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
-    lying = chart.kind == "hbar"
-
-    def box(along: tuple[int, int], height: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Return the pixel box of an extent along the axis and one in height above it."""
-        if lying:
-            return (ORIGIN + height[0], along[0], ORIGIN + height[1], along[1])
-        base = SIZE - ORIGIN
-        return (along[0], base - height[1], along[1], base - height[0])
-
-    start, stop = (2, SIZE - 8) if lying else (12, SIZE - 2)
-    for tick in (0, 5, 10):
-        canvas.rectangle(box((start, stop), (tick * UNIT, tick * UNIT)), fill=GRID if tick else AXIS)
-        at = (ORIGIN + tick * UNIT - 3, SIZE - 6) if lying else (1, SIZE - ORIGIN - tick * UNIT - 2)
-        _label(canvas, str(tick), at)
-
+def item_boxes(chart: Chart) -> list[tuple[int, int, int, int]]:
+    """Return the first and last column and row of each bar or point, both inclusive: (left, top, right, bottom)."""
+    start, stop = _extent(chart)
     slot = (stop - start) / len(chart.values)
-    centers = [int(start + slot * (index + 0.5)) for index in range(len(chart.values))]
-    if chart.kind == "line":
-        points = [box((x, x), (v * UNIT, v * UNIT))[:2] for x, v in zip(centers, chart.values, strict=True)]
-        canvas.line(points, fill=AXIS, width=1)
     half = int(slot * chart.shape / 200)
-    for center, color, value in zip(centers, chart.colors, chart.values, strict=True):
+    found = []
+    for center, value in zip(_centers(chart), chart.values, strict=True):
         if chart.kind == "line":
             extent, height = (center - 4, center + 4), (value * UNIT - 4, value * UNIT + 4)
         else:
             extent, height = (center - half, center + half), (1, value * UNIT)
-        canvas.rectangle(box(extent, height), fill=INK[color])
+        found.append(_box(chart, extent, height))
+    return found
+
+
+def _extent(chart: Chart) -> tuple[int, int]:
+    """Return first and last pixel along the axis."""
+    return (2, SIZE - 8) if chart.kind == "hbar" else (12, SIZE - 2)
+
+
+def _centers(chart: Chart) -> list[int]:
+    start, stop = _extent(chart)
+    slot = (stop - start) / len(chart.values)
+    return [int(start + slot * (index + 0.5)) for index in range(len(chart.values))]
+
+
+def _box(chart: Chart, along: tuple[int, int], height: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the pixel box of an extent along the axis and one in height above it."""
+    if chart.kind == "hbar":
+        return (ORIGIN + height[0], along[0], ORIGIN + height[1], along[1])
+    base = SIZE - ORIGIN
+    return (along[0], base - height[1], along[1], base - height[0])
+
+
+def _draw_axis_chart(canvas: ImageDraw.ImageDraw, chart: Chart) -> None:
+    for tick in (0, 5, 10):
+        canvas.rectangle(_box(chart, _extent(chart), (tick * UNIT, tick * UNIT)), fill=GRID if tick else AXIS)
+        lying = chart.kind == "hbar"
+        at = (ORIGIN + tick * UNIT - 3, SIZE - 6) if lying else (1, SIZE - ORIGIN - tick * UNIT - 2)
+        _label(canvas, str(tick), at)
+
+    if chart.kind == "line":
+        shown = zip(_centers(chart), chart.values, strict=True)
+        points = [_box(chart, (x, x), (v * UNIT, v * UNIT))[:2] for x, v in shown]
+        canvas.line(points, fill=AXIS, width=1)
+    for box, color in zip(item_boxes(chart), chart.colors, strict=True):
+        canvas.rectangle(box, fill=INK[color])
 
 
 def _label(canvas: ImageDraw.ImageDraw, digits: str, at: tuple[int, int]) -> None:
