@@ -46,10 +46,10 @@ def score_boxes(prediction: str, targets: Sequence[Target]) -> dict[str, float]:
         scores["mean_iou"] = _share(overlaps, boxes, given)
         scores["center_in_box"] = _share(_matched(boxes, found, _holds_center), boxes, found)
     if points:
-        given = [region for region in found if len(region) == 2] or found
-        distances = [1 - near for near in _matched(points, given, _nearness)]
-        scores["accuracy_at_5_percent"] = _share([away <= MAX_DISTANCE for away in distances], points, given)
-        scores["closeness"] = _share([1 - away for away in distances], points, given)
+        near = [region for region in found if len(region) == 2] or found
+        distances = [1 - closeness for closeness in _matched(points, near, _closeness)]
+        scores["accuracy_at_5_percent"] = _share([away <= MAX_DISTANCE for away in distances], points, near)
+        scores["closeness"] = _share([1 - away for away in distances], points, near)
     return scores
 
 
@@ -104,7 +104,7 @@ def _holds_center(box: Sequence[float], region: Sequence[float]) -> float:
     return float(box[0] <= x <= box[2] and box[1] <= y <= box[3])
 
 
-def _nearness(target: Target, region: Sequence[float]) -> float:
+def _closeness(target: Target, region: Sequence[float]) -> float:
     """Return 1 less the distance in diagonals of the image, at least 0."""
     (x, y), (width, height) = _center(region), target.scale
     distance = math.dist(target.numbers, (x, y)) / math.hypot(width, height)
