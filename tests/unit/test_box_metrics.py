@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_vl_sft.evaluation.box_metrics import Target, iou, score_boxes
+from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.evaluation.box_metrics import Target, iou, score_boxes, targets_of
 from qwen_vl_sft.evaluation.metrics import METRICS, headline_in_log, score
 from qwen_vl_sft.evaluation.report import render
 from qwen_vl_sft.evaluation.scoring import Question, format_summary, score_row, summarise
@@ -64,6 +65,13 @@ def test_the_iou_is_that_of_pixels(first, second):
     both, either = pixels(first) & pixels(second), pixels(first) | pixels(second)
     expected = len(both) / len(either) if pixels(first) and pixels(second) else 0
     assert iou(first, second) == iou(second, first) == pytest.approx(expected)
+
+
+def test_boxes_of_a_thought_are_no_targets():
+    thought = {"type": "box", "numbers": [1, 2, 3, 4], "coordinates": "norm1000", "text": "[1, 2, 3, 4]"}
+    parts = [{"type": "text", "text": "<think>"}, thought, {"type": "text", "text": "</think>"}]
+    conversation = Conversation([{"role": "assistant", "content": [*parts, thought | {"numbers": [5, 6]}]}], [])
+    assert targets_of(conversation) == (Target((5, 6), (1000, 1000)),)
 
 
 def scored(row_id, boxes, **answers):

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qwen_vl_sft.data.boxes import boxes_of, data_scale, regions_in_answer
+from qwen_vl_sft.data.boxes import BOX, data_scale, regions_in_answer
 from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.families.base import ChatFormat
 
 MIN_IOU = 0.5
 # Of the image's diagonal.
@@ -26,11 +27,17 @@ class Target:
 
 
 def targets_of(conversation: Conversation) -> tuple[Target, ...]:
-    """Return the boxes and points of the last message. Raises `BadRow` for an image that cannot be read."""
-    return tuple(
-        Target(tuple(part["numbers"]), data_scale(part, conversation.media))
-        for part in boxes_of(conversation.messages[-1])
-    )
+    """Return the boxes and points of the last message, after its thought.
+
+    Raises `BadRow` for an image that cannot be read.
+    """
+    found: list[Target] = []
+    for part in conversation.messages[-1]["content"]:
+        if part["type"] == BOX:
+            found.append(Target(tuple(part["numbers"]), data_scale(part, conversation.media)))
+        elif ChatFormat.end_of_thought in part.get("text", ""):
+            found = []
+    return tuple(found)
 
 
 def score_boxes(prediction: str, targets: Sequence[Target]) -> dict[str, float]:
