@@ -126,3 +126,8 @@ def test_a_model_in_training_is_scored_on_boxes_too(tiny_processor, monkeypatch)
     assert found["accuracy_at_iou_50"] == found["exact_match"] == pytest.approx(4 / 5)
     assert 4 / 5 <= found["mean_iou"] < 4 / 5 + 0.01
     assert metrics.left_out == 0
+    metrics.check_measures("mean_iou")
+    with pytest.raises(
+        UserError, match="metric_for_best_model: closeness is measured where right answers hold boxes or"
+    ):
+        metrics.check_measures("closeness")

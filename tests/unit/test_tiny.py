@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from qwen_vl_sft.tiny import ASSETS_DIR, DATA_DIR, MODEL_DIR
+from qwen_vl_sft.tiny import ASSETS_DIR, BOXES_DIR, DATA_DIR, MODEL_DIR
 from qwen_vl_sft.tools.tiny import charts, questions
 
 
@@ -74,6 +74,30 @@ def test_shipped_rows_are_what_the_generator_gives(tmp_path):
         assert len(images[split]) == IMAGES[split]
         assert {row["human_or_machine"] for row in shipped} == {0, 1}
     assert (tmp_path / "README.md").read_bytes() == (DATA_DIR / "README.md").read_bytes()
+    assert len(set.union(*images.values())) == sum(IMAGES.values()), "an image stands in two splits"
+
+
+def test_boxes_are_what_the_generator_gives_and_hold_their_bars(tmp_path):
+    from qwen_vl_sft.tools.tiny.box_dataset import IMAGES, write_box_dataset
+    from qwen_vl_sft.tools.tiny.build import read_rows
+
+    write_box_dataset(tmp_path)
+    images = {}
+    for split, count in IMAGES.items():
+        name = f"{split}-00000-of-00001.parquet"
+        shipped = read_rows(BOXES_DIR / name)
+        assert shipped == read_rows(tmp_path / name)
+        images[split] = {row["image"][2] for row in shipped}
+        assert len(images[split]) == count
+        for row in shipped[:40]:
+            _, (width, height), pixels = row["image"]
+            _, color, kind = row["objects"]["ref"][0].split()
+            assert kind == "bar"
+            bar = (np.frombuffer(pixels, np.uint8).reshape(height, width, 3) == charts.COLORS[color]).all(axis=2)
+            rows, columns = np.nonzero(bar)
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert row["objects"]["bbox"] == [box]
+    assert (tmp_path / "README.md").read_bytes() == (BOXES_DIR / "README.md").read_bytes()
     assert len(set.union(*images.values())) == sum(IMAGES.values()), "an image stands in two splits"
 
 

@@ -18,9 +18,10 @@ from qwen_vl_sft.data.dataset import even_indices
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation.answer_files import deal
-from qwen_vl_sft.evaluation.metrics import ALL_METRICS
+from qwen_vl_sft.evaluation.box_metrics import score_boxes, targets_of
+from qwen_vl_sft.evaluation.metrics import ALL_METRICS, HEADLINE, METRICS
 from qwen_vl_sft.evaluation.scoring import score_row
 from qwen_vl_sft.evaluation.task import Prompts, read_question
 from qwen_vl_sft.inference.engine.engine import Engine
@@ -76,6 +77,23 @@ class GenerationMetrics:
         self.batches = plan_batches(lengths, batch_size)
         self.units = plan_units(lengths, [(prefix,) if prefix >= 0 else () for prefix in prefixes])
         self.features = FeatureMemory(FEATURE_BYTES)
+
+    def check_measures(self, metric: str) -> None:
+        """Raise `UserError` for a metric of boxes or points that no row of the sample has in its right answer."""
+        if metric in METRICS or metric not in ALL_METRICS:
+            return
+        for place in self.sample:
+            try:
+                targets = targets_of(self.rows.conversation({"row": place}).up_to_last_answer())
+            except BadRow:
+                continue  # told where the row is answered
+            if metric in score_boxes("", targets):
+                return
+        raise UserError(
+            f"metric_for_best_model: {metric} is measured where right answers hold boxes or points, and none of the"
+            f" {len(self.sample)} evaluation rows that are answered does; for boxes in texts set box_coordinates, or choose"
+            f" {HEADLINE}"
+        )
 
     def measure(
         self,

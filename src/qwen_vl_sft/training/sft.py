@@ -316,7 +316,7 @@ def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> 
     run = recipe.run
     if not run.predict_with_generate or data.evaluation is None:
         return None
-    return GenerationMetrics(
+    metrics = GenerationMetrics(
         data.evaluation,
         data.encoder,
         run.max_predict_samples,
@@ -325,6 +325,8 @@ def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> 
         recipe.output_dir,
         skip_bad_rows=recipe.data.bad_rows == "skip",
     )
+    metrics.check_measures((recipe.get("metric_for_best_model") or "loss").removeprefix("eval_"))
+    return metrics
 
 
 def _evaluation_of_saved_model(trainer: VisionSFTTrainer) -> dict[str, float]:

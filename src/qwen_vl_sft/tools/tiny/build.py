@@ -1,6 +1,7 @@
 """Build the embedded model and data set from scratch, and compare a build with the shipped one."""
 
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from qwen_vl_sft.tools.tiny.box_dataset import write_box_dataset
 from qwen_vl_sft.tools.tiny.dataset import IMAGES, sample_split, write_dataset
 from qwen_vl_sft.tools.tiny.model import build_model
 from qwen_vl_sft.tools.tiny.pretrain import Schedule, pretrain
@@ -28,16 +30,17 @@ class BuildConfig:
 
 
 def build(output_dir: Path, config: BuildConfig, report: Callable[[str], None] = print) -> None:
-    """Write `model/` and `data/` into output_dir, which must not hold them yet.
+    """Write `model/`, `data/` and `boxes/` into output_dir, which must not hold them yet.
 
     Errors: ValueError when output_dir already holds a build.
     """
-    model_dir, data_dir = output_dir / "model", output_dir / "data"
-    for folder in (model_dir, data_dir):
+    model_dir, data_dir, boxes_dir = (output_dir / name for name in ("model", "data", "boxes"))
+    for folder in (model_dir, data_dir, boxes_dir):
         if folder.exists():
             raise ValueError(f"{folder}: exists already; choose another --output_dir or remove it")
-    data_dir.mkdir(parents=True)
-    write_dataset(data_dir)
+    for folder, write in ((data_dir, write_dataset), (boxes_dir, write_box_dataset)):
+        folder.mkdir(parents=True)
+        write(folder)
 
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
@@ -58,10 +61,10 @@ def differences(built: Path, shipped: Path) -> list[str]:
         for name in PROCESSOR_FILES
         if (built / "model" / name).read_bytes() != (shipped / "model" / name).read_bytes()
     ]
-    for split in IMAGES:
-        name = f"{split}-00000-of-00001.parquet"
-        if read_rows(built / "data" / name) != read_rows(shipped / "data" / name):
-            found.append(f"data/{name}")
+    for folder, split in itertools.product(("data", "boxes"), IMAGES):
+        name = f"{folder}/{split}-00000-of-00001.parquet"
+        if read_rows(built / name) != read_rows(shipped / name):
+            found.append(name)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (built, shipped))
     if ours.keys() != theirs.keys():
         return [*found, "model/model.safetensors: other tensors"]
@@ -75,6 +78,7 @@ def read_rows(path: Path) -> list[dict]:
     """Return a parquet file's rows with decoded pixels for the image: PNG bytes depend on the zlib version."""
     rows = pq.read_table(path).to_pylist()
     for row in rows:
-        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        row["image"] = (row["image"]["path"], image.size, image.tobytes())
+        (stored,) = row.pop("images") if "images" in row else [row["image"]]
+        image = Image.open(io.BytesIO(stored["bytes"])).convert("RGB")
+        row["image"] = (stored["path"], image.size, image.tobytes())
     return rows
