@@ -614,3 +614,33 @@ def test_the_tutorials_system_message():
     assert CHARTQA_SYSTEM_MESSAGE.count("\n") == 3
     assert CHARTQA_SYSTEM_MESSAGE.startswith("You are a Vision Language Model specialized in interpreting")
     assert CHARTQA_SYSTEM_MESSAGE.endswith("Avoid additional explanation unless absolutely necessary.")
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_a_folder_is_read_as_it_is_now_and_not_as_another_of_its_name(card, tmp_path):
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(folder, answer, time):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "train-00000-of-00001.parquet"
+        pq.write_table(pa.table({"messages": [conversation_row("What?", answer, images=())["messages"]]}), file)
+        os.utime(file, ns=(time, time))
+        if card:
+            files = "data_files:\n  - {split: train, path: train-00000-of-00001.parquet}"
+            (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {files}\n---\n")
+
+    def read(folder):
+        rows = open_rows(str(folder), "train")
+        return rows.conversation({"row": 0}).last_answer, rows.dataset._fingerprint
+
+    one, other = tmp_path / "one/charts", tmp_path / "other/charts"
+    write(one, "red", 10**18)
+    write(other, "sky", 10**18)
+    found = [read(one), read(other)]
+    write(one, "tan", 2 * 10**18)
+    found.append(read(one))
+    assert [answer for answer, _ in found] == ["red", "sky", "tan"]
+    assert len({fingerprint for _, fingerprint in found}) == 3

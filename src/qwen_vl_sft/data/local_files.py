@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,8 +32,14 @@ class LoadedFiles:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `load_dataset`."""
-        return {"path": self.path, **({"data_files": self.data_files} if self.data_files else {})}
+        """Return the arguments of `load_dataset`.
+
+        A folder whose README.md names its files is cached by the folder's name and that text alone: rows of another folder
+        of this name, or those before a change, would be read. A description counts in the cache's name.
+        """
+        if self.data_files:
+            return {"path": self.path, "data_files": self.data_files}
+        return {"path": self.path, "description": _state_of(Path(self.path))}
 
 
 def split_of_file(file: Path) -> str:
@@ -125,6 +132,13 @@ def _listed(folder: Path) -> dict[str, list[Path]]:
         str(split): [folder / Path(file).relative_to(home) for file in files if Path(file).is_relative_to(home)]
         for split, files in found.items()
     }
+
+
+def _state_of(folder: Path) -> str:
+    """Digest the folder, and name, size and time of each of its files."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((str(folder), found)).encode()).hexdigest()
 
 
 def _loaded(folder: Path) -> LoadedFiles:
