@@ -54,14 +54,13 @@ def without_model(monkeypatch):
     """Let an evaluation answer from a list, and load no model."""
     given = {}
 
-    def generate(model, encoder, prompt_at, batches, *_):
-        for batch in batches:
-            for place in batch:
-                prompt_at(place)
-            yield list(batch), [GeneratedAnswer(given[model][place], True) for place in batch]
+    def answers(plan, model, prompts, share, memory):
+        for place in (place for unit in share for place in unit):
+            prompts.encode(place)
+            yield [(place, GeneratedAnswer(given[model][place], True))]
 
     monkeypatch.setattr(evaluation, "load_arm", lambda plan, arm, model, context: arm)
-    monkeypatch.setattr(evaluation, "generate_batches", generate)
+    monkeypatch.setattr(evaluation, "_answers", answers)
     return given
 
 
@@ -107,19 +106,16 @@ def test_boxes_in_texts_are_asked_and_scored_as_the_recipe_tells(without_model, 
 def test_a_model_in_training_is_scored_on_boxes_too(tiny_processor, monkeypatch):
     from accelerate import Accelerator
 
-    from qwen_vl_sft.training import generation_metrics
-
     encoder = Encoder(tiny_processor, chat=QWEN25.chat)
     rows = open_rows(str(tiny.BOXES_DIR), "val[:5]")
     right = answers_of(rows, range(5), encoder)
 
-    def generate(model, encoder, prompt_at, batches, *_):
-        for batch in batches:
-            for place in batch:
-                prompt_at(place)
-            yield list(batch), [GeneratedAnswer(right[place] if place else "[0, 0, 1, 1]", True) for place in batch]
+    def answers(metrics, model, accelerator):
+        for place in range(5):
+            metrics.prompts.encode(place)
+            yield [(place, GeneratedAnswer(right[place] if place else "[0, 0, 1, 1]", True))]
 
-    monkeypatch.setattr(generation_metrics, "generate_batches", generate)
+    monkeypatch.setattr(GenerationMetrics, "_on_its_own", answers)
     metrics = GenerationMetrics(scan(rows, encoder), encoder, None, 2, 24)
     found = metrics.measure(torch.nn.Linear(1, 1), Accelerator(cpu=True), step=1)
     # Qwen2.5-VL writes pixels of the resized image, and these charts keep their size.
