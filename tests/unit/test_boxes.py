@@ -336,3 +336,17 @@ def test_there_and_back_is_the_same_box(tiny_processor, drawn, chat, coordinates
     for place, (found, wanted) in enumerate(zip(back.numbers, numbers, strict=True)):
         side = (width, height)[place % 2] / scale[place % 2]
         assert abs(found - wanted) <= side * step / 2 + (1 if coordinates != "norm1" else 1e-3)
+
+
+@pytest.mark.parametrize("objects", [None, {"ref": None, "bbox": None}, {}])
+@pytest.mark.parametrize(
+    ("answer", "question"), [("<bbox>", "<image>Find it."), ("It is.", "<image>Find <ref-object>.")]
+)
+def test_a_slot_without_objects_is_not_learned_as_text(objects, answer, question, folder):
+    with pytest.raises(BadRow, match=r"has 1 <|has <(bbox|ref-object)> in its messages and nothing in column objects"):
+        read(row(answer, question, objects), folder)
+
+
+def test_a_tag_around_a_box_is_text(folder):
+    raw = conversation_row("<image>Find it.", "<bbox>1, 2, 3, 4</bbox>", ["a.png"])
+    assert read(raw, folder).last_answer == "<bbox>1, 2, 3, 4</bbox>"

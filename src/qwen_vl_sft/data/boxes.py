@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from qwen_vl_sft.data.conversation import Conversation, Message
+from qwen_vl_sft.data.conversation import Conversation, Message, text_of
 from qwen_vl_sft.data.media import MediaFile
 from qwen_vl_sft.data.media.image import resized_size
 from qwen_vl_sft.errors import BadRow, quoted
@@ -71,6 +71,8 @@ def read_boxes(conversation: Conversation, objects: Any, coordinates: BoxCoordin
     found = conversation
     if objects is not None:
         found = _with_objects(conversation, objects, coordinates or "pixels")
+    else:
+        _check_no_slots(conversation)
     return _with_regions(found, coordinates) if coordinates else found
 
 
@@ -165,6 +167,16 @@ def regions_in_answer(text: str) -> list[Region]:
         numbers = _numbers(match["found"])
         found.append(Region(numbers, match.start(), match.end()))
     return found
+
+
+def _check_no_slots(conversation: Conversation) -> None:
+    """Raise `BadRow` for a slot of an object in a row without any: its name would be learned in place of a box."""
+    for message in conversation.messages:
+        text = text_of(message)
+        for slot in _SLOTS:
+            # "<bbox>1, 2, 3, 4</bbox>" is how some write a box in a text.
+            if slot in text and f"</{slot[1:]}" not in text:
+                raise BadRow(f"has {slot} in its messages and nothing in column objects, which it stands for")
 
 
 def _with_objects(conversation: Conversation, objects: Any, coordinates: BoxCoordinates) -> Conversation:
