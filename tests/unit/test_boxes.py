@@ -22,6 +22,7 @@ from qwen_vl_sft.data.preview import shown
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.families import qwen2_5_vl, qwen2_vl, qwen3_vl
+from qwen_vl_sft.training.plan import boxes_lines
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,14 @@ def test_what_is_measured_shown_and_learned_is_the_same(chat, text, folder, tiny
     encoded, measured = encoder.encode(conversation), encoder.measure(conversation)
     assert (measured.tokens, measured.target_tokens) == (len(encoded.input_ids), encoded.target_tokens)
     assert text in shown(encoded, encoder)
+
+
+def test_the_plan_tells_what_is_learned():
+    assert boxes_lines("pixels", QWEN25.boxes) == [
+        "boxes       pixels of the original image, learned as pixels of the resized image"
+    ]
+    assert boxes_lines("norm1", QWEN3.boxes) == ["boxes       0 to 1, learned as 0 to 1000"]
+    assert boxes_lines(None, QWEN2.boxes) == []
 
 
 def test_the_scan_is_not_that_of_other_coordinates(folder, tiny_processor):

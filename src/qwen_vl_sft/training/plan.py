@@ -14,11 +14,13 @@ from transformers.trainer_utils import SchedulerType
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.data.boxes import BoxCoordinates
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.preview import preview
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.evaluation.metrics import headline_in_log
+from qwen_vl_sft.families.base import BoxForm
 from qwen_vl_sft.modeling.base_model import format_parameters
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
 from qwen_vl_sft.modeling.lora import covers_all_linear, outside_scope
@@ -70,6 +72,7 @@ def describe(run: Run, data: PreparedData) -> str:
         *([_rows_line("evaluation", data.evaluation)] if data.evaluation else []),
         *([_answers_line(recipe, data.evaluation)] if data.evaluation and recipe.run.predict_with_generate else []),
         *([data.features.describe()] if data.features else []),
+        *boxes_lines(recipe.data.box_coordinates, data.encoder.boxes),
         f"loss on     {'answers and their end-of-turn' if data.encoder.train_on == 'assistant' else 'all text tokens'}",
         f"output      {recipe.output_dir}",
         *([_publishing_line(recipe)] if recipe.run.push_to_hub else []),
@@ -284,6 +287,17 @@ def _ignored_lines(part: Scan | Rows) -> list[str]:
     columns = (part.rows if isinstance(part, Scan) else part).ignored_columns
     text = f"ignored     {len(columns)} column(s) that are not read: {shortened(', '.join(columns))}"
     return textwrap.wrap(text, width=80, subsequent_indent=" " * 12) if columns else []
+
+
+def boxes_lines(stated: BoxCoordinates | None, form: BoxForm) -> list[str]:
+    """Tell the coordinates of boxes in the data and those that are learned; nothing where the recipe states none."""
+    words = {
+        "pixels": "pixels of the original image",
+        "resized": "pixels of the resized image",
+        "norm1": "0 to 1",
+        "norm1000": "0 to 1000",
+    }
+    return [f"boxes       {words[stated]}, learned as {words[form.coordinates]}"] if stated else []
 
 
 def _answers_line(recipe: Recipe, evaluation: Scan) -> str:
