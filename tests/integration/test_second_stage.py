@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.prepared_data import prepare_data
 from qwen_vl_sft.training.resolve import resolve
-from qwen_vl_sft.training.second_stage import with_init_adapter
+from qwen_vl_sft.training.second_stage import problems_of_init_adapter, with_init_adapter
 
 SINGLE = DistributedContext("single", 1, 0, 0, on_cpu=True)
 WEIGHTS = "adapter_model.safetensors"
@@ -135,6 +136,14 @@ def test_what_cannot_be_started_from_is_told(first, tmp_path, keys, told):
     }
     with pytest.raises(UserError, match=told):
         resolve(asked(first, tmp_path, **keys), SINGLE)
+
+
+def test_layers_that_train_in_full_are_not_loaded_once_they_are_split(first, tmp_path):
+    recipe = asked(first, tmp_path, init_adapter=str(first))
+    saving = replace(recipe, model=replace(recipe.model, lora_modules_to_save=["norm"]))
+    for strategy, told in (("zero3", 1), ("fsdp2", 0)):
+        assert len([*problems_of_init_adapter(saving, replace(SINGLE, strategy=strategy))]) == told
+        assert [*problems_of_init_adapter(recipe, replace(SINGLE, strategy=strategy))] == []
 
 
 def test_a_recipe_without_an_adapter_is_left_as_it_is(first, tmp_path):

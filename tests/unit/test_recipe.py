@@ -92,8 +92,6 @@ def test_a_cpu_does_not_compute_in_float16():
             ["lr_scheduler_type greedy never goes below its min_lr"],
         ),
         ({"lr_scheduler_type": "cosine", "warmup_steps": 3}, []),
-        ({"neftune_noise_alpha": 5, "packing": True}, ["neftune_noise_alpha is divided by the root"]),
-        ({"neftune_noise_alpha": 5}, []),
     ],
 )
 def test_settings_that_cannot_mean_what_they_say_are_told(keys, told):

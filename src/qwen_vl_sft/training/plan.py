@@ -147,11 +147,6 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
         found.append("max_predict_samples has no effect without predict_with_generate: true")
     if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
         found.append("tokens_per_batch has no effect without packing: true; per_device_train_batch_size is the batch")
-    if recipe.run.packing and recipe.get("neftune_noise_alpha"):
-        found.append(
-            "neftune_noise_alpha is divided by the root of a sequence's length, which with packing: true is that of a whole"
-            " micro-batch: the noise follows tokens_per_batch, not the rows; set packing: false for NEFTune's own"
-        )
     if recipe.data.dataset_streaming and recipe.get("dataloader_num_workers") > 1:
         found.append("dataloader_num_workers above 1 has no effect: a stream is read by one worker, in its order")
     if not recipe.run.push_to_hub:

@@ -16,7 +16,7 @@ from qwen_vl_sft.modeling.chosen import Chosen, choose
 from qwen_vl_sft.modeling.model_rules import problems_of_family, problems_of_structure
 from qwen_vl_sft.modeling.structure import ModelStructure, build_structure
 from qwen_vl_sft.training.rules import problems_of
-from qwen_vl_sft.training.second_stage import check_fits, with_init_adapter
+from qwen_vl_sft.training.second_stage import check_fits, problems_of_init_adapter, with_init_adapter
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def resolve(recipe: Recipe, context: DistributedContext) -> Run:
         recipe = with_init_adapter(recipe)
     except UserError as error:
         raise UserError(*error.problems, *problems_of(recipe, context)) from None
-    problems = problems_of(recipe, context)
+    problems = [*problems_of(recipe, context), *problems_of_init_adapter(recipe, context)]
     chosen: Chosen | None = None
     try:
         chosen = choose(recipe.model, recipe.run.packing, context.on_cpu)

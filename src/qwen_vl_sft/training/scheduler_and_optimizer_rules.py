@@ -75,7 +75,7 @@ _OPTIM_PACKAGES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("grokadamw", "grokadamw", lambda name: name == "grokadamw"),
     ("schedulefree", "schedulefree", lambda name: name.startswith("schedule_free")),
     ("optimi", "torch-optimi", lambda name: name == "stable_adamw"),
-    ("torchdistx", "torchdistx", lambda name: name == "adamw_anyprecision"),
+    ("torchdistx", "git+https://github.com/pytorch/torchdistx", lambda name: name == "adamw_anyprecision"),
 )
 _WORDS = (
     *OPTIM_ARGS["adamw_anyprecision"],

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from qwen_vl_sft.checkpointing.run_folder import RECIPE
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, first_line, quoted, raise_all
 from qwen_vl_sft.inference.source import ADAPTER_FILE, FULL_MODEL_FILES
 from qwen_vl_sft.inference.trained_base import check_same_base
@@ -123,6 +124,15 @@ def read_init_adapter(folder: Path) -> InitAdapter:
                 f" and name the merged model in model_name_or_path"
             )
     return InitAdapter(folder, home, config, recipe)
+
+
+def problems_of_init_adapter(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    """Tell where an adapter cannot be loaded as launched."""
+    if recipe.model.init_adapter and recipe.model.lora_modules_to_save and context.strategy == "zero3":
+        yield (
+            f"{KEY} with lora_modules_to_save does not run under zero3, which has split these layers by then; launch ddp,"
+            f" zero2 or fsdp2"
+        )
 
 
 def check_fits(settings: ModelSettings, targets: tuple[str, ...]) -> None:
