@@ -1,5 +1,6 @@
 """Scores of boxes and points in answers, which of them are measured, and how they are told."""
 
+import json
 import math
 
 import pytest
@@ -7,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.box_metrics import Target, iou, score_boxes, targets_of
 from qwen_vl_sft.evaluation.metrics import METRICS, headline_in_log, score
+from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import render
 from qwen_vl_sft.evaluation.scoring import Question, format_summary, score_row, summarise
 
@@ -121,3 +124,19 @@ def test_the_headline_of_a_log():
     boxes = {"eval_relaxed_accuracy": 0.0, "eval_accuracy_at_iou_50": 0.25, "eval_mean_iou": 0.3}
     assert headline_in_log(boxes) == ("accuracy at iou 50", 0.25)
     assert headline_in_log({"eval_loss": 1.0}) is None
+
+
+def test_boxes_of_another_program_are_scored(tmp_path):
+    entries = [
+        {"prediction": "[0, 0, 10, 5]", "bbox": [[0, 0, 10, 10]]},
+        {"prediction": "(0,0),(10,10)", "answer": "the bar", "bbox": [[0, 0, 10, 10]]},
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)))
+    rows, summary = score_predictions(path)
+    assert [row["answers"] for row in rows] == [["[0, 0, 10, 10]"], ["the bar"]]
+    assert summary["scores"]["predictions"]["all"]["mean_iou"]["mean"] == pytest.approx(0.75)
+    for bad in ([0, 0, 1, 1], [[1, 2]], [], "box", [[1, 2, 3, None]]):
+        path.write_text(json.dumps({"prediction": "1", "bbox": bad}))
+        with pytest.raises(UserError, match="has a bbox that is no list of boxes of four numbers"):
+            score_predictions(path)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.errors import UserError, quoted, raise_all
+from qwen_vl_sft.evaluation.box_metrics import Target
 from qwen_vl_sft.evaluation.scoring import ALL, SPLIT_COLUMN, Question, score_row, split_name, summarise
 
 ARM = "predictions"
 TARGET_KEYS = ("answer", "label")
 SPLIT_KEYS = ("split", SPLIT_COLUMN)
 FORM = (
-    'a row is {"prediction": text, "answer" or "label": text or list of texts}, and may have split or human_or_machine'
+    'a row is {"prediction": text, "answer" or "label": text or list of texts}, and may have split or human_or_machine;'
+    ' for boxes "bbox": [[x1, y1, x2, y2], ...] in the coordinates of the prediction, with or without an answer'
 )
 PROBLEMS_SHOWN = 5
 
@@ -64,11 +66,12 @@ def _score_entry(row_id: int, entry: Any) -> dict[str, Any]:
         raise ValueError(f"is a {type(entry).__name__}, not an object")
     if "prediction" not in entry:
         raise ValueError("has no prediction")
+    boxes = _boxes(entry.get("bbox"))
     given = [key for key in TARGET_KEYS if key in entry]
-    if len(given) != 1:
+    if len(given) > 1 or not (given or boxes):
         raise ValueError(f"has {'both answer and label' if given else 'neither answer nor label'}")
-    target = entry[given[0]]
-    targets = [_text(text, given[0]) for text in (target if isinstance(target, list) else [target])]
+    target = entry[given[0]] if given else ", ".join(str(list(box.numbers)) for box in boxes)
+    targets = [_text(text, given[0]) for text in target] if isinstance(target, list) else [_text(target, "answer")]
     if not targets:
         raise ValueError(f"has an empty list as {given[0]}")
     splits = [entry[key] for key in SPLIT_KEYS if entry.get(key) is not None]
@@ -76,8 +79,20 @@ def _score_entry(row_id: int, entry: Any) -> dict[str, Any]:
         raise ValueError("has both split and human_or_machine")
     if splits == [ALL]:
         raise ValueError(f"has split {quoted(ALL)}, the name for all rows together")
-    question = Question(row_id, str(entry.get("question", "")), targets, split_name(splits[0] if splits else None))
+    split = split_name(splits[0] if splits else None)
+    question = Question(row_id, str(entry.get("question", "")), targets, split, boxes)
     return score_row(question, {ARM: _text(entry["prediction"], "prediction")})
+
+
+def _boxes(value: Any) -> tuple[Target, ...]:
+    """Return boxes as targets; the size of their image is not known, and not needed for boxes."""
+    if value is None:
+        return ()
+    for box in value if isinstance(value, list) and value else [value]:
+        numbers = box if isinstance(box, list) and len(box) == 4 else [None]
+        if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+            raise ValueError(f"has a bbox that is no list of boxes of four numbers: {quoted(value)}")
+    return tuple(Target(tuple(box), (1.0, 1.0)) for box in value)
 
 
 def _text(value: Any, name: str) -> str:
