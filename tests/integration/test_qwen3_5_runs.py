@@ -91,6 +91,17 @@ def test_a_resumed_run_ends_as_the_whole_one(trained, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_the_plan_tells_that_linear_attention_is_slow(recipe, tmp_path):
+    done = run_process(
+        "scripts/sft.py", "--recipe", recipe(fused_kernels="auto"), "--output_dir", tmp_path / "run", "--dry_run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "slow        linear attention, in PyTorch's own operations: exact, slow on a GPU\n" in done.stdout
+    assert "<think>\n\n" in done.stdout
+    assert max(map(len, done.stdout.split("\nmodel ")[1].splitlines())) <= 80
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_merge_keeps_what_transformers_does_not_load(trained, hybrid_model, tmp_path):
     report = merge(make_plan(Options(run=trained(), output_dir=tmp_path / "merged", dtype="float32", samples=2)))
     assert report["against_adapter"]["same_answers"] == 2

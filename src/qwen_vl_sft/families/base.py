@@ -347,6 +347,7 @@ class ModelFamily:
         unloaded_weights: how the keys of weights begin that lie in a checkpoint's files and that transformers does not
             load, such as those for predicting several tokens at once. A merge and a full fine-tuning keep them as they are.
         adapt_template: changes the text of a processor's chat template so that it takes `chat.template_options`.
+        slow: what runs in PyTorch's own operations although kernels exist, in at most 66 characters; the plan tells it.
         thinking: whether `enable_thinking` chooses between answers with a thought and answers without one.
         packing: whether rows can be packed.
         shared_prefixes: whether packed rows can share their prefix.
@@ -377,6 +378,7 @@ class ModelFamily:
     keep_16bit: tuple[str, ...] = ("lm_head",)
     unloaded_weights: tuple[str, ...] = ()
     adapt_template: Callable[[str], str] = lambda template: template
+    slow: str | None = None
     thinking: Capability = "its chat template decides by itself whether an answer begins with a thought"
     packing: Capability = True
     shared_prefixes: Capability = True

@@ -102,5 +102,6 @@ FAMILY = ModelFamily(
     keep_16bit=("lm_head", "in_proj_a", "in_proj_b"),
     unloaded_weights=("mtp.",),
     adapt_template=_adapt_template,
+    slow="linear attention, in PyTorch's own operations: exact, slow on a GPU",
     thinking=True,
 )

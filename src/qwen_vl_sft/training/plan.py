@@ -64,6 +64,7 @@ def describe(run: Run, data: PreparedData) -> str:
         *_kernel_lines(
             recipe.model.fused_kernels, context.on_cpu, chosen.fused_kernels, run.structure.family.unfit_kernels
         ),
+        *([f"slow        {run.structure.family.slow}"] if run.structure.family.slow else []),
         f"strategy    {context.strategy}, {context.processes} process(es) on {'CPU' if context.on_cpu else 'GPU'}",
         *_batch_lines(run, data.step_plan),
         f"steps       {data.steps}",
