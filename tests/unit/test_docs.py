@@ -15,6 +15,7 @@ from qwen_vl_sft.config.command_line import option_names
 from qwen_vl_sft.config.reading import key_hints
 from qwen_vl_sft.config.settings_page import other_trainers_page, settings_page
 from qwen_vl_sft.demo import options as demo
+from qwen_vl_sft.diagnosis import options as diagnosis
 from qwen_vl_sft.evaluation import options as evaluation
 from qwen_vl_sft.inference import options as inference
 from qwen_vl_sft.merging import plan as merging
@@ -42,6 +43,7 @@ OPTIONS = {
     "kill_and_resume": tools.KillAndResumeOptions,
     "make_random_model": tools.RandomModelOptions,
     "make_tiny": tools.TinyOptions,
+    "doctor": diagnosis.DoctorOptions,
     "plan": planning.PlanOptions,
     "check_plan": planning.CheckPlanOptions,
 }
