@@ -52,7 +52,7 @@ def probe_attention() -> str:
     if not has_varlen_kernel(q):
 
         def kernel(q: Any, k: Any, v: Any, *bounds: Any, scale: Any, causal: bool) -> Any:
-            return attend_by_piece(q, k, v, *bounds[:2], scale, causal)
+            return attend_by_piece(q, k, v, bounds[0], bounds[1], scale, causal)
 
         apart = difference(kernel, q, k, causal=True, learns=True)
         name = "sdpa, a call for each row"
