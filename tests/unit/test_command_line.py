@@ -139,6 +139,7 @@ WRONG = {
     "benchmark": "--outputdir x",
     "check_packing": "--rows many --output_dir x",
     "compare_strategies": "--processes --output_dir x",
+    "data_costs": "--rows many --output_dir x",
     "demo": "--rn runs/x",
     "evaluate": "--splt test",
     "generate": "--imges a.png",

@@ -40,6 +40,7 @@ OPTIONS = {
     "benchmark": tools.BenchmarkOptions,
     "check_packing": tools.CheckPackingOptions,
     "compare_strategies": tools.CompareStrategiesOptions,
+    "data_costs": tools.DataCostsOptions,
     "kill_and_resume": tools.KillAndResumeOptions,
     "make_random_model": tools.RandomModelOptions,
     "make_tiny": tools.TinyOptions,

@@ -74,7 +74,7 @@ class DataSettings:
     )
     max_length: int | None = key(None, "limit of tokens of a row, images included; an image is never cut")
     verify_images: bool = key(True, "decode every image once before training; false reads only its header")
-    dataset_num_proc: int | None = key(None, "processes that check the rows before training")
+    dataset_num_proc: int | None = key(None, "processes that check the rows before training; unset: one for each core")
     train_on: Literal["assistant", "all"] = key(
         "assistant", "loss on answers and their end-of-turn, or on every token except images and padding"
     )

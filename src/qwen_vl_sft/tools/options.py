@@ -115,6 +115,30 @@ class CompareStrategiesOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataCostsOptions:
+    """Command-line options of data_costs.py."""
+
+    output_dir: Path = option(REQUIRED, "folder of the results, and of the data that are made up", metavar="folder")
+    parts: tuple[str, ...] = option(
+        ("starts", "worker", "turns", "planning"),
+        "some of starts,large,worker,turns,planning",
+        parse=names,
+        shown="starts,worker,turns,planning",
+    )
+    before: Path | None = option(
+        None,
+        "folder of another version, with its environment in .venv, whose starts are measured too",
+        metavar="folder",
+    )
+    processor: str | None = option(
+        None, "local folder or Hub id of the processor; default: that of the embedded model", metavar="model"
+    )
+    rows: int = option(665_000, "rows of the part large", at_least=1)
+    images: int = option(20_000, "image files that they show", at_least=1)
+    processes: int = option(2, "processes of the part large", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KillAndResumeOptions:
     """Command-line options of kill_and_resume.py; other keys go to the recipe."""
 
