@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -100,8 +101,12 @@ def _check(rows: Rows, places: np.ndarray, checks: Checks, processes: int | None
     pieces = _Pieces(rows, places, checks)
     found = []
     hidden = datasets.utils.are_progress_bars_disabled()
+    # In a file each state of the bar is a line.
+    every = 0.5 if sys.stderr.isatty() else 15
     try:
-        with tqdm(total=len(places), desc=f"Checking {rows.name}", unit=" rows", disable=hidden) as bar:
+        with tqdm(
+            total=len(places), desc=f"Checking {rows.name}", unit=" rows", disable=hidden, mininterval=every
+        ) as bar:
             for piece in _loaded(pieces, workers) if workers > 1 else map(pieces.__getitem__, range(len(pieces))):
                 if isinstance(piece, UserError):
                     raise piece

@@ -134,7 +134,7 @@ def _turns(options: DataCostsOptions) -> Iterator[Result]:
             {"role": roles[turn["from"]], "content": [{"type": "text", "text": turn["value"].removeprefix("<image>")}]}
             for turn in conversation(count, 0)
         ]
-        (found,) = _fastest_in_turns([partial(tokenize_turns, template, messages, ())])
+        (found,) = _fastest_in_turns([partial(tokenize_turns, template, messages, [])])
         yield {"what": f"token ids of a conversation of {count} turn(s)", "milliseconds": found}
 
 
