@@ -19,6 +19,7 @@ from qwen_vl_sft.data.conversation import text_of
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
+from qwen_vl_sft.demo.examples import collect_examples
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation import evaluate as evaluation
 from qwen_vl_sft.families.qwen2_5_vl import FAMILY as QWEN25
@@ -127,3 +128,13 @@ def test_a_model_in_training_is_scored_on_boxes_too(tiny_processor, monkeypatch)
         UserError, match="metric_for_best_model: closeness is measured where right answers hold boxes or"
     ):
         metrics.check_measures("closeness")
+
+
+def test_the_page_offers_no_rows_with_boxes(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red", (100, 200)))
+    found = conversation_row("<image>Where is it?", '{"bbox_2d": [0.1, 0.5, 1, 1]}', ("a.png",))
+    plain = conversation_row("<image>Which color?", "red", ("a.png",))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (found, plain)))
+    source = plan(*MODEL, "--dataset_name", tmp_path, "--box_coordinates", "norm1", "--output_dir", tmp_path / "scores")
+    examples = collect_examples(source, 3, tmp_path / "examples")
+    assert [example.question for example in examples] == ["Which color?"]

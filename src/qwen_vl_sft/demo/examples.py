@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import DataSettings
+from qwen_vl_sft.data.boxes import has_boxes
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import Rows, open_split, select_evenly
 from qwen_vl_sft.errors import UserError
@@ -89,9 +90,13 @@ def _write(rows: Rows, number: int, folder: Path) -> Iterator[Example]:
 
 
 def _is_plain(conversation: Conversation) -> bool:
-    """Return whether the page could ask it: images, then one text, then the answer."""
+    """Return whether the page could ask it: images, then one text, then the answer.
+
+    Boxes would stand in other coordinates than those that the model writes on the page.
+    """
     first, *others = conversation.messages
     kinds = [part["type"] for part in first["content"]]
     plain = kinds == ["image"] * len(conversation.media) + ["text"]
     is_single = first["role"] == "user" and len(others) == 1 and "tool_calls" not in others[0]
-    return bool(conversation.media) and plain and is_single and not conversation.tools
+    is_plain = plain and is_single and not conversation.tools and not has_boxes(conversation)
+    return bool(conversation.media) and is_plain
