@@ -67,3 +67,18 @@ def test_a_run_of_an_earlier_version_tells_its_base_in_checkpoints_and_metrics(t
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/complete.json").write_text(json.dumps({"same": {"base": f"base {step}"}}))
     assert base_of_run(tmp_path, "some/model") == "base 10"
+
+
+def test_an_adapter_of_another_shape_is_told_in_a_line(run, tmp_path):
+    """The run does not tell its base, and only its tensors show that it is another one."""
+    from fixtures.evaluation import tiny_model
+    from qwen_vl_sft.inference.models import attach_adapter
+
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((tmp_path / "run/adapter_config.json").read_text())
+    (tmp_path / "run/adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+    with pytest.raises(
+        UserError, match=r"does not fit its base model: .*size mismatch.*--model_name_or_path"
+    ) as caught:
+        attach_adapter(tiny_model()[0], tmp_path / "run")
+    assert len(str(caught.value)) < 600 + len(str(tmp_path))

@@ -8,7 +8,7 @@ from typing import Any
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError, first_line, shortened
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.inference.source import ADAPTER_FILE, Source, tuned_settings
 
@@ -84,7 +84,11 @@ def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
         else:
             tuned = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--run: the adapter in {folder} does not fit its base model: {error}") from None
+        why = shortened(" ".join(str(error).split()))
+        raise UserError(
+            f"--run: the adapter in {folder} does not fit its base model: {why}; give the base model it was trained on with"
+            f" --model_name_or_path"
+        ) from None
     # Embeddings may be saved in full with their adapter; looking for them here could contact the Hub.
     expected = set(get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False))
     unplaced = sorted((expected - saved) | {name for name in saved - expected if ".lora_" in name})
