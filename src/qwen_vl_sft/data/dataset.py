@@ -194,9 +194,13 @@ def in_memory(rows: Rows) -> Rows:
 
 def _in_memory(rows: Iterator[dict[str, Any]]) -> Dataset:
     """Return rows of any columns and types."""
-    found = [(row.pop(ROW_ID), row) for row in map(dict, rows)]
-    texts = row_files.in_dataset([row for _, row in found])
-    return texts.add_column(ROW_ID, [row_id for row_id, _ in found]).with_transform(row_files.parse_texts)
+    found = list(rows)
+    others = [{name: value for name, value in row.items() if name != ROW_ID} for row in found]
+    try:
+        texts = row_files.in_dataset(others)
+    except TypeError:  # a stream of the Hub may hold times and bytes
+        return Dataset.from_list(found)
+    return texts.add_column(ROW_ID, [row[ROW_ID] for row in found]).with_transform(row_files.parse_texts)
 
 
 def _image_folder(name: str, stated: str | None) -> Path | None:

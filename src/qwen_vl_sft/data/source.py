@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from qwen_vl_sft.data import formats, git_lfs, local_files, row_files
 from qwen_vl_sft.data.row_files import RowFiles
 from qwen_vl_sft.errors import UserError, first_line, shortened
 
+logger = logging.getLogger(__name__)
+# Builders of `datasets` that guess types; of local files they read none.
+_GUESSING = {"csv": "CSV", "json": "JSON"}
 _SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 
 
@@ -37,14 +41,17 @@ class SplitSource:
             dataset.data.validate(full=True)
         except Exception as error:
             raise self.refusal(error) from error
+        self._tell_guessed_types(dataset)
         return dataset
 
     def stream(self) -> Any:
         """Open the split as a stream, undecoded, to be read by `in_one_shard`. Raises `UserError`."""
         try:
-            return _undecoded(datasets.load_dataset(**self.arguments, split=self.split, streaming=True))
+            dataset = _undecoded(datasets.load_dataset(**self.arguments, split=self.split, streaming=True))
         except Exception as error:
             raise self.refusal(error) from error
+        self._tell_guessed_types(dataset)
+        return dataset
 
     def in_one_shard(self, stream: IterableDataset) -> IterableDataset:
         """Return a stream that a data loader cannot deal out to its workers by files: each would count and cut a part."""
@@ -53,6 +60,16 @@ class SplitSource:
     def refusal(self, error: BaseException) -> UserError:
         """Turn an error of `datasets`, which raises a dozen kinds for a wrong name, split or file, into one for the user."""
         return _refusal(self.name, self.split, error)
+
+    def _tell_guessed_types(self, dataset: Any) -> None:
+        kind = dataset.info.builder_name
+        if kind in _GUESSING:
+            logger.warning(
+                "dataset %s: it is %s on the Hub, where the types of its columns are guessed from its values (00501 becomes"
+                " 501); for every value as it is written, download it with hf download and give the folder as dataset_name",
+                self.name,
+                _GUESSING[kind],
+            )
 
     def _read(self, stream: IterableDataset) -> Iterator[dict[str, Any]]:
         """Yield the rows of a stream. Raises `UserError` where its files cannot be read any further."""
