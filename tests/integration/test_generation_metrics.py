@@ -105,8 +105,8 @@ def test_each_image_is_decoded_once(tiny_processor, messages_folder, monkeypatch
     rows = open_rows(str(messages_folder([conversation_row(), conversation_row("<image>And now?")])), "train")
     encoder = Encoder(tiny_processor)
     metrics = GenerationMetrics(scan(rows, encoder), encoder, None, 2, 4, skip_bad_rows=True)
-    decoded, decode = [], ImageFile.decode
-    monkeypatch.setattr(ImageFile, "decode", lambda file: decoded.append(file.path) or decode(file))
+    decoded, decode = [], ImageFile.pixels
+    monkeypatch.setattr(ImageFile, "pixels", lambda file: decoded.append(file.path) or decode(file))
     metrics.measure(load_model(MODEL, on_cpu=True), Accelerator(cpu=True), step=1)
     assert decoded == [str(rows.folder / "images/red.png")]
 

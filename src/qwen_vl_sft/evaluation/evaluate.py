@@ -65,7 +65,8 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
             return None
         answers = files.read()
         rows = collect(task.questions, answers, arms)
-        summary = summarise(rows, arms) | {
+        images = {question.row_id: shown for question, shown in zip(task.questions, task.images, strict=True)}
+        summary = summarise(rows, arms, images) | {
             "dataset": task.rows.name,
             "skipped_rows": task.left_out + len(task.questions) - len(rows),
             "cut_answers": count_truncated(rows, answers, arms),

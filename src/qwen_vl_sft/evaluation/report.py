@@ -34,6 +34,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "jpeg": {"quality": 80, "optimize": True},
     "png": {"optimize": True},
 }
+COMPARISON_HEADINGS = ("arms", "rows", "difference", "won : lost", "p")
 PAGE, STYLE, SCRIPT = "report_page.html", "report_page.css", "report_page.js"
 
 
@@ -49,12 +50,14 @@ def write_report(
 def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts: Charts | None = None) -> str:
     """Return the page as HTML. Texts of rows reach it only escaped, or as JSON that the script shows as text."""
     data = page_data(rows, list(summary["scores"]), charts)
+    headline = headline_of(next(iter(summary["scores"].values()))[ALL])
     parts = {
         "title": escape(_title(summary)),
         "style": _asset(STYLE),
         "facts": _facts(summary),
         "scores": _scores(summary["scores"]),
-        "comparisons": _comparisons(summary["comparisons"], headline_of(next(iter(summary["scores"].values()))[ALL])),
+        "comparisons": _comparisons(summary["comparisons"], headline),
+        "clustered": _clustered(summary.get("by_image"), headline),
         "errors": _errors(data),
         "data": to_script_json(data),
         "script": _asset(SCRIPT),
@@ -172,7 +175,26 @@ def _bar(cell: Mapping[str, float]) -> str:
     return f"<b>{mean:.1f}</b> <small>[{low:.1f}, {high:.1f}]</small>{drawn}"
 
 
+def _clustered(by_image: Mapping[str, Any] | None, headline: str) -> str:
+    """Return scores and comparisons of the headline metric where rows on the same images count as one draw."""
+    if by_image is None:
+        return ""
+    note = f"<p>Rows that share images count as one draw: {by_image['clusters']:,} clusters.</p>"
+    compared = _comparison_rows(by_image["comparisons"], headline)
+    table = _table("comparisons clustered by image", COMPARISON_HEADINGS, compared) if compared else ""
+    return f"<h2>Clustered by image</h2>{note}{_metric(by_image['scores'], headline)}{table}"
+
+
 def _comparisons(entries: Iterable[Mapping[str, Any]], metric: str) -> str:
+    body = _comparison_rows(entries, metric)
+    if not body:
+        return ""
+    name = metric.replace("_", " ").capitalize()
+    note = f"{name} on the same rows, in points; rows won and lost by the first arm; p of an exact sign test."
+    return f"<h2>Arms against each other</h2><p>{note}</p>" + _table("paired comparisons", COMPARISON_HEADINGS, body)
+
+
+def _comparison_rows(entries: Iterable[Mapping[str, Any]], metric: str) -> list[list[str]]:
     body = []
     for entry in entries:
         if entry["metric"] != metric:
@@ -187,12 +209,7 @@ def _comparisons(entries: Iterable[Mapping[str, Any]], metric: str) -> str:
                 f"{entry['p_value']:.2g}",
             ]
         )
-    if not body:
-        return ""
-    name = metric.replace("_", " ").capitalize()
-    note = f"{name} on the same rows, in points; rows won and lost by the first arm; p of an exact sign test."
-    headings = ["arms", "rows", "difference", "won : lost", "p"]
-    return f"<h2>Arms against each other</h2><p>{note}</p>" + _table("paired comparisons", headings, body)
+    return body
 
 
 def _errors(data: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ from qwen_vl_sft.atomic_write import atomic_write, writing_to
 from qwen_vl_sft.config.settings import current_metric
 from qwen_vl_sft.data.conversation import without_thought
 from qwen_vl_sft.evaluation.box_metrics import Target
-from qwen_vl_sft.evaluation.metrics import NOTES, compare, estimate, headline_of, measured_metrics, score
+from qwen_vl_sft.evaluation.clusters import compare_clustered, estimate_clustered, number_clusters
+from qwen_vl_sft.evaluation.metrics import (
+    NOTES,
+    Comparison,
+    Estimate,
+    compare,
+    estimate,
+    headline_of,
+    measured_metrics,
+    score,
+)
 
 ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -57,29 +68,65 @@ def score_row(question: Question, predictions: Mapping[str, str]) -> dict[str, A
     }
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[Mapping[str, Any]], arms: Sequence[str], images: Mapping[int, Sequence[Hashable]] | None = None
+) -> dict[str, Any]:
     """Return means and paired comparisons of scored rows, each of which holds all `arms`.
 
     Returns `scores[arm][split][metric]`, an `Estimate`, and `comparisons`, a list with every pair of arms for each split
     and metric. Splits are "all" and those the rows name. The order of the rows does not matter. A metric is measured over
     the rows that have it, and is not there in a split without such rows.
+
+    `images` names the images of each row by its `row_id`. Where rows share some, `by_image` holds the same, clustered by
+    image, and the number of `clusters`.
     """
     splits = _splits(rows)
+    summary = {"rows": len(rows), **_statistics(splits, arms, lambda _: estimate, lambda _: compare)}
+    if images is None:
+        return summary
+    numbers = number_clusters([images.get(row["row_id"], ()) for row in rows])
+    if len(set(numbers)) == len(rows):
+        return summary
+    cluster_of = {row["row_id"]: number for row, number in zip(rows, numbers, strict=True)}
+
+    def clusters(measured: Sequence[Mapping[str, Any]]) -> list[int]:
+        return [cluster_of[row["row_id"]] for row in measured]
+
+    clustered = _statistics(
+        splits,
+        arms,
+        lambda measured: partial(estimate_clustered, clusters=clusters(measured)),
+        lambda measured: partial(compare_clustered, clusters=clusters(measured)),
+    )
+    return summary | {"by_image": {"clusters": len(set(numbers)), **clustered}}
+
+
+def _statistics(
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    arms: Sequence[str],
+    estimate_of: Callable[[Sequence[Mapping[str, Any]]], Callable[[list[float]], Estimate]],
+    compare_of: Callable[[Sequence[Mapping[str, Any]]], Callable[[list[float], list[float]], Comparison]],
+) -> dict[str, Any]:
+    """Return `scores` and `comparisons`, as `summarise` does, of functions that are chosen by the rows."""
     measured = {split: measured_metrics(_metrics_of(chosen)) for split, chosen in splits.items()}
-    scores: dict[str, Any] = {}
-    for arm in arms:
-        scores[arm] = {
-            split: {metric: asdict(estimate(_values(chosen, arm, metric))) for metric in measured[split]}
+    scores = {
+        arm: {
+            split: {
+                metric: asdict(estimate_of(_having(chosen, metric))(_values(chosen, arm, metric)))
+                for metric in measured[split]
+            }
             for split, chosen in splits.items()
         }
+        for arm in arms
+    }
     comparisons = [
         {"first": first, "second": second, "split": split, "metric": metric}
-        | asdict(compare(_values(chosen, first, metric), _values(chosen, second, metric)))
+        | asdict(compare_of(_having(chosen, metric))(_values(chosen, first, metric), _values(chosen, second, metric)))
         for first, second in combinations(arms, 2)
         for split, chosen in splits.items()
         for metric in measured[split]
     ]
-    return {"rows": len(rows), "scores": scores, "comparisons": comparisons}
+    return {"scores": scores, "comparisons": comparisons}
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
@@ -92,8 +139,20 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     shown = [entry for entry in summary["comparisons"] if entry["metric"] == first]
     if shown:
         lines += [f"arms on the same rows by {first}, in points, with an exact sign test"]
-        lines += [_comparison_line("", "", "difference", "won:lost", "p"), *_comparison_table(shown)]
+        lines += [_comparison_line("", "", "difference", "won:lost", "p"), *_comparison_table(shown), ""]
+    if "by_image" in summary:
+        lines += _by_image(summary["by_image"], first)
     return "\n".join(lines).rstrip()
+
+
+def _by_image(clustered: Mapping[str, Any], metric: str) -> list[str]:
+    """Return lines with the headline metric where rows on the same images count as one draw."""
+    lines = [f"{metric} clustered by image ({clustered['clusters']:,} clusters)"]
+    lines += _metric_table(clustered["scores"], metric)
+    shown = [entry for entry in clustered["comparisons"] if entry["metric"] == metric]
+    if shown:
+        lines += [_comparison_line("", "", "difference", "won:lost", "p"), *_comparison_table(shown)]
+    return lines
 
 
 def describe_cut(summary: Mapping[str, Any]) -> str | None:
@@ -137,6 +196,11 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
 
 def _metrics_of(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     return {name for row in rows for scored in row["arms"].values() for name in scored}
+
+
+def _having(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
+    """Return the rows that have a metric: it depends on the right answer, and so is the same in all arms."""
+    return [row for row in rows if metric in next(iter(row["arms"].values()))]
 
 
 def _values(rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> list[float]:

@@ -40,7 +40,7 @@ class Task:
     Rows of a unit show the same images; a process answers all of a unit.
 
     `rows_digest` tells whether other rows are the same ones. `left_out` rows of the split are not among them, since they
-    cannot be used.
+    cannot be used. `images` has for each question the hashes of its images.
     """
 
     rows: Rows
@@ -51,6 +51,7 @@ class Task:
     processor: Any
     rows_digest: str
     left_out: int = 0
+    images: Sequence[tuple[str, ...]] = ()
 
     def conversation(self, index: int) -> Conversation:
         """Return the conversation of a place, up to the answer that is scored."""
@@ -120,6 +121,7 @@ def prepare(plan: Plan) -> Task:
         processor,
         hashlib.sha256("".join(row.digest for row in found.values()).encode()).hexdigest()[:16],
         left_out,
+        [row.images for row in found.values()],
     )
 
 
