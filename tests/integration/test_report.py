@@ -15,7 +15,8 @@ from fixtures.messages import png
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import CATEGORY, EMPTY, KINDS, OTHER_NUMBER, VERBOSE, WITHIN, error_kind
-from qwen_vl_sft.evaluation.report import MAX_WIDTH, embed, page_data, render, to_script_json, write_report
+from qwen_vl_sft.evaluation.report import EMBEDDED_ROWS, page_data, render, to_script_json, write_report
+from qwen_vl_sft.evaluation.report_images import COPIED_BYTES, IMAGES_FOLDER, MAX_WIDTH, embed, write_beside
 from qwen_vl_sft.evaluation.scoring import Question, score_row, summarise
 
 HOSTILE = (
@@ -184,6 +185,22 @@ def test_250_real_rows_stay_small(shared):
     answered = [scored(row_id, "1", base="1") for row_id in range(len(rows))]
     read = lambda row_id: rows.conversation(rows.dataset[row_id]).media  # noqa: E731
     assert len(render(answered, summarise(answered, ["base"]), read)) < 15e6 * len(rows) / 250
+
+
+def test_small_files_are_copied_and_large_ones_made_smaller(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (400, 600, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    (tmp_path / "chart.png").write_bytes(png(size=(960, 300)))
+    small, large = ImageFile(None, str(tmp_path / "chart.png")), ImageFile(buffer.getvalue(), None)
+    folder = tmp_path / IMAGES_FOLDER
+    folder.mkdir()
+    shown = [write_beside(folder, file) for file in (small, large)]
+    assert [size for _, *size in shown] == [[480, 150], [480, 320]]
+    copied, made = (tmp_path / address for address, *_ in shown)
+    assert copied.read_bytes() == png(size=(960, 300))
+    assert made.stat().st_size < len(buffer.getvalue()) > COPIED_BYTES
+    assert Image.open(made).size == (480, 320)
 
 
 @pytest.mark.parametrize("arms", [("base",), ("tuned",), ("base", "prompted"), ("predictions",)])
@@ -385,9 +402,22 @@ def test_the_page_fits_its_window(open_report, tmp_path, width, height, scheme):
     assert page.problems() == []
 
 
-def test_thousands_of_rows_stay_usable(open_report):
+def test_thousands_of_rows_stay_usable(open_report, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     page = open_report(fake_rows(2500))
+    assert EMBEDDED_ROWS < 2500
     assert page.count("all") == 2500
+    # Charts beside the page, each once.
+    assert len(list((tmp_path / IMAGES_FOLDER).iterdir())) == 2
+    page.browser.execute_script("document.querySelector('article:nth-child(2)').scrollIntoView()")
+    images = "[...document.querySelectorAll('article img')].slice(0, 2)"
+    WebDriverWait(page.browser, 10).until(
+        lambda _: page.run(f"{images}.map((image) => image.naturalWidth)") == [300, 300]
+    )
+    assert all(
+        address.startswith(f"{IMAGES_FOLDER}/") for address in page.run(f"{images}.map((i) => i.getAttribute('src'))")
+    )
     assert len(page.ids()) == 50
     milliseconds = page.browser.execute_script(
         "const began = performance.now(); document.querySelector('[data-filter=\"all wrong\"]').click();"

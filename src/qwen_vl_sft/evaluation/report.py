@@ -1,25 +1,23 @@
-"""`report.html`: the scores of an evaluation and every row with its chart, in one file that needs no network."""
+"""`report.html`: the scores of an evaluation and every row with its chart, which needs no network and no server."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from qwen_vl_sft.atomic_write import atomic_write, writing_to
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
 from qwen_vl_sft.evaluation.metrics import NOTES, headline, headline_of, measured_metrics
+from qwen_vl_sft.evaluation.report_images import IMAGES_FOLDER, ImageWriter, Shown, embed_file, write_beside
 from qwen_vl_sft.evaluation.scoring import ALL, REPORT_FILE, SPLIT_COLUMN, describe_cut
 
 # The charts of a row, by its row_id.
@@ -27,13 +25,8 @@ Charts = Callable[[int], Sequence[ImageFile]]
 
 # The arm whose wins and losses the page offers.
 TUNED = "tuned"
-# Wide enough to read a chart's labels; hundreds of them stay a file that can be mailed.
-MAX_WIDTH, MAX_HEIGHT = 480, 1200
-FORMATS: dict[str, dict[str, Any]] = {
-    "webp": {"quality": 80},
-    "jpeg": {"quality": 80, "optimize": True},
-    "png": {"optimize": True},
-}
+# With more rows than this, charts lie in files beside the page: at 25,000 rows they would be 240 MB inside it.
+EMBEDDED_ROWS = 1000
 COMPARISON_HEADINGS = ("arms", "rows", "difference", "won : lost", "p")
 PAGE, STYLE, SCRIPT = "report_page.html", "report_page.css", "report_page.js"
 
@@ -41,15 +34,30 @@ PAGE, STYLE, SCRIPT = "report_page.html", "report_page.css", "report_page.js"
 def write_report(
     folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts: Charts | None = None
 ) -> None:
-    """Write `report.html` of scored rows (lines of `rows.jsonl`) and their summary; without `charts`, texts alone."""
-    page = render(rows, summary, charts)
+    """Write `report.html` of scored rows (lines of `rows.jsonl`) and their summary; without `charts`, texts alone.
+
+    The charts of more than `EMBEDDED_ROWS` rows are written into a folder beside the page.
+    """
+    beside = folder / IMAGES_FOLDER
     with writing_to(folder):
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        if charts and len(rows) > EMBEDDED_ROWS:
+            beside.mkdir(parents=True)
+            page = render(rows, summary, charts, partial(write_beside, beside))
+        else:
+            page = render(rows, summary, charts)
         atomic_write(folder / REPORT_FILE, page)
 
 
-def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts: Charts | None = None) -> str:
+def render(
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    charts: Charts | None = None,
+    write_image: Callable[[ImageFile], Shown] = embed_file,
+) -> str:
     """Return the page as HTML. Texts of rows reach it only escaped, or as JSON that the script shows as text."""
-    data = page_data(rows, list(summary["scores"]), charts)
+    data = page_data(rows, list(summary["scores"]), charts, write_image)
     headline = headline_of(next(iter(summary["scores"].values()))[ALL])
     parts = {
         "title": escape(_title(summary)),
@@ -66,50 +74,32 @@ def render(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], charts
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(PAGE))
 
 
-def page_data(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], charts: Charts | None) -> dict[str, Any]:
+def page_data(
+    rows: Sequence[Mapping[str, Any]],
+    arms: Sequence[str],
+    charts: Charts | None,
+    write_image: Callable[[ImageFile], Shown] = embed_file,
+) -> dict[str, Any]:
     """Return what the page's script shows: `arms`, `kinds`, `rows`, and `images`, in which rows share an equal chart.
 
     A row's `arms` are `[answer, right, kind]` in the order of `arms`; `kind` is None when the answer is right.
     """
-    images: list[tuple[str, int, int]] = []
-    image_indices: dict[Any, int] = {}
     shown = []
-    for row in rows:
-        chart_indices = []
-        for chart in charts(row["row_id"]) if charts else ():
-            key = hashlib.sha256(chart.data).hexdigest() if chart.data is not None else chart.path
-            if key not in image_indices:
-                image_indices[key] = len(images)
-                images.append(embed(chart.decode()))
-            chart_indices.append(image_indices[key])
-        answered = [_judged(row["arms"][arm], row["answers"]) for arm in arms]
-        shown.append(
-            {
-                "id": row["row_id"],
-                "question": row["question"],
-                "gold": row["answers"],
-                "split": row[SPLIT_COLUMN],
-                "charts": chart_indices,
-                "arms": answered,
-            }
-        )
+    with ImageWriter(write_image) as images:
+        for row in rows:
+            shown.append(
+                {
+                    "id": row["row_id"],
+                    "question": row["question"],
+                    "gold": row["answers"],
+                    "split": row[SPLIT_COLUMN],
+                    "charts": [images.number(chart) for chart in (charts(row["row_id"]) if charts else ())],
+                    "arms": [_judged(row["arms"][arm], row["answers"]) for arm in arms],
+                }
+            )
+        written = images.shown()
     splits = sorted({row["split"] for row in shown if row["split"] is not None})
-    return {"arms": arms, "tuned": TUNED, "splits": splits, "kinds": KINDS, "images": images, "rows": shown}
-
-
-def embed(image: Image.Image) -> tuple[str, int, int]:
-    """Return an RGB image as the smallest data URI, with its width (at most 480 pixels) and height."""
-    scale = min(1.0, MAX_WIDTH / image.width, MAX_HEIGHT / image.height)
-    if scale < 1:
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    candidates = {}
-    for kind, options in FORMATS.items():
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        candidates[kind] = buffer.getvalue()
-    kind = min(candidates, key=lambda name: len(candidates[name]))
-    return f"data:image/{kind};base64,{base64.b64encode(candidates[kind]).decode()}", *image.size
+    return {"arms": arms, "tuned": TUNED, "splits": splits, "kinds": KINDS, "images": written, "rows": shown}
 
 
 def to_script_json(value: Any) -> str:
