@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from fixtures.conversations import conversation, image
 from fixtures.models import FAMILIES, newer, qwen2_vl
 from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.data.encoding import Encoder
+from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.inference.engine.cache import NO_TOKEN, KeyValueCache
 from qwen_vl_sft.inference.engine.engine import Engine
-from qwen_vl_sft.inference.engine.features import FeatureMemory
+from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
 from qwen_vl_sft.inference.generation import GeneratedAnswer, decode_answer, plan_units
 
 NEW_TOKENS = 16
@@ -149,6 +151,25 @@ def test_the_tower_sees_each_image_once(tiny, monkeypatch):
     forgetful = FeatureMemory(memory.taken - 1)
     assert answers(Engine(model, encoder, 3, memory=forgetful)) == first
     assert 0 < forgetful.taken < memory.taken
+
+
+def test_features_on_disk_are_read_where_there_are_any(tiny, tmp_path, monkeypatch):
+    model, encoder = tiny
+    positions = Positions(model.config)
+    expected = answers(Engine(model, encoder, 6))
+    cache = FeatureCache(tmp_path, "float32", model.config.get_text_config().hidden_size, 1)
+    images = [encoder.read_media(file) for file in (SHARED, TALL)]
+    with torch.no_grad():
+        [layers] = image_layers(model.model, positions, images, None)
+    for shown, features in zip(images, layers, strict=True):
+        cache.write(shown.content_hash, features, shown.grid)
+    cache.path(TALL.content_hash).write_bytes(b"damaged")
+    seen, compute = [], model.model.visual.forward
+    monkeypatch.setattr(
+        model.model.visual, "forward", lambda x, grid_thw, **more: seen.extend(grid_thw) or compute(x, grid_thw, **more)
+    )
+    assert answers(Engine(model, encoder, 6, memory=FeatureMemory(10**9, cache))) == expected
+    assert len(seen) == len({file.content_hash for asked in ASKED for file in asked.media}) - 1
 
 
 def test_a_bad_row_ends_the_work_once_the_rows_before_it_are_answered(tiny):

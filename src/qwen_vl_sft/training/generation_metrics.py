@@ -16,6 +16,7 @@ from tqdm import tqdm
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.data.dataset import even_indices
 from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import BadRow, UserError
@@ -50,6 +51,7 @@ class GenerationMetrics:
             this is after how many of them `measure` polls.
         max_new_tokens: most tokens of an answer.
         output_dir: the run folder; the answers of each evaluation are kept below it. None keeps none.
+        kept_features: what the tower made of images, on disk in the model's own precision, to be read where it is frozen.
         skip_bad_rows: leave rows out of the scores whose images can be read no longer; otherwise they raise `BadRow`.
 
     `left_out` is how many of the sample's rows the last scores leave out, on all processes together.
@@ -64,6 +66,7 @@ class GenerationMetrics:
         max_new_tokens: int,
         output_dir: Path | None = None,
         skip_bad_rows: bool = False,
+        kept_features: FeatureCache | None = None,
     ) -> None:
         self.sample = even_indices(len(evaluation.rows), rows)
         self.rows = evaluation.rows
@@ -76,7 +79,7 @@ class GenerationMetrics:
         prefixes = [int(evaluation.lengths.prefix[index]) for index in self.sample]
         self.batches = plan_batches(lengths, batch_size)
         self.units = plan_units(lengths, [(prefix,) if prefix >= 0 else () for prefix in prefixes])
-        self.features = FeatureMemory(FEATURE_BYTES)
+        self.features = FeatureMemory(FEATURE_BYTES, kept_features)
 
     def check_measures(self, metric: str) -> None:
         """Raise `UserError` for a metric of boxes or points that no row of the sample has in its right answer."""

@@ -316,6 +316,8 @@ def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> 
     run = recipe.run
     if not run.predict_with_generate or data.evaluation is None:
         return None
+    # Rounded ones would give other answers than an evaluation afterwards.
+    kept = data.features.cache if data.features else None
     metrics = GenerationMetrics(
         data.evaluation,
         data.encoder,
@@ -324,6 +326,7 @@ def _generation_metrics(recipe: Recipe, data: PreparedData, batch_size: int) -> 
         run.max_new_tokens,
         recipe.output_dir,
         skip_bad_rows=recipe.data.bad_rows == "skip",
+        kept_features=kept if kept and kept.storage in ("float32", recipe.model.dtype) else None,
     )
     metrics.check_measures((recipe.get("metric_for_best_model") or "loss").removeprefix("eval_"))
     return metrics

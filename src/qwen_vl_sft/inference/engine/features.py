@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.media import EncodedMedia, MediaFile, ReadMedia, model_inputs
 from qwen_vl_sft.data.media.image import EncodedImage
+from qwen_vl_sft.errors import BadRow
 from qwen_vl_sft.families.base import FeatureLayers
 
 
@@ -21,10 +24,12 @@ class FeatureMemory:
 
     Args:
         most_bytes: most memory to take.
+        kept: features of the same tower on disk, which are read where there are any.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, kept: FeatureCache | None = None) -> None:
         self.most_bytes = most_bytes
+        self.kept = kept
         self.taken = 0
         self._known: dict[str, EncodedImage] = {}
 
@@ -32,8 +37,13 @@ class FeatureMemory:
         """Return `read` that brings features instead of pixels where they are known, without decoding."""
 
         def known_or_read(file: MediaFile) -> EncodedMedia:
-            found = self._known.get(file.content_hash)
-            return read(file) if found is None else found
+            content_hash = file.content_hash
+            if content_hash in self._known:
+                return self._known[content_hash]
+            if self.kept is not None and self.kept.holds(content_hash):
+                with contextlib.suppress(BadRow):  # a damaged file: the tower computes its features anew
+                    return self.kept.read_image(file)
+            return read(file)
 
         return known_or_read
 
