@@ -19,6 +19,7 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.shape import RELEASED, Passes, Work, read_shape, training_flops
 from qwen_vl_sft.planning import rows as planned_rows
 from qwen_vl_sft.planning.advice import changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
@@ -28,7 +29,6 @@ from qwen_vl_sft.planning.memory import MicroBatch, Training, keep_as_many, memo
 from qwen_vl_sft.planning.options import PlanOptions, plan_of
 from qwen_vl_sft.planning.report import as_json, describe, verdict
 from qwen_vl_sft.planning.run import RunPlan
-from qwen_vl_sft.planning.shape import RELEASED, Passes, Work, read_shape, training_flops
 from qwen_vl_sft.planning.table import plan_table
 
 SEVEN = "Qwen/Qwen2-VL-7B-Instruct"

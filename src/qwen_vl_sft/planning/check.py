@@ -10,12 +10,12 @@ from typing import Any
 
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.families.shape import Work
 from qwen_vl_sft.planning.cards import find_card
 from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch, find_shape
 from qwen_vl_sft.planning.memory import MARGIN, MicroBatch, keep_as_many, memory_of
 from qwen_vl_sft.planning.rows import ASSUMED
 from qwen_vl_sft.planning.run import RunPlan
-from qwen_vl_sft.planning.shape import Work
 from qwen_vl_sft.planning.speed import step_time
 
 _GIB = 2**30

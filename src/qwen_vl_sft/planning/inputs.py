@@ -19,7 +19,7 @@ from qwen_vl_sft.config.other_trainers import hint
 from qwen_vl_sft.config.reading import Recipe, build
 from qwen_vl_sft.config.settings import GROUPS, REFUSED_KEYS
 from qwen_vl_sft.errors import UserError, first_line, quoted, raise_all, shortened
-from qwen_vl_sft.planning.shape import RELEASED, ModelShape, read_shape
+from qwen_vl_sft.families.shape import RELEASED, ModelShape, read_shape
 from qwen_vl_sft.shipped_files import RECIPES, find_file, launch_config, shipped_names
 
 # Keys of TRL's SFTConfig that a plan reads, with their types and defaults; a test compares them with TRL's.

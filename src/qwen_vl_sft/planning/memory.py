@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qwen_vl_sft.planning.shape import Linear, ModelShape
+from qwen_vl_sft.families.shape import Linear, ModelShape
 
 # Of a GPU's memory, left free for what the allocator cannot use and for the communication of processes.
 MARGIN = 0.08

@@ -18,7 +18,7 @@ from typing import Any
 
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.config.settings import DataSettings
-from qwen_vl_sft.planning.shape import VisionShape
+from qwen_vl_sft.families.shape import VisionShape
 
 SAMPLED = 200
 # Pixel limits of the processors of Qwen2-VL and Qwen2.5-VL, and of Qwen3-VL.

@@ -11,6 +11,7 @@ from typing import Any
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import GROUPS
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.shape import ModelShape, Work
 from qwen_vl_sft.planning.cards import Card
 from qwen_vl_sft.planning.inputs import Launch
 from qwen_vl_sft.planning.memory import (
@@ -25,7 +26,6 @@ from qwen_vl_sft.planning.memory import (
     targets,
 )
 from qwen_vl_sft.planning.rows import RowSizes
-from qwen_vl_sft.planning.shape import ModelShape, Work
 from qwen_vl_sft.planning.speed import StepTime, step_time
 
 KERNELS = ("rms_norm", "swiglu", "rope", "quick_gelu", "patch_embed", "lora")

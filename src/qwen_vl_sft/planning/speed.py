@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qwen_vl_sft.families.shape import Passes, Work, training_flops
 from qwen_vl_sft.planning.cards import Card
 from qwen_vl_sft.planning.memory import NF4_NESTED_BYTES, Training, language_bytes
-from qwen_vl_sft.planning.shape import Passes, Work, training_flops
 
 # Share of the card's dense half-precision peak that large matrix products reach, and share of its bandwidth.
 PRODUCTS, BANDWIDTH = 0.79, 0.7

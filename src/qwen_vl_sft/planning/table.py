@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from qwen_vl_sft.config.reading import build
+from qwen_vl_sft.families.shape import RELEASED, read_shape
 from qwen_vl_sft.planning.cards import CARDS, Card
 from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch
 from qwen_vl_sft.planning.rows import ASSUMED
 from qwen_vl_sft.planning.run import RunPlan
-from qwen_vl_sft.planning.shape import RELEASED, read_shape
 
 METHODS = {
     "QLoRA": {"load_in_4bit": True},

@@ -8,6 +8,7 @@ import torch
 
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.shape import read_shape
 from qwen_vl_sft.modeling.attention_kernels import SDPA
 from qwen_vl_sft.modeling.base_model import load_config
 from qwen_vl_sft.planning.cards import Card, card_of_device
@@ -16,7 +17,6 @@ from qwen_vl_sft.planning.memory import memory_of
 from qwen_vl_sft.planning.report import verdict
 from qwen_vl_sft.planning.rows import measured
 from qwen_vl_sft.planning.run import RunPlan
-from qwen_vl_sft.planning.shape import read_shape
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
 

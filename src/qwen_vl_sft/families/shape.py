@@ -1,6 +1,6 @@
 """Read a model's dimensions from its config.json, and count its weights and FLOPs, without a training library.
 
-The families (`families/`) hold all else that differs between models; a test compares what both count.
+`registry.py` imports the libraries and holds all else that differs between models; a test compares what both count.
 """
 
 from __future__ import annotations
