@@ -11,7 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from torch.autograd.graph import saved_tensors_hooks
 
 from fixtures.models import FAMILIES, newer
 from fixtures.repository import REPOSITORY
@@ -25,7 +29,7 @@ from qwen_vl_sft.planning.advice import changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
 from qwen_vl_sft.planning.check import compare_all, format_table
 from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch, find_shape, read_launch, read_plan_recipe
-from qwen_vl_sft.planning.memory import MicroBatch, Training, keep_as_many, memory_of, targets
+from qwen_vl_sft.planning.memory import MicroBatch, Training, keep_as_many, language_bytes, memory_of, targets
 from qwen_vl_sft.planning.options import PlanOptions, plan_of
 from qwen_vl_sft.planning.report import as_json, describe, verdict
 from qwen_vl_sft.planning.run import RunPlan
@@ -450,3 +454,64 @@ def test_sharing_computes_fewer_tokens():
     assert shared.computed_share == pytest.approx(0.62)
     assert shared.hours < alone.hours
     assert isinstance(shared, RunPlan)
+
+
+@pytest.mark.parametrize("name", ["Qwen2VLConfig", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
+@pytest.mark.parametrize("lora", [["q_proj", "v_proj"], "all-linear", None], ids=["some", "all", "full"])
+def test_a_layer_keeps_what_is_planned(name, lora):
+    """Autograd's own count of what a layer keeps: PyTorch's operations, in bfloat16 by autocast."""
+    tokens, sums, shape = 256, {}, None
+    for layers in (1, 2):
+        model = language_model(name, layers, lora)
+        shape = read_shape(model.config.to_dict())
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept = {}
+
+        def keep(tensor, own=own, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        base = model if lora is None else model.get_base_model()
+        dtype = torch.float32 if lora is None else torch.bfloat16
+        embedded = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda tensor: tensor):
+            base.model.language_model(inputs_embeds=embedded, use_cache=False)
+            sums[layers] = sum(size for size, _ in kept.values())
+    full = lora is None
+    adapted = None if full else targets(shape, lora if isinstance(lora, list) else None, ("language",))
+    planned = Training(shape, bits=32 if full else 16, stored=4 if full else 2, adapted=adapted, rank=8)
+    copies = sum(linear.inputs * linear.outputs for linear in shape.linears if linear.part == "language")
+    copies = 2 * (copies if full else planned.adapter_weights / shape.text.layers)
+    assert (sums[2] - sums[1] - copies) / tokens == pytest.approx(language_bytes(planned), rel=0.01)
+
+
+def language_model(name, layers, lora):
+    """A model of a family whose language model has so many layers, with LoRA or all of its weights training."""
+    text = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+    }
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 256}
+    if name == "Qwen2VLConfig":
+        vision = {"depth": 1, "embed_dim": 64, "hidden_size": 256, "num_heads": 4}
+    elif name == "Qwen3VLConfig":
+        text["head_dim"] = 64
+        vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    config = getattr(transformers, name)(text_config=text, vision_config=vision)
+    dtype = torch.float32 if lora is None else torch.bfloat16
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if lora is not None:
+        names = lora if isinstance(lora, list) else r".*language_model.*_proj"
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=names))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    return model.train()

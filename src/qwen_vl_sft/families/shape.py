@@ -59,6 +59,10 @@ class VisionShape:
         full: blocks whose attention sees the whole image; the others see `window` patches.
         layer_norms: norms have a bias.
         positions: learned positions.
+        patch_bias: the layer of patches has a bias.
+        activation: inside a block's MLP: quick_gelu, silu or gelu.
+        mlp_names: names of a block's linear layers; the last one is narrow again.
+        merger_names: names of a merger's linear layers.
     """
 
     depth: int
@@ -74,6 +78,7 @@ class VisionShape:
     layer_norms: bool
     positions: int
     patch_bias: bool
+    activation: str
     mlp_names: tuple[str, ...]
     merger_names: tuple[str, str]
 
@@ -252,6 +257,7 @@ def _qwen2_vl(vision: Mapping[str, Any]) -> VisionShape:
         layer_norms=True,
         positions=0,
         patch_bias=False,
+        activation="quick_gelu",
         mlp_names=("fc1", "fc2"),
         merger_names=("mlp.0", "mlp.2"),
         **_patches(vision, 14),
@@ -272,6 +278,7 @@ def _qwen2_5_vl(vision: Mapping[str, Any]) -> VisionShape:
         layer_norms=False,
         positions=0,
         patch_bias=False,
+        activation="silu",
         mlp_names=("gate_proj", "up_proj", "down_proj"),
         merger_names=("mlp.0", "mlp.2"),
         **_patches(vision, 14),
@@ -292,6 +299,7 @@ def _qwen3_vl(vision: Mapping[str, Any]) -> VisionShape:
         layer_norms=True,
         positions=int(vision.get("num_position_embeddings", 2304)),
         patch_bias=True,
+        activation="gelu",
         mlp_names=("linear_fc1", "linear_fc2"),
         merger_names=("linear_fc1", "linear_fc2"),
         **_patches(vision, 16),

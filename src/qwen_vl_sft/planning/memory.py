@@ -258,14 +258,17 @@ def _norm_bytes(training: Training, width: int, dtype: int | None = None) -> int
 
 
 def _adapter_bytes(training: Training, names: tuple[str, ...], width: int, kept_anyway: bool = False) -> float:
-    """Return the bytes a token that the adapters on layers of one input keep: it, and what has passed A."""
+    """Return the bytes a token that the adapters on layers of one input keep: that input, and what has passed A.
+
+    With the `lora` kernel they keep one input together. PEFT casts it for each, and dropout makes another one for each.
+    """
     adapted = [linear for linear in training.adapted or () if linear.part == "language"]
     count = sum(linear.name.endswith(names) for linear in adapted)
     if not count:
         return 0.0
     inner = count * training.rank * training.computed
-    if training.dropout:
-        return inner + count * width * (training.computed + 1)  # each its own input, and its mask
+    if training.dropout or "lora" not in training.kernels:
+        return inner + count * width * (training.computed + training.dropout)
     return inner + (0 if kept_anyway else width * training.computed)
 
 
@@ -291,10 +294,14 @@ def _vision(training: Training, batch: MicroBatch, checkpointed: int) -> tuple[f
 def _vision_block_bytes(training: Training) -> float:
     """Return the bytes a patch that a block of a tower that trains keeps for its backward pass."""
     vision, wide, half = training.shape.vision, training.stream, training.computed
-    mlp = vision.mlp * half
-    between = (3 if vision.gated or "quick_gelu" not in training.kernels else 2) * mlp
-    inputs = 2 * vision.width * half + (mlp if vision.gated else 0)
-    return 2 * vision.width * wide + inputs + 4 * vision.width * half + between
+    # Of the widest values: before and after the activation, and what it needs between.
+    fused = vision.activation == "gelu" or vision.activation in training.kernels
+    widest = 4 if vision.gated else 2 if fused else 3
+    # The norms' inputs, and where their weights are multiplied by it what they have normed.
+    norms = 2 if vision.layer_norms else 4
+    # Inputs of linear layers, and query, key, value and output of attention.
+    inputs = 3 if vision.gated and wide > half else 2
+    return norms * vision.width * wide + (inputs + 4) * vision.width * half + widest * vision.mlp * half
 
 
 def _static(training: Training) -> MemorySplit:
