@@ -105,6 +105,16 @@ def test_zipped_images_are_read_where_they_would_be_unpacked(table, place, strea
     assert opened(tmp_path, streaming=streaming) == WANTED
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_may_lie_among_the_images_of_their_split(streaming, tmp_path):
+    for split, answer in (("train", "red"), ("test", "blue")):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.png").write_bytes(png(answer))
+        row = {"image": f"{split}/a.png", "query": "?", "label": answer}
+        (tmp_path / split / "rows.jsonl").write_text(json.dumps(row))
+    assert [opened(tmp_path, split, streaming)[0] for split in ("train", "test")] == WANTED
+
+
 def test_an_archive_is_read_by_several_processes(tmp_path):
     import multiprocessing
 

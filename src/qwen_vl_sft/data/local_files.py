@@ -68,7 +68,7 @@ def find_split(folder: Path, split: str, image_folder: Path | None = None) -> Ro
     listed = {name: [*_with_members(files)] for name, files in _listed(folder).items()}
     own = listed.get(split, [])
     texts = [file for file in own if row_files.kind_of(file)]
-    if texts and not any(map(_is_metadata, texts)) and len(texts) == len(own):
+    if texts and not any(map(_is_metadata, texts)):
         return RowFiles(tuple(texts))
     if tables := [file for file in texts if _is_metadata(file)]:
         return RowFiles(tuple(tables), True, image_folder)
