@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -270,6 +272,38 @@ def test_dimensions_are_found_without_a_network(tmp_path, monkeypatch):
         find_shape("no such: name")
     shape = find_shape(str(tiny.MODEL_DIR))
     assert sum(shape.parameters.values()) < 2e6
+
+
+def test_dimensions_are_fetched_from_the_hub(monkeypatch):
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200 if "mine" in self.path else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(RELEASED[SEVEN]).encode())
+
+        def log_message(self, *args):
+            """Say nothing."""
+
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        find_shape("me/mine")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        try:
+            assert find_shape("me/mine", "a/b") == find_shape(SEVEN)
+            with pytest.raises(UserError, match="cannot be fetched: HTTP Error 404") as refused:
+                find_shape("me/other")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert asked[0] == ("/me/mine/resolve/a%2Fb/config.json", "Bearer hf_token")
+    assert "hf_token" not in str(refused.value)
 
 
 def test_rows_of_jsonl_are_sampled(tmp_path):

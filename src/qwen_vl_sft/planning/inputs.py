@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import http.client
 import json
 import os
 import re
 import typing
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import get_token
 
 from qwen_vl_sft.config.coercion import coerce, expected, is_text, load_yaml
 from qwen_vl_sft.config.other_trainers import hint
@@ -38,6 +42,8 @@ TRAINING_KEYS: dict[str, tuple[Any, Any]] = {
     "save_only_model": (bool, False),
     "activation_offloading": (bool, False),
 }
+# A plan waits so long for the Hub.
+_SECONDS = 2.5
 _STRATEGIES = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2"}
 
 
@@ -160,10 +166,11 @@ def find_shape(model: str, revision: str = "main") -> ModelShape:
     config = folder / "config.json" if folder.is_dir() else _cached_config(model, revision)
     if config is None and model in RELEASED:
         return read_shape(RELEASED[model], model)
+    source = f"model_name_or_path: {model}"
     if config is None or not config.is_file():
-        config = _download(model, revision)
+        return read_shape(_download(model, revision), source)
     try:
-        return read_shape(json.loads(config.read_text(encoding="utf-8")), f"model_name_or_path: {model}")
+        return read_shape(json.loads(config.read_text(encoding="utf-8")), source)
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"model_name_or_path: {config} cannot be read: {first_line(error)}") from None
 
@@ -180,15 +187,22 @@ def _cached_config(model: str, revision: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _download(model: str, revision: str) -> Path:
+def _download(model: str, revision: str) -> Any:
+    """Fetch a config.json from the Hub, without the repeated attempts of its client: a plan answers at once or says why."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise UserError(f"model_name_or_path: {quoted(model)} is no folder with a config.json, and no name on the Hub")
-    from huggingface_hub import hf_hub_download
-
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    request = urllib.request.Request(f"{endpoint}/{model}/resolve/{urllib.parse.quote(revision, safe='')}/config.json")
     try:
-        return Path(hf_hub_download(model, "config.json", revision=revision, etag_timeout=5))
-    except Exception as error:  # of the network, the Hub and its library
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if token := get_token():
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            return json.load(answer)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"model_name_or_path: the config.json of {quoted(model)} is not on this machine and cannot be fetched:"
-            f" {first_line(error)}; give a folder with it, or one of {', '.join(RELEASED)}"
+            f" {first_line(error)}; give a folder with it, or a model whose dimensions are known here"
+            f" ({', '.join(name.removeprefix('Qwen/') for name in RELEASED)})"
         ) from None
