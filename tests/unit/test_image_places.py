@@ -12,7 +12,9 @@ import pytest
 from fixtures.messages import RED, conversation_row, png, write_messages
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.dataset import open_rows, open_split
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
+from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import BadRow, UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -126,6 +128,21 @@ def test_an_archive_is_read_by_several_processes(tmp_path):
     assert pickle.loads(pickle.dumps(files[0])).read() == png()
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(ImageFile.read, files, chunksize=1) == [png()] * 50
+
+
+def test_rows_are_checked_again_when_an_archive_changes(tiny_processor, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "red.png", "query": "?", "label": "x"}))
+    found = {}
+    for number, content in enumerate((None, "red", 20 * "x", "blue")):
+        if content:
+            write_zip(tmp_path / "a.zip", **{"red.png": content})
+        try:
+            found[number] = len(scan(open_rows(str(tmp_path), "train"), Encoder(tiny_processor)).rows)
+        except UserError as error:
+            found[number] = str(error)
+    assert "red.png does not exist" in found[0]
+    assert "a.zip/red.png cannot be read" in found[2]
+    assert (found[1], found[3]) == (1, 1)
 
 
 def test_splits_of_archives_under_one_table(tmp_path):

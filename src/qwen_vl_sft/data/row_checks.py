@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from qwen_vl_sft.atomic_write import PARTIAL
 from qwen_vl_sft.compat.for_python import settle_before_forks
 from qwen_vl_sft.data.dataset import ROW_ID, Rows
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.media import CountPatches, counting_once, path_of
+from qwen_vl_sft.data.media import CountPatches, archives, counting_once, path_of
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
 
 COUNTS = ("tokens", "target_tokens", "images", "patches", "prefix_tokens", "prefix_patches")
@@ -170,7 +170,10 @@ def _check_row(rows: Rows, place: int, checks: Checks, count_patches: CountPatch
 def _stamp(path: str) -> str:
     """Return a file's path, size and time as text, null for one that is not there."""
     try:
-        found = os.stat(path)
+        try:
+            found = os.stat(path)
+        except NotADirectoryError:
+            found = os.stat(archives.file_on_disk(Path(path)))
     except (OSError, ValueError):
         return json.dumps([path, None])
     return json.dumps([path, found.st_size, found.st_mtime_ns])
@@ -183,7 +186,7 @@ def _outdated(known: pa.Table, rows: Rows) -> np.ndarray:
     different = stamps.unique().to_pylist()
     parts = [different[start : start + _FILES_OF_A_THREAD] for start in range(0, len(different), _FILES_OF_A_THREAD)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        changed = [stamp for part in threads.map(_changed, parts) for stamp in part]
+        changed = [stamp for part in threads.map(partial(_changed, folder=rows.folder), parts) for stamp in part]
     is_outdated = np.zeros(len(known), dtype=bool)
     if changed:
         told = pc.is_in(stamps, value_set=pa.array(changed, pa.large_string()))
@@ -195,8 +198,21 @@ def _outdated(known: pa.Table, rows: Rows) -> np.ndarray:
     return is_outdated.nonzero()[0]
 
 
-def _changed(stamps: list[str]) -> list[str]:
-    return [stamp for stamp in stamps if _stamp(json.loads(stamp)[0]) != stamp]
+def _changed(stamps: list[str], folder: Path | None) -> list[str]:
+    return [stamp for stamp in stamps if _is_changed(stamp, folder)]
+
+
+def _is_changed(stamp: str, folder: Path | None) -> bool:
+    path, *state = json.loads(stamp)
+    if _stamp(path) != stamp:
+        return True
+    if state != [None] or folder is None:
+        return False
+    try:
+        # A file that was not there may be in an archive since.
+        return bool(archives.find(Path(path), folder.absolute()))
+    except (OSError, ValueError):
+        return True
 
 
 def _holds_images(rows: Rows) -> bool:

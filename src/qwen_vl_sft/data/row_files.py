@@ -67,7 +67,7 @@ class RowFiles:
 
         Its fingerprint follows from those too. Raises `ValueError` that names the file, and the place in it.
         """
-        stats = [_file_on_disk(file).stat() for file in self.files]
+        stats = [archives.file_on_disk(file).stat() for file in self.files]
         arguments = {
             "files": tuple(map(str, self.files)),
             "stamps": tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
@@ -176,7 +176,7 @@ def _found(images: Iterable[str], folder: Path) -> Iterator[str]:
 
 def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     is_empty = True
-    git_lfs.refuse_pointers([_file_on_disk(file)])
+    git_lfs.refuse_pointers([archives.file_on_disk(file)])
     try:
         with _opened(file) as source:
             for found in _csv_rows(file, source) if kind_of(file) == "csv" else _json_rows(file, source):
@@ -196,15 +196,9 @@ def _compression_of(file: Path) -> str:
 
 
 def _opened(file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
-    raw = file.open("rb") if _file_on_disk(file) == file else archives.open_member(file)
+    raw = file.open("rb") if archives.file_on_disk(file) == file else archives.open_member(file)
     opener = _OPENERS.get(_compression_of(file))
     return opener(raw, "rb") if opener else raw
-
-
-def _file_on_disk(file: Path) -> Path:
-    """Return the file itself, or the archive that it lies in."""
-    found = None if file.is_file() else archives.split_path(file)
-    return found[0] if found else file
 
 
 def _csv_rows(file: Path, source: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -23,6 +23,12 @@ def split_path(path: Path) -> tuple[Path, str] | None:
     return None
 
 
+def file_on_disk(path: Path) -> Path:
+    """Return the file at a path, or the archive that the path leads into."""
+    found = None if path.is_file() else split_path(path)
+    return found[0] if found else path
+
+
 def open_member(path: Path) -> IO[bytes]:
     """Open a file in an archive. Raises `OSError` for one that cannot be read."""
     found = split_path(path)
