@@ -38,6 +38,7 @@ OPTIONS = {
     "merge": merging.Options,
     "push": publishing.Options,
     "benchmark": tools.BenchmarkOptions,
+    "benchmark_answers": tools.AnswerBenchmarkOptions,
     "check_packing": tools.CheckPackingOptions,
     "compare_strategies": tools.CompareStrategiesOptions,
     "data_costs": tools.DataCostsOptions,
@@ -48,7 +49,7 @@ OPTIONS = {
     "plan": planning.PlanOptions,
     "check_plan": planning.CheckPlanOptions,
 }
-MEASURING = ("benchmark", "check_packing", "compare_strategies", "kill_and_resume", "plan")
+MEASURING = ("benchmark", "benchmark_answers", "check_packing", "compare_strategies", "kill_and_resume", "plan")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
