@@ -7,14 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3_5Config, Qwen3VLConfig
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.base import PARTS, PackedLayout
 from qwen_vl_sft.families.registry import FAMILIES, family_of
+from qwen_vl_sft.modeling.base_model import load_config
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.kernels import KERNELS, LORA
 from qwen_vl_sft.modeling.model_rules import problems_of_family
@@ -37,6 +40,24 @@ def test_another_model_is_refused_with_the_families_there_are():
         UserError, match=r"model_name_or_path: x is a gpt2 model; this package trains Qwen2-VL, .*Qwen3"
     ):
         family_of(SimpleNamespace(model_type="gpt2"), "model_name_or_path: x")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Qwen3VLMoeConfig", "experts are no linear layers"),
+        ("Qwen3_5MoeConfig", "experts are no linear layers"),
+        ("Qwen4ExpConfig", "n-gram table takes about 90 GiB.*needs a way of transformers to train it"),
+    ],
+)
+def test_a_model_of_qwens_that_is_not_trained_is_refused_with_the_reason(name, reason, tmp_path):
+    """Trained as dense, experts would get no adapter and stay in 16 bits, without a word."""
+    getattr(transformers, name)().save_pretrained(tmp_path)
+    settings = ModelSettings(model_name_or_path=str(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"model_name_or_path: {tmp_path} is a \w+ model, which is not trained: .*{reason}"
+    ):
+        load_config(settings)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
