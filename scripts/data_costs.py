@@ -1,4 +1,6 @@
-"""Measure what data cost: starts of a run, a worker's work, long conversations, plans of large steps.
+"""Measure what data cost.
+
+Starts of a run, a worker's work, long conversations, plans of large steps.
 
     python scripts/data_costs.py --output_dir data_costs
     python scripts/data_costs.py --parts large --output_dir data_costs

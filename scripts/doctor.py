@@ -1,4 +1,4 @@
-"""Check this machine: what is installed, what really works, and the cure for what does not.
+"""Check this machine: what is installed, what works, and how to mend the rest.
 
     python scripts/doctor.py
     python scripts/doctor.py --runs false
