@@ -5,8 +5,9 @@ Starts of a run, a worker's work, long conversations, plans of large steps.
     python scripts/data_costs.py --output_dir data_costs
     python scripts/data_costs.py --parts large --output_dir data_costs
 
-The data are made up. Times of one process are its CPU time. --before measures the starts of
-another version in turns, from a folder that has its own environment.
+The data are made up. Times of one process are its CPU time. --before measures
+the starts of another version in turns, from a folder that has its own
+environment.
 """
 
 from __future__ import annotations
