@@ -136,6 +136,9 @@ class GenerationMetrics:
                     while poll is not None and polled < min(due, polls):
                         polled += 1
                         poll()
+        if torch.cuda.is_available():
+            # The cache of keys and values is large; training takes its memory in other pieces.
+            torch.cuda.empty_cache()
         read = [place for place in answers if self.sample[place] not in self.prompts.unreadable]
         scored = {place: self._score(place, answers[place]) for place in read}
         if self.output_dir is not None:
