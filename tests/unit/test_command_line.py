@@ -137,16 +137,20 @@ def test_help_ends_with_the_text(capsys):
 
 WRONG = {
     "benchmark": "--outputdir x",
+    "benchmark_answers": "--rows many --config x --output_dir x",
     "check_packing": "--rows many --output_dir x",
+    "check_plan": "--ponts x",
     "compare_strategies": "--processes --output_dir x",
     "data_costs": "--rows many --output_dir x",
     "demo": "--rn runs/x",
+    "doctor": "--rnus false",
     "evaluate": "--splt test",
     "generate": "--imges a.png",
     "kill_and_resume": "--kills many",
     "make_random_model": "--confg x",
     "make_tiny": "--output_dr x",
     "merge": "--rn runs/x",
+    "plan": "--num_gpus many",
     "push": "--repoid x",
     "sft": "recipe.yaml",
 }
