@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -21,10 +22,18 @@ LONGEST_FIRST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until the tests are collected
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Inside a job of a cluster, the worlds of the tests are smaller than what was allotted.
     os.environ.setdefault("QWEN_VL_SFT_EXPECTED_PROCESSES", "any")
+
+
+def pytest_collection_finish() -> None:
+    # The libraries stay for the whole session: the collector need not walk through their objects again and again.
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
