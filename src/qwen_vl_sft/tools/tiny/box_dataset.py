@@ -1,16 +1,13 @@
 """Charts with the boxes of their bars, as ms-swift writes them: images, messages, objects, in three parquet files."""
 
-import io
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
-from qwen_vl_sft.tools.tiny.charts import Chart, draw, item_boxes, random_chart
+from qwen_vl_sft.tools.tiny.charts import Chart, item_boxes, random_chart
 from qwen_vl_sft.tools.tiny.questions import WORDS
+from qwen_vl_sft.tools.tiny.splits import distinct_charts, file_name, png_of, write_splits
 
 IMAGES = {"train": 640, "val": 20, "test": 60}  # a row for each bar, about 3.5 on a chart
 FEATURES = Features(
@@ -20,15 +17,7 @@ FEATURES = Features(
         "objects": {"ref": List(Value("string")), "bbox": List(List(Value("int32")))},
     }
 )
-CARD = """---
-license: apache-2.0
-configs:
-- config_name: default
-  data_files:
-  - {split: train, path: train-00000-of-00001.parquet}
-  - {split: val, path: val-00000-of-00001.parquet}
-  - {split: test, path: test-00000-of-00001.parquet}
----
+DESCRIPTION = """\
 Bar charts drawn by `scripts/make_tiny.py`, and where each bar is: images, messages and objects as ms-swift writes them,
 boxes in pixels. No chart stands in two splits. For tests and for trying boxes without a network.
 """
@@ -36,18 +25,8 @@ boxes in pixels. No chart stands in two splits. For tests and for trying boxes w
 
 def charts_of(split: str) -> list[tuple[str, Chart]]:
     """Return names and charts of one split. They are sampled over all splits at once, so that no chart is in two."""
-    return [(name, chart) for part, name, chart in _sample() if part == split]
-
-
-def _sample() -> Iterator[tuple[str, str, Chart]]:
-    rng, pictures = Random("boxes"), set()
-    for split, count in IMAGES.items():
-        for index in range(count):
-            chart = _bar_chart(rng)
-            while (pixels := draw(chart).tobytes()) in pictures:
-                chart = _bar_chart(rng)
-            pictures.add(pixels)
-            yield split, f"{split}_{index:03d}.png", chart
+    found = distinct_charts(Random("boxes"), IMAGES, _bar_chart)
+    return [(file_name(part, index), chart) for part, index, chart in found if part == split]
 
 
 def _bar_chart(rng: Random) -> Chart:
@@ -61,13 +40,12 @@ def to_rows(named: list[tuple[str, Chart]]) -> list[dict]:
     """Return one row per bar, those of one chart in succession; a box ends behind the bar's last pixel."""
     rows = []
     for name, chart in named:
-        png = io.BytesIO()
-        draw(chart).save(png, "PNG", optimize=True)
+        png = png_of(chart)
         for color, (left, top, right, bottom) in zip(chart.colors, item_boxes(chart), strict=True):
             messages = [("user", "<image>Where is <ref-object>?"), ("assistant", "<bbox>")]
             rows.append(
                 {
-                    "images": [{"bytes": png.getvalue(), "path": name}],
+                    "images": [{"bytes": png, "path": name}],
                     "messages": [{"role": role, "content": content} for role, content in messages],
                     "objects": {
                         "ref": [f"the {color} {WORDS[chart.kind][0]}"],
@@ -80,8 +58,4 @@ def to_rows(named: list[tuple[str, Chart]]) -> list[dict]:
 
 def write_box_dataset(folder: Path) -> None:
     """Write README.md and a parquet file per split into an existing folder."""
-    for split in IMAGES:
-        table = pa.Table.from_pylist(to_rows(charts_of(split)), schema=FEATURES.arrow_schema)
-        # Not Dataset.to_parquet: it turns off dictionaries for images, and would store a chart once per bar.
-        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet", compression="zstd")
-    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    write_splits(folder, {split: to_rows(charts_of(split)) for split in IMAGES}, FEATURES, DESCRIPTION)
