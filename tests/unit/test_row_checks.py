@@ -10,12 +10,12 @@ import pytest
 import trl
 
 from fixtures.messages import RED, conversation_row, png
-from qwen_vl_sft import tiny
+from qwen_vl_sft import cpu_cores, tiny
 from qwen_vl_sft.data import row_checks
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
-from qwen_vl_sft.data.row_checks import Checks, check_rows, usable_cores
+from qwen_vl_sft.data.row_checks import Checks, check_rows
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
 
@@ -152,5 +152,5 @@ def test_a_container_has_no_more_cores_than_its_share(tmp_path, monkeypatch):
     bound = len(os.sched_getaffinity(0))
     for text, cores in (("max 100000", bound), ("50000 100000", 1), ("9900000 100000", bound), ("nonsense", bound)):
         (tmp_path / "cpu.max").write_text(text)
-        monkeypatch.setattr(row_checks, "_CPU_QUOTA", tmp_path / "cpu.max")
-        assert usable_cores() == cores
+        monkeypatch.setattr(cpu_cores, "_CPU_QUOTA", tmp_path / "cpu.max")
+        assert cpu_cores.usable_cores() == cores

@@ -6,7 +6,6 @@ have changed, by size or time, the rows alone are checked again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from qwen_vl_sft import __version__
 from qwen_vl_sft.atomic_write import PARTIAL
 from qwen_vl_sft.compat.for_python import settle_before_forks
+from qwen_vl_sft.cpu_cores import usable_cores
 from qwen_vl_sft.data.dataset import ROW_ID, Rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media import CountPatches, archives, counting_once, path_of
@@ -54,7 +54,6 @@ _VERSION = 6
 _PIECE, _WORTH_A_PROCESS = 32, 256
 # Files on a network answer slowly, but many at a time.
 _THREADS, _FILES_OF_A_THREAD = 16, 256
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -85,15 +84,6 @@ def check_rows(rows: Rows, checks: Checks, processes: int | None = None) -> pa.T
         found = pa.concat_tables([known, found]).take(order)
     _write(path, found)
     return found
-
-
-def usable_cores() -> int:
-    """Count the cores that this process may use: those it is bound to, and no more than its container's share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = _CPU_QUOTA.read_text().split()
-        cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
 
 
 def _check(rows: Rows, places: np.ndarray, checks: Checks, processes: int | None) -> pa.Table:

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_sft.cpu_cores import usable_cores
+
 SHARED_MEMORY = Path("/dev/shm")
 PROBE_SECONDS = 180.0
 
@@ -103,10 +105,6 @@ def _token() -> Token | None:
     return Token(str(access.get("role", "unknown")))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_probes(names: Sequence[str], command: Sequence[str] = (), seconds: float = PROBE_SECONDS) -> Iterator[Probe]:
     """Run probes in another process, which a crash may end: the next ones then run in a new one.
 
@@ -165,7 +163,7 @@ class Machine:
     refusal_to_write: Callable[[Path], str | None] = _refusal_to_write
     free_bytes: Callable[[Path], int] = _free_bytes
     token: Callable[[], Token | None] = _token
-    cores: Callable[[], int] = _cores
+    cores: Callable[[], int] = usable_cores
     probes: Callable[[Sequence[str]], Iterator[Probe]] = run_probes
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     python: str = platform.python_version()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from qwen_vl_sft.cpu_cores import usable_cores
 from qwen_vl_sft.data.media.image_file import ImageFile
 
 IMAGES_FOLDER = "report_images"
@@ -77,7 +77,7 @@ class ImageWriter:
         self._numbers: dict[str, int] = {}
         self._written: list[Future[Shown]] = []
         self._pending: deque[Future[Shown]] = deque()
-        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self._pool = ThreadPoolExecutor(max_workers=usable_cores())
 
     def __enter__(self) -> ImageWriter:
         return self

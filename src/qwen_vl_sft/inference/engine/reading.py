@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.cpu_cores import usable_cores
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.media import ReadMedia, reading_once
 from qwen_vl_sft.errors import BadRow
@@ -92,5 +93,4 @@ class PromptReader:
 
 def _cores() -> int:
     """Count the cores that this process may use, of those that the processes of this machine share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
