@@ -1,4 +1,4 @@
-"""scripts/benchmark.py and benchmark_answers.py: ways of training, and of answering, side by side."""
+"""The scripts that measure: benchmark.py and benchmark_answers.py side by side, check_plan.py --measure run by run."""
 
 import json
 from dataclasses import replace
@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 from fixtures.messages import conversation_row
+from fixtures.models import SMALL_SHAPE
 from fixtures.processes import run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.shape import released_config
+from qwen_vl_sft.planning.options import CheckPlanOptions
+from qwen_vl_sft.tools import measure_plan
 from qwen_vl_sft.tools.benchmark import FEWEST_ROWS, repeated, run_session
 from qwen_vl_sft.tools.benchmark_answers import run_session as answer_session
 from qwen_vl_sft.tools.options import AnswerBenchmarkOptions, BenchmarkOptions
@@ -95,3 +99,47 @@ def test_ways_of_answering_are_measured_and_their_answers_compared(tmp_path, mon
         answer_session(replace(options, variants=("engin",)))
     with pytest.raises(UserError, match="--works: unknown al; known are alone"):
         answer_session(replace(options, works=("al",)))
+
+
+def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_path, monkeypatch):
+    """Qwen3-VL's patches are larger than those of the processor, which takes the model's side."""
+
+    def small(name):
+        config = released_config(name)
+        vision = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 64}
+        config["vision_config"] |= {**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+        config["text_config"] |= {**SMALL_SHAPE["text_config"], "head_dim": 16}
+        return config
+
+    monkeypatch.setattr(measure_plan, "released_config", small)
+    monkeypatch.setattr(measure_plan, "WARMUP", 1)
+    monkeypatch.setattr(measure_plan, "STEPS", 1)
+    keys = {
+        "use_cpu": "true",
+        "bf16": "false",
+        "tf32": "false",
+        "dataloader_num_workers": "0",
+        "max_train_samples": "32",
+    }
+    keys |= {"dataset_name": str(tiny.DATA_DIR), "dataloader_persistent_workers": "false", "dataset_test_split": "test"}
+    options = CheckPlanOptions(
+        measure=tmp_path / "points.json", processor=str(tiny.MODEL_DIR), model_dir=tmp_path / "models",
+        recipe_keys={name: [word] for name, word in keys.items()},
+    )  # fmt: skip
+    groups = [("Qwen/Qwen3-VL-8B-Instruct", "LoRA"), ("Qwen/Qwen3-VL-8B-Instruct", "full")]
+    settings = [measure_plan.Setting(512), measure_plan.Setting(4096, share_prefixes=True, checkpointed=True)]
+    assert not measure_plan.measure_points(options, groups, settings)  # on a CPU plans tell nothing
+    stored = json.loads((tmp_path / "points.json").read_text())
+    assert not stored["failed"]
+    assert not list((tmp_path / "models").glob("Qwen*"))
+    one, all_layers, full, _ = stored["points"]
+    assert (one["about"], all_layers["about"]) == ("packed 512", "shared 4,096, checkpointed")
+    assert (one["checkpointed"], all_layers["checkpointed"], full["checkpointed"]) == (0, 2, 0)
+    assert one["rows"] == all_layers["rows"] == 16
+    assert one["largest"][0] <= 512
+    assert one["micro_batches"] > all_layers["micro_batches"] == 1
+    assert one["step"][0] > all_layers["step"][0]  # prefixes are computed once
+    assert full["step"] == one["step"]
+    assert (one["keys"]["use_peft"], full["keys"]["use_peft"]) == (True, False)
+    with pytest.raises(UserError, match="--measure needs --processor"):
+        measure_plan.measure_points(replace(options, processor=None))

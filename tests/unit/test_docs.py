@@ -49,7 +49,15 @@ OPTIONS = {
     "plan": planning.PlanOptions,
     "check_plan": planning.CheckPlanOptions,
 }
-MEASURING = ("benchmark", "benchmark_answers", "check_packing", "compare_strategies", "kill_and_resume", "plan")
+MEASURING = (
+    "benchmark",
+    "benchmark_answers",
+    "check_packing",
+    "check_plan",
+    "compare_strategies",
+    "kill_and_resume",
+    "plan",
+)
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -25,7 +25,7 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families.shape import RELEASED, Passes, Work, read_shape, training_flops
+from qwen_vl_sft.families.shape import RELEASED, Passes, Work, read_shape, released_config, training_flops
 from qwen_vl_sft.planning import rows as planned_rows
 from qwen_vl_sft.planning.advice import changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
@@ -98,6 +98,15 @@ def test_released_models_have_the_sizes_that_their_makers_tell():
         "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
     }
     assert {name: sum(read_shape(RELEASED[name]).parameters.values()) for name in known} == known
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_models_are_made_in_the_shape_of_released_ones(name):
+    values = released_config(name)
+    made = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    assert read_shape(made.to_dict()) == read_shape(RELEASED[name])
+    width = read_shape(RELEASED[name]).text.head_width
+    assert 2 * sum(made.text_config.rope_parameters["mrope_section"]) == width
 
 
 def test_a_model_of_another_kind_is_refused():

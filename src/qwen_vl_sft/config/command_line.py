@@ -162,6 +162,12 @@ def recipe_values(words: Mapping[str, Sequence[str]], options: Any = None) -> di
     return {name: True if not parts else parts[0] if len(parts) == 1 else parts for name, parts in values.items()}
 
 
+def refuse_recipe_keys(words: Collection[str], options: Any, why: str) -> None:
+    """Raise `UserError` where words are no options and there is no recipe that they could be keys of, which `why` tells."""
+    own = option_names(type(options))
+    raise_all([f"command line: {_unknown(name, own)}; {why}" for name in words])
+
+
 def names(text: str) -> tuple[str, ...]:
     """Read names between commas, each once."""
     found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

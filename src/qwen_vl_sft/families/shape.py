@@ -360,3 +360,20 @@ RELEASED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-VL-8B-Instruct": _released("qwen3_vl", 4096, 12288, 36, 32, 8, 151936, False, **_LARGE_3),
     "Qwen/Qwen3-VL-32B-Instruct": _released("qwen3_vl", 5120, 25600, 64, 64, 8, 151936, False, **_LARGE_3),
 }
+
+# Of a head's rotated values, those that turn with time, height and width, and how fast.
+_ROTATED: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    "qwen2_5_vl": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    "qwen3_vl": {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+}
+
+
+def released_config(name: str) -> dict[str, Any]:
+    """Return what transformers' configuration of a model of `RELEASED` takes, such as for one with random weights."""
+    text = dict(RELEASED[name])
+    kind, vision, tied = text.pop("model_type"), dict(text.pop("vision_config")), text.pop("tie_word_embeddings")
+    vision["hidden_size" if kind == "qwen2_vl" else "out_hidden_size"] = text["hidden_size"]
+    vision = {name: [*value] if isinstance(value, tuple) else value for name, value in vision.items()}
+    text["rope_parameters"] = {"rope_type": "default", **_ROTATED[kind]}
+    return {"model_type": kind, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}

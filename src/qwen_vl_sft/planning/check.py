@@ -76,14 +76,13 @@ def _compare(stored: Mapping[str, Any], point: Mapping[str, Any]) -> Compared:
 
 
 def _about(point: Mapping[str, Any]) -> str:
-    size = point["model"].split("-")[-2]
+    model = point["model"].removeprefix("Qwen/").removesuffix("-Instruct")
     launched = f"{point['processes']} x {point['strategy']}" if point["processes"] > 1 else point["strategy"]
-    method = (
-        "full" if point["keys"].get("use_peft") is False else "4-bit" if "load_in_4bit" in point["keys"] else "LoRA"
-    )
+    keys = point["keys"]
+    method = "full" if keys.get("use_peft") is False else "4-bit" if keys.get("load_in_4bit") else "LoRA"
     kept = "" if not point["checkpointed"] else ", checkpointed" if point["checkpointed"] != "auto" else ", auto"
     checkpointed = "" if "checkpointed" in point["about"] else kept
-    return f"{size} {method}, {launched}: {point['about']}{checkpointed}"
+    return f"{model} {method}, {launched}: {point['about']}{checkpointed}"
 
 
 def format_table(compared: list[Compared]) -> str:

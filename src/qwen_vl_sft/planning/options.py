@@ -86,6 +86,18 @@ def _of_tokens(rows: RowSizes, tokens: float) -> RowSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckPlanOptions:
-    """Command-line options of check_plan.py."""
+    """Command-line options of check_plan.py; other keys go to the recipe of the runs that are measured."""
 
     points: Path = option(Path("benchmarks/plan.json"), "the measured runs", metavar="file")
+    measure: Path | None = option(
+        None, "measure runs on this GPU, write them into this file, and compare with these", metavar="file"
+    )
+    processor: str | None = option(
+        None, "local folder or Hub id of the processor of the measured models", metavar="model"
+    )
+    recipe: Path = option(Path("recipes/chartqa_qlora.yaml"), "the recipe that is measured", metavar="file")
+    model_dir: Path = option(
+        Path("models"), "where random models are made, and removed when they are not needed any more", metavar="folder"
+    )
+    seconds: float = option(3600.0, "seconds after which no more run begins", at_least=0)
+    recipe_keys: dict[str, list[str]] = any_recipe_key()

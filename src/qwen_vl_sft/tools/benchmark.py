@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.compat.for_transformers import use_one_gpu
 from qwen_vl_sft.config.command_line import recipe_values
@@ -261,45 +262,61 @@ def as_messages(data: PreparedData) -> Any:
     return rows.dataset.with_transform(read)  # type: ignore[union-attr]
 
 
+@dataclass
+class Fetched:
+    """What a trainer has fetched: seconds it waited, and by step the work of our micro-batches; TRL's tell none."""
+
+    seconds: float = 0.0
+    steps: list[list[BatchStats]] = dataclasses.field(default_factory=list)
+
+
 @contextlib.contextmanager
-def timed_fetching(trainer: Any) -> Any:
-    """Measure the seconds a trainer waits for its batches, in a list with one number.
+def watched_fetching(trainer: Any) -> Iterator[Fetched]:
+    """Watch which batches a trainer fetches, and how long it waits for them.
 
     What it does with a batch once it has it, such as counting on the GPU, is no waiting for data.
     """
-    seconds, fetch = [0.0], trainer.get_batch_samples
+    fetched, fetch = Fetched(), trainer.get_batch_samples
 
-    def timed(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+    def watched(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         source = TimedIterator(batches)
         try:
-            return fetch(source, *args, **kwargs)
+            steps, count = fetch(source, *args, **kwargs)
         finally:
-            seconds[0] += source.seconds
+            fetched.seconds += source.seconds
+        packed = [batch for step in steps for batch in step.get(MICRO_BATCHES, ())]
+        fetched.steps.append([BatchStats(**batch["stats"]) for batch in packed])
+        return steps, count
 
-    trainer.get_batch_samples = timed
+    trainer.get_batch_samples = watched
     try:
-        yield seconds
+        yield fetched
     finally:
         del trainer.get_batch_samples
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment of a run: seconds, seconds waited, rows and useful FLOPs so far."""
+    """A moment of a run: seconds, seconds waited so far, and what was asked for."""
 
     seconds: float
     waited: float
-    rows: int
-    flops: float
+    told: Any
 
 
 class Clock(TrainerCallback):
-    """Times the steps after `warmup` of them; the device has done its work at both ends."""
+    """Marks the ends of `warmup` steps and of the last one; the device has done its work at both.
 
-    def __init__(self, warmup: int, variant: Variant, waited: list[float]) -> None:
+    Args:
+        warmup: steps.
+        fetched: tells the seconds waited.
+        ask: is asked at both ends, with the number of the step.
+    """
+
+    def __init__(self, warmup: int, fetched: Fetched, ask: Callable[[int], Any]) -> None:
         self.warmup = warmup
-        self.variant = variant
-        self.waited = waited
+        self.fetched = fetched
+        self.ask = ask
         self.marks: list[Mark] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -307,32 +324,52 @@ class Clock(TrainerCallback):
         if state.global_step == self.warmup or state.global_step == state.max_steps:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            done = self.variant.work_done(state.global_step)
-            self.marks.append(Mark(time.perf_counter(), self.waited[0], done.rows, self.variant.counter.flops(done)))
+            told = self.ask(state.global_step)
+            self.marks.append(Mark(time.perf_counter(), self.fetched.seconds, told))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps that were trained: where those after the warm-up began and ended, and what was fetched for all of them."""
+
+    began: Mark
+    ended: Mark
+    fetched: Fetched
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of the steps after the warm-up."""
+        return self.ended.seconds - self.began.seconds
+
+
+def train_timed(trainer: Any, steps: int, warmup: int, ask: Callable[[int], Any] = lambda step: None) -> Timed:
+    """Train `warmup` and `steps` steps. The GPU's peak of memory is then that of these steps."""
+    trainer.args.max_steps = warmup + steps
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with watched_fetching(trainer) as fetched:
+        clock = Clock(warmup, fetched, ask)
+        trainer.add_callback(clock)
+        trainer.train()
+        trainer.remove_callback(clock)
+    began, ended = clock.marks
+    return Timed(began, ended, fetched)
 
 
 def measure(variant: Variant, steps: int, warmup: int, order: int = 0) -> dict[str, float]:
     """Train `warmup` and `steps` steps of the rows in some order, and return the speed of the latter."""
     variant.reorder(order)
     trainer, cuda = variant.trainer, torch.cuda.is_available()
-    trainer.args.max_steps = warmup + steps
-    others = 0
-    if cuda:
-        torch.cuda.empty_cache()
-        others = torch.cuda.memory_allocated() - variant.bytes_of_weights
-        torch.cuda.reset_peak_memory_stats()
-    with timed_fetching(trainer) as waited:
-        clock = Clock(warmup, variant, waited)
-        trainer.add_callback(clock)
-        trainer.train()
-        trainer.remove_callback(clock)
-    began, ended = clock.marks
-    seconds, rows = ended.seconds - began.seconds, ended.rows - began.rows
+    others = torch.cuda.memory_allocated() - variant.bytes_of_weights if cuda else 0
+    timed = train_timed(trainer, steps, warmup, variant.work_done)
+    began, ended, seconds = timed.began, timed.ended, timed.seconds
+    rows = ended.told.rows - began.told.rows
     found = {
         "rows_per_second": rows / seconds,
         "tokens_per_second": rows * variant.tokens_per_row / seconds,
         "data_wait": (ended.waited - began.waited) / seconds,
-        "tflops": (ended.flops - began.flops) / seconds / 1e12,
+        "tflops": (variant.counter.flops(ended.told) - variant.counter.flops(began.told)) / seconds / 1e12,
         "loss": trainer.state.log_history[-1].get("train_loss", float("nan")),
     }
     if cuda:

@@ -51,6 +51,9 @@ def make_random_model(
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(shape, dtype=getattr(torch, dtype))
     vocabulary = tokens.tokenizer.get_vocab()
+    side = getattr(shape.vision_config, "patch_size", None)
+    if side is not None and getattr(tokens.image_processor, "patch_size", side) != side:
+        tokens.image_processor.patch_size = side  # the processor is another family's
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=vocabulary.get("<|endoftext|>"),
