@@ -14,6 +14,7 @@ from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.demo.options import Options, check_options
 from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.imports import quick_imports
 
 
 @exits_with_user_errors
@@ -29,7 +30,8 @@ def main() -> None:
         print(f"written to {options.export_space}; see README.md there")
         return
 
-    from qwen_vl_sft.demo.serve import serve
+    with quick_imports():
+        from qwen_vl_sft.demo.serve import serve
 
     serve(options)
 

@@ -18,6 +18,7 @@ from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors, leave
 from qwen_vl_sft.evaluation.options import Options, check_options, make_plan
+from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.inference.source import ABOUT_ARMS
 
 
@@ -34,9 +35,10 @@ def main() -> None:
 
     plan = make_plan(options)
 
-    from qwen_vl_sft.evaluation.answer_files import SETTINGS_FILE
-    from qwen_vl_sft.evaluation.evaluate import evaluate
-    from qwen_vl_sft.evaluation.scoring import REPORT_FILE, describe_cut, format_summary
+    with quick_imports():
+        from qwen_vl_sft.evaluation.answer_files import SETTINGS_FILE
+        from qwen_vl_sft.evaluation.evaluate import evaluate
+        from qwen_vl_sft.evaluation.scoring import REPORT_FILE, describe_cut, format_summary
 
     try:
         summary = evaluate(plan, report=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, UserError, exits_with_user_errors, format_error
+from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.inference.options import Options, check_options, choose_arms, read_questions
 from qwen_vl_sft.inference.source import ABOUT_ARMS, read_source
 
@@ -40,7 +41,8 @@ def main() -> None:
     source = read_source(options.run, options.recipe_keys, tuned_needed)
     arms = choose_arms(options, source.system_message)
 
-    from qwen_vl_sft.inference.answering import Answerer, ask, read_images
+    with quick_imports():
+        from qwen_vl_sft.inference.answering import Answerer, ask, read_images
 
     images = read_images(options.images)
     answerer = Answerer([source])

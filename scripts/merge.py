@@ -15,6 +15,7 @@ import sys
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.merging.plan import Options, make_plan
 
 
@@ -28,8 +29,9 @@ def main() -> None:
     try:
         plan = make_plan(options)
 
-        from qwen_vl_sft.merging.check import format_report
-        from qwen_vl_sft.merging.merge import merge
+        with quick_imports():
+            from qwen_vl_sft.merging.check import format_report
+            from qwen_vl_sft.merging.merge import merge
 
         report = merge(plan)
     except KeyboardInterrupt:

@@ -9,12 +9,12 @@ python scripts/sft.py --recipe recipes/chartqa_qlora.yaml \\
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 
 from qwen_vl_sft.compat.tested_versions import warn_of_untested_versions
 from qwen_vl_sft.config.command_line import parse, recipe_values
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
+from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.training.options import Options
 
@@ -29,28 +29,37 @@ def main() -> None:
     options = parse(Options, usage=__doc__)
     warn_of_untested_versions(rank)
     # The libraries take seconds to import; a mistyped command line needs none of them.
-    from qwen_vl_sft.config.reading import read_recipe
-    from qwen_vl_sft.distributed import launch
-    from qwen_vl_sft.distributed.context import read_context
-    from qwen_vl_sft.publishing import push_while_training
-    from qwen_vl_sft.training import plan, sft
-    from qwen_vl_sft.training.prepared_data import prepare_data
-    from qwen_vl_sft.training.resolve import resolve
-    from qwen_vl_sft.training.run_signature import run_signature
+    with quick_imports():
+        from qwen_vl_sft.config.reading import read_recipe
+        from qwen_vl_sft.distributed import launch
+        from qwen_vl_sft.distributed.context import read_context
+        from qwen_vl_sft.training import plan
+        from qwen_vl_sft.training.prepared_data import prepare_data
+        from qwen_vl_sft.training.resolve import resolve
 
     # Settings and world
     recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))
     run = resolve(recipe, read_context(use_cpu=recipe.get("use_cpu")))
-    publisher = push_while_training.prepare(run.recipe, run.context)
+    publisher = None
+    if run.recipe.run.push_to_hub:
+        with quick_imports():
+            from qwen_vl_sft.publishing import push_while_training
+        publisher = push_while_training.prepare(run.recipe, run.context)
     watcher.report_stop_in(run.output_dir)
     launch.start(run.context)
+    if options.dry_run:
+        plan.show(run, prepare_data(run), dry_run=True)
+        return
 
-    with nullcontext() if options.dry_run else sft.claim_output_dir(run, watcher):
+    # The Trainer's libraries, of which a dry run needs nothing
+    with quick_imports():
+        from qwen_vl_sft.training import sft
+        from qwen_vl_sft.training.run_signature import run_signature
+
+    with sft.claim_output_dir(run, watcher):
         # Data and plan
         data = prepare_data(run)
-        plan.show(run, data, dry_run=options.dry_run)
-        if options.dry_run:
-            return
+        plan.show(run, data, dry_run=False)
 
         # Trainer and training
         args = sft.sft_config(run)

@@ -16,15 +16,19 @@ from fixtures.repository import REPOSITORY
 WITHOUT_PACKAGES = ("--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
 
 
-def run(*words: str | Path, cwd: Path) -> str:
-    """Run a command as outside the repository; return its standard output."""
+def run(*words: str | Path, cwd: Path, **variables: str) -> str:
+    """Run a command as outside the repository, with further `variables`; return its standard output."""
+    return started(*words, cwd=cwd, **variables).stdout
+
+
+def started(*words: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", **variables}
     finished = subprocess.run(
         [str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
     assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +60,24 @@ def test_all_files_are_there(command, tmp_path):
 
 
 def test_a_shipped_recipe_from_an_empty_folder(command, tmp_path):
-    shown = run(command, "sft", "--recipe", "quickstart.yaml", "--dry_run", "true", cwd=tmp_path)
+    words = ("sft", "--recipe", "quickstart.yaml", "--dry_run", "true")
+    dry_run = started(command, *words, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    shown = dry_run.stdout
     assert "{{Yes<|im_end|>}}" in shown
     assert f"{command.parents[1]}/lib" in shown
     assert list(tmp_path.iterdir()) == []
+    imported = {line.rpartition("|")[2].strip() for line in dry_run.stderr.splitlines()}
+    assert {"torch", "datasets", "transformers.modeling_utils"} <= imported
+    # Half of the seconds that a dry run takes, if something of the package imports one of them.
+    trained_with = {
+        "trl",
+        "peft",
+        "bitsandbytes",
+        "transformers.trainer_utils",
+        "torch._inductor.compile_fx",
+        "matplotlib",
+    }
+    assert not imported & trained_with
 
 
 def test_zero_from_an_empty_folder(command, tmp_path):

@@ -118,10 +118,23 @@ def test_scopes_of_the_newer_models():
                 {"language", "vision", "merger"} if scope == "all" else {scope}
             )
             assert _hit(model, shortest_targets(model, targets)) == targets
-            trained = [
-                n for n, p in get_peft_model(model, lora_config(model, wanted)).named_parameters() if p.requires_grad
-            ]
+            planned = build_structure(model, wanted).parameters
+            adapted = get_peft_model(model, lora_config(model, wanted))
+            trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
             assert len(trained) == 2 * len(targets)
+            assert planned == count_parameters(adapted)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"use_dora": True}, {"lora_modules_to_save": ["norm"]}, {"lora_r": 3, "use_rslora": True}]
+)
+def test_parameters_are_counted_as_peft_makes_them(keys):
+    from peft import get_peft_model
+
+    wanted = settings(lora_scope="all", **keys)
+    planned = build_structure(build_on_meta(wanted), wanted).parameters
+    model = build_on_meta(wanted)
+    assert planned == count_parameters(get_peft_model(model, lora_config(model, wanted)))
 
 
 def _hit(model, pattern):

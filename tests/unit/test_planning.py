@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fixtures.models import FAMILIES, newer
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.reading import key_hints
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.errors import UserError
@@ -30,7 +31,7 @@ from qwen_vl_sft.planning import rows as planned_rows
 from qwen_vl_sft.planning.advice import changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
 from qwen_vl_sft.planning.check import compare_all, format_table
-from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch, find_shape, read_launch, read_plan_recipe
+from qwen_vl_sft.planning.inputs import Launch, find_shape, read_launch
 from qwen_vl_sft.planning.memory import MicroBatch, Training, keep_as_many, language_bytes, memory_of, targets
 from qwen_vl_sft.planning.options import PlanOptions, plan_of
 from qwen_vl_sft.planning.report import as_json, describe, verdict
@@ -227,22 +228,12 @@ def test_cards_by_name():
         find_card("h10")
 
 
-def test_defaults_of_training_keys_are_trls():
-    from qwen_vl_sft.config.reading import key_hints, training_default
-
-    for name, (_, default) in TRAINING_KEYS.items():
-        assert default == training_default(name), name
-    assert set(TRAINING_KEYS) <= set(key_hints())
-
-
 def test_no_key_of_a_recipe_is_taken_for_a_mistyped_one(tmp_path):
-    from qwen_vl_sft.config.reading import key_hints
-
     path = tmp_path / "recipe.yaml"
-    others = [name for name in key_hints() if name not in TRAINING_KEYS]
-    path.write_text("".join(f"{name}: null\n" for name in others if name.startswith(("lr", "eval", "log", "save"))))
+    path.write_text("".join(f"{name}: []\n" for name in key_hints() if name.startswith(("lr", "eval", "log", "save"))))
     with pytest.raises(UserError) as refused:
-        read_plan_recipe(path, {})
+        plan_of(PlanOptions(recipe=path))
+    assert "save_total_limit: [] is not a whole number" in str(refused.value)
     assert "unknown" not in str(refused.value)
 
 
@@ -250,7 +241,7 @@ def test_mistyped_foreign_and_wrong_keys_are_refused_at_once(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("tokens_per_bach: 4096\ndeepspeed: x\nlora_r: many\nlearning_rate: 1e-4\n")
     with pytest.raises(UserError) as refused:
-        read_plan_recipe(path, {"packing": ["perhaps"]})
+        plan_of(PlanOptions(recipe=path, recipe_keys={"packing": ["perhaps"]}))
     problems = "\n".join(refused.value.problems)
     assert "did you mean tokens_per_batch?" in problems
     assert "deepspeed cannot be set" in problems

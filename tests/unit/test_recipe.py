@@ -1,7 +1,9 @@
 import contextlib
+import dataclasses
 import re
 import runpy
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +14,12 @@ from trl import SFTConfig
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.global_batch import GlobalBatch
-from qwen_vl_sft.config.coercion import coerce, load_yaml
+from qwen_vl_sft.config.coercion import coerce, expected, is_text, load_yaml
 from qwen_vl_sft.config.command_line import format_help, parse, recipe_values
 from qwen_vl_sft.config.other_trainers import FORMER_KEYS, WITHOUT_COUNTERPART
 from qwen_vl_sft.config.reading import build, key_hints, read_recipe, text_keys
 from qwen_vl_sft.config.settings import FIXED_TRAINING_ARGUMENTS, REFUSED_KEYS, TRAINING_DEFAULTS
+from qwen_vl_sft.config.trl_keys import TRL_KEYS
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
@@ -369,6 +372,17 @@ def test_tables_of_keys_name_real_fields():
     others = {*FORMER_KEYS, *WITHOUT_COUNTERPART}
     assert len(others) == len(FORMER_KEYS) + len(WITHOUT_COUNTERPART)
     assert not others & {*key_hints(), *REFUSED_KEYS}
+
+
+def test_the_listed_keys_of_trl_are_those_of_the_installed_one():
+    kinds = typing.get_type_hints(SFTConfig)
+    assert [entry.name for entry in dataclasses.fields(SFTConfig)] == list(TRL_KEYS)
+    for entry in dataclasses.fields(SFTConfig):
+        kind, default = TRL_KEYS[entry.name]
+        own = entry.default_factory() if callable(entry.default_factory) else entry.default
+        assert default == getattr(own, "value", own), entry.name
+        told = [(expected(k), is_text(k), type(None) in typing.get_args(k)) for k in (kind, kinds[entry.name])]
+        assert told[0] == told[1] or entry.name in REFUSED_KEYS, entry.name
 
 
 @pytest.mark.parametrize("text", FORMER_KEYS.values())

@@ -144,7 +144,7 @@ def split_words(
 
 
 def recipe_values(words: Mapping[str, Sequence[str]], options: Any = None) -> dict[str, Any]:
-    """Read the words of recipe keys as YAML; a key without a word is true. Imports the training libraries.
+    """Read the words of recipe keys as YAML; a key without a word is true.
 
     Raises `UserError` for a mistyped option of `options`; other unknown keys are reported when the recipe is read.
     """

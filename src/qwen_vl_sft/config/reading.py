@@ -25,6 +25,7 @@ from qwen_vl_sft.config.settings import (
     RunSettings,
     current_metric,
 )
+from qwen_vl_sft.config.trl_keys import TRL_KEYS
 from qwen_vl_sft.errors import UserError, quoted, raise_all, shortened
 from qwen_vl_sft.shipped_files import RECIPES, find_file, shipped_names
 
@@ -86,14 +87,11 @@ class Recipe:
 
 def key_hints() -> dict[str, Any]:
     """Return every key of a recipe with its type: ours first, then the keys of `SFTConfig`."""
-    from trl import SFTConfig  # takes seconds; a plan needs none of it
-
     hints: dict[str, Any] = {}
     for group in GROUPS.values():
         hints |= typing.get_type_hints(group)
-    training = typing.get_type_hints(SFTConfig)
-    allowed = [entry.name for entry in fields(SFTConfig) if entry.init and entry.name not in REFUSED_KEYS]
-    return hints | {name: training[name] for name in allowed if name not in hints}
+    allowed = [name for name in TRL_KEYS if name not in REFUSED_KEYS and name not in hints]
+    return hints | {name: TRL_KEYS[name][0] for name in allowed}
 
 
 def text_keys() -> set[str]:
@@ -103,12 +101,7 @@ def text_keys() -> set[str]:
 
 def training_default(name: str) -> Any:
     """Return our default of a training key, else TRL's."""
-    if name in TRAINING_DEFAULTS:
-        return TRAINING_DEFAULTS[name]
-    from trl import SFTConfig
-
-    entry = next(entry for entry in fields(SFTConfig) if entry.name == name)
-    return entry.default_factory() if callable(entry.default_factory) else entry.default
+    return TRAINING_DEFAULTS[name] if name in TRAINING_DEFAULTS else TRL_KEYS[name][1]
 
 
 def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe:

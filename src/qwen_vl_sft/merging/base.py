@@ -8,11 +8,9 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -22,6 +20,9 @@ from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -215,6 +216,9 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
 
     Raises `UserError` when a tensor is missing, left over or of another shape, or for a kind that cannot be merged.
     """
+    from peft import get_peft_model, get_peft_model_state_dict
+    from peft.tuners.lora import Linear as LoraLinear
+
     config = adapter_config(folder)
     try:
         with torch.device("meta"):
@@ -252,6 +256,8 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
 
 def adapter_config(folder: Path, key: str = "--run") -> LoraConfig:
     """Read PEFT's configuration of a LoRA or DoRA adapter. Raises `UserError` naming each setting that cannot be merged."""
+    from peft import LoraConfig
+
     written = read_adapter_config(folder, key)
     default = LoraConfig()
     known = {entry.name for entry in fields(LoraConfig)}

@@ -12,15 +12,17 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import RopeFunctions
 from qwen_vl_sft.families.registry import family_of
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 LORA = "lora"
 KERNELS = {
@@ -87,6 +89,8 @@ def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:
 
 def use_fused_lora(model: nn.Module) -> int:
     """Have the layers of a model with an adapter add the adapter's part in one call; return how many do."""
+    from peft.tuners.lora import LoraLayer
+
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     for layer in layers:
         fused = functools.wraps(layer.forward)(functools.partial(_lora, layer, layer.forward))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
 from torch import nn
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, shortened
 from qwen_vl_sft.families.base import PARTS
 from qwen_vl_sft.families.registry import family_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # PEFT's word for every linear layer but the output head; here of the parts that `lora_scope` names.
 ALL_LINEAR = "all-linear"
@@ -77,6 +80,8 @@ def outside_scope(parts: Iterable[str], settings: ModelSettings) -> list[str]:
 
 def lora_config(model: nn.Module, settings: ModelSettings) -> LoraConfig:
     """Build PEFT's configuration of the adapter, for exactly the layers of `find_targets`."""
+    from peft import LoraConfig
+
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,

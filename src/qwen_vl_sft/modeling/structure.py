@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import get_peft_model
-
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.families.registry import family_of
@@ -48,7 +46,7 @@ class ModelStructure:
 
 
 def build_structure(model: Any, settings: ModelSettings) -> ModelStructure:
-    """Work out what trains of a base model that was built on the meta device; the model gets its adapter here.
+    """Work out what trains of a base model that was built on the meta device.
 
     Raises `UserError` for a name in `lora_target_modules` that matches no linear layer.
     """
@@ -59,5 +57,21 @@ def build_structure(model: Any, settings: ModelSettings) -> ModelStructure:
         return ModelStructure(family, (), (), count_parameters(model))
     targets = tuple(find_targets(model, settings))
     in_full = tuple(name for suffix in settings.lora_modules_to_save or () for name in trained_in_full(model, suffix))
-    parameters = count_parameters(get_peft_model(model, lora_config(model, settings)))
-    return ModelStructure(family, targets, in_full, parameters)
+    return ModelStructure(family, targets, in_full, _count_with_adapter(model, settings, targets))
+
+
+def _count_with_adapter(model: Any, settings: ModelSettings, targets: tuple[str, ...]) -> dict[str, PartCount]:
+    """Count the parameters of each part with the adapter on `targets`."""
+    if settings.lora_modules_to_save:
+        # PEFT copies these layers, and what LoRA puts into them; it takes a second to import.
+        from peft import get_peft_model
+
+        return count_parameters(get_peft_model(model, lora_config(model, settings)))
+    counts, family = count_parameters(model), family_of(model.config)
+    added = dict.fromkeys(counts, 0)
+    for name in targets:
+        layer = model.get_submodule(name)
+        added[family.part_of(name)] += settings.lora_r * (layer.in_features + layer.out_features)
+        # DoRA also learns the length of each row of the weight.
+        added[family.part_of(name)] += layer.out_features if settings.use_dora else 0
+    return {part: PartCount(count.total + added[part], added[part]) for part, count in counts.items()}

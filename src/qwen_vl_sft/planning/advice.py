@@ -60,7 +60,7 @@ def _faster(plan: RunPlan) -> Iterator[Change]:
         if larger > run.tokens_per_batch or (smaller and run.gradient_checkpointing == "auto"):
             yield Change(f"tokens_per_batch: {larger}", plan.changed(tokens_per_batch=larger))
     frozen = plan.training.trained_parts <= {"language"}
-    if run.packing and frozen and not run.cache_image_features and plan.recipe.training["num_train_epochs"] > 1:
+    if run.packing and frozen and not run.cache_image_features and plan.recipe.get("num_train_epochs") > 1:
         yield Change("cache_image_features: bfloat16", plan.changed(cache_image_features="bfloat16"))
     if model.load_in_4bit or model.load_in_8bit:
         yield Change(
@@ -81,7 +81,7 @@ def _smaller(plan: RunPlan) -> Iterator[Change]:
     if model.fused_kernels is None:
         yield Change("fused_kernels: auto", plan.changed(fused_kernels="auto"))
     if not run.packing:
-        fewer = plan.recipe.training["per_device_train_batch_size"]
+        fewer = plan.recipe.get("per_device_train_batch_size")
         while fewer > 1:
             fewer //= 2
             changed = plan.changed(
@@ -144,8 +144,8 @@ def _always(plan: RunPlan) -> bool:
 
 
 def _accumulation(plan: RunPlan, rows: int) -> int:
-    settings = plan.recipe.training
-    return int(settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // rows)
+    recipe = plan.recipe
+    return int(recipe.get("gradient_accumulation_steps") * recipe.get("per_device_train_batch_size") // rows)
 
 
 def _sharded(plan: RunPlan, strategies: tuple[str, ...]) -> Iterator[Change]:

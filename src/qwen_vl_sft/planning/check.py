@@ -12,7 +12,7 @@ from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.shape import Work
 from qwen_vl_sft.planning.cards import find_card
-from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch, find_shape
+from qwen_vl_sft.planning.inputs import Launch, find_shape
 from qwen_vl_sft.planning.memory import MARGIN, MicroBatch, keep_as_many, memory_of
 from qwen_vl_sft.planning.rows import ASSUMED
 from qwen_vl_sft.planning.run import RunPlan
@@ -52,8 +52,7 @@ def compare_all(path: Path) -> list[Compared]:
 
 
 def _compare(stored: Mapping[str, Any], point: Mapping[str, Any]) -> Compared:
-    defaults = {name: default for name, (_, default) in TRAINING_KEYS.items()}
-    recipe = build({**defaults, "model_name_or_path": point["model"], **stored["keys_of_all"], **point["keys"]})
+    recipe = build({"model_name_or_path": point["model"], **stored["keys_of_all"], **point["keys"]})
     card = find_card(stored["device"])
     launch = Launch(point["strategy"], point["processes"])
     plan = RunPlan(recipe, find_shape(point["model"]), ASSUMED, card, launch, point["attention"] != "PyTorch")

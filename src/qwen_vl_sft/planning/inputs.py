@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import http.client
 import json
 import os
 import re
-import typing
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import get_token
 
-from qwen_vl_sft.config.coercion import coerce, expected, is_text, load_yaml
-from qwen_vl_sft.config.other_trainers import hint
-from qwen_vl_sft.config.reading import Recipe, build
-from qwen_vl_sft.config.settings import GROUPS, REFUSED_KEYS
-from qwen_vl_sft.errors import UserError, first_line, quoted, raise_all, shortened
+from qwen_vl_sft.errors import UserError, first_line, quoted
 from qwen_vl_sft.families.shape import RELEASED, ModelShape, read_shape
-from qwen_vl_sft.shipped_files import RECIPES, find_file, launch_config, shipped_names
+from qwen_vl_sft.shipped_files import launch_config
 
-# Keys of TRL's SFTConfig that a plan reads, with their types and defaults; a test compares them with TRL's.
-TRAINING_KEYS: dict[str, tuple[Any, Any]] = {
-    "output_dir": (str | None, None),
-    "num_train_epochs": (float, 3.0),
-    "max_steps": (int, -1),
-    "per_device_train_batch_size": (int, 8),
-    "gradient_accumulation_steps": (int, 1),
-    "bf16": (bool | None, None),
-    "fp16": (bool, False),
-    "optim": (str, "adamw_torch_fused"),
-    "save_strategy": (str, "steps"),
-    "save_steps": (float, 500),
-    "save_total_limit": (int | None, None),
-    "save_only_model": (bool, False),
-    "activation_offloading": (bool, False),
-}
 # A plan waits so long for the Hub.
 _SECONDS = 2.5
 _STRATEGIES = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp2"}
@@ -54,70 +32,6 @@ class Launch:
     strategy: str
     processes: int
     machines: int = 1
-
-
-def read_plan_recipe(path: str | Path, words: Mapping[str, Sequence[str]]) -> Recipe:
-    """Read a recipe and words of the command line that win over it; only keys that a plan reads are typed.
-
-    Raises `UserError` for a file that is none, an unknown key that is nearly one of ours, and wrong values.
-    """
-    hints = _hints()
-    texts = {name for name, kind in hints.items() if is_text(kind)}
-    merged = _read_file(Path(path), texts)
-    for name, parts in words.items():
-        read = [word if name in texts else _yaml(name, word) for word in parts]
-        merged[name] = True if not read else read[0] if len(read) == 1 else read
-    problems: list[str] = []
-    values: dict[str, Any] = {}
-    for name, value in merged.items():
-        try:
-            if name in hints:
-                values[name] = coerce(value, hints[name])
-            elif problem := _problem_of_name(name, hints):
-                problems.append(f"{path}: {problem}")
-        except ValueError:
-            problems.append(f"{path}: {name}: {quoted(value)} is not {expected(hints[name])}")
-    raise_all(problems)
-    defaults = {name: default for name, (_, default) in TRAINING_KEYS.items()}
-    return build({**defaults, **values})
-
-
-def _yaml(name: str, word: str) -> Any:
-    try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError:
-        raise UserError(f"command line: --{name}: {quoted(word)} is not valid YAML") from None
-
-
-def _hints() -> dict[str, Any]:
-    hints: dict[str, Any] = {}
-    for group in GROUPS.values():
-        hints |= typing.get_type_hints(group)
-    return hints | {name: kind for name, (kind, _) in TRAINING_KEYS.items()}
-
-
-def _problem_of_name(name: str, hints: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a key that the plan does not read; None where it may be one of TRL's."""
-    if name in REFUSED_KEYS:
-        return f"{name} cannot be set: {REFUSED_KEYS[name]}"
-    if other := hint(name):
-        return f"unknown key {name}; {other}"
-    own = {entry.name for group in GROUPS.values() for entry in fields(group)}
-    near = difflib.get_close_matches(name, own, n=1, cutoff=0.9)
-    return f"unknown key {shortened(name)}; did you mean {near[0]}?" if near else None
-
-
-def _read_file(path: Path, texts: set[str]) -> dict[str, Any]:
-    found = find_file(path, RECIPES)
-    if found is None:
-        raise UserError(f"recipe {path} does not exist; here are {', '.join(shipped_names(RECIPES))}")
-    try:
-        written = load_yaml(found.read_text(encoding="utf-8"), texts) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"recipe {path} cannot be read: {shortened(' '.join(str(error).split()))}") from None
-    if not isinstance(written, dict):
-        raise UserError(f"recipe {path} must hold `key: value` lines, not a {type(written).__name__}")
-    return {str(name): value for name, value in written.items()}
 
 
 def read_launch(config_file: str | None, num_gpus: int | None) -> Launch:

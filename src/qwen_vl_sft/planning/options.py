@@ -6,10 +6,11 @@ import importlib.metadata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen_vl_sft.config.command_line import any_recipe_key, option
+from qwen_vl_sft.config.command_line import any_recipe_key, option, recipe_values
+from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.planning.cards import find_card
-from qwen_vl_sft.planning.inputs import find_shape, read_launch, read_plan_recipe
+from qwen_vl_sft.planning.inputs import find_shape, read_launch
 from qwen_vl_sft.planning.rows import RowSizes, row_sizes
 from qwen_vl_sft.planning.run import RunPlan, check_launch
 
@@ -36,7 +37,7 @@ class PlanOptions:
 
 def plan_of(options: PlanOptions) -> RunPlan:
     """Build the plan. Raises `UserError` for a recipe, a launch file, a model or a GPU that cannot be used."""
-    recipe = read_plan_recipe(options.recipe, options.recipe_keys)
+    recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys))
     card, launch = find_card(options.gpu), read_launch(options.config_file, options.num_gpus)
     model = recipe.model.model_name_or_path
     if model is None:

@@ -114,7 +114,7 @@ def _notes(plan: RunPlan) -> list[str]:
         notes.append(f"{plan.card.name} has no bfloat16: write dtype: float16, fp16: true and bf16: false")
     if plan.recipe.run.packing and plan.rows.longest > plan.recipe.run.tokens_per_batch:
         notes.append(f"a row of {plan.rows.longest:,} tokens is longer than tokens_per_batch")
-    if plan.recipe.training["activation_offloading"]:
+    if plan.recipe.get("activation_offloading"):
         notes.append("activation_offloading is not counted: activations take less, and steps longer")
     return [line for note in notes for line in _wrapped("note", note)]
 

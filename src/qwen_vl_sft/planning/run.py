@@ -62,7 +62,7 @@ class RunPlan:
         parts = ("vision", "merger", "language") if model.lora_scope == "all" else (model.lora_scope,)
         adapted = targets(self.shape, model.lora_target_modules, parts) if model.use_peft else None
         wanted = KERNELS if model.fused_kernels == "auto" else tuple(model.fused_kernels or ())
-        optim = str(recipe.training["optim"])
+        optim = str(recipe.get("optim"))
         return Training(
             self.shape,
             bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 32 if model.dtype == "float32" else 16,
@@ -95,12 +95,12 @@ class RunPlan:
     @property
     def rows_per_step(self) -> float:
         """Return the rows of an optimizer step over all GPUs."""
-        run, training = self.recipe.run, self.recipe.training
+        run, recipe = self.recipe.run, self.recipe
         if run.global_batch_tokens:
             return max(1.0, run.global_batch_tokens / self.rows.tokens)
         if run.global_batch_size:
             return float(min(run.global_batch_size, self.rows.rows))
-        per_device = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+        per_device = recipe.get("per_device_train_batch_size") * recipe.get("gradient_accumulation_steps")
         return float(min(per_device * self.launch.processes, self.rows.rows))
 
     @property
@@ -113,7 +113,7 @@ class RunPlan:
     def micro_batches(self) -> int:
         """Return the micro-batches of a step on each GPU."""
         if not self.recipe.run.packing:
-            rows = self.recipe.training["per_device_train_batch_size"]
+            rows = self.recipe.get("per_device_train_batch_size")
             return max(1, math.ceil(self.rows_per_step / self.launch.processes / rows))
         tokens = self.rows_per_step * self.rows.tokens * self.computed_share / self.launch.processes
         return max(1, math.ceil(tokens / (self.recipe.run.tokens_per_batch * _FILLED)))
@@ -127,7 +127,7 @@ class RunPlan:
             count = tokens / (rows.tokens * self.computed_share)
             patches = tokens * rows.patches / rows.tokens
         else:
-            count = self.recipe.training["per_device_train_batch_size"]
+            count = self.recipe.get("per_device_train_batch_size")
             tokens, patches = count * rows.longest, count * rows.patches * rows.longest / rows.tokens
         if run.packing and self.computed_share < 1:
             # What shares a prefix is nearly all image.
@@ -200,10 +200,10 @@ class RunPlan:
     @property
     def steps(self) -> int:
         """Return the optimizer steps of the run."""
-        stated = self.recipe.training["max_steps"]
+        stated = self.recipe.get("max_steps")
         if stated > 0:
             return int(stated)
-        return max(1, math.ceil(self.recipe.training["num_train_epochs"] * self.rows.rows / self.rows_per_step))
+        return max(1, math.ceil(self.recipe.get("num_train_epochs") * self.rows.rows / self.rows_per_step))
 
     @property
     def hours(self) -> float:
@@ -227,9 +227,9 @@ class RunPlan:
 
     def disk(self) -> dict[str, float]:
         """Return the bytes that the run writes: a checkpoint, all that are kept, the finished model, kept features."""
-        training, settings = self.training, self.recipe.training
+        training = self.training
         saved = training.trained_weights * 4
-        state = 0.0 if settings["save_only_model"] else training.trained_weights * training.optimizer
+        state = 0.0 if self.recipe.get("save_only_model") else training.trained_weights * training.optimizer
         one = saved + state
         final = float(saved)
         if training.full:
@@ -244,14 +244,14 @@ class RunPlan:
         return {"checkpoint": one, "checkpoints": one * self._kept(), "model": final, "features": features}
 
     def _kept(self) -> int:
-        settings = self.recipe.training
-        if settings["save_strategy"] == "no":
+        recipe = self.recipe
+        if recipe.get("save_strategy") == "no":
             return 0
-        every = settings["save_steps"]
+        every = recipe.get("save_steps")
         every = max(1, math.ceil(every * self.steps)) if every < 1 else every
-        made = math.ceil(self.recipe.training["num_train_epochs"]) if settings["save_strategy"] == "epoch" else 0
+        made = math.ceil(recipe.get("num_train_epochs")) if recipe.get("save_strategy") == "epoch" else 0
         made = made or max(1, math.ceil(self.steps / every))
-        return min(made, settings["save_total_limit"] or made)
+        return min(made, recipe.get("save_total_limit") or made)
 
     def changed(self, launch: Launch | None = None, rows: RowSizes | None = None, **keys: Any) -> RunPlan:
         """Return the plan with other values of some recipe keys."""

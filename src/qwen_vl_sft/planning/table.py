@@ -5,7 +5,7 @@ from __future__ import annotations
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.families.shape import RELEASED, read_shape
 from qwen_vl_sft.planning.cards import CARDS, Card
-from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch
+from qwen_vl_sft.planning.inputs import Launch
 from qwen_vl_sft.planning.rows import ASSUMED
 from qwen_vl_sft.planning.run import RunPlan
 
@@ -39,8 +39,7 @@ def plan_table() -> str:
 
 
 def _cell(model: str, method: str, card: Card) -> str:
-    defaults = {name: default for name, (_, default) in TRAINING_KEYS.items()}
-    recipe = build({**defaults, "model_name_or_path": model, **_KEYS, **METHODS[method]})
+    recipe = build({"model_name_or_path": model, **_KEYS, **METHODS[method]})
     for count in _COUNTS:
         strategies = ["single"] if count == 1 else ["fsdp2"] if method != "full" else ["zero2", "fsdp2"]
         for strategy in strategies:

@@ -9,8 +9,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import SchedulerType
-
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import ModelSettings
@@ -31,7 +29,7 @@ from qwen_vl_sft.training.resolve import Run
 from qwen_vl_sft.training.shared_rows import count_shared_rows
 
 # Schedules that follow the evaluations, and read nothing else.
-_FOLLOW_EVALUATIONS = (SchedulerType.GREEDY, SchedulerType.REDUCE_ON_PLATEAU)
+_FOLLOW_EVALUATIONS = ("greedy", "reduce_lr_on_plateau")
 
 
 def show(run: Run, data: PreparedData, dry_run: bool) -> None:
@@ -171,17 +169,17 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
 
 
 def _schedule_warnings(recipe: Recipe) -> list[str]:
-    kind, stated = SchedulerType(recipe.get("lr_scheduler_type")), recipe.get("lr_scheduler_kwargs") or {}
+    kind, stated = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
     if kind not in _FOLLOW_EVALUATIONS:
         return []
     found = []
     if recipe.get("warmup_steps"):
         found.append(
-            f"warmup_steps has no effect: lr_scheduler_type {kind.value} follows the evaluations and starts at the learning"
+            f"warmup_steps has no effect: lr_scheduler_type {kind} follows the evaluations and starts at the learning"
             f" rate; leave it out"
         )
     rate, least = recipe.get("learning_rate"), stated.get("min_lr", 1e-3)
-    if kind == SchedulerType.GREEDY and isinstance(least, (int, float)) and least > rate:
+    if kind == "greedy" and isinstance(least, (int, float)) and least > rate:
         found.append(
             f"lr_scheduler_type greedy never goes below its min_lr {least:g}, and learning_rate is {rate:g}; set"
             f" lr_scheduler_kwargs: {{min_lr: ...}} below it, and max_lr for the most that it may rise to"
@@ -213,7 +211,7 @@ def warnings_of_data(run: Run, data: PreparedData) -> list[str]:
     warmup = recipe.get("warmup_steps") or 0
     warmup = math.ceil(warmup * steps) if 0 < warmup < 1 else warmup
     stated = recipe.get("warmup_steps") or 0
-    follows = SchedulerType(recipe.get("lr_scheduler_type")) in _FOLLOW_EVALUATIONS
+    follows = recipe.get("lr_scheduler_type") in _FOLLOW_EVALUATIONS
     if stated >= 1 and stated >= steps and not follows:
         found.append(
             f"warmup_steps {stated:g} is no shorter than the run of {steps:,} steps, so that the learning rate never stays at"

@@ -12,7 +12,7 @@ from qwen_vl_sft.families.shape import read_shape
 from qwen_vl_sft.modeling.attention_kernels import SDPA
 from qwen_vl_sft.modeling.base_model import load_config
 from qwen_vl_sft.planning.cards import Card, card_of_device
-from qwen_vl_sft.planning.inputs import TRAINING_KEYS, Launch
+from qwen_vl_sft.planning.inputs import Launch
 from qwen_vl_sft.planning.memory import memory_of
 from qwen_vl_sft.planning.report import verdict
 from qwen_vl_sft.planning.rows import measured
@@ -31,11 +31,10 @@ def planned_run(run: Run, data: PreparedData, card: Card) -> RunPlan | None:
         shape = read_shape(load_config(run.recipe.model).to_dict())
     except UserError:
         return None
-    recipe = run.recipe.with_training(**{name: run.recipe.get(name) for name in TRAINING_KEYS})
     rows = measured(data.train.lengths, data.train.content_hashes)
     launch = Launch(run.context.strategy, run.context.processes)
     flash = run.chosen.attention not in (SDPA, "flash_attention_2")
-    return RunPlan(recipe, shape, rows, card, launch, flash)
+    return RunPlan(run.recipe, shape, rows, card, launch, flash)
 
 
 def memory_lines(run: Run, data: PreparedData) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from transformers.training_args import trainer_log_levels
+from transformers.utils.logging import get_log_levels_dict
 
 from qwen_vl_sft.batching.batch_rules import BATCH_RULES, Rule
 from qwen_vl_sft.checkpointing.resume_rules import RESUME_RULES
@@ -123,9 +123,10 @@ def _reporting(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
             yield "report_to: none is combined with others; use only none, or remove it"
         elif name not in packages and name != "none":
             yield f"report_to: {quoted(name)} is unknown; tensorboard, wandb, trackio or none"
+    levels = (*get_log_levels_dict(), "passive")
     for key in ("log_level", "log_level_replica"):
-        if recipe.get(key) not in trainer_log_levels:
-            yield f"{key}: {quoted(recipe.get(key))} is unknown; one of {', '.join(trainer_log_levels)}"
+        if recipe.get(key) not in levels:
+            yield f"{key}: {quoted(recipe.get(key))} is unknown; one of {', '.join(levels)}"
 
 
 def _loss(recipe: Recipe, context: DistributedContext) -> Iterator[str]:

@@ -8,11 +8,6 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_scheduler
-from transformers.trainer_utils import SchedulerType
-
 from qwen_vl_sft.config.coercion import expected
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
@@ -28,13 +23,9 @@ _CHECKPOINTING: dict[str, type] = {
     "debug": bool,
     "early_stop": bool,
 }
-# Schedules whose functions pass their arguments on.
-_SCHEDULES: dict[SchedulerType, Callable[..., Any]] = {
-    SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau,
-    SchedulerType.GREEDY: GreedyLR,
-}
 # For these transformers silently ignores all arguments.
-_WITHOUT_ARGUMENTS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+_WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
+_NEED_ARGUMENTS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 _GIVEN_BY_THE_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 # Steps of a trial schedule when the recipe does not set their number.
 _MANY_STEPS = 1_000_000
@@ -101,11 +92,20 @@ def _checkpointing(recipe: Recipe, context: DistributedContext) -> Iterator[str]
 
 
 def _schedule(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    kind, stated = SchedulerType(recipe.get("lr_scheduler_type")), recipe.get("lr_scheduler_kwargs") or {}
-    schedule: Any = _SCHEDULES.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
+    kind, stated = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
+    if not stated and kind not in _NEED_ARGUMENTS:
+        return
+    # They import the Trainer's modules, which take seconds.
+    import torch
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_scheduler
+
+    # Those whose functions pass their arguments on.
+    schedules: dict[str, Any] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+    schedule: Any = schedules.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
     parameters = inspect.signature(schedule).parameters
     known = [name for name in parameters if name not in _GIVEN_BY_THE_TRAINER and kind not in _WITHOUT_ARGUMENTS]
-    unknown = list(_unknown(f"lr_scheduler_kwargs of lr_scheduler_type {kind.value}", stated, known))
+    unknown = list(_unknown(f"lr_scheduler_kwargs of lr_scheduler_type {kind}", stated, known))
     yield from unknown
     rate, steps = recipe.get("learning_rate"), recipe.get("max_steps")
     if unknown or rate <= 0:
@@ -114,7 +114,7 @@ def _schedule(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     try:
         get_scheduler(kind, optimizer, 0, steps if steps > 0 else _MANY_STEPS, stated)
     except Exception as error:  # a missing argument, one of a wrong type, and what each schedule says itself
-        yield f"lr_scheduler_type {kind.value} cannot be made with lr_scheduler_kwargs {stated}: {first_line(error)}"
+        yield f"lr_scheduler_type {kind} cannot be made with lr_scheduler_kwargs {stated}: {first_line(error)}"
 
 
 def _optimizer(recipe: Recipe, context: DistributedContext) -> Iterator[str]:

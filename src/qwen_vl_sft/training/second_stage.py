@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -163,6 +162,8 @@ def load_init_adapter(model: Any, settings: ModelSettings) -> None:
     """Give a model's new adapter the weights that the run starts from. Raises `UserError` unless each has its place."""
     if not settings.init_adapter:
         return
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     folder = Path(settings.init_adapter)
     saved = load_file(folder / ADAPTER_FILE)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
