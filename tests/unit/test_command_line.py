@@ -144,6 +144,7 @@ WRONG = {
     "data_costs": "--rows many --output_dir x",
     "demo": "--rn runs/x",
     "doctor": "--rnus false",
+    "engine_environment": "--engin vllm",
     "evaluate": "--splt test",
     "generate": "--imges a.png",
     "kill_and_resume": "--kills many",

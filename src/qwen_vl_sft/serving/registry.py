@@ -1,0 +1,16 @@
+"""The engines, by the name that the command line takes."""
+
+from __future__ import annotations
+
+from qwen_vl_sft.errors import UserError, quoted
+from qwen_vl_sft.serving.base import ServingEngine
+from qwen_vl_sft.serving.engines import vllm
+
+ENGINES: dict[str, ServingEngine] = {engine.name: engine for engine in (vllm.ENGINE,)}
+
+
+def engine_named(name: str) -> ServingEngine:
+    """Return an engine by its name. Raises `UserError`."""
+    if name not in ENGINES:
+        raise UserError(f"--engine: {quoted(name)} is none of {', '.join(ENGINES)}")
+    return ENGINES[name]
