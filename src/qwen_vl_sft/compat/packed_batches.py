@@ -16,19 +16,20 @@ from qwen_vl_sft.compat.registry import Patch, embedded_model
 from qwen_vl_sft.families.registry import family_of
 
 
-def take_packed_batches(model: Any) -> None:
+def take_packed_batches(model: Any, spares_last_layer: bool = True) -> None:
     """Have a model take batches of the packed collator; it takes all others as before.
 
     `image_index`, a list, gives for each image shown its number in `pixel_values`: the vision tower runs once on each
     different image, and its gradients add up. `image_features` [image tokens, values] are what the tower and its mergers
     made of the images before, layer beside layer; the tower does not run then, also when there are none.
     `logit_positions` [N] are the positions that predict a target: the last hidden state is then [1, N, D], for no other
-    one is read behind the last attention. What else a batch brings is taken by the family (`prepare_packing`).
+    one is read behind the last attention, nor computed with `spares_last_layer`. What else a batch brings is taken by the
+    family (`prepare_packing`).
     """
     _take_images(model)
     family_of(model.config).prepare_packing(model)
     layer = model.model.language_model.layers[-1]
-    layer.forward = MethodType(_last_layer, layer)
+    layer.forward = MethodType(_last_layer if spares_last_layer else _whole_last_layer, layer)
 
 
 def count_no_placeholders_in_training(model: Any) -> None:
@@ -71,11 +72,18 @@ def _last_layer(
     if logit_positions is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
     if not hasattr(layer, "self_attn"):
-        found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
-        return found.index_select(1, logit_positions)
+        return _whole_last_layer(layer, hidden_states, logit_positions, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
     reached = (hidden_states + attended).index_select(1, logit_positions)
     return reached + layer.mlp(layer.post_attention_layernorm(reached))
+
+
+def _whole_last_layer(
+    layer: Any, hidden_states: torch.Tensor, logit_positions: torch.Tensor | None = None, **kwargs: Any
+) -> Any:
+    """Compute a layer [1, T, D] -> [1, N, D] on all positions, and give the N that are named."""
+    found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
+    return found if logit_positions is None else found.index_select(1, logit_positions)
 
 
 def _take_images(model: Any) -> None:
