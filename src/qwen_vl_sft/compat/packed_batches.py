@@ -45,10 +45,39 @@ def count_no_placeholders_in_training(model: Any) -> None:
     ) -> Any:
         if not backbone.training or input_ids is None:
             return counted(backbone, input_ids, inputs_embeds, *args, **kwargs)
-        tokens = (backbone.config.image_token_id, backbone.config.video_token_id)
-        return tuple((input_ids == token).unsqueeze(-1) for token in tokens)
+        return _placeholder_mask(backbone, input_ids)
 
     model.model.get_placeholder_mask = MethodType(get_placeholder_mask, model.model)
+
+
+@contextmanager
+def reading_prompts(backbone: Any) -> Iterator[None]:
+    """Have a model read packed prompts meanwhile: their image tokens are counted, and it takes `logit_positions`.
+
+    These do what they do in `take_packed_batches`, whether or not that was called.
+    """
+    layer = backbone.language_model.layers[-1]
+    put_in = {
+        backbone: ("get_placeholder_mask", MethodType(_placeholder_mask, backbone)),
+        layer: ("forward", MethodType(_last_layer, layer)),
+    }
+    before = {module: vars(module).get(name) for module, (name, _) in put_in.items()}
+    try:
+        for module, (name, method) in put_in.items():
+            setattr(module, name, method)
+        yield
+    finally:
+        for module, (name, _) in put_in.items():
+            if before[module] is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, before[module])
+
+
+def _placeholder_mask(backbone: Any, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Return the masks of image and video tokens in `input_ids` [1, T]: [1, T, 1] each."""
+    tokens = (backbone.config.image_token_id, backbone.config.video_token_id)
+    return tuple((input_ids == token).unsqueeze(-1) for token in tokens)
 
 
 @contextmanager
