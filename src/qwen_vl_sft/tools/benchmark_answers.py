@@ -59,6 +59,8 @@ COLUMNS = {
 }
 # Padded batches by transformers' generate, what evaluate.py does, the same without CUDA graphs, without fused kernels.
 VARIANTS = ("padded", "engine", "eager", "unfused")
+# accelerate's names of the types that training computes in.
+ACCELERATE = {None: "no", "bfloat16": "bf16", "float16": "fp16"}
 UNFUSED = ("padded", "unfused")
 ONE_BY_ONE = "transformers, one row at a time"
 Tokens = dict[int, list[int]]
@@ -104,7 +106,7 @@ class Bench:
     rows: Rows
     conversations: Sequence[Conversation]
     batch_size: int
-    mixed_precision: str | None
+    mixed_precision: str
 
     @contextlib.contextmanager
     def kernels(self, on: bool) -> Iterator[None]:
@@ -154,21 +156,23 @@ def run_session(options: AnswerBenchmarkOptions) -> str:
             print(
                 f"{work.name}, {name}: {len(work.rows) * work.arms / rounds[name][-1].seconds:.2f} rows/s", flush=True
             )
-            results = before + _summarise(bench, work, rounds)
             # After each, so that results are kept if the session ends early.
-            text = json.dumps({**facts, "results": results}, indent=2) + "\n"
-            (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+            results = before + _summarise(work, rounds)
+            _write(options, {**facts, "results": results})
+        compared = _compare(bench, work, rounds)
+        results = before + [result | compared[result["variant"]] for result in results[len(before) :]]
+        _write(options, {**facts, "results": results})
     return format_table(results, COLUMNS)
 
 
-def _summarise(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) -> list[dict[str, Any]]:
-    """Return the medians of each variant, and how it compares with the first."""
+def _write(options: AnswerBenchmarkOptions, found: Mapping[str, Any]) -> None:
+    (options.output_dir / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _summarise(work: Work, rounds: Mapping[str, Sequence[Timed]]) -> list[dict[str, Any]]:
+    """Return the medians of each variant, and how its speed compares with the first's."""
     medians = {name: statistics.median(one.seconds for one in timed) for name, timed in rounds.items()}
     reference, count = next(iter(rounds)), len(work.rows) * work.arms
-    expected = rounds[reference][0].answers
-    if work.one_by_one:
-        with bench.kernels(on=False):
-            expected = _padded(replace(bench, batch_size=1), bench.encoder, work.rows, work.new_tokens)
     results = []
     for name, timed in rounds.items():
         answers = timed[-1].answers
@@ -183,10 +187,25 @@ def _summarise(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) 
             "ratio": medians[reference] / medians[name],
             "peak_memory_gib": max(one.peak_memory_gib for one in timed) or None,
             "parts": {part: {"seconds": took, "times": times} for part, (took, times) in timed[-1].parts.items()},
-            "compared_with": ONE_BY_ONE if work.one_by_one else reference,
         }
-        results.append(result | _differences(bench, expected, answers))
+        results.append(result)
     return results
+
+
+def _compare(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) -> dict[str, dict[str, Any]]:
+    """Return for each variant which answers differ, and from whose."""
+    reference = next(iter(rounds))
+    name, expected = reference, rounds[reference][0].answers
+    if work.one_by_one:
+        with bench.kernels(on=False):
+            name, expected = (
+                ONE_BY_ONE,
+                _padded(replace(bench, batch_size=1), bench.encoder, work.rows, work.new_tokens),
+            )
+    return {
+        variant: {"compared_with": name, **_differences(bench, expected, timed[-1].answers)}
+        for variant, timed in rounds.items()
+    }
 
 
 def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
@@ -210,7 +229,9 @@ def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
     most = min(len(rows), max(options.rows, options.long_rows) * 4)
     conversations = [rows.conversation(rows.dataset[row]).up_to_last_answer() for row in range(most)]
     encoder, bare = Encoder(processor, message, chat=chat), Encoder(processor, chat=chat)
-    return Bench(model, fused, encoder, bare, rows, conversations, options.batch_size, recipe.mixed_precision)
+    return Bench(
+        model, fused, encoder, bare, rows, conversations, options.batch_size, ACCELERATE[recipe.mixed_precision]
+    )
 
 
 def _works(bench: Bench, options: AnswerBenchmarkOptions) -> Iterator[Work]:
@@ -249,7 +270,7 @@ def _answer(variant: str, bench: Bench, work: Work, rows: Sequence[int], clock: 
                 if variant == "padded":
                     found = _padded(bench, encoder, rows, work.new_tokens)
                 elif work.metrics is not None:
-                    accelerator = Accelerator(mixed_precision=bench.mixed_precision or "no")
+                    accelerator = Accelerator(mixed_precision=bench.mixed_precision)
                     work.metrics.measure(bench.model, accelerator, step=0)
                 else:
                     engine = Engine(
