@@ -64,6 +64,7 @@ class Decoder:
         self._table = torch.full((places + 1, width), NO_TOKEN, device=self.device)
         self._tokens, self._positions, self._lengths = torch.zeros(3, places + 1, dtype=torch.long, device=self.device)
         self._captured: dict[tuple[int, int], _Graph] = {}
+        self._side: Any = None  # the stream that graphs are recorded on
         self._computed: Counter[tuple[int, int]] = Counter()
         self._sent: tuple[tuple[int, ...], torch.Tensor] = ((), torch.zeros(0, dtype=torch.long, device=self.device))
 
@@ -137,7 +138,8 @@ class Decoder:
         # Of rows that stand for none: what is only tried out must not advance those that are answered.
         places = torch.full((count,), self.places, device=self.device)
         pool = next((one.graph.pool() for one in self._captured.values()), None)
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self._side = side = self._side or torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):

@@ -44,8 +44,8 @@ ROWS_ON_GPU, ROWS_ON_CPU = 256, 64
 PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 16_384, 1024
 # While others are answered, rows get a pass of their own if they are so large a part of these, or half of the tokens.
 _WORTH_A_PASS = 4
-# Slots of the cache for each row that is answered at once; prompts with several images take more of them.
-SLOTS_A_ROW = 2048
+# Slots of the cache for the prompt of each row that is answered at once; those with several images take more of them.
+SLOTS_A_ROW = 1024
 # What the cache has at least, if memory has it: a prompt of several large images is that long.
 LEAST_SLOTS = 32_768
 # A forward pass holds about so many vectors of a token, of the width of the model and of its MLP.
@@ -164,7 +164,7 @@ class Engine:
             affordable = int(free_memory(self.device) * _PREFILL_SHARE) // per_token
             prefill_tokens = min(PREFILL_TOKENS, max(LEAST_PREFILL_TOKENS, affordable))
         self.prefill_tokens = prefill_tokens
-        wanted = max(LEAST_SLOTS, self.rows * max(SLOTS_A_ROW, 2 * max_new_tokens))
+        wanted = max(LEAST_SLOTS, self.rows * (SLOTS_A_ROW + max_new_tokens))
         self.cache = KeyValueCache(
             config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
         )
