@@ -7,7 +7,7 @@ several times as long as the product itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -76,9 +76,6 @@ def _dequantized(layer: Any) -> torch.Tensor:
 
 
 def _multiply(layer: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Compute what `Linear4bit` does: x [..., in] -> [..., out], in the type of its weights."""
+    """Compute what `Linear4bit` does: x [..., in] -> [..., out]. Autocast reaches the product there too."""
     bias = layer.bias if layer.bias is None else layer.bias.to(weight.dtype)
-    # bitsandbytes multiplies inside an operation of its own, which autocast does not reach.
-    rounds = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != weight.dtype
-    with torch.autocast(x.device.type, enabled=False) if rounds else nullcontext():
-        return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
