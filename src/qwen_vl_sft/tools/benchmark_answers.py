@@ -256,7 +256,7 @@ def _works(bench: Bench, options: AnswerBenchmarkOptions) -> Iterator[Work]:
 
 
 def _metrics(bench: Bench, rows: Sequence[int], new_tokens: int) -> GenerationMetrics:
-    chosen = scan(bench.rows.select(rows), bench.encoder, verify_images=False, num_proc=1)
+    chosen = scan(bench.rows.select(list(rows)), bench.encoder, verify_images=False, num_proc=1)
     return GenerationMetrics(chosen, bench.encoder, None, bench.batch_size, new_tokens)
 
 
