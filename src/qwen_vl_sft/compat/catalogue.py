@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from qwen_vl_sft.compat import (
     applied_in_other_modules,
-    experts_in_files,
     for_accelerate,
     for_bitsandbytes,
     for_deepspeed,
@@ -30,7 +29,6 @@ _MODULES = (
     for_python,
     packed_batches,
     vision_tower,
-    experts_in_files,
     applied_in_other_modules,
     for_trainer,
 )

@@ -57,18 +57,19 @@ def _compare(stored: Mapping[str, Any], point: Mapping[str, Any]) -> Compared:
     launch = Launch(point["strategy"], point["processes"])
     plan = RunPlan(recipe, find_shape(point["model"]), ASSUMED, card, launch, point["attention"] != "PyTorch")
     training = replace(plan.training, packing=point["last_mlp_spared"])
-    tokens, targets, patches = point["largest"]
-    largest = MicroBatch(tokens, targets, patches)
+    training = replace(training, accumulates=point["micro_batches"] > 1)
+    batches = [MicroBatch(*sizes) for sizes in point.get("batches") or [point["largest"]]]
     checkpointed = point["checkpointed"]
     if checkpointed == "auto":
-        checkpointed = keep_as_many(training, largest, card.room * (1 - MARGIN))
+        room = card.room * (1 - MARGIN)
+        checkpointed = max(keep_as_many(training, batch, room) for batch in batches)
     work = Work(*(value / launch.processes for value in point["step"]))
     planned = step_time(training, card, work, point["micro_batches"], checkpointed).seconds
     rate = point["rows_per_second"]
     return Compared(
         about=_about(point),
         measured_gib=point["gib"],
-        planned_gib=memory_of(training, largest, checkpointed).total / _GIB,
+        planned_gib=max(memory_of(training, batch, checkpointed).total for batch in batches) / _GIB,
         measured_seconds=point["rows"] / rate if rate else None,
         planned_seconds=planned,
     )

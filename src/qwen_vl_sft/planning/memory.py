@@ -57,6 +57,7 @@ class Training:
         optimizer: bytes of its states a trained weight.
         strategy: single, ddp, zero1, zero2, zero3 or fsdp2.
         processes: GPUs.
+        accumulates: a step has several micro-batches, so that the gradients of the first are there during the last.
     """
 
     shape: ModelShape
@@ -76,6 +77,7 @@ class Training:
     optimizer: float = ADAM_BYTES
     strategy: str = "single"
     processes: int = 1
+    accumulates: bool = True
 
     @cached_property
     def trained_parts(self) -> frozenset[str]:
@@ -106,6 +108,14 @@ class Training:
     def full(self) -> bool:
         """Return whether the model's own weights train."""
         return self.adapted is None
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Return whether gradients are there when the last micro-batch of a step begins.
+
+        DeepSpeed's always are; FSDP2 with all weights has not been measured.
+        """
+        return self.accumulates or self.strategy not in ("single", "ddp")
 
     @property
     def computed(self) -> int:
@@ -204,12 +214,45 @@ def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> Memor
     seen, seeing = _vision(training, batch, towers)
     tile = min(batch.target_tokens, _TILE[0]) * min(text.vocabulary, _TILE[1]) * _HALF
     logits = tile + batch.target_tokens * text.hidden * (_SINGLE + 2 * training.stream)
-    if training.full:
-        logits += training.shape.embedding_weights * _SINGLE  # the head's gradient, before it is added
-    if seeing > activations + logits:
-        # The tower computes when the language model keeps nothing, not yet or no longer.
-        return replace(static, vision=seen + seeing)
-    return replace(static, activations=activations, vision=seen, logits=logits)
+    if not training.full:
+        if seeing > activations + logits:
+            # The tower computes when the language model keeps nothing, not yet or no longer.
+            return replace(static, vision=seen + seeing)
+        return replace(static, activations=activations, vision=seen, logits=logits)
+    head = training.shape.embedding_weights * _SINGLE  # its gradient, before it is added
+    # Of gradients, what is there before the backward pass, once it has passed the language model, and at its end.
+    before = static.gradients if training.keeps_gradients else 0.0
+    passed = static.gradients if training.keeps_gradients else static.gradients * _passed_share(training)
+    return max(
+        # The copies of autocast live until the forward pass ends, or where they are kept for the backward pass.
+        replace(static, gradients=before, activations=saved + moment, vision=seen, logits=logits),
+        replace(
+            static,
+            gradients=before,
+            activations=activations,
+            vision=seen,
+            logits=logits + head,
+            caches=static.caches * (1 - checkpointed / training.blocks),
+        ),
+        replace(static, gradients=passed, vision=seen + seeing, caches=static.caches if not towers else 0.0),
+        replace(static, vision=_vision_end(training, batch), caches=0.0),
+        key=lambda split: split.total,
+    )
+
+
+def _passed_share(training: Training) -> float:
+    """Return the share of the gradients that are there once the backward pass has reached the vision tower."""
+    counts = training.shape.parameters
+    return 1 - (counts["vision"] if "vision" in training.trained_parts else 0) / max(training.trained_weights, 1)
+
+
+def _vision_end(training: Training, batch: MicroBatch) -> float:
+    """Return the bytes of the tower at the end of the backward pass, in its first block, and the gradients of its stream."""
+    vision = training.shape.vision
+    if training.cached_features or "vision" not in training.trained_parts:
+        return 0.0
+    gradients = batch.patches * (vision.mlp * training.computed + 3 * vision.width * training.stream)
+    return batch.patches * (vision.pixels * training.computed + _vision_block_bytes(training)) + gradients
 
 
 def language_bytes(training: Training) -> float:
@@ -286,7 +329,8 @@ def _vision(training: Training, batch: MicroBatch, checkpointed: int) -> tuple[f
         merger = 3 * batch.patches * width * half if "merger" in training.trained_parts else 0.0
         return pixels + features + merger, moment
     layer = batch.patches * _vision_block_bytes(training)
-    stream = batch.patches * width * training.stream
+    # Unlike that of the language model, what passes from block to block is in half precision under autocast too.
+    stream = batch.patches * width * half
     blocks = checkpointed * stream + (vision.depth - checkpointed) * layer
     return pixels + features + blocks, layer + moment if checkpointed else moment
 
@@ -297,11 +341,13 @@ def _vision_block_bytes(training: Training) -> float:
     # Of the widest values: before and after the activation, and what it needs between.
     fused = vision.activation == "gelu" or vision.activation in training.kernels
     widest = 4 if vision.gated else 2 if fused else 3
-    # The norms' inputs, and where their weights are multiplied by it what they have normed.
-    norms = 2 if vision.layer_norms else 4
-    # Inputs of linear layers, and query, key, value and output of attention.
-    inputs = 3 if vision.gated and wide > half else 2
-    return norms * vision.width * wide + (inputs + 4) * vision.width * half + widest * vision.mlp * half
+    # Inputs of both norms, which autocast makes anew in float32, and what the linear layers take; query, key and value as
+    # they came, since the value is a view of them; rotated query and key; the output.
+    values = 2 * wide + 8 * half
+    if not vision.layer_norms:
+        # The norms compute in float32, and keep what they have normed for the gradient of their weights.
+        values = 2 * _SINGLE + (11 if wide > half else 10) * half
+    return values * vision.width + widest * vision.mlp * half
 
 
 def _static(training: Training) -> MemorySplit:

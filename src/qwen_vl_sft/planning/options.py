@@ -6,7 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen_vl_sft.config.command_line import any_recipe_key, option, recipe_values
+from qwen_vl_sft.config.command_line import any_recipe_key, names, option, recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.planning.cards import find_card
@@ -100,5 +100,9 @@ class CheckPlanOptions:
     model_dir: Path = option(
         Path("models"), "where random models are made, and removed when they are not needed any more", metavar="folder"
     )
+    models: tuple[str, ...] = option((), "measure these alone, e.g. Qwen2-VL-7B", parse=names, shown="all")
+    methods: tuple[str, ...] = option((), "measure these alone: QLoRA,LoRA,full", parse=names, shown="all")
+    warmup: int = option(10, "first steps of a run, whose time does not count", at_least=1)
+    steps: int = option(5, "steps whose time counts", at_least=1)
     seconds: float = option(3600.0, "seconds after which no more run begins", at_least=0)
     recipe_keys: dict[str, list[str]] = any_recipe_key()

@@ -164,7 +164,8 @@ class RunPlan:
     @cached_property
     def memory(self) -> MemorySplit:
         """Return the memory of a GPU, by what takes it."""
-        return memory_of(self.training, self.largest(), self.checkpointed)
+        training = replace(self.training, accumulates=self.micro_batches > 1)
+        return memory_of(training, self.largest(), self.checkpointed)
 
     @property
     def fits(self) -> bool:

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from qwen_vl_sft.training.memory import MemoryProbe, all_layers
 from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data, with_train_rows
 from qwen_vl_sft.training.resolve import Run, resolve
 
-WARMUP, STEPS = 3, 5
 KEYS: dict[str, Any] = {**PACKED, **KERNELS, "bf16": True, "global_batch_size": 16}
 METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"load_in_4bit": True, "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]},
@@ -95,6 +95,20 @@ class Checkpointed(TrainerCallback):
             layer.gradient_checkpointing = place < self.count
 
 
+class StepEnds(TrainerCallback):
+    """Keeps the moment of each step's end, without waiting for the device, and how often its memory was asked for more."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+        self.allocations: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep them."""
+        self.moments.append(time.perf_counter())
+        if torch.cuda.is_available():
+            self.allocations.append(torch.cuda.memory_stats()["num_device_alloc"])
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A trainer of one model and method on the data, and the bytes that others hold on the GPU."""
@@ -127,12 +141,13 @@ def measure_points(
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "keys_of_all": KEYS,
         "keys": keys,
-        "steps": {"warmup": WARMUP, "timed": STEPS},
+        "steps": {"warmup": options.warmup, "timed": options.steps},
         **machine_facts(),
         "row_sizes": {},
         "failed": {},
         "points": [],
     }
+    groups = [(model, method) for model, method in groups if _wanted(options, model, method)]
     for number, (model, method) in enumerate(groups):
         if time.monotonic() - began > options.seconds:
             break
@@ -145,7 +160,7 @@ def measure_points(
                 name = f"{model}, {method}, {setting.about}"
                 if time.monotonic() - began < options.seconds:
                     with _failures_told(stored, name, options.measure):
-                        point = _measure(prepared, setting)
+                        point = _measure(prepared, setting, options.warmup, options.steps)
                         stored["points"].append({"about": setting.about, "model": model, "method": method, **point})
                         print(f"{time.monotonic() - began:4.0f} s  {name}: {_told(point)}", flush=True)
             del prepared
@@ -153,6 +168,14 @@ def measure_points(
         if model not in {later for later, _ in groups[number + 1 :]}:
             shutil.rmtree(options.model_dir / model.replace("/", "--"), ignore_errors=True)
     return torch.cuda.is_available()
+
+
+def _wanted(options: CheckPlanOptions, model: str, method: str) -> bool:
+    """Return whether a group is asked for. Its model is named in full, or by its name between owner and -Instruct."""
+    names = {model, model.removeprefix("Qwen/").removesuffix("-Instruct")}
+    return (not options.models or bool(names & set(options.models))) and (
+        not options.methods or method in options.methods
+    )
 
 
 @contextlib.contextmanager
@@ -208,7 +231,7 @@ def _prepare(folder: Path, method: str, options: CheckPlanOptions, keys: Mapping
     return Prepared(run, data, trainer, before)
 
 
-def _measure(prepared: Prepared, setting: Setting) -> dict[str, Any]:
+def _measure(prepared: Prepared, setting: Setting, warmup: int, counted: int) -> dict[str, Any]:
     """Train some steps, and return what they took with the sizes of what they computed."""
     run, data, trainer, cuda = prepared.run, prepared.data, prepared.trainer, torch.cuda.is_available()
     plan = data.step_plan
@@ -217,13 +240,15 @@ def _measure(prepared: Prepared, setting: Setting) -> dict[str, Any]:
     layers = Checkpointed(trainer, 0)
     layers.count = len(layers.layers) if setting.checkpointed else 0
     trainer._sampler.plan = plan
-    trainer.add_callback(layers)
-    timed = train_timed(trainer, STEPS, WARMUP)
-    trainer.remove_callback(layers)
+    ends = StepEnds()
+    for callback in (layers, ends):
+        trainer.add_callback(callback)
+    timed = train_timed(trainer, counted, warmup)
+    for callback in (layers, ends):
+        trainer.remove_callback(callback)
     trainer.end_workers()
     steps = timed.fetched.steps
-    work = [sum(step, BatchStats()) for step in steps[WARMUP:]]
-    largest = max((batch for step in steps for batch in step), key=lambda batch: batch.tokens)
+    work = [sum(step, BatchStats()) for step in steps[warmup:]]
     found: dict[str, Any] = {
         "keys": _stored_keys(run, setting),
         "strategy": "single",
@@ -231,16 +256,19 @@ def _measure(prepared: Prepared, setting: Setting) -> dict[str, Any]:
         "checkpointed": layers.count,
         "attention": "PyTorch" if run.chosen.attention == SDPA else run.chosen.attention,
         "last_mlp_spared": True,
-        "largest": [largest.tokens, largest.target_tokens, largest.patches],
+        # Of all steps: the one that needs most memory depends on what trains.
+        "batches": [[batch.tokens, batch.target_tokens, batch.patches] for step in steps for batch in step],
         "rows": statistics.fmean(one.rows for one in work),
         "step": [statistics.fmean(getattr(one, name) for one in work) for name in _STEP],
-        "micro_batches": statistics.fmean(len(step) for step in steps[WARMUP:]),
-        "seconds": timed.seconds / STEPS,
-        "waited": (timed.ended.waited - timed.began.waited) / STEPS,
+        "micro_batches": statistics.fmean(len(step) for step in steps[warmup:]),
+        "seconds": timed.seconds / counted,
+        "waited": (timed.ended.waited - timed.began.waited) / counted,
     }
+    found["each_step"] = [round(end - begin, 4) for begin, end in pairwise(ends.moments)]
     found["rows_per_second"] = found["rows"] / found["seconds"]
     if cuda:
         found["gib"] = (torch.cuda.max_memory_allocated() - prepared.others) / 2**30
+        found["allocations"] = [end - begin for begin, end in pairwise(ends.allocations)]
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return found
 
