@@ -4,10 +4,10 @@
         --dataset_name HuggingFaceM4/ChartQA --output_dir benchmark
 
 `padded` answers padded batches with transformers' generate; `engine` is what
-scripts/evaluate.py does; `graphs` is the same with CUDA graphs. Reading and
-decoding images is included, loading the model is not. Rows whose answers
-differ are counted, with the margin of the first differing token in units of
-the rounding of a logit.
+scripts/evaluate.py does; `eager` is the same without CUDA graphs, `unfused`
+without fused kernels. Reading and decoding images is included, loading the
+model is not. Rows whose answers differ are counted, with the margin of the
+first differing token in units of the rounding of a logit.
 
 Other `--key value` go to the recipe.
 """

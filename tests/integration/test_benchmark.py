@@ -77,15 +77,19 @@ def test_ways_of_answering_are_measured_and_their_answers_compared(tmp_path, mon
     keys = {"use_cpu": ["true"], "load_in_4bit": ["false"], "dataset_name": [str(tiny.DATA_DIR)]}
     options = AnswerBenchmarkOptions(
         config=str(tiny.MODEL_DIR), recipe=Path("recipes/quickstart.yaml"), output_dir=tmp_path, recipe_keys=keys,
-        rows=5, new_tokens=4, long_rows=3, long_tokens=9, rounds=1, batch_size=2,
+        rows=5, new_tokens=4, long_rows=3, long_tokens=9, checked_rows=4, rounds=1, batch_size=2,
     )  # fmt: skip
     table = answer_session(options)
     assert table.splitlines()[0].split("|")[1:3] == [" work                  ", " variant "]
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [result["work"] for result in results[::2]] == [
-        "one question an image", "rows as they come", "three arms", "long answers",
+        "one question an image", "rows as they come", "three arms", "long answers", "predict_with_generate",
+        "checked rows",
     ]  # fmt: skip
-    assert [result["rows"] for result in results[::2]] == [5, 5, 15, 3]
+    assert [result["rows"] for result in results[::2]] == [5, 5, 15, 3, 5, 4]
+    assert {result["compared_with"] for result in results} == {"padded", "transformers, one row at a time"}
+    assert set(results[1]["parts"]) == {"tower", "prompts", "tokens"}
+    assert results[1]["parts"]["tokens"]["seconds"] < results[1]["seconds"][0]
     assert {result["variant"] for result in results} == {"padded", "engine"}
     assert all(result["differing"] == 0 and result["rows_per_second"] > 0 for result in results)
     # Another answer would be noticed, with its margin.
@@ -95,7 +99,7 @@ def test_ways_of_answering_are_measured_and_their_answers_compared(tmp_path, mon
     _, other = json.loads((tmp_path / "other/results.json").read_text())["results"]
     assert (other["differing"], len(other["margins"])) == (1, 1)
     assert other["largest_margin"] > 0
-    with pytest.raises(UserError, match="--variants: unknown engin; known are padded, engine, graphs"):
+    with pytest.raises(UserError, match="--variants: unknown engin; known are padded, engine, eager"):
         answer_session(replace(options, variants=("engin",)))
     with pytest.raises(UserError, match="--works: unknown al; known are alone"):
         answer_session(replace(options, works=("al",)))

@@ -1,6 +1,7 @@
 """The engine's answers are those of transformers' `generate` one prompt at a time, whatever else it answers meanwhile."""
 
-from contextlib import closing
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.inference.engine import engine as engine_module
 from qwen_vl_sft.inference.engine.cache import NO_TOKEN, KeyValueCache
+from qwen_vl_sft.inference.engine.decoding import Decoder, _Graph
 from qwen_vl_sft.inference.engine.engine import Engine
 from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
 from qwen_vl_sft.inference.generation import GeneratedAnswer, decode_answer, plan_units
@@ -79,22 +82,59 @@ def answers(engine, asked=ASKED, units=UNITS):
     return [found[number] for number in sorted(found)]
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@contextmanager
+def on_a_device_of_its_own(beside: bool):
+    """Let the engine work as beside a GPU: a pass ahead of the tokens that it has seen, and with steps that are recorded.
+
+    A recorded step is one that is computed when it is replayed.
+    """
+
+    def capture(decoder, count, width):
+        places, tokens = torch.full((count,), decoder.places), torch.zeros(count, dtype=torch.long)
+        replay = SimpleNamespace(replay=lambda: tokens.copy_(decoder._compute(places, width, None)))
+        recorded.append((count, width))
+        return _Graph(places, replay, tokens)
+
+    recorded = []
+    with pytest.MonkeyPatch.context() as patch:
+        if beside:
+            patch.setattr(engine_module, "computes_beside_host", lambda device: True)
+            patch.setattr(Decoder, "_capture", capture)
+        yield recorded
+
+
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(0, len(ASKED) - 1), min_size=1, max_size=9),
     st.integers(1, 5),
     st.sampled_from([1, 70, 400]),
     st.sampled_from([170, 4096]),
     st.booleans(),
+    st.booleans(),
 )
-def test_answers_are_those_of_generate_one_at_a_time(family, chosen, rows, prefill_tokens, slots, remember):
+def test_answers_are_those_of_generate_one_at_a_time(family, chosen, rows, prefill_tokens, slots, remember, beside):
     model, encoder, expected = family
     asked = [ASKED[number] for number in chosen]
     units = plan_units([1] * len(asked), [tuple(file.content_hash for file in one.media) for one in asked])
     memory = FeatureMemory(10**9) if remember else None
-    engine = Engine(model, encoder, NEW_TOKENS, rows=rows, slots=slots, prefill_tokens=prefill_tokens, memory=memory)
-    for _ in range(1 + remember):
-        assert answers(engine, asked, units) == [expected[number] for number in chosen]
+    with on_a_device_of_its_own(beside) as recorded:
+        engine = Engine(
+            model, encoder, NEW_TOKENS, rows=rows, slots=slots, prefill_tokens=prefill_tokens, memory=memory
+        )
+        for _ in range(1 + remember):
+            assert answers(engine, asked, units) == [expected[number] for number in chosen]
+    assert bool(recorded) <= beside
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 11])
+def test_rows_are_answered_a_pass_ahead_and_by_recorded_steps(tiny, rows_at_once):
+    model, encoder = tiny
+    expected = answers(Engine(model, encoder, 40, rows=rows_at_once))
+    with on_a_device_of_its_own(True) as recorded:
+        assert answers(Engine(model, encoder, 40, rows=rows_at_once)) == expected
+        assert recorded
+        assert all(count in (1, 2, 4, 8, 16) for count, _ in recorded)
+        assert len(recorded) == len(set(recorded)), "a step of one size is recorded once"
 
 
 def test_the_comparison_above_would_notice(family):

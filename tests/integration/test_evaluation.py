@@ -29,6 +29,7 @@ from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.conversation import Conversation
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
@@ -42,7 +43,9 @@ from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_quest
 from qwen_vl_sft.inference.generation import ROWS_OF_A_UNIT, GeneratedAnswer, plan_units
 from qwen_vl_sft.inference.models import attach_adapter, load_arm
 from qwen_vl_sft.inference.source import TunedModel, find_tuned, read_source
+from qwen_vl_sft.modeling.kept_features import kept_features, unrounded_features
 from qwen_vl_sft.tiny import MODEL_DIR
+from qwen_vl_sft.training import precompute_features
 
 FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
 
@@ -491,6 +494,45 @@ def test_results_of_one_process(run, reference):
     assert summary["precision"] == {"scored": "float32", "trained": "float32", "scored_as_trained": True}
     assert summary["settings"]["system_message"] == SYSTEM_MESSAGE
     assert summary["environment"]["versions"]["transformers"]
+
+
+def test_features_that_training_kept_are_read_instead_of_images(tmp_path, monkeypatch):
+    from accelerate import PartialState
+
+    run = write_run(tmp_path, write_charts(tmp_path / "data"), cache_image_features="float32", packing=True)
+    recipe = run / "recipe.yaml"
+    kept = yaml.safe_load(recipe.read_text()) | {"image_features_dir": str(tmp_path / "features"), "bf16": False}
+    recipe.write_text(yaml.safe_dump(kept))
+    asked = ["--run", run, "--max_samples", "6", "--max_new_tokens", "4", "--arms", "base,tuned"]
+    decoded, decode = set(), ImageFile.pixels
+    monkeypatch.setattr(ImageFile, "pixels", lambda file: decoded.add(file.content_hash) or decode(file))
+
+    def answers(folder, *more):
+        decoded.clear()
+        evaluate(plan(*asked, *more, "--output_dir", tmp_path / folder))
+        PartialState._reset_state()
+        return [row["arms"] for row in read_rows(tmp_path / folder)]
+
+    expected = answers("without")
+    shown = prepare(plan(*asked, "--output_dir", tmp_path / "none"))
+    assert decoded == {name for names in shown.images for name in names}
+    planned = plan(*asked, "--output_dir", tmp_path / "none")
+    cache, _ = kept_features(planned.recipe, shown.processor.image_processor)
+    model, encoder = load_arm(planned, "base", None, context()), Encoder(shown.processor)
+    *known, unknown = {
+        file.content_hash: file for place in range(6) for file in shown.conversation(place).media
+    }.values()
+    for file in known:
+        image = encoder.read_media(file)
+        (features,) = precompute_features.run_tower(model.model, [image], model.device)
+        cache.write(file.content_hash, features, image.grid)
+    assert answers("with") == expected
+    assert decoded == {unknown.content_hash}
+    # Other pixels, and another precision, are other features; those of fewer bits are for training alone.
+    answers("smaller", "--max_pixels", "6272")
+    assert len(decoded) == len(known) + 1
+    recipe.write_text(yaml.safe_dump(kept | {"cache_image_features": "int8"}))
+    assert unrounded_features(plan(*asked, "--output_dir", tmp_path / "none").recipe, None) is None
 
 
 def start_two_processes(run, folder, *arguments):

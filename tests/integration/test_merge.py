@@ -173,17 +173,83 @@ def test_the_key_names_of_the_base_are_kept(tmp_path, renamed):
 def test_names_of_every_family():
     from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-    from qwen_vl_sft.merging.base import renamer
+    from qwen_vl_sft.merging.places import finder
 
     with torch.device("meta"):
         three = AutoModelForImageTextToText.from_config(Qwen3VLConfig())
-    assert renamer(three)("model.language_model.norm.weight") == "model.language_model.norm.weight"
-    two = renamer(build_on_meta(ModelSettings(model_name_or_path=str(tiny.MODEL_DIR))))
+    assert finder(three)("model.language_model.norm.weight").name == "model.language_model.norm.weight"
+    two = finder(build_on_meta(ModelSettings(model_name_or_path=str(tiny.MODEL_DIR))))
     for key in ("model.norm.weight", "model.language_model.norm.weight"):
-        assert two(key) == "model.language_model.norm.weight"
+        assert two(key).name == "model.language_model.norm.weight"
     for key in ("visual.blocks.0.norm1.bias", "model.visual.blocks.0.norm1.bias"):
-        assert two(key) == "model.visual.blocks.0.norm1.bias"
-    assert two("lm_head.weight") == "lm_head.weight"
+        assert two(key).name == "model.visual.blocks.0.norm1.bias"
+    assert two("lm_head.weight").name == "lm_head.weight"
+
+
+def moe_on_meta(name):
+    import transformers
+
+    sizes = {"hidden_size": 8, "moe_intermediate_size": 6, "num_experts": 3, "num_hidden_layers": 1, "vocab_size": 16}
+    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "shared_expert_intermediate_size": 4}
+    config = getattr(transformers, name)(text_config=sizes, vision_config={"depth": 1})
+    with torch.device("meta"):
+        return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("Qwen3VLMoeConfig", "turned"),
+        ("Qwen3VLMoeConfig", "together"),
+        ("Qwen3_5MoeConfig", "together"),
+        ("Qwen3_5MoeConfig", "apart"),
+    ],
+)
+def test_experts_in_every_form_of_files(name, form, tmp_path):
+    """Read as the model has them, merged, and written as the files have them."""
+    from qwen_vl_sft.merging.base import Adapter, ExpertsLowRank
+
+    model = moe_on_meta(name)
+    torch.manual_seed(0)
+    state = {key: torch.randn(tensor.shape) for key, tensor in model.state_dict().items()}
+    path = "model.language_model.layers.0.mlp.experts."
+    whole = {part: state.pop(path + part) for part in ("gate_up_proj", "down_proj")}
+    if form == "apart":
+        for number in range(3):
+            gate, up = whole["gate_up_proj"][number].chunk(2)
+            parts = {"gate_proj": gate, "up_proj": up, "down_proj": whole["down_proj"][number]}
+            state |= {f"{path}{number}.{part}.weight": tensor.clone() for part, tensor in parts.items()}
+    else:
+        turned = {part: tensor.mT.contiguous() if form == "turned" else tensor for part, tensor in whole.items()}
+        state |= {path + part: tensor for part, tensor in turned.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    weights = read_base(tmp_path, model)
+    added = {
+        path + part: ExpertsLowRank.of(torch.randn(3 * 2, tensor.shape[2]), torch.randn(tensor.shape[1], 2 * 3), 3, 0.5)
+        for part, tensor in whole.items()
+    }
+    adapter = Adapter(added, {})
+    merged = {part: torch.zeros_like(tensor) for part, tensor in whole.items()}
+    for weight in weights:
+        before, pair = weight.read(), adapter.reaching(weight)
+        if pair is None:
+            continue
+        after, place = pair.added_to(before), weight.place
+        assert weight.as_in_file(after).shape == state[weight.key].shape
+        part = merged[weight.name.removeprefix(path)]
+        if place.expert is None:
+            part.copy_(after)
+        else:
+            part[place.expert, place.rows(part.shape[1])] = after
+    for part, tensor in whole.items():
+        pair = added[path + part]
+        expected = torch.stack([tensor[n] + 0.5 * pair.b[n] @ pair.a[n] for n in range(3)])
+        torch.testing.assert_close(merged[part], expected, rtol=0, atol=1e-5)
+    if form == "apart":
+        del state[f"{path}1.up_proj.weight"]
+        save_file(state, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match="gate_up_proj is missing some of its 3 experts"):
+            read_base(tmp_path, model)
 
 
 def test_shards_of_the_base_and_of_the_merge(tmp_path, run):

@@ -2,13 +2,12 @@
 
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
+from fixtures.family_runs import FULL, trainer_of, write_recipe
 from fixtures.models import chat_template
 from fixtures.packed_rows import losses_of
 from fixtures.processes import launch, run_process
@@ -18,63 +17,17 @@ from qwen_vl_sft.merging.plan import Options, make_plan
 from qwen_vl_sft.publishing.card import python_code, vllm_lines
 from qwen_vl_sft.publishing.published_model import read_published_model
 
-KEYS = {
-    "load_in_4bit": False,
-    "packing": True,
-    "share_prefixes": True,
-    "tokens_per_batch": 600,
-    "max_train_samples": 48,
-    "max_eval_samples": 8,
-    "max_predict_samples": 4,
-    "max_new_tokens": 4,
-    "num_train_epochs": 1,
-    "max_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 4,
-    "load_best_model_at_end": False,
-    "logging_steps": 1,
-    "report_to": "none",
-}
-FULL = {
-    "use_peft": False,
-    "learning_rate": 1e-4,
-    "dtype": "float32",
-    "eval_strategy": "no",
-    "predict_with_generate": False,
-}
 
-
-@pytest.fixture(scope="module")
-def recipe(hybrid_model, tmp_path_factory):
+@pytest.fixture
+def recipe(hybrid_model, tmp_path):
     """Write a recipe of the quickstart with this model, and with other keys."""
-
-    def write(**keys):
-        values = yaml.safe_load(Path("recipes/quickstart.yaml").read_text()) | KEYS
-        values |= {"model_name_or_path": str(hybrid_model), **keys}
-        if not values["use_peft"]:
-            values = {name: value for name, value in values.items() if not name.startswith(("lora", "load_in"))}
-        path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
-
-    return write
+    return functools.partial(write_recipe, tmp_path / "recipe.yaml", hybrid_model)
 
 
 @pytest.fixture(scope="module")
-def trained(recipe, tmp_path_factory):
+def trained(hybrid_model, tmp_path_factory):
     """A finished run in one process, with other keys once each."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    @functools.cache
-    def train(**keys):
-        output = folder / f"{len(list(folder.iterdir()))}"
-        done = run_process("scripts/sft.py", "--recipe", recipe(**keys), "--output_dir", output)
-        assert done.returncode == 0, done.stderr
-        return output
-
-    return train
+    return trainer_of(hybrid_model, tmp_path_factory.mktemp("runs"))
 
 
 def test_a_resumed_run_ends_as_the_whole_one(trained, tmp_path):

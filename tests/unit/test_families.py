@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3_5Config, Qwen3VLConfig
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
+)
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.batching.positions import Positions
@@ -22,17 +29,31 @@ from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.kernels import KERNELS, LORA
 from qwen_vl_sft.modeling.model_rules import problems_of_family
 
-CONFIGS = [Qwen2VLConfig(), Qwen2_5_VLConfig(), Qwen3VLConfig(), Qwen3_5Config()]
+CONFIGS = [
+    Qwen2VLConfig(),
+    Qwen2_5_VLConfig(),
+    Qwen3VLConfig(),
+    Qwen3_5Config(),
+    Qwen3VLMoeConfig(),
+    Qwen3_5MoeConfig(),
+]
 GRIDS = torch.tensor([[1, 4, 6], [1, 8, 4]])
 # What only families/ may know, and what builds the tiny model.
 MODEL_TYPES = {family.model_type for family in FAMILIES}
 CLASSES = ("Qwen2VL", "Qwen2_5_VL", "Qwen2_5VL", "Qwen3VL", "Qwen3_5")
-PROBES = ("fullatt_block_indexes", "deepstack_visual_indexes", "deepstack_features", "linear_conv_kernel_dim")
+PROBES = (
+    "fullatt_block_indexes",
+    "deepstack_visual_indexes",
+    "deepstack_features",
+    "linear_conv_kernel_dim",
+    "moe_intermediate_size",
+)
 
 
 def test_each_family_is_found_by_its_configuration():
     assert [family_of(config) for config in CONFIGS] == list(FAMILIES)
-    assert [family.name for family in FAMILIES] == ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5"]
+    names = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5", "Qwen3-VL-MoE", "Qwen3.5-MoE"]
+    assert [family.name for family in FAMILIES] == names
 
 
 def test_another_model_is_refused_with_the_families_there_are():
@@ -42,18 +63,10 @@ def test_another_model_is_refused_with_the_families_there_are():
         family_of(SimpleNamespace(model_type="gpt2"), "model_name_or_path: x")
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("Qwen3VLMoeConfig", "experts are no linear layers"),
-        ("Qwen3_5MoeConfig", "experts are no linear layers"),
-        ("Qwen4ExpConfig", "n-gram table takes about 90 GiB.*needs a way of transformers to train it"),
-    ],
-)
-def test_a_model_of_qwens_that_is_not_trained_is_refused_with_the_reason(name, reason, tmp_path):
-    """Trained as dense, experts would get no adapter and stay in 16 bits, without a word."""
-    getattr(transformers, name)().save_pretrained(tmp_path)
+def test_a_model_of_qwens_that_is_not_trained_is_refused_with_the_reason(tmp_path):
+    transformers.Qwen4ExpConfig().save_pretrained(tmp_path)
     settings = ModelSettings(model_name_or_path=str(tmp_path))
+    reason = "n-gram table takes about 90 GiB.*needs a way of transformers to train it"
     with pytest.raises(
         UserError, match=rf"model_name_or_path: {tmp_path} is a \w+ model, which is not trained: .*{reason}"
     ):
@@ -89,6 +102,8 @@ def test_mergers_of_deeper_layers_are_mergers():
         (Qwen2_5_VLConfig(), {"image_window_index", "image_cu_window_seqlens", "image_max_window_seqlen"}),
         (Qwen3VLConfig(), {"image_interp_indices", "image_interp_weights"}),
         (Qwen3_5Config(), {"image_interp_indices", "image_interp_weights"}),
+        (Qwen3VLMoeConfig(), {"image_interp_indices", "image_interp_weights"}),
+        (Qwen3_5MoeConfig(), {"image_interp_indices", "image_interp_weights"}),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
@@ -113,7 +128,7 @@ def test_deeper_features_need_the_positions_of_image_tokens():
 def test_features_go_through_the_cache_and_back(config):
     """One layer, or for Qwen3-VL's default of three deeper ones four."""
     family, layers = family_of(config), family_of(config).count_feature_layers(config)
-    assert layers == (4 if family.name == "Qwen3-VL" else 1)
+    assert layers == (4 if family.name.startswith("Qwen3-VL") else 1)
     features = [(torch.full((2, 3), float(layer)), torch.full((1, 3), float(layer))) for layer in range(layers)]
     assert family.feature_layers(family.feature_output(features)) == features
 
@@ -142,6 +157,14 @@ def test_what_a_family_cannot_do_is_refused_with_its_reason():
         "fused_kernels: rope does not fit Qwen2-VL: rotates halves; leave it out",
     ]
     assert not list(problems_of_family(recipe, FAMILIES[0]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("train_router", True), ("router_aux_loss_coef", 0.001)])
+def test_keys_of_experts_are_refused_without_experts(name, value):
+    recipe = read_recipe(None, {"model_name_or_path": "some/model", "dataset_name": "data", name: value})
+    reason = f"{name} is for mixtures of experts, and Qwen2-VL has no experts; leave it out"
+    assert list(problems_of_family(recipe, FAMILIES[0])) == [reason]
+    assert not list(problems_of_family(recipe, FAMILIES[4]))
 
 
 def test_positions_reach_a_worker_that_is_spawned():

@@ -70,7 +70,7 @@ def own_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "3_5" not in name])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "3_5" not in name and "Moe" not in name])
 def test_weights_and_flops_are_those_of_the_model(name):
     from transformers import AutoConfig
 

@@ -24,6 +24,7 @@ SYSTEM_MESSAGE = "system_message.txt"
 METRICS = "metrics.json"
 LOG = "training_log.jsonl"
 LOSS_PLOT = "loss.png"
+EXPERT_LOAD_PLOT = "expert_load.png"
 ENVIRONMENT = "environment.json"
 # The key of the base model's identity in it (`modeling.base_identity`).
 BASE = "base"

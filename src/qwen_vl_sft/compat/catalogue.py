@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qwen_vl_sft.compat import (
     applied_in_other_modules,
+    experts_in_files,
     for_accelerate,
     for_bitsandbytes,
     for_deepspeed,
@@ -29,6 +30,7 @@ _MODULES = (
     for_python,
     packed_batches,
     vision_tower,
+    experts_in_files,
     applied_in_other_modules,
     for_trainer,
 )

@@ -16,19 +16,20 @@ from qwen_vl_sft.compat.registry import Patch, embedded_model
 from qwen_vl_sft.families.registry import family_of
 
 
-def take_packed_batches(model: Any) -> None:
+def take_packed_batches(model: Any, spares_last_layer: bool = True) -> None:
     """Have a model take batches of the packed collator; it takes all others as before.
 
     `image_index`, a list, gives for each image shown its number in `pixel_values`: the vision tower runs once on each
     different image, and its gradients add up. `image_features` [image tokens, values] are what the tower and its mergers
     made of the images before, layer beside layer; the tower does not run then, also when there are none.
     `logit_positions` [N] are the positions that predict a target: the last hidden state is then [1, N, D], for no other
-    one is read behind the last attention. What else a batch brings is taken by the family (`prepare_packing`).
+    one is read behind the last attention, nor computed with `spares_last_layer`. What else a batch brings is taken by the
+    family (`prepare_packing`).
     """
     _take_images(model)
     family_of(model.config).prepare_packing(model)
     layer = model.model.language_model.layers[-1]
-    layer.forward = MethodType(_last_layer, layer)
+    layer.forward = MethodType(_last_layer if spares_last_layer else _whole_last_layer, layer)
 
 
 def count_no_placeholders_in_training(model: Any) -> None:
@@ -44,10 +45,39 @@ def count_no_placeholders_in_training(model: Any) -> None:
     ) -> Any:
         if not backbone.training or input_ids is None:
             return counted(backbone, input_ids, inputs_embeds, *args, **kwargs)
-        tokens = (backbone.config.image_token_id, backbone.config.video_token_id)
-        return tuple((input_ids == token).unsqueeze(-1) for token in tokens)
+        return _placeholder_mask(backbone, input_ids)
 
     model.model.get_placeholder_mask = MethodType(get_placeholder_mask, model.model)
+
+
+@contextmanager
+def reading_prompts(backbone: Any) -> Iterator[None]:
+    """Have a model read packed prompts meanwhile: their image tokens are counted, and it takes `logit_positions`.
+
+    These do what they do in `take_packed_batches`, whether or not that was called.
+    """
+    layer = backbone.language_model.layers[-1]
+    put_in = {
+        backbone: ("get_placeholder_mask", MethodType(_placeholder_mask, backbone)),
+        layer: ("forward", MethodType(_last_layer, layer)),
+    }
+    before = {module: vars(module).get(name) for module, (name, _) in put_in.items()}
+    try:
+        for module, (name, method) in put_in.items():
+            setattr(module, name, method)
+        yield
+    finally:
+        for module, (name, _) in put_in.items():
+            if before[module] is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, before[module])
+
+
+def _placeholder_mask(backbone: Any, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Return the masks of image and video tokens in `input_ids` [1, T]: [1, T, 1] each."""
+    tokens = (backbone.config.image_token_id, backbone.config.video_token_id)
+    return tuple((input_ids == token).unsqueeze(-1) for token in tokens)
 
 
 @contextmanager
@@ -71,11 +101,18 @@ def _last_layer(
     if logit_positions is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
     if not hasattr(layer, "self_attn"):
-        found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
-        return found.index_select(1, logit_positions)
+        return _whole_last_layer(layer, hidden_states, logit_positions, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
     reached = (hidden_states + attended).index_select(1, logit_positions)
     return reached + layer.mlp(layer.post_attention_layernorm(reached))
+
+
+def _whole_last_layer(
+    layer: Any, hidden_states: torch.Tensor, logit_positions: torch.Tensor | None = None, **kwargs: Any
+) -> Any:
+    """Compute a layer [1, T, D] -> [1, N, D] on all positions, and give the N that are named."""
+    found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
+    return found if logit_positions is None else found.index_select(1, logit_positions)
 
 
 def _take_images(model: Any) -> None:

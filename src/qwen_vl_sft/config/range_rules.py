@@ -37,6 +37,7 @@ _AT_LEAST_ZERO = (
     "adam_epsilon",
     "neftune_noise_alpha",
     "eval_delay",
+    "router_aux_loss_coef",
 )
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2")
 # Keys that count only while another says "steps".

@@ -122,6 +122,14 @@ class ModelSettings:
         " rank, scale and layers, and the base model",
     )
     freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) does not train the vision tower")
+    train_router: bool = key(
+        False, "mixtures of experts: train the routers in full; false freezes them, in full fine-tuning too"
+    )
+    router_aux_loss_coef: float = key(
+        0.0,
+        "mixtures of experts: weight of the loss that evens out how often experts are chosen, over the global batch; a"
+        " step of several micro-batches then runs forward twice; 0 for none, whatever the model's configuration says",
+    )
 
     @property
     def precision(self) -> str:
@@ -218,6 +226,8 @@ FIXED_TRAINING_ARGUMENTS: dict[str, Any] = {
     "dataset_kwargs": {"skip_prepare_dataset": True},
     "max_length": None,
     "average_tokens_across_devices": True,
+    # Otherwise TRL adds what the configuration of a mixture of experts says, a mean over each micro-batch.
+    "router_aux_loss_coef": 0.0,
 }
 
 _STRATEGY = "the launcher sets the strategy: accelerate launch --config_file accelerate_configs/..."
@@ -265,7 +275,6 @@ REFUSED_KEYS: dict[str, str] = {
     "eval_accumulation_steps": "for accuracy while training set predict_with_generate",
     "eval_do_concat_batches": "for accuracy while training set predict_with_generate",
     "eval_use_gather_object": "for accuracy while training set predict_with_generate",
-    "router_aux_loss_coef": "mixture-of-experts models are not supported",
     "activation_checkpointing": "write gradient_checkpointing, the name TRL uses",
     "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs, the name TRL uses",
     "use_liger_kernel": "its patch of Qwen2-VL does not import with transformers 5.23; see fused_kernels",

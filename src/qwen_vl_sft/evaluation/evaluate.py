@@ -42,9 +42,10 @@ from qwen_vl_sft.inference.engine.features import FeatureMemory
 from qwen_vl_sft.inference.generation import GeneratedAnswer
 from qwen_vl_sft.inference.models import changes_tower, load_arm, make_encoder
 from qwen_vl_sft.inference.source import ARMS, precision_summary
+from qwen_vl_sft.modeling.kept_features import unrounded_features
 
-# Share of the machine's free memory that features of images may take.
-FEATURE_SHARE = 0.25
+# Share of the machine's free memory that features of images may take, and of the GPU's.
+FEATURE_SHARE, FEATURE_SHARE_OF_GPU = 0.25, 0.15
 
 
 def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
@@ -155,8 +156,9 @@ def answer_all(
             torch.cuda.empty_cache()
         model = _load(plan, arm, model, context)
         if seen is None or changes_tower(model):
+            of_base = not changes_tower(model) and (arm != "tuned" or plan.tuned is None or plan.tuned.is_adapter)
             # Once more arms follow on the same tower, its features are kept for them.
-            seen = FeatureMemory(_feature_bytes(context) if arm != list(shares)[-1] else 0)
+            seen = _feature_memory(plan, task, model, context, of_base, more_follow=arm != list(shares)[-1])
         encoder = make_encoder(plan, arm, task.processor, task.system_message)
         prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
         title = arm if context.processes == 1 else f"{arm}, process 0 of {context.processes}"
@@ -197,9 +199,19 @@ def _load(plan: Plan, arm: str, model: Any, context: DistributedContext) -> Any:
         ) from error
 
 
-def _feature_bytes(context: DistributedContext) -> int:
-    """Return how much memory of the machine this process may take for features of images."""
-    return int(free_memory(torch.device("cpu")) * FEATURE_SHARE) // context.processes
+def _feature_memory(
+    plan: Plan, task: Task, model: Any, context: DistributedContext, of_base: bool, more_follow: bool
+) -> FeatureMemory:
+    """Make room for features of images: on the model's GPU, and in this process's part of the machine's memory.
+
+    Those of the base model's tower that training keeps on disk are read from there.
+    """
+    kept = unrounded_features(plan.recipe, task.processor.image_processor) if of_base else None
+    if not more_follow:
+        return FeatureMemory(0, kept)
+    on_gpu = 0 if context.on_cpu else int(free_memory(model.device) * FEATURE_SHARE_OF_GPU)
+    on_host = int(free_memory(torch.device("cpu")) * FEATURE_SHARE) // context.processes
+    return FeatureMemory(on_host, kept, most_bytes_on_gpu=on_gpu)
 
 
 def _answers(

@@ -35,7 +35,7 @@ class Options:
     batch_size: int | None = option(
         None, "most rows answered at once; default: as many as pay off and memory holds", at_least=1
     )
-    cuda_graphs: bool = option(False, "replay CUDA graphs for each token; pays off for long answers")
+    cuda_graphs: bool = option(True, "replay CUDA graphs for the tokens of answers; false computes each anew")
     output_dir: Path | None = option(
         None,
         "default: RUN/evaluation, or evaluation here; --predictions writes only if given",

@@ -24,6 +24,7 @@ from transformers.vision_utils import (
 )
 
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.experts import Experts
 
 PARTS = ("vision", "merger", "language")
 # True, or the reason why a family cannot do it, as a user reads it after "... does not work with NAME: ".
@@ -257,12 +258,22 @@ def dense_language_flops(config: Any, packed: bool) -> dict[str, float]:
     `packed` batches take the last layer's MLP for target tokens alone.
     """
     text = config.get_text_config()
+    return language_flops(config, packed, [3 * text.hidden_size * text.intermediate_size] * text.num_hidden_layers)
+
+
+def language_flops(config: Any, packed: bool, mlps: Sequence[int]) -> dict[str, float]:
+    """Count a language model of attention and what stands behind it, as fields of `ForwardFlops`.
+
+    `mlps` are for each layer the weights behind attention that a token is multiplied with. `packed` batches take those of
+    the last layer for target tokens alone.
+    """
+    text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    attention, mlp = text.hidden_size * (2 * queries + 2 * keys), 3 * text.hidden_size * text.intermediate_size
-    late = mlp if packed else 0
+    attention = text.hidden_size * (2 * queries + 2 * keys)
+    late = mlps[-1] if packed else 0
     return {
-        "per_token": 2 * (text.num_hidden_layers * (attention + mlp) - late),
+        "per_token": 2 * (text.num_hidden_layers * attention + sum(mlps) - late),
         "per_token_squared": 2 * text.num_hidden_layers * queries,
         "per_target_token": 2 * (text.hidden_size * text.vocab_size + late),
     }
@@ -344,6 +355,7 @@ class ModelFamily:
         unfit_kernels: for each fused kernel that would compute something else, the reason.
         rope_functions: the functions that the kernel for rotary embeddings replaces.
         keep_16bit: modules that are not quantized, by name or by the end of it.
+        experts: where the mixtures of experts are; None for a family without.
         unloaded_weights: how the keys of weights begin that lie in a checkpoint's files and that transformers does not
             load, such as those for predicting several tokens at once. A merge and a full fine-tuning keep them as they are.
         adapt_template: changes the text of a processor's chat template so that it takes `chat.template_options`.
@@ -376,6 +388,7 @@ class ModelFamily:
     rope_functions: RopeFunctions = field(default_factory=RopeFunctions)
     # bitsandbytes would quantize the output head too when it is not tied.
     keep_16bit: tuple[str, ...] = ("lm_head",)
+    experts: Experts | None = None
     unloaded_weights: tuple[str, ...] = ()
     adapt_template: Callable[[str], str] = lambda template: template
     slow: str | None = None

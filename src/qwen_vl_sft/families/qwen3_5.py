@@ -32,9 +32,15 @@ _MAY_KEEP_THOUGHTS = (
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:
+    text = config.get_text_config()
+    return hybrid_flops(config, packed, 3 * text.hidden_size * text.intermediate_size)
+
+
+def hybrid_flops(config: Any, packed: bool, mlp: int) -> ForwardFlops:
+    """Count a model whose layers multiply a token with `mlp` weights behind their attention."""
     text, vision = config.get_text_config(), config.vision_config
     linear = sum(kind == LINEAR for kind in text.layer_types)
-    full, mlp = text.num_hidden_layers - linear, 3 * text.hidden_size * text.intermediate_size
+    full = text.num_hidden_layers - linear
     queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     attention = text.hidden_size * (3 * queries + 2 * keys)  # the queries' layer also gives their gate
     late = mlp if packed and text.layer_types[-1] != LINEAR else 0

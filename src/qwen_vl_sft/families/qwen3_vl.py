@@ -26,10 +26,14 @@ from qwen_vl_sft.families.base import (
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:
+    return ForwardFlops(**dense_language_flops(config, packed), **tower_flops(config))
+
+
+def tower_flops(config: Any) -> dict[str, float]:
+    """Count the vision tower and its mergers, as fields of `ForwardFlops`."""
     vision = config.vision_config
     mlp = 2 * vision.hidden_size * vision.intermediate_size
-    language = dense_language_flops(config, packed)
-    return ForwardFlops(**language, **vision_flops(config, vision.hidden_size, mlp, mergers=_layers(config)))
+    return vision_flops(config, vision.hidden_size, mlp, mergers=_layers(config))
 
 
 def _layers(config: Any) -> int:

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from qwen_vl_sft.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from qwen_vl_sft.families.base import ModelFamily
 
-FAMILIES: tuple[ModelFamily, ...] = (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY, qwen3_5.FAMILY)
+FAMILIES: tuple[ModelFamily, ...] = (
+    qwen2_vl.FAMILY,
+    qwen2_5_vl.FAMILY,
+    qwen3_vl.FAMILY,
+    qwen3_5.FAMILY,
+    qwen3_vl_moe.FAMILY,
+    qwen3_5_moe.FAMILY,
+)
 # Qwen's models that are not trained, and why.
-_EXPERTS = "its experts are no linear layers, so neither LoRA nor 4 bits would reach them; its dense models are trained"
 REFUSED: Mapping[str, str] = {
-    "qwen3_vl_moe": _EXPERTS,
-    "qwen3_5_moe": _EXPERTS,
     "qwen4_exp": (
         "its indexer loops over every token in Python, chooses keys by a rank that gives its weights no gradient, and its"
         " n-gram table takes about 90 GiB; it needs a way of transformers to train it first"

@@ -193,7 +193,7 @@ class Answerer:
         size = encoder.processor.image_processor.size
         key = (run_index if own else None, size["shortest_edge"], size["longest_edge"])
         if self._seen[0] != key:
-            self._seen = (key, FeatureMemory(FEATURE_BYTES))
+            self._seen = (key, FeatureMemory(FEATURE_BYTES, most_bytes_on_gpu=FEATURE_BYTES))
         return self._seen[1]
 
     @contextlib.contextmanager

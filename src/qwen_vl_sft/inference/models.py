@@ -48,9 +48,12 @@ def load_run_processor(source: Source) -> Any:
 def load_arm(source: Source, arm: str, model: Any, context: DistributedContext) -> Any:
     """Load the model of an arm. `model` is the previous arm's or None: base and prompted share it, tuned builds on it."""
     from qwen_vl_sft.modeling.base_model import load_model
+    from qwen_vl_sft.modeling.kernels import use_fused_kernels
 
     def load(settings: ModelSettings) -> Any:
-        return load_model(settings, context.on_cpu, context.local_rank)
+        loaded = load_model(settings, context.on_cpu, context.local_rank)
+        use_fused_kernels(loaded, answering_kernels(settings, context.on_cpu))
+        return loaded
 
     if arm != "tuned":
         return model if model is not None else load(source.recipe.model)
@@ -58,6 +61,19 @@ def load_arm(source: Source, arm: str, model: Any, context: DistributedContext) 
     if not source.tuned.is_adapter:
         return load(tuned_settings(source.recipe.model, source.tuned))
     return attach_adapter(model if model is not None else load(source.recipe.model), source.tuned.folder)
+
+
+def answering_kernels(settings: ModelSettings, on_cpu: bool) -> list[str]:
+    """Return the fused kernels that a model answers with: on a GPU those of its recipe, or all that run where it names none.
+
+    An adapter's own layers keep PEFT's forward, whose weights are in float32 here.
+    """
+    from qwen_vl_sft.modeling.kernels import LORA, chosen_kernels
+
+    if on_cpu:
+        return []
+    named = settings.fused_kernels
+    return [name for name in chosen_kernels("auto" if named is None else named, on_cpu) if name != LORA]
 
 
 def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.inference.source import ADAPTER_FILE
+from qwen_vl_sft.merging.places import Place, as_in_model, finder
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
 
@@ -32,7 +34,8 @@ WAY_OUT = "name the base model it was trained on with --base"
 READ_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
     "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
-    "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights", "peft_version", "runtime_config",
+    "layers_pattern", "target_parameters", "rank_pattern", "alpha_pattern", "init_lora_weights", "peft_version",
+    "runtime_config",
 }  # fmt: skip
 # Other ways to begin (PiSSA, OLoRA, LoftQ, CorDA, ...) change the base's weights too.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -40,13 +43,22 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the base: its `key` in `file`, its `name` in the model, its shape; `written_as` if not under its key."""
+    """A tensor of the base: its `key` in `file`, its shape there, its place in the model; `written_as` if not its key.
+
+    `whole` is the shape of the parameter that it is, or is a piece of.
+    """
 
     key: str
-    name: str
+    place: Place
     file: Path
     shape: tuple[int, ...]
+    whole: tuple[int, ...]
     written_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the parameter in the model."""
+        return self.place.name
 
     @property
     def output(self) -> str:
@@ -57,6 +69,20 @@ class Weight:
     def module(self) -> str:
         """Return the module whose `weight` it is; empty for any other tensor."""
         return self.name.removesuffix(".weight") if self.name.endswith(".weight") else ""
+
+    @property
+    def target(self) -> str:
+        """Return by which name an adapter reaches it: its module, or the parameter itself for one of experts."""
+        return self.module or self.name
+
+    def read(self) -> torch.Tensor:
+        """Read the tensor as the model has it."""
+        with open_weights(self.file) as file:
+            return as_in_model(self.place, file.get_tensor(self.key), self.whole)
+
+    def as_in_file(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the model as its file has it."""
+        return tensor if tuple(tensor.shape) == self.shape else tensor.transpose(-1, -2)
 
 
 @dataclass(frozen=True)
@@ -81,11 +107,43 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter by the model's names: what it adds to each module, and tensors saved whole, by name."""
+class ExpertsLowRank:
+    """What an adapter adds to a parameter of E experts [E, out, in]: A [E, r, in], B [E, out, r] and their scaling."""
 
-    pairs: Mapping[str, LowRank]
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor, experts: int, scaling: float) -> ExpertsLowRank:
+        """Take PEFT's two matrices: A [E r, in], expert by expert, and B [out, r E], rank by rank."""
+        return cls(a.view(experts, -1, a.shape[-1]), b.view(len(b), -1, experts).permute(2, 0, 1), scaling)
+
+    def at(self, place: Place) -> LowRank:
+        """Return the pair of one expert, or of a run of its rows."""
+        assert place.expert is not None
+        b = self.b[place.expert]
+        return LowRank(self.a[place.expert], b[place.rows(len(b))], self.scaling)
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the merged parameter [E, out, in] in float32: W + scaling * B A of each expert."""
+        return torch.baddbmm(weight.float(), self.b.float(), self.a.float(), alpha=self.scaling)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter by the model's names: what it adds to each module or parameter, and tensors saved whole, by name."""
+
+    pairs: Mapping[str, LowRank | ExpertsLowRank]
     whole: Mapping[str, torch.Tensor]
+
+    def reaching(self, weight: Weight) -> LowRank | ExpertsLowRank | None:
+        """Return what the adapter adds to a tensor; None for nothing, as to an expert that no token has trained."""
+        pair = self.pairs.get(weight.target)
+        if not isinstance(pair, ExpertsLowRank) or weight.place.expert is None:
+            return pair
+        one = pair.at(weight.place)
+        return one if bool(one.b.any()) else None
 
 
 def download(settings: ModelSettings) -> Path:
@@ -117,7 +175,7 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
 
     Raises `UserError` for files that do not hold exactly the model, in 16 or 32 bit floating point.
     """
-    rename, unloaded = renamer(model), family_of(model.config).unloaded_weights
+    find, unloaded = finder(model), family_of(model.config).unloaded_weights
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights, problems = [], []
     for path, keys in weight_files(folder).items():
@@ -129,8 +187,9 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
                 )
             for key in file.keys():  # noqa: SIM118, no dictionary
                 part = file.get_slice(key)
-                is_loaded = not key.startswith(unloaded)
-                weight = Weight(key, rename(key) if is_loaded else key, path, tuple(part.get_shape()))
+                is_loaded, shape = not key.startswith(unloaded), tuple(part.get_shape())
+                place = find(key) if is_loaded else Place(key)
+                weight = Weight(key, place, path, shape, shapes.get(place.name, shape))
                 weights.append(weight)
                 if part.get_dtype() not in ("F32", "F16", "BF16"):
                     problems.append(
@@ -140,19 +199,32 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
                     continue
                 elif weight.name not in shapes:
                     problems.append(f"{key} has no place in the model")
-                elif weight.shape != shapes[weight.name]:
-                    problems.append(f"{key} is {weight.shape}, the model's configuration says {shapes[weight.name]}")
+                elif not place.fits(shape, weight.whole):
+                    problems.append(f"{key} is {shape}, the model's configuration says {weight.whole}")
     tied = getattr(model, "all_tied_weights_keys", {})
     missing = sorted(set(shapes) - {weight.name for weight in weights} - set(tied))
     problems += [f"{name} is missing" for name in missing]
-    names = [weight.name for weight in weights]
-    problems += [f"{name} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+    problems += _pieces_problems(weights)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
             f"base model {folder}: {problems[0]}{more}; download the model again, or give another with --base"
         )
     return weights
+
+
+def _pieces_problems(weights: Sequence[Weight]) -> Iterator[str]:
+    """Tell the parameters that files hold twice, or only some experts of."""
+    held: dict[str, list[Weight]] = {}
+    for weight in weights:
+        held.setdefault(weight.name, []).append(weight)
+    for name, pieces in sorted(held.items()):
+        numbers = sum(torch.Size(piece.shape).numel() for piece in pieces)
+        whole = torch.Size(pieces[0].whole).numel()
+        if len({piece.place for piece in pieces}) < len(pieces) or numbers > whole:
+            yield f"{name} is there twice"
+        elif numbers < whole and any(piece.place.expert is not None for piece in pieces):
+            yield f"{name} is missing some of its {pieces[0].whole[0]} experts"
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -173,28 +245,6 @@ def open_weights(path: Path) -> Iterator[Any]:
             yield file
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"weights {path} cannot be read: {error}; fetch the file again") from None
-
-
-def renamer(model: Any) -> Any:
-    """Return a function from a key in a checkpoint's file to the name in `model`, by transformers' own rules.
-
-    transformers 5 loads `visual.*` and `model.layers.*` (and other spellings) into `model.visual.*` and
-    `model.language_model.layers.*`.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-
-    def rename(key: str) -> str:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        assert converted is None, f"{key} is reshaped on loading, which no Qwen-VL model of this package needs"
-        return name
-
-    return rename
 
 
 def quantized_layers(settings: ModelSettings) -> set[str]:
@@ -218,6 +268,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     """
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import ParamWrapper
 
     config = adapter_config(folder)
     try:
@@ -238,7 +289,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"--run: the adapter in {folder} does not fit the base model: {problems[0]}{more}; {WAY_OUT}")
-    pairs = {}
+    pairs: dict[str, LowRank | ExpertsLowRank] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLinear):
             key = f"{name}.lora_{{}}.weight".format
@@ -246,6 +297,12 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
             magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
             pair = LowRank(tensors.pop(key("A")), tensors.pop(key("B")), module.scaling["default"], magnitude)
             pairs[name.removeprefix(PREFIX)] = pair
+        elif isinstance(module, ParamWrapper):
+            # Wrappers of several parameters of a module stand around each other.
+            layer = re.sub(r"(\.base_layer)+$", "", name.removeprefix(PREFIX))
+            a, b = (tensors.pop(f"{name}.lora_{factor}.weight") for factor in "AB")
+            scaling = module.scaling["default"]
+            pairs[f"{layer}.{module.parameter_name}"] = ExpertsLowRank.of(a, b, module.num_experts, scaling)
     other = [key for key in tensors if ".lora_" in key]
     if other:
         raise UserError(

@@ -48,8 +48,8 @@ def check_weights(task: Merge, folder: Path) -> None:
     if different:
         raise _failed([f"{min(different)} is in the base or in the merged model, but not in both"])
     for weight in tqdm(task.weights, desc="checking", unit="tensor"):
-        with open_weights(weight.file) as base, open_weights(file_of[weight.output]) as merged:
-            before = task.before(weight, base.get_tensor(weight.key)).to(task.dtype)
+        before = weight.as_in_file(task.read(weight).to(task.dtype)).contiguous()
+        with open_weights(file_of[weight.output]) as merged:
             after = merged.get_tensor(weight.output)
         if after.shape != before.shape or after.dtype != before.dtype:
             problems.append(f"{weight.output} is {after.dtype} {tuple(after.shape)}")

@@ -21,6 +21,7 @@ from qwen_vl_sft.inference.trained_base import check_same_base
 from qwen_vl_sft.merging.base import HEAD, download, quantized_layers, read_adapter, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights
 from qwen_vl_sft.merging.folder import NOTHING_LEFT, staged, write_companions
+from qwen_vl_sft.merging.places import Place
 from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
 from qwen_vl_sft.merging.samples import read_samples
 from qwen_vl_sft.merging.weights import Merge, size_of, write_weights
@@ -64,7 +65,7 @@ def prepare(plan: Plan) -> Merge:
     unties = any(name in adapter.whole for pair in tied.items() for name in pair)
     if unties and not any(weight.name == HEAD for weight in weights):
         embeddings = next(weight for weight in weights if weight.name == tied[HEAD])
-        weights.append(replace(embeddings, name=HEAD, written_as=HEAD))
+        weights.append(replace(embeddings, place=Place(HEAD), written_as=HEAD))
     quantized = quantized_layers(plan.trained) if plan.options.nf4_aware else set()
     report = {
         "run": str(plan.tuned.folder),

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Adapter, Weight, open_weights
+from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Adapter, Weight
 from qwen_vl_sft.merging.plan import Plan
 
 
@@ -43,17 +43,20 @@ class Merge:
             return requantized(tensor, self.plan.trained, "cpu" if self.plan.on_cpu else "cuda")
         return tensor
 
+    def read(self, weight: Weight) -> torch.Tensor:
+        """Read the base's tensor that the adapter is added to, as the model has it."""
+        return self.before(weight, weight.read())
+
     def after(self, weight: Weight, before: torch.Tensor) -> torch.Tensor:
         """Return the merged tensor in the precision of the output."""
         if weight.name in self.adapter.whole:
             return self.adapter.whole[weight.name].to(self.dtype)
-        if weight.module in self.adapter.pairs:
-            return self.adapter.pairs[weight.module].added_to(before).to(self.dtype)
-        return before.to(self.dtype)
+        pair = self.adapter.reaching(weight)
+        return (before if pair is None else pair.added_to(before)).to(self.dtype)
 
     def is_target(self, weight: Weight) -> bool:
         """Return whether the adapter changes this tensor."""
-        return weight.module in self.adapter.pairs or weight.name in self.adapter.whole
+        return weight.name in self.adapter.whole or self.adapter.reaching(weight) is not None
 
 
 def requantized(tensor: torch.Tensor, trained: ModelSettings, device: str) -> torch.Tensor:
@@ -79,9 +82,8 @@ def write_weights(task: Merge, folder: Path) -> int:
         for name, shard in zip(names, shards, strict=True):
             tensors = {}
             for weight in shard:
-                with open_weights(weight.file) as file:
-                    before = task.before(weight, file.get_tensor(weight.key))
-                tensors[weight.output] = task.after(weight, before).contiguous()
+                after = task.after(weight, task.read(weight))
+                tensors[weight.output] = weight.as_in_file(after).contiguous()
                 progress.update()
             save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:

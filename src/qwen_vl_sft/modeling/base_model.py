@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from qwen_vl_sft.compat.experts_in_files import read_by_whole_shapes, write_as_read
 from qwen_vl_sft.compat.for_bitsandbytes import keep_4bit_weights_unpacked
 from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
 from qwen_vl_sft.config.settings import ModelSettings
@@ -113,6 +114,8 @@ def load_model(
     dtype = getattr(torch, settings.dtype)
     # FSDP2 splits tensors of floats alone, and would round 4-bit values that lie in another type than it computes in.
     quantization = quantization_config(settings, family, (computed_in or dtype) if strategy == "fsdp2" else torch.uint8)
+    if family.experts:
+        read_by_whole_shapes()
     model, loading = _from_hub(
         AutoModelForImageTextToText,
         settings,
@@ -124,6 +127,8 @@ def load_model(
         **CHECKED,
     )
     check_loaded(loading, f"model_name_or_path: {settings.model_name_or_path}")
+    if family.experts:
+        write_as_read(model)
     if attention == SDPA:
         use_segmented_vision_attention(model)
     if on_cpu and settings.load_in_4bit:
@@ -182,11 +187,27 @@ def format_parameters(counts: dict[str, PartCount]) -> str:
     return "\n".join(lines)
 
 
+def freeze_for_full_training(model: nn.Module, settings: ModelSettings) -> None:
+    """Freeze what a recipe leaves alone in full fine-tuning."""
+    if settings.freeze_vision_tower:
+        freeze_vision_tower(model)
+    if not settings.train_router:
+        freeze_routers(model)
+
+
 def freeze_vision_tower(model: nn.Module) -> None:
     """Freeze the vision tower in full fine-tuning; the merger behind it stays trainable."""
     family = family_of(model.config)
     for name, parameter in model.named_parameters():
         if family.part_of(name) == "vision":
+            parameter.requires_grad_(False)
+
+
+def freeze_routers(model: nn.Module) -> None:
+    """Freeze what chooses the experts of a token, where a model has experts."""
+    experts = family_of(model.config).experts
+    for name, parameter in model.named_parameters():
+        if experts and experts.is_router(name):
             parameter.requires_grad_(False)
 
 

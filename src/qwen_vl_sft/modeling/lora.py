@@ -10,7 +10,7 @@ from torch import nn
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, shortened
-from qwen_vl_sft.families.base import PARTS
+from qwen_vl_sft.families.base import PARTS, ModelFamily
 from qwen_vl_sft.families.registry import family_of
 
 if TYPE_CHECKING:
@@ -59,6 +59,12 @@ def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
     return _matches(layers, settings.lora_target_modules)
 
 
+def modules_in_full(settings: ModelSettings, family: ModelFamily) -> list[str] | None:
+    """Return which modules train in full beside an adapter: those of `lora_modules_to_save`, and routers if asked."""
+    routers = [family.experts.router] if settings.train_router and family.experts else []
+    return [*(settings.lora_modules_to_save or ()), *routers] or None
+
+
 def trained_in_full(model: nn.Module, suffix: str) -> list[str]:
     """Return the modules that an entry of `lora_modules_to_save` means: as PEFT matches, by how the whole name ends."""
     return [name for name, _ in model.named_modules() if name and name.endswith(suffix)]
@@ -89,7 +95,7 @@ def lora_config(model: nn.Module, settings: ModelSettings) -> LoraConfig:
         lora_dropout=settings.lora_dropout,
         bias="none",
         target_modules=shortest_targets(model, find_targets(model, settings)),
-        modules_to_save=settings.lora_modules_to_save,
+        modules_to_save=modules_in_full(settings, family_of(model.config)),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
     )

@@ -61,25 +61,32 @@ def _kernels(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     yield from problems_of_kernels(chosen_kernels(recipe.model.fused_kernels, context.on_cpu), context.on_cpu)
 
 
+def _router_loss(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    if recipe.model.router_aux_loss_coef and recipe.get("fp16"):
+        yield "router_aux_loss_coef does not run with fp16, whose loss is scaled from step to step; set bf16: true instead"
+
+
 def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     """Refuse settings that cannot compute with float32 layers: layers that train in full are float32, others are not."""
     settings, mixed = recipe.model, recipe.mixed_precision
-    if not settings.use_peft or not settings.lora_modules_to_save:
+    asked = [name for name in ("lora_modules_to_save", "train_router") if getattr(settings, name)]
+    if not settings.use_peft or not asked:
         return
+    key = asked[0]
     if settings.dtype != "float32" and not mixed:
         yield (
-            f"lora_modules_to_save with dtype: {settings.dtype} needs bf16: true or fp16: true, under which layers in"
+            f"{key} with dtype: {settings.dtype} needs bf16: true or fp16: true, under which layers in"
             f" float32 and in {settings.dtype} compute together; set one, or dtype: float32"
         )
     elif mixed and context.strategy == "zero3" and not (settings.load_in_4bit or settings.load_in_8bit):
         # 4-bit layers cast their inputs.
         yield (
-            "lora_modules_to_save in half precision does not run under zero3: DeepSpeed casts nothing between layers in"
+            f"{key} in half precision does not run under zero3: DeepSpeed casts nothing between layers in"
             " float32 and others; launch ddp, zero2 or fsdp2, or set dtype: float32 and bf16: false"
         )
 
 
-MODEL_RULES = (_quantization, _what_trains, _precision, _kernels, _precision_in_full)
+MODEL_RULES = (_quantization, _what_trains, _precision, _kernels, _precision_in_full, _router_loss)
 
 
 def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
@@ -94,6 +101,20 @@ def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
     for key, (wanted, can, instead) in asked.items():
         if wanted and can is not True:
             yield f"{reason_against(key, family.name, can)}; {instead}"
+    if not family.experts:
+        for name in ("train_router", "router_aux_loss_coef"):
+            if getattr(recipe.model, name):
+                yield f"{name} is for mixtures of experts, and {family.name} has no experts; leave it out"
+    if family.experts and recipe.model.load_in_8bit:
+        yield (
+            f"load_in_8bit does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
+            " weights; set it to false"
+        )
+    if family.experts and recipe.model.load_in_4bit:
+        yield (
+            f"load_in_4bit does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
+            " weights; set it to false"
+        )
     for name in kernels if isinstance(kernels, list) else ():
         if name in family.unfit_kernels:
             yield f"fused_kernels: {name} does not fit {family.name}: {family.unfit_kernels[name]}; leave it out"

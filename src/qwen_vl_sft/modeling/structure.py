@@ -9,8 +9,8 @@ from typing import Any
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.modeling.base_model import PartCount, count_parameters, freeze_vision_tower
-from qwen_vl_sft.modeling.lora import find_targets, lora_config, trained_in_full
+from qwen_vl_sft.modeling.base_model import PartCount, count_parameters, freeze_for_full_training
+from qwen_vl_sft.modeling.lora import find_targets, lora_config, modules_in_full, trained_in_full
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ def build_structure(model: Any, settings: ModelSettings) -> ModelStructure:
     """
     family = family_of(model.config)
     if not settings.use_peft:
-        if settings.freeze_vision_tower:
-            freeze_vision_tower(model)
+        freeze_for_full_training(model, settings)
         return ModelStructure(family, (), (), count_parameters(model))
     targets = tuple(find_targets(model, settings))
-    in_full = tuple(name for suffix in settings.lora_modules_to_save or () for name in trained_in_full(model, suffix))
+    whole = modules_in_full(settings, family)
+    in_full = tuple(name for suffix in whole or () for name in trained_in_full(model, suffix))
     return ModelStructure(family, targets, in_full, _count_with_adapter(model, settings, targets))
 
 
 def _count_with_adapter(model: Any, settings: ModelSettings, targets: tuple[str, ...]) -> dict[str, PartCount]:
     """Count the parameters of each part with the adapter on `targets`."""
-    if settings.lora_modules_to_save:
+    if modules_in_full(settings, family_of(model.config)):
         # PEFT copies these layers, and what LoRA puts into them; it takes a second to import.
         from peft import get_peft_model
 

@@ -12,7 +12,15 @@ from typing import Any
 import yaml
 from huggingface_hub import get_token
 
-from qwen_vl_sft.checkpointing.run_folder import ENVIRONMENT, LOG, LOSS_PLOT, METRICS, RECIPE, SYSTEM_MESSAGE
+from qwen_vl_sft.checkpointing.run_folder import (
+    ENVIRONMENT,
+    EXPERT_LOAD_PLOT,
+    LOG,
+    LOSS_PLOT,
+    METRICS,
+    RECIPE,
+    SYSTEM_MESSAGE,
+)
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
 from qwen_vl_sft.inference.source import ADAPTER_FILE, FULL_MODEL_FILES
@@ -59,7 +67,7 @@ def collect_files(published: PublishedModel, card: str | None) -> list[Published
     contents |= _first({SYSTEM_MESSAGE: None, ENVIRONMENT: _environment}, [home])
     contents[RECIPE] = _recipe(published)
     if published.step is None:
-        contents |= _first({METRICS: _metrics, LOG: None, LOSS_PLOT: None}, [home])
+        contents |= _first({METRICS: _metrics, LOG: None, LOSS_PLOT: None, EXPERT_LOAD_PLOT: None}, [home])
     if published.evaluation is not None:
         contents[EVALUATION] = _json(_summary(published.evaluation))
     # The card may have become its reader's own (`keep_card`), so it is never deleted.

@@ -15,25 +15,31 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import get_peft_model
 
 from qwen_vl_sft.batching.collator import pad
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.data.conversation import Conversation
-from qwen_vl_sft.data.dataset import open_rows
+from qwen_vl_sft.data.dataset import Rows, open_rows
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.media import ReadMedia
+from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.inference.engine.clock import Clock
 from qwen_vl_sft.inference.engine.engine import Engine
 from qwen_vl_sft.inference.engine.features import FeatureMemory
 from qwen_vl_sft.inference.generation import estimate_length, plan_units
+from qwen_vl_sft.inference.models import answering_kernels
 from qwen_vl_sft.inference.padded_batches import generate_tokens, plan_batches
 from qwen_vl_sft.modeling.base_model import load_family, load_model, load_processor
+from qwen_vl_sft.modeling.kernels import use_fused_kernels
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.tools.measuring import TEXT, format_table, machine_facts, make_output_dir, random_model_of
 from qwen_vl_sft.tools.options import AnswerBenchmarkOptions
+from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 
 # Answers of random weights rarely end, so all are about as long as they may be.
 LORA_B_STD = 0.02
@@ -51,27 +57,42 @@ COLUMNS = {
     "differing": ("other answers", "{:,}"),
     "largest_margin": ("margin", "{:.3f}"),
 }
-VARIANTS = ("padded", "engine", "graphs")
+# Padded batches by transformers' generate, what evaluate.py does, the same without CUDA graphs, without fused kernels.
+VARIANTS = ("padded", "engine", "eager", "unfused")
+# accelerate's names of the types that training computes in.
+ACCELERATE = {None: "no", "bfloat16": "bf16", "float16": "fp16"}
+UNFUSED = ("padded", "unfused")
+ONE_BY_ONE = "transformers, one row at a time"
 Tokens = dict[int, list[int]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Rows to answer, each up to `new_tokens`, with one arm or with three: base, prompted and tuned."""
+    """Rows to answer, each up to `new_tokens`, with one arm or with three: base, prompted and tuned.
+
+    With `metrics` they are answered and scored as at an evaluation while training. With `one_by_one` answers are compared
+    with those of transformers' generate to one row at a time, else with the first variant's.
+    """
 
     name: str
     rows: Sequence[int]
     new_tokens: int
     arms: int = 1
+    metrics: GenerationMetrics | None = None
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True)
 class Timed:
-    """How long the rows of a work took, the tokens of their answers, and the most memory of the GPU meanwhile."""
+    """How long the rows of a work took, the tokens of their answers, and the most memory of the GPU meanwhile.
+
+    `parts` are seconds and number of the parts of an engine's work (`Clock`).
+    """
 
     seconds: float
     answers: Tokens
     peak_memory_gib: float
+    parts: dict[str, tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -79,10 +100,26 @@ class Bench:
     """A model with an adapter, and the questions that it is asked. Encoders: with the system message and without."""
 
     model: Any
+    fused: Mapping[Any, Any]
     encoder: Encoder
     bare: Encoder
+    rows: Rows
     conversations: Sequence[Conversation]
     batch_size: int
+    mixed_precision: str
+
+    @contextlib.contextmanager
+    def kernels(self, on: bool) -> Iterator[None]:
+        """Answer with fused kernels or without; `fused` are the forwards that layers have with them."""
+        if not on:
+            for layer in self.fused:
+                del layer.forward
+        try:
+            yield
+        finally:
+            if not on:
+                for layer, forward in self.fused.items():
+                    layer.forward = forward
 
     def encoders(self, arms: int) -> list[tuple[Encoder, bool]]:
         """Return the encoder of each arm, and whether its adapter is on."""
@@ -111,22 +148,29 @@ def run_session(options: AnswerBenchmarkOptions) -> str:
         before = list(results)
         for name in options.variants:
             # A few rows first: kernels are compiled and loaded.
-            _answer(name, bench, work, work.rows[: options.batch_size])
+            _answer(name, bench, replace(work, metrics=None), work.rows[: options.batch_size], Clock())
         rounds: dict[str, list[Timed]] = {}
         for name in list(options.variants) * options.rounds:
-            rounds.setdefault(name, []).append(_timed(partial(_answer, name, bench, work, work.rows)))
+            clock = Clock()
+            rounds.setdefault(name, []).append(_timed(partial(_answer, name, bench, work, work.rows, clock), clock))
             print(
                 f"{work.name}, {name}: {len(work.rows) * work.arms / rounds[name][-1].seconds:.2f} rows/s", flush=True
             )
-            results = before + _summarise(bench, work, rounds)
             # After each, so that results are kept if the session ends early.
-            text = json.dumps({**facts, "results": results}, indent=2) + "\n"
-            (options.output_dir / "results.json").write_text(text, encoding="utf-8")
+            results = before + _summarise(work, rounds)
+            _write(options, {**facts, "results": results})
+        compared = _compare(bench, work, rounds)
+        results = before + [result | compared[result["variant"]] for result in results[len(before) :]]
+        _write(options, {**facts, "results": results})
     return format_table(results, COLUMNS)
 
 
-def _summarise(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) -> list[dict[str, Any]]:
-    """Return the medians of each variant, and how it compares with the first."""
+def _write(options: AnswerBenchmarkOptions, found: Mapping[str, Any]) -> None:
+    (options.output_dir / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _summarise(work: Work, rounds: Mapping[str, Sequence[Timed]]) -> list[dict[str, Any]]:
+    """Return the medians of each variant, and how its speed compares with the first's."""
     medians = {name: statistics.median(one.seconds for one in timed) for name, timed in rounds.items()}
     reference, count = next(iter(rounds)), len(work.rows) * work.arms
     results = []
@@ -139,17 +183,37 @@ def _summarise(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) 
             "new_tokens": work.new_tokens,
             "seconds": [one.seconds for one in timed],
             "rows_per_second": count / medians[name],
-            "tokens_per_second": sum(map(len, answers.values())) * work.arms / medians[name],
+            "tokens_per_second": sum(map(len, answers.values())) * work.arms / medians[name] if answers else None,
             "ratio": medians[reference] / medians[name],
             "peak_memory_gib": max(one.peak_memory_gib for one in timed) or None,
+            "parts": {part: {"seconds": took, "times": times} for part, (took, times) in timed[-1].parts.items()},
         }
-        results.append(result | _differences(bench, rounds[reference][0].answers, answers))
+        results.append(result)
     return results
+
+
+def _compare(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) -> dict[str, dict[str, Any]]:
+    """Return for each variant which answers differ, and from whose."""
+    reference = next(iter(rounds))
+    name, expected = reference, rounds[reference][0].answers
+    if work.one_by_one:
+        with bench.kernels(on=False):
+            name, expected = (
+                ONE_BY_ONE,
+                _padded(replace(bench, batch_size=1), bench.encoder, work.rows, work.new_tokens),
+            )
+    return {
+        variant: {"compared_with": name, **_differences(bench, expected, timed[-1].answers)}
+        for variant, timed in rounds.items()
+    }
 
 
 def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
     context = read_context(bool(recipe.get("use_cpu")))
     model = load_model(recipe.model, context.on_cpu, context.local_rank)
+    before = {layer: vars(layer).get("forward") for layer in model.modules()}
+    use_fused_kernels(model, answering_kernels(recipe.model, context.on_cpu))
+    fused = {layer: forward for layer in before if (forward := vars(layer).get("forward")) is not before[layer]}
     model = get_peft_model(model, lora_config(model, recipe.model)).eval()
     numbers = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -165,35 +229,59 @@ def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
     most = min(len(rows), max(options.rows, options.long_rows) * 4)
     conversations = [rows.conversation(rows.dataset[row]).up_to_last_answer() for row in range(most)]
     encoder, bare = Encoder(processor, message, chat=chat), Encoder(processor, chat=chat)
-    return Bench(model, encoder, bare, conversations, options.batch_size)
+    return Bench(
+        model, fused, encoder, bare, rows, conversations, options.batch_size, ACCELERATE[recipe.mixed_precision]
+    )
 
 
 def _works(bench: Bench, options: AnswerBenchmarkOptions) -> Iterator[Work]:
     images = [tuple(file.content_hash for file in asked.media) for asked in bench.conversations]
     first = list({image: row for row, image in reversed([*enumerate(images)])}.values())[::-1]
+    shared, new_tokens = range(min(options.rows, len(images))), options.new_tokens
     works = {
-        "alone": Work("one question an image", first[: options.rows], options.new_tokens),
-        "shared": Work("rows as they come", range(min(options.rows, len(images))), options.new_tokens),
-        "arms": Work("three arms", range(min(options.rows, len(images))), options.new_tokens, arms=3),
-        "long": Work("long answers", first[: options.long_rows], options.long_tokens),
+        "alone": lambda: Work("one question an image", first[: options.rows], new_tokens),
+        "shared": lambda: Work("rows as they come", shared, new_tokens),
+        "arms": lambda: Work("three arms", shared, new_tokens, arms=3),
+        "long": lambda: Work("long answers", first[: options.long_rows], options.long_tokens),
+        "predict": lambda: Work(
+            "predict_with_generate", shared, new_tokens, metrics=_metrics(bench, shared, new_tokens)
+        ),
+        "checked": lambda: Work("checked rows", first[: options.checked_rows], new_tokens, one_by_one=True),
     }
     unknown = [name for name in options.works if name not in works]
     if unknown:
         raise UserError(f"--works: unknown {', '.join(unknown)}; known are {', '.join(works)}")
     for name in options.works:
-        yield works[name]
+        yield works[name]()
 
 
-def _answer(variant: str, bench: Bench, work: Work, rows: Sequence[int]) -> Tokens:
-    """Return the tokens of the last arm's answers, which is the tuned one."""
+def _metrics(bench: Bench, rows: Sequence[int], new_tokens: int) -> GenerationMetrics:
+    chosen = scan(bench.rows.select(list(rows)), bench.encoder, verify_images=False, num_proc=1)
+    return GenerationMetrics(chosen, bench.encoder, None, bench.batch_size, new_tokens)
+
+
+def _answer(variant: str, bench: Bench, work: Work, rows: Sequence[int], clock: Clock) -> Tokens:
+    """Return the tokens of the last arm's answers, which is the tuned one; none of answers that are only scored."""
     found: Tokens = {}
-    memory = FeatureMemory(FEATURE_BYTES if work.arms > 1 else 0)
-    for encoder, adapted in bench.encoders(work.arms):
-        with contextlib.nullcontext() if adapted else bench.model.disable_adapter():
-            if variant == "padded":
-                found = _padded(bench, encoder, rows, work.new_tokens)
-            else:
-                found = _with_engine(bench, encoder, rows, work.new_tokens, memory, variant == "graphs")
+    memory = FeatureMemory(FEATURE_BYTES, most_bytes_on_gpu=FEATURE_BYTES) if work.arms > 1 else None
+    with bench.kernels(on=variant not in UNFUSED):
+        for encoder, adapted in bench.encoders(work.arms):
+            with contextlib.nullcontext() if adapted else bench.model.disable_adapter():
+                if variant == "padded":
+                    found = _padded(bench, encoder, rows, work.new_tokens)
+                elif work.metrics is not None:
+                    accelerator = Accelerator(mixed_precision=bench.mixed_precision)
+                    work.metrics.measure(bench.model, accelerator, step=0)
+                else:
+                    engine = Engine(
+                        bench.model,
+                        encoder,
+                        work.new_tokens,
+                        memory=memory,
+                        cuda_graphs=variant != "eager",
+                        clock=clock,
+                    )
+                    found = _with_engine(engine, bench, rows)
     return found
 
 
@@ -218,15 +306,12 @@ def _without_padding(encoder: Encoder, tokens: list[int]) -> list[int]:
     return tokens[: stop + 1]
 
 
-def _with_engine(
-    bench: Bench, encoder: Encoder, rows: Sequence[int], new_tokens: int, memory: FeatureMemory, graphs: bool
-) -> Tokens:
-    engine = Engine(bench.model, encoder, new_tokens, memory=memory, cuda_graphs=graphs)
+def _with_engine(engine: Engine, bench: Bench, rows: Sequence[int]) -> Tokens:
     images = [tuple(file.content_hash for file in bench.conversations[row].media) for row in rows]
     units = [[rows[place] for place in unit] for unit in plan_units(bench.lengths(rows), images)]
 
     def prompt_at(row: int, read_media: ReadMedia) -> Encoded:
-        return encoder.encode_prompt(bench.conversations[row], read_media)
+        return engine.encoder.encode_prompt(bench.conversations[row], read_media)
 
     found: Tokens = {}
     with closing(engine.steps(prompt_at, units)) as steps:
@@ -235,7 +320,7 @@ def _with_engine(
     return found
 
 
-def _timed(work: Callable[[], Tokens]) -> Timed:
+def _timed(work: Callable[[], Tokens], clock: Clock) -> Timed:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.empty_cache()
@@ -246,7 +331,8 @@ def _timed(work: Callable[[], Tokens]) -> Timed:
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    return Timed(seconds, found, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)
+    parts = {part: (took, clock.counts[part]) for part, took in clock.seconds().items()}
+    return Timed(seconds, found, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0, parts)
 
 
 def _differences(bench: Bench, reference: Tokens, found: Tokens) -> dict[str, Any]:
@@ -256,7 +342,7 @@ def _differences(bench: Bench, reference: Tokens, found: Tokens) -> dict[str, An
     dozens would be another computation.
     """
     margins = []
-    others = [row for row, tokens in found.items() if tokens != reference[row]]
+    others = [row for row, tokens in found.items() if tokens != reference.get(row, tokens)]
     for row in others[:MOST_MARGINS]:
         tokens = found[row]
         same = sum(

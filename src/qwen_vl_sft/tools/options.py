@@ -66,17 +66,20 @@ class AnswerBenchmarkOptions(RecipeOptions):
         REQUIRED, "random weights of this shape: local folder or Hub id with a config.json", metavar="model"
     )
     variants: tuple[str, ...] = option(
-        ("padded", "engine"), "some of padded,engine,graphs; the first is what ratios refer to", parse=names
+        ("padded", "engine"),
+        "some of padded,engine,eager (no CUDA graphs),unfused (no kernels); ratios refer to the first",
+        parse=names,
     )
     works: tuple[str, ...] = option(
-        ("alone", "shared", "arms", "long"),
-        "one question an image, rows as they come, three arms, long answers",
+        ("alone", "shared", "arms", "long", "predict", "checked"),
+        "one question an image, rows as they come, three arms, long answers, while training, against transformers",
         parse=names,
-        shown="alone,shared,arms,long",
+        shown="all",
     )
     split: str = option("test", "split of the dataset, slices allowed")
     rows: int = option(256, "rows to answer", at_least=1)
     new_tokens: int = option(16, "most tokens of an answer", at_least=1)
+    checked_rows: int = option(16, "rows that transformers answers one at a time", at_least=1)
     long_rows: int = option(64, "rows with long answers", at_least=1)
     long_tokens: int = option(256, "most tokens of a long answer", at_least=1)
     rounds: int = option(2, "times each variant runs", at_least=1)

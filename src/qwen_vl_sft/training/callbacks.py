@@ -13,6 +13,8 @@ from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.distributed.launch import check_running
 from qwen_vl_sft.evaluation.metrics import headline_in_log
 
+_IMAGES = {"images_per_second": ("", "{:.3g} img/s")}
+
 
 class EpochOrder(TrainerCallback):
     """Tells the sampler which epoch begins; accelerate does not pass it on to a sampler inside a sharded batch sampler."""
@@ -56,7 +58,8 @@ def format_log(step: int, max_steps: int, logs: dict[str, Any]) -> str:
         **({f"eval_{answered[0].replace(' ', '_')}": (answered[0], "{:.1%}")} if answered else {}),
         "learning_rate": ("lr", "{:.1e}"),
         "tokens_per_second": ("", "{:,.0f} tok/s"),
-        "images_per_second": ("", "{:.3g} img/s"),
+        # A line has room for one of the two.
+        **({"expert_load_max": ("load", "{:.2g}x")} if "expert_load_max" in logs else _IMAGES),
         "data_wait": ("wait", "{:.0%}"),
         "mfu": ("mfu", "{:.0%}"),
     }

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors
-
-from qwen_vl_sft.cache_folder import cache_folder
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.feature_cache import FeatureCache, add_to_digest
+from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.modeling.base_model import load_config
+from qwen_vl_sft.modeling.kept_features import kept_features
 from qwen_vl_sft.modeling.structure import ModelStructure
-
-# Raise it when images are decoded, resized, stored or filed otherwise than before: old folders are then not used.
-_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -69,14 +57,7 @@ def plan_features(recipe: Recipe, structure: ModelStructure, train: Scan, encode
         return None
     _check_frozen(structure)
     image_processor = encoder.processor.image_processor
-    identity = _identity(recipe, image_processor)
-    name = re.sub(r"[^\w.-]+", "_", Path(str(recipe.model.model_name_or_path)).name)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    config = load_config(recipe.model)
-    parts = family_of(config).count_feature_layers(config)
-    width = parts * config.get_text_config().hidden_size
-    folder = _home(recipe.run.image_features_dir) / f"{name}-{recipe.run.cache_image_features}-{digest}"
-    cache = FeatureCache(folder, recipe.run.cache_image_features, width, parts)
+    cache, identity = kept_features(recipe, image_processor)
     locations: dict[str, ImageLocation] = {}
     for row, (hashes, patches) in enumerate(zip(train.content_hashes, train.image_patches, strict=True)):
         for number, (content_hash, count) in enumerate(zip(hashes, patches, strict=True)):
@@ -95,42 +76,3 @@ def _check_frozen(structure: ModelStructure) -> None:
             f" train ({seeing[0]}); set lora_scope: language, name lora_target_modules and lora_modules_to_save more"
             f" fully, or leave cache_image_features out"
         )
-
-
-def _identity(recipe: Recipe, image_processor: Any) -> dict[str, Any]:
-    """Return everything that features depend on but the image: other values make another folder."""
-    settings = recipe.model
-    # What the weights are computed in; a tower in half precision is not autocast (`patches`).
-    autocast = [name for name in ("bf16", "fp16") if recipe.get(name)] if settings.dtype == "float32" else []
-    return {
-        "model": _weights(settings),
-        "precision": settings.precision,
-        "autocast": autocast,
-        "image_processor": json.loads(json.dumps(image_processor.to_dict(), sort_keys=True, default=str)),
-        "storage": recipe.run.cache_image_features,
-        "format": _FORMAT,
-    }
-
-
-def _weights(settings: ModelSettings) -> dict[str, Any]:
-    """Return an identifier of the tower's weights: the commit of a Hub model, or a digest for a local folder."""
-    config = load_config(settings)
-    folder = Path(str(settings.model_name_or_path)).expanduser()
-    if not folder.is_dir():
-        commit = getattr(config, "_commit_hash", None)
-        return {"name": str(settings.model_name_or_path), "commit": commit or settings.model_revision}
-    vision = json.dumps(config.vision_config.to_dict(), sort_keys=True, default=str)
-    digest, family = hashlib.sha256(vision.encode()), family_of(config)
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        with safetensors.safe_open(path, "pt") as file:
-            for name in sorted(name for name in file.keys() if family.part_of(name) != "language"):  # noqa: SIM118
-                add_to_digest(digest, name, file.get_tensor(name))
-    if not files:
-        for path in sorted(folder.glob("*.bin")):
-            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
-    return {"vision_weights": digest.hexdigest()}
-
-
-def _home(stated: str | None) -> Path:
-    return cache_folder("image_features") if stated is None else Path(stated).expanduser()

@@ -18,7 +18,12 @@ from qwen_vl_sft.compat.vision_tower import (
 )
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
-from qwen_vl_sft.modeling.base_model import freeze_vision_tower, is_vision_frozen, load_model, trained_parts
+from qwen_vl_sft.modeling.base_model import (
+    freeze_for_full_training,
+    is_vision_frozen,
+    load_model,
+    trained_parts,
+)
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.training.resolve import Run
 from qwen_vl_sft.training.second_stage import load_init_adapter
@@ -31,8 +36,8 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
         varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
     computed_in = getattr(torch, recipe.mixed_precision) if recipe.mixed_precision else None
     model = load_model(recipe.model, context.on_cpu, context.local_rank, context.strategy, computed_in)
-    if not recipe.model.use_peft and recipe.model.freeze_vision_tower:
-        freeze_vision_tower(model)
+    if not recipe.model.use_peft:
+        freeze_for_full_training(model, recipe.model)
     # The Qwen-VL configurations name no padding token; the Trainer would set it, and warn.
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.pad_token_id = pad_token_id
@@ -40,7 +45,8 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
         use_segmented_vision_attention(model, chosen.attention)
         use_packed_attention(model, chosen.attention)
         count_no_placeholders_in_training(model)
-        take_packed_batches(model)
+        # The auxiliary loss is over all tokens of all layers.
+        take_packed_batches(model, spares_last_layer=not recipe.model.router_aux_loss_coef)
     use_fused_kernels(model, chosen.fused_kernels)
     return model
 

@@ -262,6 +262,11 @@ def _trained_lines(settings: ModelSettings, structure: ModelStructure) -> list[s
         names = sorted({name.rsplit(".", 1)[-1] for name in structure.lora_targets})
         line = f"trains      LoRA r={settings.lora_r} on {len(structure.lora_targets)} layers: {', '.join(names)}"
         lines = textwrap.wrap(line, width=80, subsequent_indent=" " * 12)
+    if structure.family.experts:
+        lines.append(
+            f"experts     {'trained in full' if not settings.use_peft else 'frozen'}, routers"
+            f" {'trained' if settings.train_router else 'frozen'}"
+        )
     if settings.init_adapter:
         lines.append(f"starts from {settings.init_adapter}, with a new optimizer and schedule")
     return [*lines, "", format_parameters(dict(structure.parameters))]
@@ -312,6 +317,12 @@ def outcome(metrics: dict[str, Any], output_dir: Path) -> str:
     if "tokens_per_second" in metrics:
         speed = f"speed       {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['images_per_second']:.1f} images/s"
         lines.append(f"{speed}, {metrics['data_wait']:.1%} of the time waiting for data")
+    if "experts" in metrics:
+        load = metrics["experts"]
+        lines.append(
+            f"experts     {load['expert_load_min']:.2g} to {load['expert_load_max']:.2g} times an even load,"
+            f" {load['idle_experts']} never chosen"
+        )
     left_out = metrics["data"]["train"]
     for count, why in (("skipped_bad_rows", "bad rows left out"), ("dropped_overlong_rows", "over-long rows left out")):
         if left_out.get(count):

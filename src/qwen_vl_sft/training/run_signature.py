@@ -32,6 +32,7 @@ _MODEL_KEYS = (
     "dtype",
     "freeze_vision_tower",
 )
+_ROUTER_KEYS = ("train_router", "router_aux_loss_coef")
 # The optimizer takes these from a checkpoint, whatever the recipe says.
 _TRAINING_KEYS = (
     "seed",
@@ -67,6 +68,8 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
     }
     if recipe.data.enable_thinking:
         same["enable_thinking"] = True
+    # Only where they are set: checkpoints of earlier versions do not tell them.
+    same |= {name: value for name in _ROUTER_KEYS if (value := getattr(recipe.model, name))}
     if isinstance(data.train, Scan):
         same |= {"rows": len(data.train.rows), "data": fingerprint(data.train)}
     return {

@@ -39,6 +39,7 @@ from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.modeling.routing import spread
 from qwen_vl_sft.modeling.unloaded_weights import add_unloaded_weights
 from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.signals import SignalWatcher
@@ -47,10 +48,10 @@ from qwen_vl_sft.resilience.stopping import RunStopper, remove_leftovers_of_stop
 from qwen_vl_sft.training import plan, precompute_features
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, Progress
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
-from qwen_vl_sft.training.loss_plot import plot_loss
 from qwen_vl_sft.training.memory import MemoryProbe, found_fit, largest_batch
 from qwen_vl_sft.training.model_setup import finish_model, prepare_model
 from qwen_vl_sft.training.planned_memory import expected_bytes
+from qwen_vl_sft.training.plots import plot_expert_load, plot_loss
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
 from qwen_vl_sft.training.rules import EVALUATION_METRICS
@@ -168,6 +169,7 @@ def build_trainer(
         generation_metrics=_generation_metrics(recipe, data, args.eval_batch_size),
         safeguards=safeguards,
         stopper=stopper,
+        router_aux_loss_coef=recipe.model.router_aux_loss_coef,
         **({} if recipe.model.use_peft else {"complete_saved": partial(add_unloaded_weights, recipe.model)}),
         callbacks=[*([EpochOrder(sampler)] if sampler else []), *callbacks],
     )
@@ -241,6 +243,7 @@ def train_and_save(
         **throughput.summary(run.context.processes),
         **({"memory": asdict(fit)} if fit else {}),
         "work": throughput.total.stored(),
+        **({"experts": spread(trainer.routing.total)} if trainer.routing else {}),
         "skipped_while_training": throughput.total.skipped,
         "skipped_while_evaluating": _skipped_while_evaluating(trainer),
         "skipped_steps": skipped_steps(run.output_dir),
@@ -275,6 +278,8 @@ def finish_run_folder(trainer: VisionSFTTrainer, folder: Path, metrics: dict[str
     with explained_save("the metrics of the finished model", folder, trainer.writer.newest(), remove=False):
         run_folder.finish(folder, metrics, history)
         plot_loss(history, folder / run_folder.LOSS_PLOT)
+        if trainer.routing is not None:
+            plot_expert_load(trainer.routing.total, history, folder / run_folder.EXPERT_LOAD_PLOT)
 
 
 def _stopper(run: Run, args: SFTConfig, safeguards: Safeguards, watcher: SignalWatcher) -> RunStopper:

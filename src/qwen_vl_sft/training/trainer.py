@@ -26,9 +26,11 @@ from qwen_vl_sft.checkpointing.resumed_state import take_schedule
 from qwen_vl_sft.checkpointing.save_errors import explained_save
 from qwen_vl_sft.compat.for_torch import end_workers
 from qwen_vl_sft.compat.packed_batches import already_training
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.loaded_weights import load_full_weights
-from qwen_vl_sft.random_state import random_state, set_random_state
+from qwen_vl_sft.modeling.routing import Routing
+from qwen_vl_sft.random_state import kept_random_state, random_state, set_random_state
 from qwen_vl_sft.resilience.faults import describe_micro_batch, describe_step, explained_out_of_memory
 from qwen_vl_sft.resilience.logger_guard import guard_loggers
 from qwen_vl_sft.resilience.stopping import EvaluationStopped, RunStopper
@@ -57,6 +59,7 @@ class VisionSFTTrainer(SFTTrainer):
         stopper: asked before a checkpoint is written, and between the batches of an evaluation. It must be the last of
             the trainer's callbacks.
         complete_saved: adds to the folder of a saved model what the Trainer does not write.
+        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts.
 
     All other arguments are those of TRL's trainer. `finished` is what the whole run has come to (`totals`), at its end;
     `failed_loggers` tells why loggers have failed, by name.
@@ -72,6 +75,7 @@ class VisionSFTTrainer(SFTTrainer):
         safeguards: Safeguards | None = None,
         stopper: RunStopper | None = None,
         complete_saved: Callable[[Path], Any] = lambda folder: None,
+        router_aux_loss_coef: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self._sampler = sampler
@@ -80,7 +84,12 @@ class VisionSFTTrainer(SFTTrainer):
         self.eval_collator = eval_collator
         self.generation_metrics = generation_metrics
         self.stopper = stopper
-        super().__init__(*args, **kwargs)
+        with kept_router_loss(kwargs["model"].config):
+            super().__init__(*args, **kwargs)
+        config = kwargs["model"].config
+        self.routing = Routing(self.model, router_aux_loss_coef) if family_of(config).experts else None
+        # The micro-batches of a padded step, until the first of them trains.
+        self._step_batches: list[dict[str, Any]] = []
         pieces = safeguards or make_safeguards(self.args)
         self.writer, self.guard, self.evaluations = pieces.writer, pieces.guard, pieces.evaluations
         self.watchdog = pieces.watchdog
@@ -143,6 +152,7 @@ class VisionSFTTrainer(SFTTrainer):
         self.guard.begin([batch.pop(ROW_IDS, []) for batch in batches])
         if steps and MICRO_BATCHES in steps[0]:
             count = self._count_learned(batches, device)
+        self._step_batches = batches
         return steps, count
 
     def _count_learned(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
@@ -169,6 +179,9 @@ class VisionSFTTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward over a micro-batch, or over all packed micro-batches of an optimizer step."""
         self.throughput.resume()  # after an evaluation that a resume made up for, between the data and the step
+        if self._step_batches:
+            self._begin_routing(model, self._step_batches)
+            self._step_batches = []
         if MICRO_BATCHES not in inputs:
             return self._micro_batch_step(model, inputs, *args, **kwargs)
         batches = inputs[MICRO_BATCHES]
@@ -183,6 +196,26 @@ class VisionSFTTrainer(SFTTrainer):
                 losses.append(self._micro_batch_step(model, batch, *args, **kwargs))
         return torch.stack(losses).sum()
 
+    def _begin_routing(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
+        """Begin a step of a mixture of experts; for its auxiliary loss several micro-batches are run forward once before."""
+        if self.routing is None:
+            return
+        self.routing.begin_step()
+        if not self.routing.balances or len(batches) == 1:
+            return
+        step = self.state.global_step + 1
+        model.train()
+        with torch.no_grad(), kept_random_state():
+            for number, batch in enumerate(batches, start=1):
+                doing = f"step {step}, routing of micro-batch {number} of {len(batches)}"
+                self.watchdog.report_progress(doing, step, Stage.TOKENS, number)
+                inputs = self._prepare_inputs(dict(batch))
+                rows = inputs.pop("stats")["rows"]
+                self.routing.survey(inputs, rows)
+                with super().compute_loss_context_manager():
+                    model(**inputs, use_cache=False, fused_lm_head=True)
+        self.routing.add_up(self.accelerator)
+
     def _micro_batch_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         place = len(self.guard.record.losses)
         batch = describe_micro_batch(self.guard.next_rows(), inputs)
@@ -194,6 +227,8 @@ class VisionSFTTrainer(SFTTrainer):
         packing = "cu_seq_lens_q" in inputs
         with explained_out_of_memory(batch, packing, bool(self.args.activation_checkpointing)):
             loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.routing is not None:
+            self.routing.end()
         return self.guard.note_loss(loss)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
@@ -254,6 +289,8 @@ class VisionSFTTrainer(SFTTrainer):
             logs["loss"] = self.guard.mean_loss(logs["loss"], steps)
             logs.update(mean_token_accuracy=right / max(learned, 1), entropy=entropy / max(learned, 1))
             logs.update(self.throughput.measure(self.accelerator))
+            if self.routing is not None:
+                logs.update(self.routing.measure(self.accelerator))
         if "train_loss" in logs and self.finished:
             logs.update(self._whole_run())
         super().log(logs, start_time)
@@ -287,8 +324,13 @@ class VisionSFTTrainer(SFTTrainer):
         """
         assert not return_outputs, "the logits are never built"
         assert num_items_in_batch is not None, "the loss is a mean over the tokens of the global batch"
-        self.throughput.add(BatchStats(**inputs.pop("stats")))
+        stats = BatchStats(**inputs.pop("stats"))
+        self.throughput.add(stats)
+        if self.routing is not None:
+            self.routing.begin(inputs, stats.rows)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        if self.routing is not None:
+            self.routing.end_forward(self.accelerator)
         per_token = -outputs.log_probs  # zero where nothing is learned
         if getattr(self.args, "loss_type", "nll") == "dft":  # https://huggingface.co/papers/2508.05629
             per_token = per_token * outputs.log_probs.exp().detach()
@@ -505,6 +547,16 @@ class VisionSFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Overridden because the order of an epoch is ours.
         return self._sampler
+
+
+@contextlib.contextmanager
+def kept_router_loss(config: Any) -> Iterator[None]:
+    """Restore the weight of the auxiliary loss in a configuration, which TRL sets to that of its arguments."""
+    text, name = config.get_text_config(), "router_aux_loss_coef"
+    before = getattr(text, name, None)
+    yield
+    if before is not None:
+        setattr(text, name, before)
 
 
 def _sums(outputs: Any) -> torch.Tensor:

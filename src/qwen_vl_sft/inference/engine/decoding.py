@@ -1,47 +1,48 @@
-"""Compute the next token of rows that are being answered, all in one forward pass; on a GPU as a CUDA graph if asked."""
+"""Compute the next token of rows that are being answered, all in one forward pass; on a GPU as a CUDA graph where it pays.
+
+A row's last token, its position and its length stay on the device, where each pass reads and advances them: the next pass
+can be started before the host has seen the tokens of this one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qwen_vl_sft.errors import first_line
 from qwen_vl_sft.families.base import RowStates, StateStep
 from qwen_vl_sft.inference.engine.attention import DecodeStep
 from qwen_vl_sft.inference.engine.cache import NO_TOKEN, KeyValueCache
+from qwen_vl_sft.inference.engine.transfer import to_device
 
+logger = logging.getLogger(__name__)
 # The mask of a step is as wide as its longest row, rounded up: kernels want it aligned, and graphs want few widths.
 WIDTH_STEP, GRAPH_WIDTH_STEP = 8, 256
-_WARMUPS = 2
+# How wide the table of slots is on a GPU from the beginning: graphs that read a narrower one would have to go.
+_WIDTH_ON_GPU = 4096
+# Recording a graph takes as long as some steps: so many of a size are computed without one first.
+_STEPS_WITHOUT_GRAPH = 4
+# Numbers of rows that graphs are recorded for; above the last in steps of it.
+_GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
-
-@dataclass(frozen=True)
-class StepInputs:
-    """Of each of B rows: its last `tokens`, their M-RoPE `positions`, the `lengths` before them, and its `places`."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    lengths: torch.Tensor
-    places: torch.Tensor
-
-    def copy_from(self, other: StepInputs) -> None:
-        """Take the values of `other` in place."""
-        for name, value in vars(other).items():
-            getattr(self, name).copy_(value)
+Choose = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Graph:
-    inputs: StepInputs
+    places: torch.Tensor
     graph: Any
-    logits: torch.Tensor
+    tokens: torch.Tensor
 
 
 class Decoder:
-    """Computes logits of the next token of any of `places` rows, each of which has its slots in a table.
+    """Computes the next token of any of `places` rows, each of which has its slots in a table.
 
     Args:
         model: the model, without the wrapper of an adapter.
@@ -59,75 +60,124 @@ class Decoder:
         self.graphs = graphs
         self.device = cache.device
         # One more row, which stands for none: it fills up the batch of a graph.
-        self._table = torch.full((places + 1, GRAPH_WIDTH_STEP), NO_TOKEN, device=self.device)
+        width = _WIDTH_ON_GPU if self.device.type == "cuda" else GRAPH_WIDTH_STEP
+        self._table = torch.full((places + 1, width), NO_TOKEN, device=self.device)
+        self._tokens, self._positions, self._lengths = torch.zeros(3, places + 1, dtype=torch.long, device=self.device)
         self._captured: dict[tuple[int, int], _Graph] = {}
+        self._side: Any = None  # the stream that graphs are recorded on
+        self._computed: Counter[tuple[int, int]] = Counter()
+        self._sent: tuple[tuple[int, ...], torch.Tensor] = ((), torch.zeros(0, dtype=torch.long, device=self.device))
 
-    def take_place(self, place: int, slots: Sequence[int]) -> None:
-        """Note the slots of all tokens of a row, of those to come too."""
-        if len(slots) > self._table.shape[1]:
-            wider = -(-len(slots) // GRAPH_WIDTH_STEP) * GRAPH_WIDTH_STEP
+    def begin(
+        self,
+        places: Sequence[int],
+        slots: Sequence[Sequence[int]],
+        tokens: torch.Tensor,
+        positions: Sequence[int],
+        lengths: Sequence[int],
+    ) -> None:
+        """Note of rows that are read the slots of all tokens, of those to come too, and what their next token needs.
+
+        `tokens` [B] are the first of their answers, on the device; `positions` the M-RoPE position of these, `lengths` the
+        tokens before them.
+        """
+        longest = max(map(len, slots))
+        if longest > self._table.shape[1]:
+            wider = -(-longest // GRAPH_WIDTH_STEP) * GRAPH_WIDTH_STEP
             table = torch.full((self.places + 1, wider), NO_TOKEN, device=self.device)
             table[:, : self._table.shape[1]] = self._table
             self._table = table
-            self._captured.clear()  # they read the former table
-        self._table[place] = NO_TOKEN
-        self._table[place, : len(slots)] = torch.tensor(slots, device=self.device)
+            self.forget_graphs()  # they read the former table
+        rows = torch.full((len(slots), longest), NO_TOKEN)
+        for row, own in zip(rows, slots, strict=True):
+            row[: len(own)] = torch.tensor(own)
+        where, own_positions, own_lengths = to_device(torch.tensor([places, positions, lengths]), self.device)
+        self._table[:, :longest].index_copy_(0, where, to_device(rows, self.device))
+        self._tokens.index_copy_(0, where, tokens)
+        self._positions.index_copy_(0, where, own_positions)
+        self._lengths.index_copy_(0, where, own_lengths)
 
-    def logits(
-        self, places: Sequence[int], tokens: Sequence[int], positions: Sequence[int], lengths: Sequence[int]
-    ) -> torch.Tensor:
-        """Return the logits [B, vocabulary] float32 behind each row's last token, which is stored in the cache."""
-        longest = max(lengths) + 1
-        if not self.graphs:
-            width = -(-longest // WIDTH_STEP) * WIDTH_STEP
-            return self._compute(self._inputs(places, tokens, positions, lengths), width)
+    def step(self, places: Sequence[int], longest: int, choose: Choose | None = None) -> torch.Tensor:
+        """Compute and return the next token [B] of the rows in these places, on the device.
+
+        The longest of them has `longest` tokens in the cache with its last one. `choose` takes a token of each row from
+        logits [B, vocabulary] float32; None for the most likely.
+        """
+        if not self.graphs or choose is not None:
+            return self._compute(self._on_device(places), -(-longest // WIDTH_STEP) * WIDTH_STEP, choose)
         width = -(-longest // GRAPH_WIDTH_STEP) * GRAPH_WIDTH_STEP
-        # Above 32 rows in steps of 32: a step with twice the rows takes longer than the launches that it saves.
-        rows = next((size for size in (1, 2, 4, 8, 16, 32) if size >= len(places)), -(-len(places) // 32) * 32)
-        fillers = rows - len(places)
-        inputs = self._inputs(
-            [*places, *[self.places] * fillers],
-            [*tokens, *[0] * fillers],
-            [*positions, *[0] * fillers],
-            [*lengths, *[0] * fillers],
-        )
-        found = self._captured.get((rows, width))
+        most = _GRAPH_ROWS[-1]
+        count = next((size for size in _GRAPH_ROWS if size >= len(places)), -(-len(places) // most) * most)
+        filled = self._on_device([*places, *[self.places] * (count - len(places))])
+        found = self._captured.get((count, width))
         if found is None:
-            found = self._captured[rows, width] = self._capture(inputs, width)
-        found.inputs.copy_from(inputs)
+            self._computed[count, width] += 1
+            if self._computed[count, width] <= _STEPS_WITHOUT_GRAPH:
+                return self._compute(filled, width, None)[: len(places)]
+            found = self._capture(count, width)
+            if found is None:
+                return self._compute(filled, width, None)[: len(places)]
+            self._captured[count, width] = found
+        found.places.copy_(filled)
         found.graph.replay()
-        return found.logits[: len(places)]
+        return found.tokens[: len(places)]
 
-    def _inputs(self, places: Any, tokens: Any, positions: Any, lengths: Any) -> StepInputs:
-        whole = torch.tensor([tokens, positions, lengths, places]).to(self.device)
-        return StepInputs(*whole)
+    def forget_graphs(self) -> None:
+        """Drop what is recorded: it holds the addresses of the weights of then."""
+        self._captured.clear()
 
-    def _capture(self, inputs: StepInputs, width: int) -> _Graph:
-        kept = StepInputs(**{name: value.clone() for name, value in vars(inputs).items()})
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled and buffers made here, which no graph could record
-            for _ in range(_WARMUPS):
-                self._compute(kept, width)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+    def _on_device(self, places: Sequence[int]) -> torch.Tensor:
+        """Send the places, which mostly are those of the step before."""
+        wanted = tuple(places)
+        if self._sent[0] != wanted:
+            self._sent = wanted, to_device(torch.tensor(wanted), self.device)
+        return self._sent[1]
+
+    def _capture(self, count: int, width: int) -> _Graph | None:
+        """Record a step. Where that fails, say so once, and record none any more."""
+        # Of rows that stand for none: what is only tried out must not advance those that are answered.
+        places = torch.full((count,), self.places, device=self.device)
         pool = next((one.graph.pool() for one in self._captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            logits = self._compute(kept, width)
-        return _Graph(kept, graph, logits)
+        self._side = side = self._side or torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                self._compute(places, width, None)  # buffers are made here, which no graph could record
+                torch.cuda.synchronize()
+                # Not by `torch.cuda.graph`, which gives all of PyTorch's free memory back first. Other threads may go on
+                # pinning memory meanwhile.
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
+                    tokens = self._compute(places, width, None)
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            logger.warning("answers are decoded without CUDA graphs, which fail here: %s", first_line(error))
+            self.graphs = False
+            self.forget_graphs()
+            return None
+        torch.cuda.current_stream().wait_stream(side)
+        return _Graph(places, graph, tokens)
 
-    def _compute(self, inputs: StepInputs, width: int) -> torch.Tensor:
-        table = self._table[:, :width]
-        slots = table.index_select(0, inputs.places)
-        write = slots.gather(1, inputs.lengths[:, None])[:, 0]
-        seen = torch.arange(slots.shape[1], device=self.device) <= inputs.lengths[:, None]
+    def _compute(self, places: torch.Tensor, width: int, choose: Choose | None) -> torch.Tensor:
+        lengths, positions = self._lengths.index_select(0, places), self._positions.index_select(0, places)
+        slots = self._table[:, :width].index_select(0, places)
+        write = slots.gather(1, lengths[:, None])[:, 0]
+        seen = torch.arange(slots.shape[1], device=self.device) <= lengths[:, None]
         mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
-        embedded = self.model.get_input_embeddings()(inputs.tokens)[None]
-        with self.states.applied(StateStep(slots=inputs.places)) if self.states else nullcontext():
+        embedded = self.model.get_input_embeddings()(self._tokens.index_select(0, places))[None]
+        with self.states.applied(StateStep(slots=places)) if self.states else nullcontext():
             output = self.model.model.language_model(
                 inputs_embeds=embedded,
-                position_ids=inputs.positions.expand(3, 1, -1),
+                position_ids=positions.expand(3, 1, -1),
                 use_cache=False,
                 step=DecodeStep(self.cache, write, slots, mask[:, None, None]),
             )
-        return self.model.lm_head(output.last_hidden_state[0]).float()  # type: ignore[no-any-return]
+        logits = self.model.lm_head(output.last_hidden_state[0]).float()
+        tokens = logits.argmax(-1) if choose is None else choose(logits)
+        self._tokens.index_copy_(0, places, tokens)
+        self._positions.index_copy_(0, places, positions + 1)
+        # A row that stands for none stays where it is.
+        self._lengths.index_copy_(0, places, (lengths + 1).masked_fill_(places == self.places, 0))
+        return tokens

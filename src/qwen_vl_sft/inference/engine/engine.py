@@ -16,15 +16,19 @@ import torch
 from peft import PeftModel
 
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat.packed_batches import reading_prompts
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.engine.attention import PrefillStep, cached_attention
 from qwen_vl_sft.inference.engine.cache import KeyValueCache, affordable_slots, free_memory
+from qwen_vl_sft.inference.engine.clock import PROMPTS, READING, TOKENS, TOWER, Clock
 from qwen_vl_sft.inference.engine.decoding import Decoder
 from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
 from qwen_vl_sft.inference.engine.prompts import Group, PackedPrompts, Piece, Prompt, pack
 from qwen_vl_sft.inference.engine.reading import PromptAt, PromptReader
+from qwen_vl_sft.inference.engine.transfer import Arriving, to_device
+from qwen_vl_sft.inference.engine.weights import dequantized_weights
 from qwen_vl_sft.inference.generation import (
     GeneratedAnswer,
     answer_ends,
@@ -37,9 +41,11 @@ from qwen_vl_sft.inference.generation import (
 # Rows that are answered at once, where memory does not say fewer.
 ROWS_ON_GPU, ROWS_ON_CPU = 256, 64
 # Tokens of prompts that are read in one forward pass, and the least of them where memory is short.
-PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 8192, 1024
-# Slots of the cache for each row that is answered at once; prompts with several images take more of them.
-SLOTS_A_ROW = 2048
+PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 16_384, 1024
+# While others are answered, rows get a pass of their own if they are so large a part of these, or half of the tokens.
+_WORTH_A_PASS = 4
+# Slots of the cache for the prompt of each row that is answered at once; those with several images take more of them.
+SLOTS_A_ROW = 1024
 # What the cache has at least, if memory has it: a prompt of several large images is that long.
 LEAST_SLOTS = 32_768
 # A forward pass holds about so many vectors of a token, of the width of the model and of its MLP.
@@ -48,6 +54,11 @@ _WIDE, _MLP_WIDE = 8, 3
 _PREFILL_SHARE = 0.2
 # And what states that layers carry from token to token may.
 _STATE_SHARE = 0.25
+
+
+def computes_beside_host(device: torch.device) -> bool:
+    """Return whether a device computes what is started on it while the host goes on."""
+    return device.type != "cpu"
 
 
 def answer_conversations(
@@ -70,7 +81,8 @@ def answer_conversations(
 class Answering:
     """A row that is being answered: the tokens of its answer so far, and what the next one needs.
 
-    `length` counts the tokens in the cache, `position` is the M-RoPE position of the next.
+    `length` counts the tokens in the cache with those of passes that were started, `position` is the M-RoPE position of
+    the answer's first token, and `asked` counts the tokens that were asked for, which may not be here yet.
     """
 
     prompt: Prompt
@@ -80,8 +92,17 @@ class Answering:
     length: int
     position: int
     processors: Any
+    asked: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Rows of a forward pass, whose tokens arrive in this order."""
+
+    rows: Sequence[Answering]
+    tokens: Arriving
 
 
 class Engine:
@@ -95,7 +116,8 @@ class Engine:
         slots: most tokens in the cache; None for what the free memory holds.
         prefill_tokens: most tokens of prompts in one forward pass, unless one prompt is longer; None by memory.
         memory: keeps features of images for later rows and engines on the same vision tower.
-        cuda_graphs: decode by replaying CUDA graphs.
+        cuda_graphs: decode by replaying CUDA graphs on a GPU, where it pays.
+        clock: is told what takes how long.
         autocast: entered anew for each forward pass, so that its cache of half-precision weights is dropped afterwards.
     """
 
@@ -108,7 +130,8 @@ class Engine:
         slots: int | None = None,
         prefill_tokens: int | None = None,
         memory: FeatureMemory | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
+        clock: Clock | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model = model
@@ -116,6 +139,7 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self.memory = memory
         self.autocast = autocast
+        self._clock = clock
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._base = base
         self._language = base.model.language_model
@@ -123,6 +147,7 @@ class Engine:
         weight = self._language.embed_tokens.weight
         self.device: torch.device = weight.device
         on_gpu = self.device.type == "cuda"
+        self._overlaps = computes_beside_host(self.device)
         config = base.config.get_text_config()
         with autocast():
             autocasts = torch.is_autocast_enabled(self.device.type)
@@ -139,13 +164,14 @@ class Engine:
             affordable = int(free_memory(self.device) * _PREFILL_SHARE) // per_token
             prefill_tokens = min(PREFILL_TOKENS, max(LEAST_PREFILL_TOKENS, affordable))
         self.prefill_tokens = prefill_tokens
-        wanted = max(LEAST_SLOTS, self.rows * max(SLOTS_A_ROW, 2 * max_new_tokens))
+        wanted = max(LEAST_SLOTS, self.rows * (SLOTS_A_ROW + max_new_tokens))
         self.cache = KeyValueCache(
             config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
         )
         self._states = family.row_states(base, 2 * self.rows + 2, dtype)
         self._free_states = list(range(self.rows + 1, 2 * self.rows + 2))
-        self._decoder = Decoder(base, self.cache, self.rows, self._states, cuda_graphs and on_gpu)
+        self._free_places: list[int] = []
+        self._decoder = Decoder(base, self.cache, self.rows, self._states, cuda_graphs and self._overlaps)
         self._ends = set(answer_ends(encoder))
         # Asked once: it takes a millisecond, which on a CPU is an answer's token.
         self._processes = bool(self._processors_of(torch.zeros(1, dtype=torch.long)))
@@ -170,54 +196,77 @@ class Engine:
 
     def steps(self, prompt_at: PromptAt, units: Sequence[Sequence[int]]) -> Generator[list[Answering], None, None]:
         """Compute one forward pass after another, and yield the rows that got a token from it."""
-        on_cpu = self.device.type == "cpu"
+        # A GPU computes the next pass while the host reads the tokens of this one.
+        ahead = 1 if self._overlaps and not self._processes else 0
         was_training = self.model.training
         self.model.eval()
         running: list[Answering] = []
         waiting: deque[Group] = deque()
-        free_places = list(range(self.rows - 1, -1, -1))
+        asked: deque[_Asked] = deque()
+        self._free_places = list(range(self.rows - 1, -1, -1))
         try:
-            with PromptReader(self.encoder, prompt_at, units, self.positions, self.memory, on_cpu) as reader:
+            with (
+                dequantized_weights(self.model, self.device) if self.rows > 1 else nullcontext(),
+                PromptReader(
+                    self.encoder, prompt_at, units, self.positions, self.memory, self.device.type == "cpu"
+                ) as reader,
+            ):
                 while True:
-                    new, pieces = self._admit(reader, waiting, free_places, wait=on_cpu or not running)
+                    new, pieces = self._admit(reader, waiting, running, idle=not (running or asked))
                     if pieces:
-                        answered = new
-                        self._prefill(new, pieces)
+                        asked.append(self._prefill(new, pieces))
+                        running += new
                     elif running:
-                        answered = running
-                        self._decode(running)
-                    elif waiting:
-                        raise self._too_long(waiting[0])
-                    elif reader.exhausted:
-                        break
-                    else:
+                        asked.append(self._decode(running))
+                    elif not asked:
+                        if waiting:
+                            raise self._too_long(waiting[0])
+                        if reader.exhausted:
+                            break
                         continue
-                    for row in answered:
-                        if row.finished:
-                            self._release(row, free_places)
-                    running = [row for row in ([*running, *new] if pieces else running) if not row.finished]
-                    yield answered
+                    running = [row for row in running if row.asked < self.max_new_tokens]
+                    while len(asked) > (ahead if running or pieces else 0):
+                        answered = self._receive(asked.popleft())
+                        running = [row for row in running if not row.finished]
+                        if answered:
+                            yield answered
                 if reader.failure is not None:
                     raise reader.failure
         finally:
-            for row in running:
-                self._release(row, free_places)
+            held = {id(row): row for row in (*running, *(row for one in asked for row in one.rows))}
+            for row in held.values():
+                if not row.finished:
+                    self._release(row)
             for group in waiting:
                 self._release_prefix(group)
+            self._decoder.forget_graphs()
             self.model.train(was_training)
 
+    def _timed(self, part: str) -> AbstractContextManager[None]:
+        return self._clock.part(part) if self._clock else nullcontext()
+
     def _admit(
-        self, reader: PromptReader, waiting: deque[Group], free_places: list[int], wait: bool
+        self, reader: PromptReader, waiting: deque[Group], running: Sequence[Answering], idle: bool
     ) -> tuple[list[Answering], list[Piece]]:
-        """Take rows that wait, as many as places, slots and the budget of tokens allow; they wait in their order."""
-        on_cpu = self.device.type == "cpu"
+        """Take rows that wait, as many as places, slots and the budget of tokens allow; they wait in their order.
+
+        Where the host works beside the device, few of them are not worth a pass while others are answered: every pass reads
+        all weights. Else reading and answering share the cores, and each pass waits for as many as it can take.
+        """
+        if self._overlaps:
+            reader.take_ready(self.prefill_tokens, waiting)
+            if idle and not waiting and not reader.exhausted:
+                with self._timed(READING):
+                    group = reader.next_group(wait=True)
+                waiting += [group] if group else []
+            if running and not self._pays(reader, waiting, len(running)):
+                return [], []
         rows: list[Answering] = []
         pieces: list[Piece] = []
         tokens = 0
-        while free_places:
+        while self._free_places:
             if not waiting:
-                # A GPU takes what there is; on a CPU reading and answering share the cores.
-                next_group = reader.next_group(wait and (on_cpu or not pieces))
+                next_group = reader.next_group(wait=not self._overlaps)
                 if next_group is None:
                     break
                 waiting.append(next_group)
@@ -232,7 +281,8 @@ class Engine:
             if group.missing:
                 group.prefix, group.state = self.cache.take(group.shared), self._free_states.pop()
                 pieces.append(Piece(prompt, 0, group.shared, group.prefix, (), False, None, group.state))
-            own, place = self.cache.take(len(prompt) - group.shared + self.max_new_tokens - 1), free_places.pop()
+            own = self.cache.take(len(prompt) - group.shared + self.max_new_tokens - 1)
+            place = self._free_places.pop()
             branch = own[: len(prompt) - group.shared]
             pieces.append(Piece(prompt, group.shared, len(prompt), branch, group.prefix, True, group.state, place))
             rows.append(self._start(group, group.waiting.popleft(), place, own))
@@ -240,14 +290,30 @@ class Engine:
                 waiting.popleft()
         return rows, pieces
 
+    def _pays(self, reader: PromptReader, waiting: Sequence[Group], running: int) -> bool:
+        """Return whether the rows that can be taken now are worth a pass of their own while others are answered."""
+        tokens = rows = 0
+        free = self.cache.free
+        for group in waiting:
+            for place, prompt in enumerate(group.waiting):
+                new_tokens = len(prompt) - group.shared + (group.missing if place == 0 else 0)
+                needed = new_tokens + self.max_new_tokens - 1
+                if rows == len(self._free_places) or needed > free:
+                    return rows * _WORTH_A_PASS >= max(1, running)
+                free -= needed
+                tokens += new_tokens
+                rows += 1
+                if 2 * tokens >= self.prefill_tokens:
+                    return True
+        return rows > 0 and (reader.exhausted or rows * _WORTH_A_PASS >= running)
+
     def _start(self, group: Group, prompt: Prompt, place: int, own: list[int]) -> Answering:
-        self._decoder.take_place(place, [*group.prefix, *own])
         processors = self._processors_of(prompt.row.input_ids) if self._processes else None
         return Answering(prompt, group, place, own, len(prompt), int(prompt.positions.max()) + 1, processors)
 
-    def _release(self, row: Answering, free_places: list[int]) -> None:
+    def _release(self, row: Answering) -> None:
         self.cache.release(row.slots)
-        free_places.append(row.place)
+        self._free_places.append(row.place)
         row.group.users -= 1
         if not row.group.users:
             self._release_prefix(row.group)
@@ -257,10 +323,18 @@ class Engine:
             self.cache.release(group.prefix)
             self._free_states.append(group.state)
 
-    def _prefill(self, rows: Sequence[Answering], pieces: Sequence[Piece]) -> None:
+    def _prefill(self, rows: Sequence[Answering], pieces: Sequence[Piece]) -> _Asked:
         packed = pack(pieces)
         with torch.no_grad(), self.autocast(), cached_attention(self._language):
-            self._add_tokens(rows, self._prompt_logits(packed))
+            tokens = self._choose(rows, self._prompt_logits(packed))
+        self._decoder.begin(
+            [row.place for row in rows],
+            [[*row.group.prefix, *row.slots] for row in rows],
+            tokens,
+            [row.position for row in rows],
+            [row.length for row in rows],
+        )
+        return self._ask(rows, tokens)
 
     def _processors_of(self, prompt: torch.Tensor) -> Any:
         return logits_processors(self._base, self.encoder, prompt, self.max_new_tokens)
@@ -269,47 +343,66 @@ class Engine:
         device = self.device
         step = PrefillStep(
             self.cache,
-            packed.write.to(device),
-            None if packed.read is None else packed.read.to(device),
-            packed.bounds_q.to(device),
-            packed.bounds_k.to(device),
+            to_device(packed.write, device),
+            None if packed.read is None else to_device(packed.read, device),
+            to_device(packed.bounds_q, device),
+            to_device(packed.bounds_k, device),
             packed.longest_q,
             packed.longest_k,
         )
         shown = {}
         if packed.images:
-            layers = image_layers(self._base.model, self.positions, packed.images, self.memory)
+            with self._timed(TOWER):
+                layers = image_layers(self._base.model, self.positions, packed.images, self.memory)
             shown = {"image": self.positions.family.feature_output(layers)}
-        with self._states.applied(packed.states) if self._states else nullcontext():
+        with (
+            self._timed(PROMPTS),
+            self._states.applied(packed.states) if self._states else nullcontext(),
+            reading_prompts(self._base.model),
+        ):
             output = self._base.model(
-                input_ids=packed.input_ids.to(device),
-                position_ids=packed.position_ids.to(device),
+                input_ids=to_device(packed.input_ids, device),
+                position_ids=to_device(packed.position_ids, device),
                 mm_encoder_outputs=shown,
                 use_cache=False,
                 step=step,
+                # The last layer gives no other ones.
+                logit_positions=to_device(packed.last, device),
             )
-        last = output.last_hidden_state[0].index_select(0, packed.last.to(device))
-        return self._base.lm_head(last).float()  # type: ignore[no-any-return]
+            return self._base.lm_head(output.last_hidden_state[0]).float()  # type: ignore[no-any-return]
 
-    def _decode(self, rows: Sequence[Answering]) -> None:
-        with torch.no_grad(), self.autocast(), cached_attention(self._language):
-            logits = self._decoder.logits(
-                [row.place for row in rows],
-                [row.tokens[-1] for row in rows],
-                [row.position for row in rows],
-                [row.length for row in rows],
-            )
-            for row in rows:
-                row.length += 1
-                row.position += 1
-            self._add_tokens(rows, logits)
+    def _decode(self, rows: Sequence[Answering]) -> _Asked:
+        longest = max(row.length for row in rows) + 1
+        choose = (lambda logits: self._choose(rows, logits)) if self._processes else None
+        with torch.no_grad(), self.autocast(), cached_attention(self._language), self._timed(TOKENS):
+            tokens = self._decoder.step([row.place for row in rows], longest, choose)
+        for row in rows:
+            row.length += 1
+        return self._ask(rows, tokens)
 
-    def _add_tokens(self, rows: Sequence[Answering], logits: torch.Tensor) -> None:
-        if any(row.processors for row in rows):
+    def _choose(self, rows: Sequence[Answering], logits: torch.Tensor) -> torch.Tensor:
+        """Return the most likely token [B] of each row."""
+        if self._processes:
             logits = torch.cat([self._processed(row, one) for row, one in zip(rows, logits, strict=True)])
-        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+        return logits.argmax(-1)
+
+    def _ask(self, rows: Sequence[Answering], tokens: torch.Tensor) -> _Asked:
+        for row in rows:
+            row.asked += 1
+        return _Asked(list(rows), Arriving.of(tokens))
+
+    def _receive(self, asked: _Asked) -> list[Answering]:
+        """Wait for the tokens of a pass, and return the rows that they belong to; one may have ended the pass before."""
+        answered = []
+        for row, token in zip(asked.rows, asked.tokens.wait(), strict=True):
+            if row.finished:
+                continue
+            answered.append(row)
             row.tokens.append(token)
             row.finished = token in self._ends or len(row.tokens) == self.max_new_tokens
+            if row.finished:
+                self._release(row)
+        return answered
 
     def _processed(self, row: Answering, logits: torch.Tensor) -> torch.Tensor:
         so_far = torch.cat([row.prompt.row.input_ids, torch.tensor(row.tokens, dtype=torch.long)]).to(logits.device)

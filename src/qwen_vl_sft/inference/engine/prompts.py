@@ -47,6 +47,11 @@ class Group:
         """Count the tokens of the prefix that have yet to be computed."""
         return 0 if self.prefix else self.shared
 
+    @property
+    def tokens(self) -> int:
+        """Count the tokens that have yet to be computed."""
+        return self.missing + sum(len(prompt) - self.shared for prompt in self.waiting)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -1,0 +1,112 @@
+"""Tiny mixtures of experts through the scripts: router and auxiliary loss, load, resume, merge, full, on all strategies."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fixtures.family_runs import FULL, trainer_of, write_recipe
+from fixtures.models import chat_template, write_newer
+from fixtures.packed_rows import losses_of
+from fixtures.processes import launch, run_process
+from qwen_vl_sft.merging.merge import merge
+from qwen_vl_sft.merging.plan import Options, make_plan
+
+ROUTED = {"train_router": True, "router_aux_loss_coef": 0.01}
+LONG = pytest.mark.long
+
+
+@pytest.fixture(scope="module", params=["Qwen3VLMoeConfig", pytest.param("Qwen3_5MoeConfig", marks=LONG)])
+def model(request, tmp_path_factory):
+    folder = write_newer(request.param, tmp_path_factory.mktemp("models") / request.param)
+    if "VL" in request.param:
+        weights = load_file(folder / "model.safetensors")
+        # As in the files that Qwen publishes.
+        turned = {name: tensor.mT.contiguous() for name, tensor in weights.items() if ".experts." in name}
+        save_file(weights | turned, folder / "model.safetensors", metadata={"format": "pt"})
+    if "3_5" in request.param:
+        (folder / "chat_template.jinja").write_text(chat_template("qwen3_5_think"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    return trainer_of(model, tmp_path_factory.mktemp("runs"))
+
+
+def logged(run, name):
+    entries = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+    return [entry[name] for entry in entries if name in entry]
+
+
+def test_routers_train_when_asked_and_their_load_is_told(trained, model, tmp_path):
+    run = trained(**ROUTED)
+    assert len(logged(run, "aux_loss")) == len(losses_of(run)) == 4
+    assert min(logged(run, "expert_load_max")) > 1
+    assert json.loads((run / "metrics.json").read_text())["experts"]["expert_load_max"] > 1
+    assert (run / "expert_load.png").stat().st_size > 5000
+    saved = load_file(run / "adapter_model.safetensors")
+    assert [name for name in saved if name.endswith("layers.0.mlp.gate.weight")]
+    assert not [name for name in saved if ".experts." in name]
+    report = merge(make_plan(Options(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=2)))
+    assert report["against_adapter"]["same_answers"] == 2
+    assert (
+        len(report["replaced"]) == json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    )
+    base, merged = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "merged"))
+    experts = [name for name in base if ".experts." in name]
+    assert experts
+    assert all(torch.equal(merged[name], base[name]) for name in experts)
+    assert merged.keys() == base.keys()
+
+
+@pytest.mark.parametrize("keys", [{}, ROUTED, FULL], ids=str)
+@LONG
+def test_a_resumed_run_ends_as_the_whole_one(keys, model, trained, tmp_path):
+    run = trained(**keys)
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, **keys)
+    done = run_process(
+        "scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "run",
+        "--resume_from_checkpoint", run / "checkpoint-2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (name,) = (path.name for path in run.glob("*.safetensors"))
+    whole, resumed = (load_file(folder / name) for folder in (run, tmp_path / "run"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@LONG
+def test_a_full_model_is_saved_in_the_form_of_its_base(trained, model):
+    base, found = load_file(model / "model.safetensors"), load_file(trained(**FULL) / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in base.items()
+    }
+    changed = {name for name in base if not torch.equal(found[name], base[name])}
+    assert [name for name in changed if ".experts." in name]
+    assert not [name for name in changed if ".mlp.gate." in name]
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        ("cpu", ROUTED),
+        ("zero2", ROUTED),
+        ("zero3", ROUTED),
+        ("fsdp2", ROUTED),
+        ("zero3", FULL),
+        ("fsdp2", {**FULL, **ROUTED}),
+    ],
+    ids=str,
+)
+@LONG
+def test_two_processes_give_the_losses_of_one(config, keys, model, trained, tmp_path):
+    keys = {**keys, "predict_with_generate": False}
+    losses = losses_of(trained(**keys))
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, **keys)
+    done = launch(config, "scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=2e-5)
+    balanced = logged(trained(**keys), "aux_loss")
+    assert logged(tmp_path / "run", "aux_loss") == pytest.approx(balanced, abs=2e-5)
