@@ -14,6 +14,7 @@ from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import ModelFamily, reason_against
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.fp8.computation import problem_of_fp8, problems_of_fp8_kernels
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
 from qwen_vl_sft.modeling.lora import trained_in_full
 
@@ -27,17 +28,38 @@ LORA_KEYS = (
     "use_rslora",
     "use_dora",
 )
+QUANTIZED = ("load_in_4bit", "load_in_8bit", "load_in_fp8")
+FP8_KEYS = ("fp8_modules", "fp8_forward", "fp8_backward", "fp8_kernels")
 
 
 def _quantization(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     model = recipe.model
-    if model.load_in_4bit and model.load_in_8bit:
-        yield "load_in_4bit and load_in_8bit are both true; keep one"
-    quantized = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    keys = [key for key in QUANTIZED if getattr(model, key)]
+    if len(keys) > 1:
+        yield f"{' and '.join(keys)} are both set; keep one"
+    quantized = keys[0] if keys else None
     if quantized and not model.use_peft:
         yield f"{quantized} with use_peft: false: quantized weights cannot be trained; set use_peft: true (QLoRA)"
     if model.load_in_8bit and context.strategy in ("zero3", "fsdp2"):
         yield f"load_in_8bit does not run under {context.strategy}: 8-bit weights cannot be sharded; use load_in_4bit, or ddp"
+
+
+def _fp8(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    model = recipe.model
+    if not model.load_in_fp8:
+        for name in FP8_KEYS:
+            if name in recipe.stated and getattr(model, name) != getattr(ModelSettings(), name):
+                yield f"{name} is set but load_in_fp8 is not, so it has no effect; remove it, or set load_in_fp8: true"
+        return
+    if problem := problem_of_fp8(model, context.on_cpu):
+        yield problem
+    yield from problems_of_fp8_kernels(model, context.on_cpu)
+    if model.load_in_fp8 is True and model.dtype != "bfloat16":
+        yield f"load_in_fp8 with dtype: {model.dtype}: products in FP8 give bfloat16; set dtype: bfloat16"
+    if model.use_dora:
+        yield "use_dora with load_in_fp8: DoRA reads the base's weights as numbers; set use_dora: false, or load_in_4bit"
+    if context.strategy == "zero3":
+        yield "load_in_fp8 does not run under zero3: DeepSpeed cannot split FP8 weights; use fsdp2, zero2 or ddp"
 
 
 def _what_trains(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
@@ -86,7 +108,11 @@ def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[
         )
 
 
+<<<<<<< HEAD
 MODEL_RULES = (_quantization, _what_trains, _precision, _kernels, _precision_in_full, _router_loss)
+=======
+MODEL_RULES = (_quantization, _fp8, _what_trains, _precision, _kernels, _precision_in_full)
+>>>>>>> 36f16f3 (load_in_fp8: a frozen base in FP8, one copy of the weights for both directions, and its Triton kernels)
 
 
 def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
