@@ -70,7 +70,7 @@ def computation_of(settings: ModelSettings, on_cpu: bool) -> Computation:
 
 def use_chosen_fp8_kernels(model: nn.Module, settings: ModelSettings, on_cpu: bool) -> dict[str, int]:
     """Put the norms and MLPs that a recipe chooses into a model with FP8 layers; return how many have each."""
-    wanted = [name for name in ("rms_norm", "mlp") if name in chosen_fp8_kernels(settings, on_cpu)]
+    wanted = [name for name in chosen_fp8_kernels(settings, on_cpu) if name in ("rms_norm", "mlp")]
     if not wanted:
         return {}
     from qwen_vl_sft.modeling.fp8.checked import CheckedKernels

@@ -97,26 +97,13 @@ class FP8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.computation = computation
-        packed = torch.empty(out_features, in_features // storage.itemsize, dtype=storage)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        values = torch.empty(out_features, in_features // storage.itemsize, dtype=storage)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.weight_scale: torch.Tensor
         # As bytes, since strategies cast buffers of floats to the type that they compute in.
         self.register_buffer("weight_scale", torch.empty(out_features, 4, dtype=torch.uint8))
         own = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.register_parameter("bias", own)
-
-    @classmethod
-    def of(cls, layer: nn.Linear, computation: Computation, storage: torch.dtype = torch.uint8) -> FP8Linear:
-        """Return a layer with the quantized weights of another."""
-        made = cls(
-            layer.in_features, layer.out_features, layer.bias is not None, computation, layer.weight.dtype, storage
-        )
-        weight, scale = packed(layer.weight.detach(), storage)
-        made = made.to(weight.device)
-        made.weight.data.copy_(weight)
-        made.weight_scale.copy_(scale)
-        if layer.bias is not None:
-            made.bias.data.copy_(layer.bias.detach())
-        return made
 
     @property
     def values(self) -> torch.Tensor:

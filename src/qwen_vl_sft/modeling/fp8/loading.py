@@ -106,8 +106,8 @@ class FP8Quantizer(HfQuantizer):
         storage = self.quantization_config.storage
 
         class Quantize(ConversionOps):
-            def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
-                found: dict[str, torch.Tensor] = {}
+            def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+                found: dict[str, Any] = {}
                 for name, value in input_dict.items():
                     weight, scale = packed(value[0] if isinstance(value, list) else value, storage)
                     found[name] = nn.Parameter(weight, requires_grad=False)
