@@ -48,11 +48,20 @@ def _is_fp8_mlp(module: Any) -> bool:
     return all(isinstance(layer, FP8Linear) and layer.computation.forward for layer in layers)
 
 
-class _Norm:
-    """The forward of a norm, called with the layer: PEFT copies layers that train in full, and the method with them."""
+def hands_on_fp8(module: nn.Module) -> bool:
+    """Return whether a layer was given a forward of `use_fp8_kernels`."""
+    return isinstance(getattr(vars(module).get("forward"), "__func__", None), _Fused)
+
+
+class _Fused:
+    """The forward of a layer, called with it: PEFT copies layers that train in full, and the method with them."""
 
     def __init__(self, kernels: Any) -> None:
         self.kernels = kernels
+
+
+class _Norm(_Fused):
+    """The forward of a norm."""
 
     def __call__(self, layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = layer.weight
@@ -84,11 +93,8 @@ class NormProduct(torch.autograd.Function):
         return ctx.kernels.rms_norm_backward(grad, rows, weight, rstd).view(ctx.shape), None, None, None
 
 
-class _MLP:
-    """The forward of an MLP, called with the layer."""
-
-    def __init__(self, kernels: Any) -> None:
-        self.kernels = kernels
+class _MLP(_Fused):
+    """The forward of an MLP."""
 
     def __call__(self, layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         layers = [layer.gate_proj, layer.up_proj, layer.down_proj]

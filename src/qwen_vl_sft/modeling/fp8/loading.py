@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,31 +11,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.families.base import ModelFamily
-from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.fp8.computation import computation_of
+from qwen_vl_sft.modeling.fp8.layers import fp8_layers
 from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, packed
-from qwen_vl_sft.modeling.fp8.weights import fits
 
 METHOD = "qwen_vl_sft_fp8"
-
-
-def fp8_layers(model: nn.Module, settings: ModelSettings) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the names and layers of a 16-bit model that hold FP8 weights under these settings.
-
-    Those are the linear layers of the language model and of the modules that `fp8_modules` names, but for what a family
-    keeps in 16 bits and for sizes that products in FP8 do not take.
-    """
-    family = family_of(model.config)  # type: ignore[arg-type]
-    for name, layer in model.named_modules():
-        if type(layer) is nn.Linear and is_fp8(name, layer, family, settings.fp8_modules or ()):
-            yield name, layer
-
-
-def is_fp8(name: str, layer: nn.Linear, family: ModelFamily, asked: Any = ()) -> bool:
-    """Return whether a linear layer of a model holds FP8 weights."""
-    wanted = family.part_of(name) == "language" or any(f".{path}." in f".{name}." for path in asked)
-    return wanted and not family.stays_16bit(name) and fits(layer.out_features, layer.in_features)
 
 
 @register_quantization_config(METHOD)
@@ -119,7 +98,7 @@ class FP8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         computation = config.computation
-        for name, layer in [*fp8_layers(model, config.settings)]:
+        for name, layer in fp8_layers(model, config.settings).items():
             with torch.device("meta"):
                 made = FP8Linear(
                     layer.in_features,
