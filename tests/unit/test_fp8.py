@@ -10,11 +10,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from qwen_vl_sft import tiny
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.fp8 import plain
 from qwen_vl_sft.modeling.fp8.fused import MLPProduct, NormProduct, SwiGLUProduct
 from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, QuantizedInput, packed, transpose
 from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, dequantize, quantize_rows, scale_of
 from qwen_vl_sft.modeling.kernels import use_fused_lora
+from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
 
 EMULATED = Computation(emulated=True)
 # Every finite number that e4m3 has.
@@ -266,6 +272,63 @@ def test_blocks_of_an_official_checkpoint_are_dequantized_one_by_one():
     found = dequantize(values, scales)
     assert found[130, 5] == values[130, 5].float() * scales[1, 0]
     assert found[127, 299] == values[127, 299].float() * scales[0, 2]
+
+
+def problems(on_cpu=True, strategy="single", **keys):
+    """What the rules on the model say of a recipe."""
+    recipe = read_recipe(None, {"model_name_or_path": "some/model", "dataset_name": "rows", **keys})
+    context = DistributedContext(strategy, 1 if strategy == "single" else 2, 0, 0, on_cpu)
+    return [problem for rule in MODEL_RULES for problem in rule(recipe, context)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"load_in_fp8": True}, "load_in_fp8: CPUs have no products in FP8; use load_in_4bit, or a base in 16 bits"),
+        ({"load_in_fp8": "emulation", "load_in_4bit": True}, "load_in_4bit and load_in_fp8 are both set; keep one"),
+        ({"load_in_fp8": "emulation", "use_peft": False}, "quantized weights cannot be trained"),
+        ({"load_in_fp8": "emulation", "use_dora": True}, "use_dora with load_in_fp8: DoRA reads the base's weights"),
+        ({"load_in_fp8": "emulation", "strategy": "zero3"}, "does not run under zero3"),
+        ({"load_in_fp8": "emulation", "fp8_kernels": ["mlp"]}, "fp8_kernels: mlp run on CUDA only"),
+        ({"load_in_fp8": "emulation", "fp8_kernels": ["rope"]}, "fp8_kernels: rope is unknown; known are quantize"),
+        ({"fp8_backward": False}, "fp8_backward is set but load_in_fp8 is not"),
+        ({"fp8_backward": True}, None),
+        ({"load_in_fp8": "emulation", "fp8_backward": False, "strategy": "fsdp2"}, None),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_in_fp8_is_refused(keys, told):
+    found = problems(**keys)
+    assert len(found) == (told is not None), found
+    assert told is None or told in found[0]
+
+
+@pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_gpus_without_products_in_fp8_are_refused(capability, works, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    found = problems(on_cpu=False, load_in_fp8=True)
+    assert not found if works else "NVIDIA A100 has no products in FP8 (compute capability 8.0; Ada has 8.9" in found[0]
+    assert "products in FP8 give bfloat16" in problems(on_cpu=False, load_in_fp8=True, dtype="float16")[-1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"fp8_modules": ["visual.blocks"]}, None),
+        ({"fp8_modules": ["blokcs"]}, "fp8_modules: blokcs holds no linear layer of the model"),
+        ({"fp8_modules": ["lm_head"]}, "fp8_modules: lm_head stays in 16 bits in Qwen2-VL"),
+        ({"lora_modules_to_save": ["merger"]}, None),
+        ({"lora_modules_to_save": ["merger"], "fp8_modules": ["merger"]}, "which load_in_fp8 quantizes"),
+        ({"lora_modules_to_save": ["mlp"]}, "which load_in_fp8 quantizes"),
+    ],
+    ids=str,
+)
+def test_modules_that_a_recipe_names_must_be_what_it_asks_for(keys, told):
+    settings = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), load_in_fp8="emulation", **keys)
+    found = list(problems_of_structure(build_on_meta(settings), settings))
+    assert len(found) == (told is not None), found
+    assert told is None or told in found[0]
 
 
 # Numbers of e4m3 times a power of two, and else float32: the interpreter rounds others in a way of its own.
