@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from safetensors.torch import load_file
 
 from fixtures.processes import launch
 from fixtures.repository import REPOSITORY
-from fixtures.slurm_cluster import Cluster, left_processes, missing, running_cluster, shells_of_nodes
+from fixtures.slurm_cluster import FIRST, SECOND, Cluster, left_processes, missing, running_cluster, shells_of_nodes
 
 FILES = ("slurm/sft.sbatch", "slurm/eval.sbatch")
 REASON = missing()
-ON_CPU = {"ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml", "PROCESSES_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+# Nodes are checked in the tests of that; it takes some seconds.
+UNCHECKED = {"PREFLIGHT": "0"}
+CHECKED = {"ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml", "PROCESSES_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+ON_CPU = CHECKED | UNCHECKED
 # A node of the cluster has more of them than this machine; jobs of the tests may run side by side.
 TWO_NODES = ("--nodes=2", "--cpus-per-task=2")
 needs_slurm = pytest.mark.skipif(REASON is not None, reason=f"Slurm: {REASON}")
@@ -116,7 +120,7 @@ def test_every_configuration_starts_one_world(cluster, stub):
     jobs = []
     for name in shown:
         words = (*TWO_NODES, "--gpus-per-node=2", "slurm/sft.sbatch", *steps(1), "--output_dir", name)
-        env = {"ACCELERATE_CONFIG": f"accelerate_configs/{name}.yaml"}
+        env = {"ACCELERATE_CONFIG": f"accelerate_configs/{name}.yaml"} | UNCHECKED
         jobs.append(cluster.submit(*words, cwd=stub, env=env))
     assert [cluster.wait(job).state for job in jobs] == ["COMPLETED"] * len(jobs), output(stub)
     for job, (name, variable) in zip(jobs, shown.items(), strict=True):
@@ -125,7 +129,44 @@ def test_every_configuration_starts_one_world(cluster, stub):
             place = [context[key] for key in ("RANK", "WORLD_SIZE", "SLURM_NODEID", "LOCAL_RANK", "resume")]
             assert place == [str(rank), "4", str(rank // 2), str(rank % 2), "latest"]
             assert [key for key in context if key.startswith("ACCELERATE")] == ([variable] if variable else [])
-            assert (stub / f"logs/{job}/rank-{rank}.log").read_text() == f"this is process {rank}\n"
+            assert (stub / f"logs/{job}/attempt-0/rank-{rank}.log").read_text() == f"this is process {rank}\n"
+
+
+# The check of the nodes
+
+
+@needs_slurm
+def test_a_bad_node_is_named_and_left_out_and_the_job_goes_on_without_it(cluster, stub, tmp_path):
+    """In place of a container's runtime stands a program that notes what it was asked to run, and runs it."""
+    runtime = tmp_path / "bin/apptainer"
+    runtime.parent.mkdir()
+    runtime.write_text(
+        f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\nwhile [ "$1" != image.sif ]; do shift; done\nexec "${{@:2}}"\n'
+    )
+    runtime.chmod(0o755)
+    path = f"{runtime.parent}:{cluster.environment()['PATH']}"
+    env = CHECKED | {"HF_HOME": str(tmp_path / "hub"), "CONTAINER": "image.sif", "PATH": path}
+    with cluster.bad_node(SECOND, HF_HOME="/proc/nowhere"):
+        job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(1), cwd=stub, env=env)
+        wait_until(lambda: cluster.job(job).excluded == SECOND, stub)
+        # There is no third node: it would wait for one.
+        cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
+        ended = cluster.wait(job)
+    assert (ended.state, ended.restarts, ended.excluded) == ("COMPLETED", 1, SECOND), output(stub)
+    assert (
+        f"! {SECOND}: HF_HOME: /proc/nowhere cannot be written: No such file or directory; it can on {FIRST}"
+        in output(stub)
+    )
+    assert f"left out: {SECOND}" in output(stub)
+    assert "1 of 1 nodes are well" in output(stub)
+    assert "finished" in output(stub)
+    assert (stub / f"logs/{job}/attempt-1/rank-0.log").read_text() == "this is process 0\n"
+    assert json.loads((stub / "run/world-0.json").read_text())["WORLD_SIZE"] == "1"
+    asked = (tmp_path / "asked").read_text().splitlines()
+    bound = f"--nv --pwd {stub} --bind {stub}:{stub},{tmp_path}/hub:{tmp_path}/hub image.sif"
+    assert all(line.startswith(f"exec {bound} ") for line in asked)
+    assert [line.split()[-1] for line in asked if "qwen_vl_sft.preflight" in line] == ["60"] * 3
+    assert sum("run_node" in line for line in asked) == 1
 
 
 # The end of a job
@@ -137,7 +178,7 @@ def test_a_failure_is_not_queued_again(cluster, stub):
     ended = cluster.wait(job)
     assert (ended.state, ended.restarts) == ("FAILED", 0)
     assert "error: no such column" in output(stub)
-    assert f"failed with 1, see above and logs/{job}" in output(stub)
+    assert f"failed with 1, see above and logs/{job}/attempt-0" in output(stub)
     wait_until(lambda: not left_processes(stub), stub, timeout=30)
 
 
@@ -183,15 +224,27 @@ def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_goes_on_after_it(c
 
 
 @needs_slurm
-def test_without_a_checkpoint_in_time_the_job_is_queued_again_anyway(cluster, stub):
+def test_without_a_checkpoint_in_time_the_job_is_queued_again_and_a_job_that_may_not_be_is_followed(cluster, stub):
     env = ON_CPU | {"SAVE_SECONDS": "1"}
     job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(10, seconds=60), cwd=stub, env=env)
-    wait_until(exists(stub, "run/world-0.json", "run/world-1.json"), stub)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    words = ("--no-requeue", "slurm/sft.sbatch", "--output_dir", "other", "--steps", "30", "--seconds", "0.1")
+    once = cluster.submit(*TWO_NODES, *words, cwd=stub, env=ON_CPU)
+    wait_until(exists(stub, "run/world-0.json", "run/world-1.json", "other/steps-0", "other/steps-1"), stub)
+    for number in (job, once):
+        cluster.run("scancel", "--batch", "--signal=USR1", number)
     wait_until(lambda: cluster.job(job).restarts, stub)
     cluster.run("scancel", job)
     assert cluster.wait(job).state == "CANCELLED"
     assert "queued again: no checkpoint in 1 s" in output(stub)
+    ended = cluster.wait(once)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "75:0", 0), output(stub)
+    told = re.search(r"not allowed to be queued again; Submitted batch job (\d+) follows it", output(stub))
+    assert told, output(stub)
+    # Its nodes and limits are those of the first, and so is the folder of its logs.
+    began = f"2 x 1 processes on {FIRST},{SECOND}, restart 1, logs/{once}/attempt-1"
+    wait_until(lambda: began in output(stub), stub)
+    cluster.run("scancel", told[1])
+    assert cluster.wait(told[1]).state == "CANCELLED"
 
 
 @needs_slurm
