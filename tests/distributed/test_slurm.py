@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,16 @@ from safetensors.torch import load_file
 
 from fixtures.processes import launch
 from fixtures.repository import REPOSITORY
-from fixtures.slurm_cluster import FIRST, SECOND, Cluster, left_processes, missing, running_cluster, shells_of_nodes
+from fixtures.slurm_cluster import (
+    FIRST,
+    SECOND,
+    Cluster,
+    Job,
+    left_processes,
+    missing,
+    running_cluster,
+    shells_of_nodes,
+)
 
 FILES = ("slurm/sft.sbatch", "slurm/eval.sbatch")
 REASON = missing()
@@ -41,21 +51,31 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
+def make_project(folder: Path) -> Path:
     """The repository as a user sees it, where jobs may leave their output."""
     for name in ("accelerate_configs", "recipes", "scripts", "slurm"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    return tmp_path
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+def make_stub(folder: Path) -> Path:
+    """The same with a script that counts steps in place of training, and one that shows its words in place of evaluating."""
+    make_project(folder)
+    (folder / "scripts").unlink()
+    (folder / "scripts").mkdir()
+    shutil.copy(REPOSITORY / "tests/fixtures/slurm_trainer.py", folder / "scripts/sft.py")
+    (folder / "scripts/evaluate.py").write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)")
+    return folder
 
 
 @pytest.fixture
-def stub(project: Path) -> Path:
-    """The same with a script that counts steps in place of training."""
-    (project / "scripts").unlink()
-    (project / "scripts").mkdir()
-    shutil.copy(REPOSITORY / "tests/fixtures/slurm_trainer.py", project / "scripts/sft.py")
-    return project
+def project(tmp_path: Path) -> Path:
+    return make_project(tmp_path)
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    return make_stub(tmp_path)
 
 
 def steps(number: int, seconds: float = 0.1) -> tuple[str, ...]:
@@ -132,41 +152,76 @@ def test_every_configuration_starts_one_world(cluster, stub):
             assert (stub / f"logs/{job}/attempt-0/rank-{rank}.log").read_text() == f"this is process {rank}\n"
 
 
-# The check of the nodes
+# The check of the nodes, and an evaluation beside it: while one job waits to be started again, the other runs
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Two jobs that ran in one folder."""
+
+    folder: Path
+    training: str
+    trained: Job
+    evaluated: Job
+
+
+@pytest.fixture(scope="module")
+def side_by_side(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Train on two nodes, one of which is bad, in a container, and evaluate on one node until the time limit is near.
+
+    In place of the container's runtime stands a program that notes what it was asked to run, and runs it.
+    """
+    stub = make_stub(tmp_path_factory.mktemp("side_by_side"))
+    runtime = stub / "bin/apptainer"
+    runtime.parent.mkdir()
+    inside = 'while [ "$1" != image.sif ]; do shift; done; exec "${@:2}"'
+    runtime.write_text(f'#!/bin/bash\necho "$@" >> {stub}/asked\n{inside}\n')
+    runtime.chmod(0o755)
+    path = f"{runtime.parent}:{cluster.environment()['PATH']}"
+    env = CHECKED | {"HF_HOME": f"{stub}/hub", "CONTAINER": "image.sif", "PATH": path}
+    with cluster.bad_node(SECOND, HF_HOME="/proc/nowhere"):
+        training = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(1), cwd=stub, env=env)
+        evaluation = cluster.submit("slurm/eval.sbatch", "--run", "a b", "--overwrite", cwd=stub, env=ON_CPU)
+        wait_until(lambda: "['--run', 'a b', '--overwrite']" in output(stub), stub)
+        cluster.run("scancel", "--batch", "--signal=USR1", evaluation)
+        wait_until(lambda: cluster.job(training).excluded == SECOND, stub)
+        # There is no third node: it would wait for one.
+        cluster.run("scontrol", "update", f"JobId={training}", "NumNodes=1", "NumTasks=1")
+        wait_until(lambda: "['--run', 'a b', '--resume']" in output(stub), stub)
+        evaluated = cluster.job(evaluation)
+        cluster.run("scancel", evaluation)
+        return Outcome(stub, training, cluster.wait(training), evaluated)
 
 
 @needs_slurm
-def test_a_bad_node_is_named_and_left_out_and_the_job_goes_on_without_it(cluster, stub, tmp_path):
-    """In place of a container's runtime stands a program that notes what it was asked to run, and runs it."""
-    runtime = tmp_path / "bin/apptainer"
-    runtime.parent.mkdir()
-    runtime.write_text(
-        f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\nwhile [ "$1" != image.sif ]; do shift; done\nexec "${{@:2}}"\n'
-    )
-    runtime.chmod(0o755)
-    path = f"{runtime.parent}:{cluster.environment()['PATH']}"
-    env = CHECKED | {"HF_HOME": str(tmp_path / "hub"), "CONTAINER": "image.sif", "PATH": path}
-    with cluster.bad_node(SECOND, HF_HOME="/proc/nowhere"):
-        job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(1), cwd=stub, env=env)
-        wait_until(lambda: cluster.job(job).excluded == SECOND, stub)
-        # There is no third node: it would wait for one.
-        cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
-        ended = cluster.wait(job)
-    assert (ended.state, ended.restarts, ended.excluded) == ("COMPLETED", 1, SECOND), output(stub)
-    assert (
-        f"! {SECOND}: HF_HOME: /proc/nowhere cannot be written: No such file or directory; it can on {FIRST}"
-        in output(stub)
-    )
-    assert f"left out: {SECOND}" in output(stub)
-    assert "1 of 1 nodes are well" in output(stub)
-    assert "finished" in output(stub)
-    assert (stub / f"logs/{job}/attempt-1/rank-0.log").read_text() == "this is process 0\n"
-    assert json.loads((stub / "run/world-0.json").read_text())["WORLD_SIZE"] == "1"
-    asked = (tmp_path / "asked").read_text().splitlines()
-    bound = f"--nv --pwd {stub} --bind {stub}:{stub},{tmp_path}/hub:{tmp_path}/hub image.sif"
+def test_a_bad_node_is_named_and_left_out_and_the_job_goes_on_without_it(side_by_side):
+    folder, job, ended = side_by_side.folder, side_by_side.training, side_by_side.trained
+    told = output(folder)
+    assert (ended.state, ended.restarts, ended.excluded) == ("COMPLETED", 1, SECOND), told
+    reason = "HF_HOME: /proc/nowhere cannot be written: No such file or directory"
+    assert f"! {SECOND}: {reason}; it can on {FIRST}" in told
+    assert f"left out: {SECOND}" in told
+    assert "1 of 1 nodes are well" in told
+    assert "finished" in told
+    assert (folder / f"logs/{job}/attempt-1/rank-0.log").read_text() == "this is process 0\n"
+    assert json.loads((folder / "run/world-0.json").read_text())["WORLD_SIZE"] == "1"
+
+
+@needs_slurm
+def test_everything_runs_in_the_container_that_is_named(side_by_side):
+    folder = side_by_side.folder
+    asked = (folder / "asked").read_text().splitlines()
+    bound = f"--nv --pwd {folder} --bind {folder}:{folder},{folder}/hub:{folder}/hub image.sif"
     assert all(line.startswith(f"exec {bound} ") for line in asked)
-    assert [line.split()[-1] for line in asked if "qwen_vl_sft.preflight" in line] == ["60"] * 3
+    assert sum("qwen_vl_sft.preflight" in line for line in asked) == 3
     assert sum("run_node" in line for line in asked) == 1
+
+
+@needs_slurm
+def test_an_evaluation_goes_on_and_overwrites_once(side_by_side):
+    """It overwrites what is there at its first start alone: the words of both are awaited."""
+    assert side_by_side.evaluated.restarts == 1
+    assert output(side_by_side.folder).count("['--run', 'a b', '--overwrite']") == 1
 
 
 # The end of a job
@@ -245,18 +300,6 @@ def test_without_a_checkpoint_in_time_the_job_is_queued_again_and_a_job_that_may
     wait_until(lambda: began in output(stub), stub)
     cluster.run("scancel", told[1])
     assert cluster.wait(told[1]).state == "CANCELLED"
-
-
-@needs_slurm
-def test_an_evaluation_goes_on_and_overwrites_once(cluster, stub):
-    (stub / "scripts/evaluate.py").write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)")
-    job = cluster.submit("slurm/eval.sbatch", "--run", "a b", "--overwrite", cwd=stub, env=ON_CPU)
-    wait_until(lambda: "['--run', 'a b', '--overwrite']" in output(stub), stub)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: "['--run', 'a b', '--resume']" in output(stub), stub)
-    assert cluster.job(job).restarts == 1
-    cluster.run("scancel", job)
-    assert cluster.wait(job).state == "CANCELLED"
 
 
 # The real thing
