@@ -15,9 +15,10 @@ from fixtures.messages import png
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import CATEGORY, EMPTY, KINDS, OTHER_NUMBER, VERBOSE, WITHIN, error_kind
-from qwen_vl_sft.evaluation.report import EMBEDDED_ROWS, page_data, render, to_script_json, write_report
+from qwen_vl_sft.evaluation.report import EMBEDDED_ROWS, page_data, render, write_report
 from qwen_vl_sft.evaluation.report_images import COPIED_BYTES, IMAGES_FOLDER, MAX_WIDTH, embed, write_beside
 from qwen_vl_sft.evaluation.scoring import Question, score_row, summarise
+from qwen_vl_sft.html_page import to_script_json
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&amp; {{data}} \u2028 <!--"

@@ -152,6 +152,7 @@ WRONG = {
     "make_tiny": "--output_dr x",
     "merge": "--rn runs/x",
     "plan": "--num_gpus many",
+    "preview": "--examples many",
     "push": "--repoid x",
     "sft": "recipe.yaml",
 }

@@ -20,6 +20,7 @@ from qwen_vl_sft.evaluation import options as evaluation
 from qwen_vl_sft.inference import options as inference
 from qwen_vl_sft.merging import plan as merging
 from qwen_vl_sft.planning import options as planning
+from qwen_vl_sft.previewing import options as previewing
 from qwen_vl_sft.publishing import options as publishing
 from qwen_vl_sft.tools import options as tools
 
@@ -47,6 +48,7 @@ OPTIONS = {
     "make_tiny": tools.TinyOptions,
     "doctor": diagnosis.DoctorOptions,
     "plan": planning.PlanOptions,
+    "preview": previewing.PreviewOptions,
     "check_plan": planning.CheckPlanOptions,
 }
 MEASURING = (
@@ -57,6 +59,7 @@ MEASURING = (
     "compare_strategies",
     "kill_and_resume",
     "plan",
+    "preview",
 )
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

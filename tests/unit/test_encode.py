@@ -183,9 +183,10 @@ def test_an_overlong_row_is_refused_not_cut(real_processor):
     whole = len(SYSTEM + USER + TURN + ANSWER + NEWLINE)
     assert len(Encoder(real_processor, max_length=whole).encode(chart()).input_ids) == whole
     encoder = Encoder(real_processor, max_length=whole - 1)
-    for refuse in (encoder.encode, encoder.measure):
+    tokens = encoder.measure(chart()).tokens
+    for refuse in (lambda: encoder.encode(chart()), lambda: encoder.check_length(tokens)):
         with pytest.raises(OverLongRow, match="has 31 tokens, more than max_length 30"):
-            refuse(chart())
+            refuse()
 
 
 def test_pixel_limits_hold_and_are_saved(shared, tmp_path):
@@ -212,7 +213,7 @@ def test_a_photo_costs_the_same_upright_or_not(tiny_processor):
     Image.new("RGB", (196, 57)).save(buffer, "JPEG", exif=exif)
     photo = Conversation(chart().messages, [ImageFile(buffer.getvalue(), None)])
     encoder = Encoder(tiny_processor)
-    assert encoder.measure(photo) == encoder.measure(photo, lambda file: encoder.count_patches(file, decode=True))
+    assert encoder.measure(photo) == encoder.measure(photo, lambda file: encoder.look_at(file, decode=True))
     assert encoder.encode(photo).image_grid_thw.tolist() == [[1, 14, 4]]
     assert encoder.measure(photo).tokens == len(encoder.encode(photo).input_ids)
 

@@ -14,7 +14,7 @@ from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media import decoding
 from qwen_vl_sft.data.media.image_file import ImageFile
-from qwen_vl_sft.data.media.patches import PatchNormalizer, cut_into_patches
+from qwen_vl_sft.data.media.patches import PatchNormalizer, cut_into_patches, join_patches
 from qwen_vl_sft.errors import BadRow
 
 
@@ -133,3 +133,19 @@ def test_batches_in_bytes_become_the_same_pixels(tiny_processor):
     assert torch.equal(encoder.normalize_patches(small), whole)
     assert torch.equal(encoder.normalize_patches(small, torch.bfloat16), whole.bfloat16())
     assert torch.equal(torch.cat([image.pixel_values for row in rows for image in row.media]), whole)
+
+
+@pytest.mark.parametrize("size", [(117, 75), (28, 200), (56, 56)])
+def test_patches_are_joined_to_the_image_that_was_cut(size, tiny_processor):
+    processor = tiny_processor.image_processor
+    pixels = saved(picture(*size)).pixels()
+    patches, grid = cut_into_patches(pixels, processor)
+    joined = join_patches(patches, grid, processor)
+    assert joined.shape == (int(grid[1]) * 14, int(grid[2]) * 14, 3)
+    # Cut again, without a resize that would change anything, they are the same.
+    again, same_grid = cut_into_patches(joined, processor)
+    assert torch.equal(again, patches)
+    assert torch.equal(same_grid, grid)
+    assert (joined.float().mean() - pixels.float().mean()).abs() < 5
+    plain = np.asarray(Image.fromarray(pixels.numpy()).resize((joined.shape[1], joined.shape[0]), Image.BICUBIC))
+    assert np.abs(plain.astype(int) - joined.numpy().astype(int)).mean() < 2

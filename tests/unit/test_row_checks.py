@@ -52,6 +52,32 @@ def test_rows_are_looked_at_once(messages_folder, encoder, looked_at):
     assert len(looked_at) == 12
 
 
+def test_what_was_found_with_content_hashes_serves_without(messages_folder, encoder, looked_at):
+    folder = messages_folder(ROWS)
+    rows = open_rows(str(folder), "train")
+    plain = Checks(encoder, decode=True, content_hashes=False)
+    full = check(folder, encoder)
+    assert check_rows(rows, plain).equals(full)
+    assert len(looked_at) == 6
+    (folder / IMAGES[0]).write_bytes(png("green"))
+    changed = check_rows(rows, plain)
+    assert looked_at[6:] == [0, 2, 4]
+    assert check(folder, encoder).equals(changed)
+    assert len(looked_at) == 9
+    assert len(set(full["question"].to_pylist()) | set(changed["question"].to_pylist())) == 9
+
+
+def test_a_row_that_is_too_long_has_its_lengths(messages_folder, tiny_processor):
+    folder = messages_folder([*ROWS, conversation_row("<image>Is it " + "very " * 30 + "red?")])
+    everything = check(folder, Encoder(tiny_processor))
+    longest = max(everything["tokens"].to_pylist())
+    found = check(folder, Encoder(tiny_processor, max_length=longest - 1))
+    assert found["overlong"].to_pylist() == [False] * 6 + [True]
+    assert found.drop_columns(["problem", "overlong"]).equals(everything.drop_columns(["problem", "overlong"]))
+    assert everything["image_sides"].to_pylist() == [[56, 56]] * 7
+    assert everything["answer_tokens"].equals(everything["target_tokens"])
+
+
 def test_rows_of_a_file_that_changed_are_looked_at_again(messages_folder, encoder, looked_at):
     folder = messages_folder(ROWS)
     first = check(folder, encoder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from qwen_vl_sft.data.boxes import place_boxes
 from qwen_vl_sft.data.chat_template import ChatTemplate, with_system_message
 from qwen_vl_sft.data.conversation import Conversation, prompt_of
 from qwen_vl_sft.data.labels import IGNORE_INDEX, LabelRule, tokenize_turns
-from qwen_vl_sft.data.media import MEDIA, CountPatches, EncodedMedia, MediaFile, ReadMedia
+from qwen_vl_sft.data.media import MEDIA, EncodedMedia, LookAt, MediaFacts, MediaFile, ReadMedia
 from qwen_vl_sft.data.media.patches import PatchNormalizer
+from qwen_vl_sft.data.row_digests import row_digests
 from qwen_vl_sft.data.row_lengths import RowLength
 from qwen_vl_sft.data.thoughts import opens_thought
 from qwen_vl_sft.errors import BadRow, OverLongRow
@@ -122,30 +123,42 @@ class Encoder:
         """Count the patches of a file from its header; `decode` also proves its content readable. Raises `BadRow`."""
         return MEDIA[file.kind].count_patches(file, self.processor, decode)
 
+    def look_at(self, file: MediaFile, decode: bool = False, identify: bool = False) -> MediaFacts:
+        """Count patches as `count_patches` does; `identify` adds the sides, and the hash of the bytes. Raises `BadRow`."""
+        patches = self.count_patches(file, decode)
+        return MediaFacts(patches, MEDIA[file.kind].size(file), file.content_hash) if identify else MediaFacts(patches)
+
     def count_media(self, files: list[MediaFile]) -> int:
         """Count the tokens of these files from their headers. Raises `BadRow`."""
         return sum(self._count_tokens(file, self.count_patches(file)) for file in files)
 
     def measure(
-        self, conversation: Conversation, count_patches: CountPatches | None = None, content_hashes: bool = False
+        self, conversation: Conversation, look: LookAt | None = None, content_hashes: bool = False
     ) -> RowLength:
-        """Count tokens and patches from the text and the headers. Raises `BadRow` or `OverLongRow`.
+        """Count tokens and patches from the text and the headers, whatever `max_length` is. Raises `BadRow`.
 
-        `count_patches` may do more than this encoder's own. `content_hashes` reads the bytes of images too, and tells
-        which they are.
+        `look` may do more than `look_at` of this encoder, or know a file already. `content_hashes` reads the bytes of images
+        too, and tells which they are, their sides, and which text the row has.
         """
         conversation = self.with_boxes(conversation)
         ids, is_target = self._tokenize(conversation)
         files = conversation.media
-        patches = [(count_patches or self.count_patches)(file) for file in files]
+        facts = [(look or partial(self.look_at, identify=content_hashes))(file) for file in files]
+        patches = [fact.patches for fact in facts]
         media_tokens = [self._count_tokens(file, count) for file, count in zip(files, patches, strict=True)]
         tokens = len(ids) - len(files) + sum(media_tokens)
-        self._check_length(tokens)
         labels = self._rule.labels(torch.tensor(ids), torch.tensor(is_target))
         target_tokens = int((labels[1:] != IGNORE_INDEX).sum())
         prefix = self._prefix(ids, is_target, files, patches, media_tokens)
-        found = ([file.content_hash for file in files], patches) if content_hashes else ([], [])
-        return RowLength(tokens, target_tokens, len(files), sum(patches), *prefix, *found)
+        length = RowLength(tokens, target_tokens, len(files), sum(patches), *prefix, answer_tokens=sum(is_target))
+        if not content_hashes:
+            return length
+        hashes = [fact.content_hash for fact in facts]
+        question, answer = row_digests(conversation, hashes)
+        sides = [side for fact in facts for side in fact.size]
+        return replace(
+            length, content_hashes=hashes, image_patches=patches, image_sides=sides, question=question, answer=answer
+        )
 
     def _tokenize(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         messages = with_system_message(conversation.messages, self.system_message)
@@ -181,7 +194,7 @@ class Encoder:
         counts = [self._count_tokens(item, int(item.grid.prod())) for item in media]
         repeats[is_media] = torch.tensor(counts, dtype=torch.long)
         input_ids = input_ids.repeat_interleave(repeats)
-        self._check_length(len(input_ids))
+        self.check_length(len(input_ids))
         labels = self._rule.labels(input_ids, torch.tensor(is_target).repeat_interleave(repeats))
         token_types = torch.zeros_like(input_ids)
         for kind, token_id in self.media_token_ids.items():
@@ -191,6 +204,7 @@ class Encoder:
     def _count_tokens(self, item: MediaFile | EncodedMedia, patches: int) -> int:
         return MEDIA[item.kind].count_tokens(patches, self.processor)
 
-    def _check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
+        """Raise `OverLongRow` for a row of more tokens than `max_length`."""
         if self.max_length is not None and tokens > self.max_length:
             raise OverLongRow(f"has {tokens} tokens, more than max_length {self.max_length}")

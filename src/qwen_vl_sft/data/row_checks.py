@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from qwen_vl_sft.compat.for_python import settle_before_forks
 from qwen_vl_sft.cpu_cores import usable_cores
 from qwen_vl_sft.data.dataset import ROW_ID, Rows
 from qwen_vl_sft.data.encoding import Encoder
-from qwen_vl_sft.data.media import CountPatches, archives, counting_once, path_of
+from qwen_vl_sft.data.media import LookAt, archives, looking_once, path_of
 from qwen_vl_sft.errors import BadRow, OverLongRow, UserError
 
 COUNTS = ("tokens", "target_tokens", "images", "patches", "prefix_tokens", "prefix_patches")
@@ -46,10 +46,20 @@ _SCHEMA = pa.schema(
         "files": pa.large_list(pa.large_string()),
         "content_hashes": pa.large_list(pa.large_string()),
         "image_patches": pa.large_list(pa.int64()),
+        "image_sides": pa.large_list(pa.int64()),
+        "question": pa.large_string(),
+        "answer": pa.large_string(),
+        "answer_tokens": pa.int64(),
     }
 )
+# A row that cannot be used has none of these.
+_NOTHING: dict[str, Any] = {
+    **dict.fromkeys((*COUNTS, "answer_tokens"), 0),
+    **dict.fromkeys(("prefix", "question", "answer"), ""),
+    **{name: [] for name in ("content_hashes", "image_patches", "image_sides")},
+}
 # Raise it when reading, refusing or measuring of rows changes: what was found before is then ignored.
-_VERSION = 6
+_VERSION = 7
 # Rows that a process checks at a time, and rows that are worth a process.
 _PIECE, _WORTH_A_PROCESS = 32, 256
 # Files on a network answer slowly, but many at a time.
@@ -58,7 +68,7 @@ _THREADS, _FILES_OF_A_THREAD = 16, 256
 
 @dataclass(frozen=True)
 class Checks:
-    """What is looked at in each row: `decode` proves pixels readable, `content_hashes` tells images by their bytes."""
+    """What is looked at in each row: `decode` proves pixels readable, `content_hashes` tells images and texts apart."""
 
     encoder: Encoder
     decode: bool
@@ -68,11 +78,15 @@ class Checks:
 def check_rows(rows: Rows, checks: Checks, processes: int | None = None) -> pa.Table:
     """Return what is found in each row, in their order; `processes` work on it, all cores for None.
 
-    The table has the columns `COUNTS`, `row_id`, `prefix`, `content_hashes` and `image_patches` of `RowLength`, which are
-    zero and empty in a row that cannot be used; its `problem`, else null, and whether it is that it is `overlong`.
+    The table has the column `row_id` and those of `RowLength`, which are zero and empty in a row that cannot be used; its
+    `problem`, else null, and whether it is that it is `overlong`. What was found with `content_hashes` serves without too.
     """
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "qwen_vl_sft_scans" / f"{_fingerprint(rows, checks)}.arrow"
+    path = _place(rows, checks)
     known = _read(path)
+    if known is None and not checks.content_hashes:
+        fuller = replace(checks, content_hashes=True)
+        if (more := _read(_place(rows, fuller))) is not None:
+            path, known, checks = _place(rows, fuller), more, fuller
     places = np.arange(len(rows)) if known is None else _outdated(known, rows)
     if not len(places):
         assert known is not None
@@ -84,6 +98,11 @@ def check_rows(rows: Rows, checks: Checks, processes: int | None = None) -> pa.T
         found = pa.concat_tables([known, found]).take(order)
     _write(path, found)
     return found
+
+
+def _place(rows: Rows, checks: Checks) -> Path:
+    """Return where findings are kept."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "qwen_vl_sft_scans" / f"{_fingerprint(rows, checks)}.arrow"
 
 
 def _check(rows: Rows, places: np.ndarray, checks: Checks, processes: int | None) -> pa.Table:
@@ -127,9 +146,10 @@ class _Pieces(MapDataset[Any]):
         self.checks = checks
 
     @cached_property
-    def count_patches(self) -> CountPatches:
-        """How patches are counted; each worker remembers the images that it has seen."""
-        return counting_once(lambda file: self.checks.encoder.count_patches(file, self.checks.decode))
+    def look(self) -> LookAt:
+        """How images are looked at; each worker remembers those that it has seen."""
+        checks = self.checks
+        return looking_once(partial(checks.encoder.look_at, decode=checks.decode, identify=checks.content_hashes))
 
     def __len__(self) -> int:
         return -(-len(self.places) // _PIECE)
@@ -137,24 +157,25 @@ class _Pieces(MapDataset[Any]):
     def __getitem__(self, number: int) -> pa.RecordBatch | UserError:
         places = self.places[number * _PIECE : (number + 1) * _PIECE]
         try:
-            found = [_check_row(self.rows, int(place), self.checks, self.count_patches) for place in places]
+            found = [_check_row(self.rows, int(place), self.checks, self.look) for place in places]
         except UserError as error:  # a loader would wrap it into a traceback
             return error
         return pa.RecordBatch.from_pylist(found, _SCHEMA)
 
 
-def _check_row(rows: Rows, place: int, checks: Checks, count_patches: CountPatches) -> dict[str, Any]:
+def _check_row(rows: Rows, place: int, checks: Checks, look: LookAt) -> dict[str, Any]:
     assert isinstance(rows.dataset, Dataset)
     raw: Mapping[str, Any] = rows.dataset[place]
-    found: dict[str, Any] = {"problem": None, "overlong": False, ROW_ID: raw[ROW_ID], "files": []}
+    found: dict[str, Any] = {**_NOTHING, "problem": None, "overlong": False, ROW_ID: raw[ROW_ID], "files": []}
     try:
         conversation = rows.format.read(raw, rows.folder)
         # Before they are read: one that changes meanwhile is then checked again.
         found["files"] = [_stamp(path) for file in conversation.media if (path := path_of(file))]
-        return found | asdict(checks.encoder.measure(conversation, count_patches, checks.content_hashes))
+        found |= asdict(checks.encoder.measure(conversation, look, checks.content_hashes))
+        checks.encoder.check_length(found["tokens"])
+        return found
     except BadRow as error:
-        nothing = dict.fromkeys(COUNTS, 0) | {"prefix": "", "content_hashes": [], "image_patches": []}
-        return found | nothing | {"problem": str(error), "overlong": isinstance(error, OverLongRow)}
+        return found | {"problem": str(error), "overlong": isinstance(error, OverLongRow)}
 
 
 def _stamp(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -14,8 +14,11 @@ class RowLength:
     """The costs of a row, known without its pixels: tokens in all, tokens of the loss, images, vision patches.
 
     `prefix` is equal in rows that begin alike up to their last image before any answer (images, text and all), and
-    empty in a row without one; `prefix_tokens` and `prefix_patches` are the costs of that beginning. When they were
-    asked for, `content_hashes` and `image_patches` have an entry an image.
+    empty in a row without one; `prefix_tokens` and `prefix_patches` are the costs of that beginning. `answer_tokens` are
+    those of the answers that are learned, whatever the loss is on.
+
+    When they were asked for, `content_hashes` and `image_patches` have an entry an image, `image_sides` two, its width and
+    its height; `question` and `answer` are those of `row_digests`.
     """
 
     tokens: int
@@ -27,6 +30,10 @@ class RowLength:
     prefix_patches: int
     content_hashes: list[str] = field(default_factory=list)
     image_patches: list[int] = field(default_factory=list)
+    image_sides: list[int] = field(default_factory=list)
+    question: str = ""
+    answer: str = ""
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,10 @@ class RowLengths:
     def __len__(self) -> int:
         """Count the rows."""
         return len(self.tokens)
+
+    def select(self, chosen: np.ndarray) -> RowLengths:
+        """Return the chosen rows alone."""
+        return RowLengths(**{entry.name: getattr(self, entry.name)[chosen] for entry in fields(self)})
 
     def without_patches(self) -> RowLengths:
         """Return the same rows where images cost nothing but their tokens."""

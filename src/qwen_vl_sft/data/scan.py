@@ -71,7 +71,7 @@ def scan(
     found = check_rows(rows, Checks(encoder, verify_images, content_hashes), num_proc)
     is_good = found["problem"].is_null().to_numpy()
     is_long = found["overlong"].to_numpy()
-    bad_rows, long_rows = _named(rows, found, ~is_good & ~is_long), _named(rows, found, is_long)
+    bad_rows, long_rows = named_problems(rows, found, ~is_good & ~is_long), named_problems(rows, found, is_long)
     if bad_rows and not skip_bad_rows:
         raise _refusal(bad_rows, len(rows), "cannot be used", "fix them, or set bad_rows: skip to leave them out")
     if long_rows and not drop_overlong:
@@ -79,12 +79,11 @@ def scan(
         raise _refusal(long_rows, len(rows), "are too long", out)
     kept = is_good.nonzero()[0]
     if not len(kept):
-        (first,) = _named(rows, found.slice(0, 1), np.array([True]))
+        (first,) = named_problems(rows, found.slice(0, 1), np.array([True]))
         raise UserError(f"{rows.name}: none of its {len(rows)} rows can be used; the first: {first}")
     # Nearly always all: a list of places would then cost more than it says.
     usable = found if is_good.all() else found.filter(pa.array(is_good))
-    counts: dict[str, Any] = {name: usable[name].to_numpy() for name in COUNTS}
-    lengths = RowLengths(**counts, prefix=_number_prefixes(usable["prefix"]))
+    lengths = row_lengths(usable)
     images: dict[str, Any] = {}
     if content_hashes:
         images = {name: usable[name].to_pylist() for name in ("content_hashes", "image_patches")}
@@ -92,8 +91,14 @@ def scan(
     return Scan(kept_rows, kept, lengths, bad_rows, long_rows, **images)
 
 
-def _named(rows: Rows, found: pa.Table, chosen: np.ndarray) -> list[str]:
-    """Return names and problems of the chosen rows."""
+def row_lengths(found: pa.Table) -> RowLengths:
+    """Return the lengths of the rows that `check_rows` found something in."""
+    counts: dict[str, Any] = {name: found[name].to_numpy() for name in COUNTS}
+    return RowLengths(**counts, prefix=_number_prefixes(found["prefix"]))
+
+
+def named_problems(rows: Rows, found: pa.Table, chosen: np.ndarray) -> list[str]:
+    """Return names and problems of the chosen rows, of those that `check_rows` found."""
     told = found.select([ROW_ID, "problem"]).filter(pa.array(chosen)).to_pylist()
     return [f"{rows.name_of(row[ROW_ID])} {row['problem']}" for row in told]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
 from qwen_vl_sft.evaluation.metrics import NOTES, headline, headline_of, measured_metrics
 from qwen_vl_sft.evaluation.report_images import IMAGES_FOLDER, ImageWriter, Shown, embed_file, write_beside
 from qwen_vl_sft.evaluation.scoring import ALL, REPORT_FILE, SPLIT_COLUMN, describe_cut
+from qwen_vl_sft.html_page import asset, facts_list, fill, table, to_script_json
 
 # The charts of a row, by its row_id.
 Charts = Callable[[int], Sequence[ImageFile]]
@@ -61,17 +59,16 @@ def render(
     headline = headline_of(next(iter(summary["scores"].values()))[ALL])
     parts = {
         "title": escape(_title(summary)),
-        "style": _asset(STYLE),
+        "style": asset("qwen_vl_sft.evaluation", STYLE),
         "facts": _facts(summary),
         "scores": _scores(summary["scores"]),
         "comparisons": _comparisons(summary["comparisons"], headline),
         "clustered": _clustered(summary.get("by_image"), headline),
         "errors": _errors(data),
         "data": to_script_json(data),
-        "script": _asset(SCRIPT),
+        "script": asset("qwen_vl_sft.evaluation", SCRIPT),
     }
-    # One pass: a text that holds a marker itself is not filled in.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(PAGE))
+    return fill(asset("qwen_vl_sft.evaluation", PAGE), parts)
 
 
 def page_data(
@@ -100,13 +97,6 @@ def page_data(
         written = images.shown()
     splits = sorted({row["split"] for row in shown if row["split"] is not None})
     return {"arms": arms, "tuned": TUNED, "splits": splits, "kinds": KINDS, "images": written, "rows": shown}
-
-
-def to_script_json(value: Any) -> str:
-    """Return JSON that is safe inside `<script>`: none of its texts can close the element or open a comment."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    # A lone surrogate, which JSON answers may carry, has no UTF-8 form.
-    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _judged(scored: Mapping[str, Any], golds: Sequence[str]) -> list[Any]:
@@ -138,10 +128,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         "Cut answers": describe_cut(summary),
         "Versions": ", ".join(f"{name} {version}" for name, version in known.items() if version),
     }
-    shown = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value
-    )
-    return f"<dl>{shown}</dl>"
+    return facts_list(facts)
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
@@ -155,7 +142,7 @@ def _metric(scores: Mapping[str, Any], metric: str) -> str:
     headings = [f"{escape(split)} <small>({cells[metric]['rows']:,})</small>" for split, cells in splits.items()]
     body = [[escape(arm), *(_bar(of_arm[split][metric]) for split in splits)] for arm, of_arm in scores.items()]
     name = metric.replace("_", " ")
-    return f"<h3>{name[0].upper()}{name[1:]}</h3><p>{NOTES[metric]}</p>" + _table(name, ["arm", *headings], body)
+    return f"<h3>{name[0].upper()}{name[1:]}</h3><p>{NOTES[metric]}</p>" + table(name, ["arm", *headings], body)
 
 
 def _bar(cell: Mapping[str, float]) -> str:
@@ -171,8 +158,8 @@ def _clustered(by_image: Mapping[str, Any] | None, headline: str) -> str:
         return ""
     note = f"<p>Rows that share images count as one draw: {by_image['clusters']:,} clusters.</p>"
     compared = _comparison_rows(by_image["comparisons"], headline)
-    table = _table("comparisons clustered by image", COMPARISON_HEADINGS, compared) if compared else ""
-    return f"<h2>Clustered by image</h2>{note}{_metric(by_image['scores'], headline)}{table}"
+    compared_table = table("comparisons clustered by image", COMPARISON_HEADINGS, compared) if compared else ""
+    return f"<h2>Clustered by image</h2>{note}{_metric(by_image['scores'], headline)}{compared_table}"
 
 
 def _comparisons(entries: Iterable[Mapping[str, Any]], metric: str) -> str:
@@ -181,7 +168,7 @@ def _comparisons(entries: Iterable[Mapping[str, Any]], metric: str) -> str:
         return ""
     name = metric.replace("_", " ").capitalize()
     note = f"{name} on the same rows, in points; rows won and lost by the first arm; p of an exact sign test."
-    return f"<h2>Arms against each other</h2><p>{note}</p>" + _table("paired comparisons", COMPARISON_HEADINGS, body)
+    return f"<h2>Arms against each other</h2><p>{note}</p>" + table("paired comparisons", COMPARISON_HEADINGS, body)
 
 
 def _comparison_rows(entries: Iterable[Mapping[str, Any]], metric: str) -> list[list[str]]:
@@ -208,19 +195,4 @@ def _errors(data: Mapping[str, Any]) -> str:
     for index, arm in enumerate(data["arms"]):
         counts = Counter(row["arms"][index][2] for row in data["rows"])
         body.append([escape(arm), *(f"{counts[kind]:,}" for kind in KINDS)])
-    return "<h2>Wrong answers by kind</h2>" + _table("wrong answers by kind", ["arm", *KINDS.values()], body)
-
-
-def _table(label: str, headings: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a table of HTML cells; what is wider than the page scrolls, also by keyboard."""
-    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
-    lines = "".join(
-        f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
-        for cells in body
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    return f'<div class="wide" role="region" tabindex="0" aria-label="{label}">{table}</div>'
-
-
-def _asset(name: str) -> str:
-    return resources.files("qwen_vl_sft.evaluation").joinpath(name).read_text(encoding="utf-8")
+    return "<h2>Wrong answers by kind</h2>" + table("wrong answers by kind", ["arm", *KINDS.values()], body)

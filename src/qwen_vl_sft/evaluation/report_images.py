@@ -32,9 +32,9 @@ _AHEAD = 64
 Shown = tuple[str, int, int]
 
 
-def embed(image: Image.Image) -> Shown:
-    """Return an RGB image as the smallest data URI, with its width (at most 480 pixels) and height."""
-    image = _reduced(image)
+def embed(image: Image.Image, most: tuple[int, int] = (MAX_WIDTH, MAX_HEIGHT)) -> Shown:
+    """Return an RGB image as the smallest data URI, with its width and height, which are `most`."""
+    image = _reduced(image, most)
     candidates = {}
     for kind, options in FORMATS.items():
         buffer = io.BytesIO()
@@ -101,11 +101,11 @@ class ImageWriter:
         return [written.result() for written in self._written]
 
 
-def _fitting(width: int, height: int) -> tuple[int, int]:
-    scale = min(1.0, MAX_WIDTH / width, MAX_HEIGHT / height)
+def _fitting(width: int, height: int, most: tuple[int, int] = (MAX_WIDTH, MAX_HEIGHT)) -> tuple[int, int]:
+    scale = min(1.0, most[0] / width, most[1] / height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _reduced(image: Image.Image) -> Image.Image:
-    size = _fitting(*image.size)
+def _reduced(image: Image.Image, most: tuple[int, int] = (MAX_WIDTH, MAX_HEIGHT)) -> Image.Image:
+    size = _fitting(*image.size, most)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)

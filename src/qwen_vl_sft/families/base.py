@@ -180,8 +180,12 @@ class PackedLayout:
 def resized_image(width: int, height: int, image_processor: Any) -> tuple[int, int]:
     """Return width and height to which the image processor of all families resizes an image."""
     limits = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
-    factor = image_processor.patch_size * image_processor.merge_size
-    new_height, new_width = smart_resize(height, width, factor, *limits)
+    return resized_within(width, height, image_processor.patch_size * image_processor.merge_size, *limits)
+
+
+def resized_within(width: int, height: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Return width and height in multiples of `factor`, of at least `least` and at most `most` pixels."""
+    new_height, new_width = smart_resize(height, width, factor, least, most)
     return new_width, new_height
 
 

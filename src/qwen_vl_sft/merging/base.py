@@ -22,7 +22,6 @@ from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.merging.places import Place, as_in_model, finder
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
-from qwen_vl_sft.modeling.fp8.layers import fp8_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -249,9 +248,7 @@ def open_weights(path: Path) -> Iterator[Any]:
 
 
 def quantized_layers(settings: ModelSettings) -> set[str]:
-    """Return the names of the layers that are quantized under these settings."""
-    if settings.load_in_fp8:
-        return set(fp8_layers(build_on_meta(settings), settings))
+    """Return the names of the layers that transformers would quantize with bitsandbytes under these settings."""
     from bitsandbytes.nn import Linear4bit
     from transformers.quantizers import AutoHfQuantizer
 

@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen_vl_sft.batching.fit import problems_of_lengths
 from qwen_vl_sft.batching.packing import StepPlan
+from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.agreed_scan import agreed_scan
-from qwen_vl_sft.data.dataset import ROW_ID, Rows, in_memory, open_split, select_evenly
+from qwen_vl_sft.data.dataset import Rows, in_memory, open_split, select_evenly
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import Scan, scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.modeling.base_model import load_family, load_processor
 from qwen_vl_sft.planning import rows as row_sizes
 from qwen_vl_sft.training.image_features import ImageFeatures, plan_features
@@ -62,26 +64,41 @@ def prepare_data(run: Run) -> PreparedData:
     processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
     # One process of a machine downloads and prepares; the others then read its caches.
     with launch.join(context, recipe.get("ddp_backend")).local_main_process_first():
-        seed = recipe.data_seed if data.shuffle_dataset else None
-        train_rows = open_split(data, data.dataset_train_split, shuffle_seed=seed, max_rows=data.max_train_samples)
-        evaluation_rows = _evaluation_rows(data) if recipe.get("eval_strategy") != "no" else None
-    message = train_rows.format.resolve_system_message(data.system_message)
-    chat = load_family(recipe.model).chat_with(data.enable_thinking)
-    encoder = Encoder(processor, message, data.train_on, data.max_length, chat)
+        train_rows, evaluation_rows = open_rows_of(recipe)
+    encoder = build_encoder(recipe, processor, train_rows)
     content_hashes = recipe.run.cache_image_features is not None
     train = train_rows if train_rows.streamed else _scan(data, context, train_rows, encoder, content_hashes)
     evaluation = _scan(data, context, evaluation_rows, encoder) if evaluation_rows else None
     if not isinstance(train, Scan):
         assert recipe.get("max_steps") > 0, "recipe rules require max_steps for a stream"
         return PreparedData(encoder, train, evaluation, None, None, recipe.get("max_steps"))
-    if recipe.run.packing:
-        _check_rows_fit(train, recipe.run.tokens_per_batch)
-        if recipe.run.global_batch_tokens is not None:
-            _check_steps_hold_rows(train, recipe.run.global_batch_tokens, context.processes)
+    raise_all([*problems_of_lengths(train.rows, train.lengths, recipe.run, context.processes)])
     if context.rank == 0:
         row_sizes.remember(data, str(recipe.model.model_name_or_path), row_sizes.measured(train.lengths))
     features = plan_features(recipe, run.structure, train, encoder)
     return PreparedData(encoder, train, evaluation, features, *_plan_steps(run, train, features is not None))
+
+
+def open_rows_of(recipe: Recipe) -> tuple[Rows, Rows | None]:
+    """Open the training rows, and those that are evaluated on while training, if any. Raises `UserError`."""
+    data = recipe.data
+    seed = recipe.data_seed if data.shuffle_dataset else None
+    train = open_split(data, data.dataset_train_split, shuffle_seed=seed, max_rows=data.max_train_samples)
+    if recipe.get("eval_strategy") == "no":
+        return train, None
+    split, cap = data.dataset_test_split, data.max_eval_samples
+    assert split is not None, "recipe rules require dataset_test_split for evaluations"
+    if data.dataset_streaming:
+        return train, in_memory(open_split(data, split, max_rows=cap))
+    return train, select_evenly(open_split(data, split), cap)
+
+
+def build_encoder(recipe: Recipe, processor: Any, train_rows: Rows) -> Encoder:
+    """Return what makes tensors of the rows of a run."""
+    data = recipe.data
+    message = train_rows.format.resolve_system_message(data.system_message)
+    chat = load_family(recipe.model).chat_with(data.enable_thinking)
+    return Encoder(processor, message, data.train_on, data.max_length, chat)
 
 
 def with_train_rows(run: Run, data: PreparedData, train: Scan) -> PreparedData:
@@ -102,36 +119,6 @@ def _plan_steps(run: Run, train: Scan, has_features: bool) -> tuple[StepPlan | N
     sizes = train.lengths.without_patches() if has_features else train.lengths
     budget, share = recipe.run.tokens_per_batch, recipe.run.share_prefixes
     return StepPlan(sizes, batch, budget, run.context.processes, recipe.data_seed, share), steps
-
-
-def _check_rows_fit(train: Scan, tokens_per_batch: int) -> None:
-    longer = int((train.lengths.tokens > tokens_per_batch).sum())
-    if longer:
-        row = train.rows.name_of(train.rows.dataset[int(train.lengths.tokens.argmax())][ROW_ID])  # type: ignore[index]
-        raise UserError(
-            f"tokens_per_batch {tokens_per_batch:,}: {longer:,} of {len(train.rows):,} rows are longer, the longest"
-            f" ({row}) with {int(train.lengths.tokens.max()):,} tokens; raise tokens_per_batch, lower max_pixels, or leave"
-            f" them out with max_length: {tokens_per_batch} and overlong: drop"
-        )
-
-
-def _check_steps_hold_rows(train: Scan, tokens: int, processes: int) -> None:
-    """Refuse steps too small: each must have a row for each process, and two at least."""
-    longest, rows = int(train.lengths.tokens.max()), max(2, processes)
-    if tokens < rows * longest:
-        why = f"for {processes:,} processes" if processes > 2 else "so that no step is empty"
-        raise UserError(
-            f"global_batch_tokens {tokens:,}: the longest row has {longest:,} tokens, and a step must have room for"
-            f" {rows:,} such rows {why}; write {rows * longest:,} or more, or lower max_pixels"
-        )
-
-
-def _evaluation_rows(data: DataSettings) -> Rows:
-    split, cap = data.dataset_test_split, data.max_eval_samples
-    assert split is not None
-    if data.dataset_streaming:
-        return in_memory(open_split(data, split, max_rows=cap))
-    return select_evenly(open_split(data, split), cap)
 
 
 def _scan(

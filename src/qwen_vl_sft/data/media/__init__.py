@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,22 @@ from qwen_vl_sft.errors import BadRow
 MediaFile = ImageFile
 EncodedMedia = EncodedImage
 ReadMedia = Callable[[MediaFile], EncodedMedia]
-CountPatches = Callable[[MediaFile], int]
-# Files whose count is kept, at some hundred bytes each.
-_MOST_COUNTED = 200_000
+# Files whose facts are kept, at some hundred bytes each.
+_MOST_KEPT = 200_000
 
 MEDIA: dict[str, Medium[Any, Any]] = {medium.kind: medium for medium in (ImageMedium(),)}
+
+
+@dataclass(frozen=True)
+class MediaFacts:
+    """What is known of a file before training: its patches; if it was asked for, width, height and sha256 of its bytes."""
+
+    patches: int
+    size: tuple[int, int] = (0, 0)
+    content_hash: str = ""
+
+
+LookAt = Callable[[MediaFile], MediaFacts]
 
 
 def path_of(file: MediaFile) -> str | None:
@@ -54,18 +66,18 @@ def reading_once(read: ReadMedia) -> ReadMedia:
     return remembered
 
 
-def counting_once(count: CountPatches) -> CountPatches:
-    """Return `count` with a cache: many rows show the same file, which is then looked at once, also when it is refused."""
-    known: dict[tuple[str | None, bytes], int | BadRow] = {}
+def looking_once(look: LookAt) -> LookAt:
+    """Return `look` with a cache: many rows show the same file, which is then looked at once, also when it is refused."""
+    known: dict[tuple[str | None, bytes], MediaFacts | BadRow] = {}
 
-    def remembered(file: MediaFile) -> int:
+    def remembered(file: MediaFile) -> MediaFacts:
         # A name stands in what is said of a refused file.
         key = (getattr(file, "path", None), hashlib.sha256(file.origin).digest())
         if key not in known:
-            if len(known) >= _MOST_COUNTED:
+            if len(known) >= _MOST_KEPT:
                 known.clear()
             try:
-                known[key] = count(file)
+                known[key] = look(file)
             except BadRow as error:
                 known[key] = error
         found = known[key]

@@ -40,6 +40,9 @@ class Medium(Protocol[File, Encoded]):
     def count_patches(self, file: File, processor: Any, decode: bool = False) -> int:
         """Count patches from the header alone; `decode` also proves the content readable. Raises `BadRow`."""
 
+    def size(self, file: File) -> tuple[int, int]:
+        """Return width and height in pixels from the header, before it is turned upright. Raises `BadRow`."""
+
     def count_tokens(self, patches: int, processor: Any) -> int:
         """Count the tokens of this many patches."""
 

@@ -59,6 +59,10 @@ class ImageMedium:
         count: int = processor.image_processor.get_number_of_image_patches(image.height, image.width, {})
         return count
 
+    def size(self, file: ImageFile) -> tuple[int, int]:
+        """Return width and height from the header, before it is turned upright. Raises `BadRow`."""
+        return file.open().size
+
     def count_tokens(self, patches: int, processor: Any) -> int:
         """Count the merged patches of this many patches."""
         return patches // int(processor.image_processor.merge_size) ** 2

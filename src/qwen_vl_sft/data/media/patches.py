@@ -42,6 +42,14 @@ def cut_into_patches(pixels: torch.Tensor, image_processor: Any) -> tuple[torch.
     return patches, torch.tensor([1, rows, columns])
 
 
+def join_patches(patches: torch.Tensor, grid: torch.Tensor, image_processor: Any) -> torch.Tensor:
+    """Put patches [P, values of a frame] uint8 together again: the resized image, [height, width, 3] uint8."""
+    side, merged = image_processor.patch_size, image_processor.merge_size
+    _, rows, columns = grid.tolist()
+    cells = patches.view(rows // merged, columns // merged, merged, merged, _COLORS, side, side)
+    return cells.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, _COLORS)
+
+
 @dataclass(frozen=True)
 class PatchNormalizer:
     """Makes of patches in bytes what the image processor gives the model, to the same bits.
