@@ -80,6 +80,18 @@ def test_a_process_that_it_starts_is_forked_and_its_own_child(script):
     assert seen["parent"] not in (os.getpid(), outer["parent"])
 
 
+def test_it_imports_the_copy_of_the_package_that_a_new_process_would(script, tmp_path):
+    code = "import qwen_vl_sft.config; print(qwen_vl_sft.__file__); print(qwen_vl_sft.config.__file__)"
+    own, other = REPOSITORY / "src/qwen_vl_sft", tmp_path / "other/qwen_vl_sft"
+    (other / "config").mkdir(parents=True)
+    for folder in (other, other / "config"):
+        (folder / "__init__.py").touch()
+    for package in (own, other):
+        done = run_process(script, code, env={"PYTHONPATH": str(package.parent)})
+        assert json.loads(done.stdout.splitlines()[0])["forked"]
+        assert done.stdout.splitlines()[1:3] == [f"{package}/__init__.py", f"{package}/config/__init__.py"]
+
+
 def test_others_see_its_command_line_and_signals_reach_it(script):
     command = [sys.executable, str(script), "signal.pause()", "with a space"]
     with Popen(command, stdout=subprocess.PIPE, text=True) as process:
