@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,23 @@ from safetensors.torch import load_file
 
 from fixtures.processes import launch
 from fixtures.repository import REPOSITORY
-from fixtures.slurm_cluster import Cluster, left_processes, missing, running_cluster, shells_of_nodes
+from fixtures.slurm_cluster import (
+    FIRST,
+    SECOND,
+    Cluster,
+    Job,
+    left_processes,
+    missing,
+    running_cluster,
+    shells_of_nodes,
+)
 
 FILES = ("slurm/sft.sbatch", "slurm/eval.sbatch")
 REASON = missing()
-ON_CPU = {"ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml", "PROCESSES_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+# Nodes are checked in the tests of that; it takes some seconds.
+UNCHECKED = {"PREFLIGHT": "0"}
+CHECKED = {"ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml", "PROCESSES_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+ON_CPU = CHECKED | UNCHECKED
 # A node of the cluster has more of them than this machine; jobs of the tests may run side by side.
 TWO_NODES = ("--nodes=2", "--cpus-per-task=2")
 needs_slurm = pytest.mark.skipif(REASON is not None, reason=f"Slurm: {REASON}")
@@ -37,21 +51,31 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
+def make_project(folder: Path) -> Path:
     """The repository as a user sees it, where jobs may leave their output."""
     for name in ("accelerate_configs", "recipes", "scripts", "slurm"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    return tmp_path
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+def make_stub(folder: Path) -> Path:
+    """The same with a script that counts steps in place of training, and one that shows its words in place of evaluating."""
+    make_project(folder)
+    (folder / "scripts").unlink()
+    (folder / "scripts").mkdir()
+    shutil.copy(REPOSITORY / "tests/fixtures/slurm_trainer.py", folder / "scripts/sft.py")
+    (folder / "scripts/evaluate.py").write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)")
+    return folder
 
 
 @pytest.fixture
-def stub(project: Path) -> Path:
-    """The same with a script that counts steps in place of training."""
-    (project / "scripts").unlink()
-    (project / "scripts").mkdir()
-    shutil.copy(REPOSITORY / "tests/fixtures/slurm_trainer.py", project / "scripts/sft.py")
-    return project
+def project(tmp_path: Path) -> Path:
+    return make_project(tmp_path)
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    return make_stub(tmp_path)
 
 
 def steps(number: int, seconds: float = 0.1) -> tuple[str, ...]:
@@ -116,7 +140,7 @@ def test_every_configuration_starts_one_world(cluster, stub):
     jobs = []
     for name in shown:
         words = (*TWO_NODES, "--gpus-per-node=2", "slurm/sft.sbatch", *steps(1), "--output_dir", name)
-        env = {"ACCELERATE_CONFIG": f"accelerate_configs/{name}.yaml"}
+        env = {"ACCELERATE_CONFIG": f"accelerate_configs/{name}.yaml"} | UNCHECKED
         jobs.append(cluster.submit(*words, cwd=stub, env=env))
     assert [cluster.wait(job).state for job in jobs] == ["COMPLETED"] * len(jobs), output(stub)
     for job, (name, variable) in zip(jobs, shown.items(), strict=True):
@@ -125,7 +149,79 @@ def test_every_configuration_starts_one_world(cluster, stub):
             place = [context[key] for key in ("RANK", "WORLD_SIZE", "SLURM_NODEID", "LOCAL_RANK", "resume")]
             assert place == [str(rank), "4", str(rank // 2), str(rank % 2), "latest"]
             assert [key for key in context if key.startswith("ACCELERATE")] == ([variable] if variable else [])
-            assert (stub / f"logs/{job}/rank-{rank}.log").read_text() == f"this is process {rank}\n"
+            assert (stub / f"logs/{job}/attempt-0/rank-{rank}.log").read_text() == f"this is process {rank}\n"
+
+
+# The check of the nodes, and an evaluation beside it: while one job waits to be started again, the other runs
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Two jobs that ran in one folder."""
+
+    folder: Path
+    training: str
+    trained: Job
+    evaluated: Job
+
+
+@pytest.fixture(scope="module")
+def side_by_side(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Train on two nodes, one of which is bad, in a container, and evaluate on one node until the time limit is near.
+
+    In place of the container's runtime stands a program that notes what it was asked to run, and runs it.
+    """
+    stub = make_stub(tmp_path_factory.mktemp("side_by_side"))
+    runtime = stub / "bin/apptainer"
+    runtime.parent.mkdir()
+    inside = 'while [ "$1" != image.sif ]; do shift; done; exec "${@:2}"'
+    runtime.write_text(f'#!/bin/bash\necho "$@" >> {stub}/asked\n{inside}\n')
+    runtime.chmod(0o755)
+    path = f"{runtime.parent}:{cluster.environment()['PATH']}"
+    env = CHECKED | {"HF_HOME": f"{stub}/hub", "CONTAINER": "image.sif", "PATH": path}
+    with cluster.bad_node(SECOND, HF_HOME="/proc/nowhere"):
+        training = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(1), cwd=stub, env=env)
+        evaluation = cluster.submit("slurm/eval.sbatch", "--run", "a b", "--overwrite", cwd=stub, env=ON_CPU)
+        wait_until(lambda: "['--run', 'a b', '--overwrite']" in output(stub), stub)
+        cluster.run("scancel", "--batch", "--signal=USR1", evaluation)
+        wait_until(lambda: cluster.job(training).excluded == SECOND, stub)
+        # There is no third node: it would wait for one.
+        cluster.run("scontrol", "update", f"JobId={training}", "NumNodes=1", "NumTasks=1")
+        wait_until(lambda: "['--run', 'a b', '--resume']" in output(stub), stub)
+        evaluated = cluster.job(evaluation)
+        cluster.run("scancel", evaluation)
+        return Outcome(stub, training, cluster.wait(training), evaluated)
+
+
+@needs_slurm
+def test_a_bad_node_is_named_and_left_out_and_the_job_goes_on_without_it(side_by_side):
+    folder, job, ended = side_by_side.folder, side_by_side.training, side_by_side.trained
+    told = output(folder)
+    assert (ended.state, ended.restarts, ended.excluded) == ("COMPLETED", 1, SECOND), told
+    reason = "HF_HOME: /proc/nowhere cannot be written: No such file or directory"
+    assert f"! {SECOND}: {reason}; it can on {FIRST}" in told
+    assert f"left out: {SECOND}" in told
+    assert "1 of 1 nodes are well" in told
+    assert "finished" in told
+    assert (folder / f"logs/{job}/attempt-1/rank-0.log").read_text() == "this is process 0\n"
+    assert json.loads((folder / "run/world-0.json").read_text())["WORLD_SIZE"] == "1"
+
+
+@needs_slurm
+def test_everything_runs_in_the_container_that_is_named(side_by_side):
+    folder = side_by_side.folder
+    asked = (folder / "asked").read_text().splitlines()
+    bound = f"--nv --pwd {folder} --bind {folder}:{folder},{folder}/hub:{folder}/hub image.sif"
+    assert all(line.startswith(f"exec {bound} ") for line in asked)
+    assert sum("qwen_vl_sft.preflight" in line for line in asked) == 3
+    assert sum("run_node" in line for line in asked) == 1
+
+
+@needs_slurm
+def test_an_evaluation_goes_on_and_overwrites_once(side_by_side):
+    """It overwrites what is there at its first start alone: the words of both are awaited."""
+    assert side_by_side.evaluated.restarts == 1
+    assert output(side_by_side.folder).count("['--run', 'a b', '--overwrite']") == 1
 
 
 # The end of a job
@@ -137,7 +233,7 @@ def test_a_failure_is_not_queued_again(cluster, stub):
     ended = cluster.wait(job)
     assert (ended.state, ended.restarts) == ("FAILED", 0)
     assert "error: no such column" in output(stub)
-    assert f"failed with 1, see above and logs/{job}" in output(stub)
+    assert f"failed with 1, see above and logs/{job}/attempt-0" in output(stub)
     wait_until(lambda: not left_processes(stub), stub, timeout=30)
 
 
@@ -183,27 +279,27 @@ def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_goes_on_after_it(c
 
 
 @needs_slurm
-def test_without_a_checkpoint_in_time_the_job_is_queued_again_anyway(cluster, stub):
+def test_without_a_checkpoint_in_time_the_job_is_queued_again_and_a_job_that_may_not_be_is_followed(cluster, stub):
     env = ON_CPU | {"SAVE_SECONDS": "1"}
     job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(10, seconds=60), cwd=stub, env=env)
-    wait_until(exists(stub, "run/world-0.json", "run/world-1.json"), stub)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    words = ("--no-requeue", "slurm/sft.sbatch", "--output_dir", "other", "--steps", "30", "--seconds", "0.1")
+    once = cluster.submit(*TWO_NODES, *words, cwd=stub, env=ON_CPU)
+    wait_until(exists(stub, "run/world-0.json", "run/world-1.json", "other/steps-0", "other/steps-1"), stub)
+    for number in (job, once):
+        cluster.run("scancel", "--batch", "--signal=USR1", number)
     wait_until(lambda: cluster.job(job).restarts, stub)
     cluster.run("scancel", job)
     assert cluster.wait(job).state == "CANCELLED"
     assert "queued again: no checkpoint in 1 s" in output(stub)
-
-
-@needs_slurm
-def test_an_evaluation_goes_on_and_overwrites_once(cluster, stub):
-    (stub / "scripts/evaluate.py").write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)")
-    job = cluster.submit("slurm/eval.sbatch", "--run", "a b", "--overwrite", cwd=stub, env=ON_CPU)
-    wait_until(lambda: "['--run', 'a b', '--overwrite']" in output(stub), stub)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: "['--run', 'a b', '--resume']" in output(stub), stub)
-    assert cluster.job(job).restarts == 1
-    cluster.run("scancel", job)
-    assert cluster.wait(job).state == "CANCELLED"
+    ended = cluster.wait(once)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "75:0", 0), output(stub)
+    told = re.search(r"not allowed to be queued again; Submitted batch job (\d+) follows it", output(stub))
+    assert told, output(stub)
+    # Its nodes and limits are those of the first, and so is the folder of its logs.
+    began = f"2 x 1 processes on {FIRST},{SECOND}, restart 1, logs/{once}/attempt-1"
+    wait_until(lambda: began in output(stub), stub)
+    cluster.run("scancel", told[1])
+    assert cluster.wait(told[1]).state == "CANCELLED"
 
 
 # The real thing

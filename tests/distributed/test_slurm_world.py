@@ -1,12 +1,17 @@
-"""A world compared with what Slurm allotted, and what a job is started with; test_slurm.py has a real cluster."""
+"""A world compared with what Slurm allotted, what a job is started with, and the check of its nodes.
+
+test_slurm.py has a real cluster.
+"""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fixtures.processes import Popen
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.distributed.slurm import unlike_allotted
@@ -53,12 +58,13 @@ def test_reading_the_world_refuses_it():
 @pytest.fixture
 def words_of_job(tmp_path, monkeypatch):
     """What slurm/sft.sbatch gives to each process, in a job that was queued again so often."""
-    for name, line in {"srun": 'shift 5; printf "%s\\n" "$@"', "scontrol": "echo node1"}.items():
+    what_follows = 'until [ "$1" = node ]; do shift; done; shift; printf "%s\\n" "$@"'
+    for name, line in {"srun": what_follows, "scontrol": "echo node1"}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     context = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "JOB_NODELIST": "node1", "CPUS_PER_TASK": "1", "GPUS_ON_NODE": "1"}
-    env = {**os.environ, "PATH": path, **{f"SLURM_{name}": value for name, value in context.items()}}
+    env = {**os.environ, "PATH": path, "PREFLIGHT": "0", **{f"SLURM_{name}": value for name, value in context.items()}}
 
     def start(restarts, *words):
         job = ["bash", REPOSITORY / "slurm/sft.sbatch", *words]
@@ -85,3 +91,36 @@ def test_a_named_checkpoint_is_for_the_first_start_alone(named, last, words_of_j
     assert words_of_job(0, *recipe, *named, *last) == [*recipe, *named, *last]
     assert words_of_job(1, *recipe, *named, *last) == [*recipe, *last, *latest]
     assert words_of_job(0, *recipe, *last) == words_of_job(1, *recipe, *last) == [*recipe, *last, *latest]
+
+
+def test_processes_of_the_check_meet_and_add_up_and_one_that_does_not_come_is_told(tmp_path):
+    def start(rank, processes, *words):
+        place = {"SLURM_PROCID": f"{rank}", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": f"{processes}"}
+        place |= {"SLURMD_NODENAME": f"n{rank + 1}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port + processes}"}
+        command = [
+            sys.executable,
+            "-m",
+            "qwen_vl_sft.preflight",
+            "--verdict",
+            tmp_path / f"verdict-{processes}",
+            *words,
+        ]
+        return Popen(command, env=os.environ | place, stdout=-1, stderr=-1, text=True, cwd=tmp_path)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [start(rank, 2, "--nodes", "n1,n2", "--output_dir", "run") for rank in (1, 0)]
+    # The one that answers is there before the first begins to wait for another.
+    two_of_three = [start(rank, 3, "--nodes", "n1,n2,n3", "--seconds", limit) for rank, limit in ((1, "60"), (0, "2"))]
+    told = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    page = told[1][0].splitlines()
+    assert page[0] == "preflight   2 of 2 nodes are well"
+    assert page[1].startswith("            all-reduce over 2 processes: ")
+    assert (tmp_path / "verdict-2").read_text() == "pass\n\n"
+    assert not (tmp_path / "run").exists()
+    told = [process.communicate(timeout=60) for process in two_of_three]
+    assert [process.returncode for process in two_of_three] == [0, 1], told
+    assert "! n3: 0 of its 1 processes answered" in told[1][0]
+    assert (tmp_path / "verdict-3").read_text() == "exclude n3\n\n"

@@ -79,7 +79,7 @@ BAD_RECIPES = {
     "unknown key": ({"learnin_rate": 1}, "did you mean learning_rate?"),
     "wrong type": ({"learning_rate": "fast"}, "'fast' is not a number"),
     "4-bit in full": ({"load_in_4bit": "true", "use_peft": "false"}, "quantized weights cannot be trained"),
-    "4 and 8 bit": ({"load_in_4bit": "true", "load_in_8bit": "true"}, "both true; keep one"),
+    "4 and 8 bit": ({"load_in_4bit": "true", "load_in_8bit": "true"}, "both set; keep one"),
     "LoRA keys in full": ({"use_peft": "false", "lora_r": 4}, "lora_r is set but use_peft is false"),
     "freezing under LoRA": ({"freeze_vision_tower": "true"}, "is for full fine-tuning"),
     "no evaluation data": ({"eval_strategy": "steps"}, "dataset_test_split is not"),

@@ -81,7 +81,7 @@ def test_what_is_missing_is_a_problem_only_where_it_is_needed():
 
 def test_little_shared_memory_is_told_with_its_cure():
     (found,) = problems(check_shared_memory, shared_memory=lambda: (64 * 2**20, 64 * 2**20))
-    assert found.text.startswith("/dev/shm 64 MiB, 64 MiB free; 16 CPU cores: workers of data loaders will be killed")
+    assert found.text.startswith("/dev/shm 64 MiB, 64 MiB free; 16 CPU cores: data loaders will wait for ever")
     assert "--shm-size" in found.cure
     (found,) = problems(check_shared_memory, shared_memory=lambda: (64 * GIB, 0))
     assert "remove what ended jobs left" in found.cure

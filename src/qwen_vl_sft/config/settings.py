@@ -101,6 +101,20 @@ class ModelSettings:
     use_safetensors: bool = key(True, "false also loads pickled weights and states, which can run code")
     load_in_4bit: bool = key(False, "QLoRA: base weights in 4 bits")
     load_in_8bit: bool = key(False, "base weights in 8 bits")
+    load_in_fp8: bool | Literal["emulation"] = key(
+        False,
+        "base weights in FP8 (e4m3, a scale a row), and products in FP8: Ada, Hopper or newer; emulation: the same rounding"
+        " with products in float32 on any device, slow, for tests",
+    )
+    fp8_modules: list[str] | None = key(
+        None, "load_in_fp8: modules whose linear layers are FP8 beside the language model's, such as visual.blocks"
+    )
+    fp8_forward: bool = key(True, "load_in_fp8: products of the forward pass in FP8; false computes them in dtype")
+    fp8_backward: bool = key(True, "load_in_fp8: products that give gradients of inputs in FP8; false: in dtype")
+    fp8_kernels: Literal["auto"] | list[str] | None = key(
+        "auto",
+        "load_in_fp8: auto for all Triton kernels, or a list of quantize, transpose, rms_norm, mlp; unset disables them",
+    )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type")
     use_bnb_nested_quant: bool = key(True, "quantize the quantization constants too (double quantization)")
     use_peft: bool = key(True, "train a LoRA adapter; false trains the model's own weights")
@@ -136,6 +150,16 @@ class ModelSettings:
         """Return the precision of weights and computation, in words."""
         if self.load_in_8bit:
             return f"8-bit weights, computed in {self.dtype}"
+        if self.load_in_fp8:
+            emulated = ", emulated in float32" if self.load_in_fp8 == "emulation" else ""
+            ways = {"forward": self.fp8_forward, "backward": self.fp8_backward}
+            fp8 = [way for way, wanted in ways.items() if wanted]
+            in_fp8 = (
+                f"{' and '.join(fp8)} products in FP8{emulated}, else {self.dtype}"
+                if fp8
+                else f"computed in {self.dtype}"
+            )
+            return f"FP8 (e4m3) weights, {in_fp8}"
         if self.load_in_4bit:
             double = ", double quantization" if self.use_bnb_nested_quant else ""
             return f"4-bit {self.bnb_4bit_quant_type} weights{double}, computed in {self.dtype}"

@@ -128,7 +128,13 @@ def hardware(settings: ModelSettings) -> str:
     """Return the cheapest of the Hub's machines that holds the base model in its precision."""
     weights = sum(count.total for count in count_parameters(build_on_meta(settings)).values())
     size = weights * (
-        0.6 if settings.load_in_4bit else 1.1 if settings.load_in_8bit else 4 if settings.dtype == "float32" else 2
+        0.6
+        if settings.load_in_4bit
+        else 1.1
+        if settings.load_in_8bit or settings.load_in_fp8
+        else 4
+        if settings.dtype == "float32"
+        else 2
     )
     if size < 100e6:
         return "cpu-basic"

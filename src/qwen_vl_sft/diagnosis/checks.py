@@ -95,7 +95,12 @@ def check_shared_memory(machine: Machine) -> Iterator[Finding]:
     text = f"/dev/shm {_gib(total)}, {_gib(free)} free; {cores} CPU cores"
     if total < _SHARED_LEAST:
         cure = "start the container with --shm-size=16g or --ipc=host, or set dataloader_num_workers: 0"
-        yield Finding("shared memory", PROBLEM, f"{text}: workers of data loaders will be killed (Bus error)", cure)
+        yield Finding(
+            "shared memory",
+            PROBLEM,
+            f"{text}: data loaders will wait for ever, or their workers be killed (Bus error)",
+            cure,
+        )
     elif free < _SHARED_LEAST / 4:
         yield Finding("shared memory", PROBLEM, f"{text}: full", "remove what ended jobs left in /dev/shm")
     else:

@@ -191,7 +191,8 @@ def probe_workers() -> str:
     from torch.utils.data import DataLoader
 
     rows = [torch.full((1 << 22,), float(number)) for number in range(8)]
-    loader: Any = DataLoader(rows, batch_size=None, num_workers=2)  # type: ignore[arg-type]
+    # A worker that gets no shared memory says so in a thread of its own, and the loader would wait for ever.
+    loader: Any = DataLoader(rows, batch_size=None, num_workers=2, timeout=20)  # type: ignore[arg-type]
     assert sum(float(row[-1]) for row in loader) == sum(range(8)), "workers hand over other numbers than they read"
     return "two workers of a data loader hand over 128 MiB"
 

@@ -30,7 +30,7 @@ def check_shared(folder: Path, context: DistributedContext) -> None:
         name, failure = "", None
         if context.rank == 0:
             try:
-                name = stack.enter_context(_written(folder))
+                name = stack.enter_context(written(folder))
             except OSError as error:
                 failure = error.strerror or str(error)
         name, failure = launch.from_first(context, (name, failure))
@@ -39,7 +39,7 @@ def check_shared(folder: Path, context: DistributedContext) -> None:
         if context.processes == 1:
             return
         answers: list[Any] = [None] * context.processes
-        dist.all_gather_object(answers, (platform.node(), _sees(folder / name)))
+        dist.all_gather_object(answers, (platform.node(), sees(folder / name)))
     blind = {rank: machine for rank, (machine, sees) in enumerate(answers) if not sees}
     if blind:
         machines = ", ".join(sorted(set(blind.values())))
@@ -51,8 +51,8 @@ def check_shared(folder: Path, context: DistributedContext) -> None:
 
 
 @contextlib.contextmanager
-def _written(folder: Path) -> Iterator[str]:
-    """Yield the name of a file in `folder`, which is created if needed; leave nothing afterwards."""
+def written(folder: Path) -> Iterator[str]:
+    """Yield the name of a new file in `folder`, which is created if needed; leave nothing afterwards. Raises `OSError`."""
     made = missing_folders(folder)
     probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
     try:
@@ -65,8 +65,9 @@ def _written(folder: Path) -> Iterator[str]:
         remove_empty(made)
 
 
-def _sees(path: Path) -> bool:
-    made, until = missing_folders(path.parent), time.monotonic() + _SECONDS_TO_SEE
+def sees(path: Path, seconds: float | None = None) -> bool:
+    """Return whether this process sees a file, within some seconds: those that NFS takes at most, unless given."""
+    made, until = missing_folders(path.parent), time.monotonic() + (_SECONDS_TO_SEE if seconds is None else seconds)
     # NFS remembers that a folder was missing, and passes on a wish to make it all the same.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,9 @@ ABOUT_ARMS = "Arms\n" + "\n".join(
 )
 # Keys of a recipe that the command line may give; they win over the run's recipe.
 RECIPE_KEYS = (
-    "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
-    "use_bnb_nested_quant", "attn_implementation", "trust_remote_code", "use_safetensors", "dataset_name",
-    "dataset_config", "dataset_format", "box_coordinates", "system_message", "enable_thinking", "min_pixels",
+    "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "load_in_fp8",
+    "bnb_4bit_quant_type", "use_bnb_nested_quant", "attn_implementation", "trust_remote_code", "use_safetensors",
+    "dataset_name", "dataset_config", "dataset_format", "box_coordinates", "system_message", "enable_thinking", "min_pixels",
     "max_pixels", "max_new_tokens", "use_cpu",
 )  # fmt: skip
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -71,8 +71,9 @@ def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: 
     tuned = find_tuned(run, tuned_needed) if run else None
     path = tuned.home / RECIPE if tuned else None
     recipe = read_recipe(path, recipe_keys)
-    if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
-        raise UserError("load_in_4bit and load_in_8bit are both on; turn one off, e.g. --load_in_4bit false")
+    quantized = [key for key in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(recipe.model, key)]
+    if len(quantized) > 1:
+        raise UserError(f"{' and '.join(quantized)} are both on; turn one off, e.g. --{quantized[0]} false")
     if recipe.run.max_new_tokens < 1:
         raise UserError(
             f"max_new_tokens: {recipe.run.max_new_tokens} is below 1, so nothing would be answered; give more"

@@ -22,6 +22,7 @@ from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.merging.places import Place, as_in_model, finder
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
+from qwen_vl_sft.modeling.fp8.layers import fp8_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -248,7 +249,9 @@ def open_weights(path: Path) -> Iterator[Any]:
 
 
 def quantized_layers(settings: ModelSettings) -> set[str]:
-    """Return the names of the layers that transformers would quantize with bitsandbytes under these settings."""
+    """Return the names of the layers that are quantized under these settings."""
+    if settings.load_in_fp8:
+        return set(fp8_layers(build_on_meta(settings), settings))
     from bitsandbytes.nn import Linear4bit
     from transformers.quantizers import AutoHfQuantizer
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # added on one side and after it on the other, and each layer carries the difference on: 3.3% in bfloat16 through all of
 # a Qwen2-VL-7B with random weights. A wrong scale or a layer left out moves the logits by as much as the adapter does.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
+# The same of a base that rounds every layer's input to FP8, which the merged model does not.
+FP8_TOLERANCE = 0.15
 MAX_NEW_TOKENS = 32
 
 
@@ -83,15 +85,15 @@ def check_model(task: Merge, folder: Path, samples: Samples | None) -> dict[str,
     encoder, conversations = samples.encoder(folder), samples.conversations
     merged = compute_outputs(model, encoder, conversations)
     del model
-    adapted = load_adapted(plan, plan.trained if plan.options.nf4_aware else plan.base)
+    adapted = load_adapted(plan, plan.trained if plan.keeps_trained else plan.base)
     reference = compute_outputs(adapted, encoder, conversations)
     found = compare(merged, reference)
     with adapted.disable_adapter():
         plain = answer_logits(adapted, encoder, conversations)
     found["adapter_effect"] = float((reference.logits - plain).abs().mean())
     del adapted
-    dtypes = {plan.options.dtype, plan.trained.dtype} if plan.options.nf4_aware else {plan.options.dtype}
-    allowed = max(TOLERANCE[dtype] for dtype in dtypes) * found["rms"]
+    dtypes = {plan.options.dtype, plan.trained.dtype} if plan.keeps_trained else {plan.options.dtype}
+    allowed = max([TOLERANCE[dtype] for dtype in dtypes] + [FP8_TOLERANCE] * plan.options.fp8_aware) * found["rms"]
     if not found["mean"] <= allowed:  # also when it is not a number
         raise _failed(
             [
@@ -100,7 +102,7 @@ def check_model(task: Merge, folder: Path, samples: Samples | None) -> dict[str,
             ]
         )
     differences = {"against_adapter": found}
-    if plan.trained_quantized and not plan.options.nf4_aware:
+    if plan.trained_quantized and not plan.keeps_trained:
         differences["against_training"] = compare(
             merged, compute_outputs(load_adapted(plan, plan.trained), encoder, conversations)
         )
@@ -183,11 +185,12 @@ def compare(one: Outputs, other: Outputs) -> dict[str, Any]:
 
 def format_report(report: dict[str, Any]) -> str:
     """Format the table that ends a merge."""
-    kind = "the 4-bit base + adapter, as trained" if report["nf4_aware"] else f"base + adapter in {report['dtype']}"
+    bits = "4-bit" if report["nf4_aware"] else "FP8" if report["fp8_aware"] else ""
+    kind = f"the {bits} base + adapter, as trained" if bits else f"base + adapter in {report['dtype']}"
     replaced = f", {len(report['replaced'])} tensors replaced" if report["replaced"] else ""
     lines = [
         f"base         {report['base']}",
-        f"precision    {report['dtype']}{', on dequantized 4-bit weights' if report['nf4_aware'] else ''}",
+        f"precision    {report['dtype']}{f', on dequantized {bits} weights' if bits else ''}",
         f"merged       {report['targets']} layers{replaced}; {report['tensors']} tensors in all",
         f"written      {report['bytes'] / 1e9:.3f} GB in {report['shards']} file(s)",
         f"peak memory  {report['peak_memory_writing'] / 2**30:.2f} GiB to merge,"
@@ -211,6 +214,10 @@ def format_report(report: dict[str, Any]) -> str:
     if report["trained_in_4bit"] and not report["nf4_aware"]:
         lines.append(
             "note         trained on 4-bit weights, merged into the original ones; --nf4_aware keeps what was trained"
+        )
+    if report["trained_in_fp8"] and not report["fp8_aware"]:
+        lines.append(
+            "note         trained on FP8 weights, merged into the original ones; --fp8_aware keeps what was trained"
         )
     return "\n".join(lines)
 

@@ -72,8 +72,8 @@ def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None
         for name in PROCESSOR_FILES:
             _copy_first(name, [base], folder)
     _copy_first("generation_config.json", [base], folder)
-    # The merged model is no longer in 4 bits, so evaluating it as a run must not quantize it again.
-    precision = {"dtype": plan.options.dtype, "load_in_4bit": False, "load_in_8bit": False}
+    # The merged model is no longer quantized, so evaluating it as a run must not quantize it again.
+    precision = {"dtype": plan.options.dtype, "load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
     recipe = yaml.safe_dump(plan.recipe.values() | precision, sort_keys=False, allow_unicode=True, width=100)
     note = f"# Of the run that was merged; the precision is the merged model's. See {REPORT_FILE}.\n"
     (folder / run_folder.RECIPE).write_text(note + recipe, encoding="utf-8")

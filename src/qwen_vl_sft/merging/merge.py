@@ -66,7 +66,7 @@ def prepare(plan: Plan) -> Merge:
     if unties and not any(weight.name == HEAD for weight in weights):
         embeddings = next(weight for weight in weights if weight.name == tied[HEAD])
         weights.append(replace(embeddings, place=Place(HEAD), written_as=HEAD))
-    quantized = quantized_layers(plan.trained) if plan.options.nf4_aware else set()
+    quantized = quantized_layers(plan.trained) if plan.keeps_trained else set()
     report = {
         "run": str(plan.tuned.folder),
         "base": named.model_name_or_path,
@@ -74,7 +74,9 @@ def prepare(plan: Plan) -> Merge:
         "base_revision": None if Path(named.model_name_or_path or "").is_dir() else folder.name,
         "dtype": plan.options.dtype,
         "nf4_aware": plan.options.nf4_aware,
+        "fp8_aware": plan.options.fp8_aware,
         "trained_in_4bit": plan.trained.load_in_4bit,
+        "trained_in_fp8": bool(plan.trained.load_in_fp8),
         "targets": len(adapter.pairs),
         "replaced": sorted(adapter.whole),
         "tensors": len(weights),

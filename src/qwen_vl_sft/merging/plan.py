@@ -34,6 +34,9 @@ class Options:
     nf4_aware: bool = option(
         False, "add the adapter to the 4-bit weights it was trained on, dequantized, instead of the original ones"
     )
+    fp8_aware: bool = option(
+        False, "add the adapter to the FP8 weights it was trained on, dequantized, instead of the original ones"
+    )
     max_shard_size: int = option(4 * 10**9, "largest weight file, such as 500MB", parse=size, shown="4GB")
     samples: int = option(4, "rows to compare logits and answers on; 0 for none", at_least=0)
 
@@ -51,7 +54,12 @@ class Plan:
     @property
     def trained_quantized(self) -> bool:
         """Return whether training held the base in 4 or 8 bits."""
-        return self.trained.load_in_4bit or self.trained.load_in_8bit
+        return bool(self.trained.load_in_4bit or self.trained.load_in_8bit or self.trained.load_in_fp8)
+
+    @property
+    def keeps_trained(self) -> bool:
+        """Return whether the adapter is added to the quantized weights of training."""
+        return self.options.nf4_aware or self.options.fp8_aware
 
     @property
     def on_cpu(self) -> bool:
@@ -82,7 +90,13 @@ def make_plan(options: Options) -> Plan:
             f"--nf4_aware: {tuned.home / RECIPE} says that the run was not trained on 4-bit weights (load_in_4bit), so it"
             f" would change the base for nothing; leave it out"
         )
-    base = replace(find_base(options, tuned, recipe.model), load_in_4bit=False, load_in_8bit=False, dtype=options.dtype)
+    if options.fp8_aware and not recipe.model.load_in_fp8:
+        raise UserError(
+            f"--fp8_aware: {tuned.home / RECIPE} says that the run was not trained on FP8 weights (load_in_fp8), so it would"
+            f" change the base for nothing; leave it out"
+        )
+    found = find_base(options, tuned, recipe.model)
+    base = replace(found, load_in_4bit=False, load_in_8bit=False, load_in_fp8=False, dtype=options.dtype)
     trained = replace(recipe.model, model_name_or_path=base.model_name_or_path, model_revision=base.model_revision)
     return Plan(options, recipe, tuned, base, trained)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Adapter, Weight
 from qwen_vl_sft.merging.plan import Plan
+from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Merge:
         return getattr(torch, self.plan.options.dtype)
 
     def before(self, weight: Weight, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the base's tensor that the adapter is added to: rounded to 4 bits and back with --nf4_aware."""
+        """Return the base's tensor that the adapter is added to: rounded to 4 bits or FP8 and back if asked for."""
         if weight.module in self.quantized:
             return requantized(tensor, self.plan.trained, "cpu" if self.plan.on_cpu else "cuda")
         return tensor
@@ -60,7 +61,13 @@ class Merge:
 
 
 def requantized(tensor: torch.Tensor, trained: ModelSettings, device: str) -> torch.Tensor:
-    """Quantize a weight to 4 bits on `device`, as training did on loading, and dequantize it to training's precision."""
+    """Quantize a weight on `device`, as training did on loading, and dequantize it to training's precision.
+
+    FP8 weights have their exact values in every precision, as their scales are powers of two.
+    """
+    if trained.load_in_fp8:
+        dtype = getattr(torch, trained.dtype)
+        return dequantize(*quantize_rows(tensor.to(dtype))).to(dtype)
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 

@@ -21,6 +21,9 @@ from qwen_vl_sft.families.base import PARTS, ModelFamily
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
+from qwen_vl_sft.modeling.fp8.computation import use_chosen_fp8_kernels
+from qwen_vl_sft.modeling.fp8.linear import FP8Linear
+from qwen_vl_sft.modeling.fp8.loading import FP8Config
 from qwen_vl_sft.modeling.loaded_weights import CHECKED, check_loaded
 
 
@@ -112,8 +115,11 @@ def load_model(
     family = load_family(settings)
     attention = resolve_attention(settings.attn_implementation, on_cpu, settings.dtype)
     dtype = getattr(torch, settings.dtype)
-    # FSDP2 splits tensors of floats alone, and would round 4-bit values that lie in another type than it computes in.
-    quantization = quantization_config(settings, family, (computed_in or dtype) if strategy == "fsdp2" else torch.uint8)
+    # FSDP2 splits tensors of floats alone, and would round quantized values that lie in another type than it computes in.
+    storage = (computed_in or dtype) if strategy == "fsdp2" else torch.uint8
+    quantization = (
+        FP8Config(settings, storage, on_cpu) if settings.load_in_fp8 else quantization_config(settings, family, storage)
+    )
     if family.experts:
         read_by_whole_shapes()
     model, loading = _from_hub(
@@ -133,6 +139,8 @@ def load_model(
         use_segmented_vision_attention(model)
     if on_cpu and settings.load_in_4bit:
         keep_4bit_weights_unpacked(model)
+    if settings.load_in_fp8:
+        use_chosen_fp8_kernels(model, settings, on_cpu)
     if strategy == "zero3":
         forget_unused_renamings(model)
     return model
@@ -166,10 +174,13 @@ def quantization_config(
 
 
 def count_parameters(model: nn.Module) -> dict[str, PartCount]:
-    """Count the parameters of each part; a packed 4-bit weight counts as the weights it holds."""
+    """Count the parameters of each part; a packed 4-bit or FP8 weight counts as the weights it holds."""
     counts, family = {part: [0, 0] for part in PARTS}, family_of(model.config)
+    fp8 = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FP8Linear)}
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
+        if name in fp8:
+            size *= parameter.element_size()
         if type(parameter).__name__ == "Params4bit":
             size *= 2 * parameter.element_size()
         counts[family.part_of(name)][0] += size

@@ -20,6 +20,7 @@ from torch import nn
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import RopeFunctions
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.fp8.fused import hands_on_fp8
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -72,12 +73,15 @@ def use_fused_kernels(model: nn.Module, wanted: list[str]) -> dict[str, int]:
 
     `lora` needs a model with its adapter: `use_fused_lora` puts that in. PEFT copies layers that train in full: what is
     put in here belongs to the layer that it is called on, as a bound method does and a closure over a layer does not.
+    Layers that hand FP8 values on have kernels of their own.
     """
     family = family_of(model.config)
     fitting = [name for name in wanted if name in family.fused_layers and name not in family.unfit_kernels]
     counts = {name: 0 for name in wanted if name != LORA}
     for name, module in model.named_modules():
         part = family.part_of(name)
+        if hands_on_fp8(module):
+            continue
         for kernel in fitting:
             if family.fused_layers[kernel].holds(name, part, module):
                 module.forward = _FORWARDS[kernel](module)

@@ -14,6 +14,8 @@ from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import ModelFamily, reason_against
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.fp8.computation import problem_of_fp8, problems_of_fp8_kernels
+from qwen_vl_sft.modeling.fp8.layers import is_fp8, is_inside
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
 from qwen_vl_sft.modeling.lora import trained_in_full
 
@@ -27,17 +29,38 @@ LORA_KEYS = (
     "use_rslora",
     "use_dora",
 )
+QUANTIZED = ("load_in_4bit", "load_in_8bit", "load_in_fp8")
+FP8_KEYS = ("fp8_modules", "fp8_forward", "fp8_backward", "fp8_kernels")
 
 
 def _quantization(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     model = recipe.model
-    if model.load_in_4bit and model.load_in_8bit:
-        yield "load_in_4bit and load_in_8bit are both true; keep one"
-    quantized = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    keys = [key for key in QUANTIZED if getattr(model, key)]
+    if len(keys) > 1:
+        yield f"{' and '.join(keys)} are both set; keep one"
+    quantized = keys[0] if keys else None
     if quantized and not model.use_peft:
         yield f"{quantized} with use_peft: false: quantized weights cannot be trained; set use_peft: true (QLoRA)"
     if model.load_in_8bit and context.strategy in ("zero3", "fsdp2"):
         yield f"load_in_8bit does not run under {context.strategy}: 8-bit weights cannot be sharded; use load_in_4bit, or ddp"
+
+
+def _fp8(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+    model = recipe.model
+    if not model.load_in_fp8:
+        for name in FP8_KEYS:
+            if name in recipe.stated and getattr(model, name) != getattr(ModelSettings(), name):
+                yield f"{name} is set but load_in_fp8 is not, so it has no effect; remove it, or set load_in_fp8: true"
+        return
+    if problem := problem_of_fp8(model, context.on_cpu):
+        yield problem
+    yield from problems_of_fp8_kernels(model, context.on_cpu)
+    if model.load_in_fp8 is True and model.dtype != "bfloat16":
+        yield f"load_in_fp8 with dtype: {model.dtype}: products in FP8 give bfloat16; set dtype: bfloat16"
+    if model.use_dora:
+        yield "use_dora with load_in_fp8: DoRA reads the base's weights as numbers; set use_dora: false, or load_in_4bit"
+    if context.strategy == "zero3":
+        yield "load_in_fp8 does not run under zero3: DeepSpeed cannot split FP8 weights; use fsdp2, zero2 or ddp"
 
 
 def _what_trains(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
@@ -78,7 +101,7 @@ def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[
             f"{key} with dtype: {settings.dtype} needs bf16: true or fp16: true, under which layers in"
             f" float32 and in {settings.dtype} compute together; set one, or dtype: float32"
         )
-    elif mixed and context.strategy == "zero3" and not (settings.load_in_4bit or settings.load_in_8bit):
+    elif mixed and context.strategy == "zero3" and not any(getattr(settings, key) for key in QUANTIZED):
         # 4-bit layers cast their inputs.
         yield (
             f"{key} in half precision does not run under zero3: DeepSpeed casts nothing between layers in"
@@ -86,7 +109,7 @@ def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[
         )
 
 
-MODEL_RULES = (_quantization, _what_trains, _precision, _kernels, _precision_in_full, _router_loss)
+MODEL_RULES = (_quantization, _fp8, _what_trains, _precision, _kernels, _precision_in_full, _router_loss)
 
 
 def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
@@ -105,23 +128,36 @@ def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
         for name in ("train_router", "router_aux_loss_coef"):
             if getattr(recipe.model, name):
                 yield f"{name} is for mixtures of experts, and {family.name} has no experts; leave it out"
-    if family.experts and recipe.model.load_in_8bit:
-        yield (
-            f"load_in_8bit does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
-            " weights; set it to false"
-        )
-    if family.experts and recipe.model.load_in_4bit:
-        yield (
-            f"load_in_4bit does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
-            " weights; set it to false"
-        )
+    for name in QUANTIZED if family.experts else ():
+        if getattr(recipe.model, name):
+            yield (
+                f"{name} does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
+                " weights; set it to false"
+            )
     for name in kernels if isinstance(kernels, list) else ():
         if name in family.unfit_kernels:
             yield f"fused_kernels: {name} does not fit {family.name}: {family.unfit_kernels[name]}; leave it out"
 
 
 def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
-    """Tell the entries of `lora_modules_to_save` that cannot train in full, of a base model built on the meta device.
+    """Tell the layers that a recipe names and that cannot be what it asks for, of a base model built on the meta device."""
+    yield from _fp8_modules(model, settings)
+    yield from _in_full(model, settings)
+
+
+def _fp8_modules(model: Any, settings: ModelSettings) -> Iterator[str]:
+    family = family_of(model.config)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for path in (settings.fp8_modules or ()) if settings.load_in_fp8 else ():
+        matched = [name for name in names if is_inside(name, path)]
+        if not matched:
+            yield f"fp8_modules: {shortened(path)} holds no linear layer of the model; name a part such as visual.blocks"
+        elif kept := [name for name in matched if family.stays_16bit(name)]:
+            yield f"fp8_modules: {kept[0]} stays in 16 bits in {family.name}; leave {shortened(path)} out"
+
+
+def _in_full(model: Any, settings: ModelSettings) -> Iterator[str]:
+    """Tell the entries of `lora_modules_to_save` that cannot train in full.
 
     PEFT passes over a name that matches nothing; and FSDP2 would train 4-bit values as the numbers they are stored in.
     """
@@ -140,7 +176,7 @@ def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
                 f"lora_modules_to_save: {wanted} is a list of layers ({lists[0]}), which PEFT cannot train as one; name"
                 f" what holds it ({lists[0].split('.')[-2]}) or layers in it"
             )
-        elif settings.load_in_4bit or settings.load_in_8bit:
+        elif any(getattr(settings, key) for key in QUANTIZED):
             yield from _quantized(settings, wanted, matched, modules, family_of(model.config))
 
 
@@ -151,11 +187,11 @@ def _quantized(
         name
         for name, module in modules.items()
         if isinstance(module, nn.Linear)
-        and not family.stays_16bit(name)
+        and (is_fp8(name, module, family, settings) if settings.load_in_fp8 else not family.stays_16bit(name))
         and any(name == whole or name.startswith(f"{whole}.") for whole in matched)
     ]
     if inside:
-        key = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+        key = next(key for key in QUANTIZED if getattr(settings, key))
         yield (
             f"lora_modules_to_save: {wanted} holds {len(inside)} linear layer(s), such as {inside[0]}, which {key}"
             f" quantizes, and quantized weights cannot be trained in full; reach them with LoRA instead (lora_scope,"

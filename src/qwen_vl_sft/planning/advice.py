@@ -62,13 +62,16 @@ def _faster(plan: RunPlan) -> Iterator[Change]:
     frozen = plan.training.trained_parts <= {"language"}
     if run.packing and frozen and not run.cache_image_features and plan.recipe.get("num_train_epochs") > 1:
         yield Change("cache_image_features: bfloat16", plan.changed(cache_image_features="bfloat16"))
+    if model.use_peft and plan.card.fp8 and not model.load_in_fp8 and not plan.recipe.model.use_dora:
+        in_fp8 = plan.changed(load_in_4bit=False, load_in_8bit=False, load_in_fp8=True)
+        yield Change("load_in_fp8: true, without load_in_4bit", in_fp8, same=False)
     if model.load_in_4bit or model.load_in_8bit:
         yield Change(
             "load_in_4bit: false" if model.load_in_4bit else "load_in_8bit: false",
             plan.changed(load_in_4bit=False, load_in_8bit=False),
         )
     elif model.use_peft and plan.checkpointed:
-        yield Change("load_in_4bit: true", plan.changed(load_in_4bit=True), same=False)
+        yield Change("load_in_4bit: true", plan.changed(load_in_4bit=True, load_in_fp8=False), same=False)
     if plan.launch.strategy in ("zero3", "fsdp2") and plan.launch.processes > 1:
         yield Change("accelerate_configs/ddp.yaml", plan.changed(launch=_launched(plan, "ddp")))
     yield from _fewer_pixels(plan)
@@ -102,10 +105,12 @@ def _smaller(plan: RunPlan) -> Iterator[Change]:
         yield from _sharded(plan, ("fsdp2",))
     yield from _more_gpus(plan)
     if model.use_peft and not model.load_in_4bit:
-        yield Change("load_in_4bit: true", plan.changed(load_in_4bit=True, load_in_8bit=False), same=False)
+        yield Change(
+            "load_in_4bit: true", plan.changed(load_in_4bit=True, load_in_8bit=False, load_in_fp8=False), same=False
+        )
         yield Change(
             "load_in_4bit: true, gradient_checkpointing: auto",
-            plan.changed(load_in_4bit=True, load_in_8bit=False, gradient_checkpointing="auto"),
+            plan.changed(load_in_4bit=True, load_in_8bit=False, load_in_fp8=False, gradient_checkpointing="auto"),
             same=False,
         )
     if not model.use_peft:

@@ -23,6 +23,7 @@ class Card:
         bandwidth: bytes/s of its memory.
         link: bytes/s in one direction to another GPU of the same machine.
         bfloat16: computes bfloat16 in hardware.
+        fp8: multiplies FP8 (e4m3) at twice the rate of half precision: Ada, Hopper, Blackwell.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Card:
     bandwidth: float
     link: float = 25e9
     bfloat16: bool = True
+    fp8: bool = True
 
     @property
     def room(self) -> float:
@@ -38,34 +40,36 @@ class Card:
         return self.memory - CONTEXT
 
 
-def _card(name: str, mib: int, tflops: float, gbs: float, link: float = 25, bfloat16: bool = True) -> Card:
-    return Card(name, mib * 2**20, tflops * 1e12, gbs * 1e9, link * 1e9, bfloat16)
+def _card(
+    name: str, mib: int, tflops: float, gbs: float, link: float = 25, bfloat16: bool = True, fp8: bool = True
+) -> Card:
+    return Card(name, mib * 2**20, tflops * 1e12, gbs * 1e9, link * 1e9, bfloat16, fp8)
 
 
 # Memory in MiB as nvidia-smi and rocm-smi show it; dense TFLOP/s and GB/s from the makers' datasheets; the link in GB/s
 # each way: NVLink or Infinity Fabric where there is one, else what PCIe gives in practice.
 CARDS: dict[str, Card] = {
     # https://www.nvidia.com/en-us/data-center/tesla-t4/ (FP16; no bfloat16)
-    "t4": _card("T4", 15360, 65, 300, 12, bfloat16=False),
+    "t4": _card("T4", 15360, 65, 300, 12, bfloat16=False, fp8=False),
     # https://www.nvidia.com/en-us/data-center/l4/ (242 with sparsity)
     "l4": _card("L4", 23034, 121, 300),
     # https://www.nvidia.com/en-us/data-center/l40s/
     "l40s": _card("L40S", 46068, 362, 864),
     # https://www.nvidia.com/en-us/data-center/products/a10-gpu/
-    "a10": _card("A10", 23028, 125, 600),
+    "a10": _card("A10", 23028, 125, 600, fp8=False),
     # GeForce: FP16 added up in FP32, of NVIDIA's whitepapers on Ampere (GA102), Ada and Blackwell (RTX).
-    "rtx3090": _card("RTX 3090", 24576, 71, 936),
+    "rtx3090": _card("RTX 3090", 24576, 71, 936, fp8=False),
     "rtx4090": _card("RTX 4090", 24564, 165, 1008),
     "rtx5090": _card("RTX 5090", 32607, 209, 1792, 50),
-    "a10g": _card("A10G", 23028, 70, 600),
-    "a40": _card("A40", 46068, 150, 696),
+    "a10g": _card("A10G", 23028, 70, 600, fp8=False),
+    "a40": _card("A40", 46068, 150, 696, fp8=False),
     "l40": _card("L40", 46068, 181, 864),
     "rtx6000ada": _card("RTX 6000 Ada", 49140, 364, 960),
     # https://www.nvidia.com/en-us/data-center/a100/ (SXM)
-    "a100-40": _card("A100 40 GB", 40960, 312, 1555, 300),
-    "a100-80": _card("A100 80 GB", 81920, 312, 2039, 300),
+    "a100-40": _card("A100 40 GB", 40960, 312, 1555, 300, fp8=False),
+    "a100-80": _card("A100 80 GB", 81920, 312, 2039, 300, fp8=False),
     # https://www.nvidia.com/en-us/data-center/h100/ (SXM; 1,979 with sparsity)
-    "a800": _card("A800", 81920, 312, 2039, 200),
+    "a800": _card("A800", 81920, 312, 2039, 200, fp8=False),
     "h100": _card("H100", 81559, 989, 3350, 450),
     "h100-pcie": _card("H100 PCIe", 81559, 756, 2000, 300),
     "gh200": _card("GH200", 97871, 989, 4000, 450),
@@ -75,7 +79,7 @@ CARDS: dict[str, Card] = {
     "b200": _card("B200", 183359, 2250, 8000, 900),
     "gb200": _card("GB200", 189471, 2500, 8000, 900),
     # https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html
-    "mi300x": _card("MI300X", 196592, 1307, 5300, 448),
+    "mi300x": _card("MI300X", 196592, 1307, 5300, 448, fp8=False),
 }
 _ALSO = {"3090": "rtx3090", "4090": "rtx4090", "5090": "rtx5090", "a100": "a100-80", "a100-40gb": "a100-40"}
 _ALSO |= {"a100-80gb": "a100-80", "h100-80": "h100", "h100-sxm": "h100"}

@@ -43,6 +43,7 @@ class Training:
         shape: the model.
         bits: of the base's linear weights: 4, 8, 16 or 32.
         nested: 4-bit constants are quantized too.
+        fp8: 8-bit weights are FP8, those of the language model alone, and so are its products.
         stored: bytes of every other weight of the base.
         mixed: layers compute in half precision, whatever their weights are stored in.
         adapted: the layers with LoRA; None when the model's own weights train.
@@ -63,6 +64,7 @@ class Training:
     shape: ModelShape
     bits: int = 16
     nested: bool = True
+    fp8: bool = False
     stored: int = _HALF
     mixed: bool = True
     adapted: tuple[Linear, ...] | None = ()
@@ -90,6 +92,11 @@ class Training:
     def adapter_weights(self) -> int:
         """Count the weights of LoRA."""
         return sum(linear.count * self.rank * (linear.inputs + linear.outputs) for linear in self.adapted or ())
+
+    @property
+    def quantized_weights(self) -> int:
+        """Return the number of linear weights that are held in `bits`."""
+        return sum(entry.weights for entry in self.shape.linears if not self.fp8 or entry.part == "language")
 
     @property
     def trained_weights(self) -> int:
@@ -353,7 +360,7 @@ def _vision_block_bytes(training: Training) -> float:
 def _static(training: Training) -> MemorySplit:
     """Return what does not grow with the micro-batch."""
     shape, sharded = training.shape, training.strategy in ("zero3", "fsdp2")
-    linear = sum(entry.weights for entry in shape.linears)
+    linear = training.quantized_weights
     every = sum(shape.parameters.values())
     each = {4: NF4_NESTED_BYTES if training.nested else NF4_BYTES, 8: 1.0}.get(training.bits, training.stored)
     base = linear * each + (every - linear) * training.stored

@@ -104,7 +104,7 @@ def _trained(plan: RunPlan) -> str:
     if training.full:
         return f"{count}, the model's own{', but not the vision tower' * training.freeze_vision}"
     base = {4: "4-bit", 8: "8-bit", 16: "16-bit", 32: "float32"}[training.bits]
-    return f"{count}: LoRA r={training.rank} on a {base} base"
+    return f"{count}: LoRA r={training.rank} on a {'FP8' if training.fp8 else base} base"
 
 
 def _notes(plan: RunPlan) -> list[str]:

@@ -65,8 +65,15 @@ class RunPlan:
         optim = str(recipe.get("optim"))
         return Training(
             self.shape,
-            bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 32 if model.dtype == "float32" else 16,
+            bits=4
+            if model.load_in_4bit
+            else 8
+            if model.load_in_8bit or model.load_in_fp8
+            else 32
+            if model.dtype == "float32"
+            else 16,
             nested=model.use_bnb_nested_quant,
+            fp8=bool(model.load_in_fp8),
             stored=4 if model.dtype == "float32" else 2,
             mixed=bool(recipe.mixed_precision),
             adapted=adapted,
@@ -270,3 +277,7 @@ def check_launch(plan: RunPlan) -> None:
     """Raise `UserError` for what the package refuses and a plan must not promise."""
     if plan.recipe.model.load_in_8bit and plan.launch.strategy in ("zero3", "fsdp2"):
         raise UserError(f"load_in_8bit: 8-bit weights cannot be sharded under {plan.launch.strategy}; use ddp")
+    if plan.recipe.model.load_in_fp8 and plan.launch.strategy == "zero3":
+        raise UserError("load_in_fp8: FP8 weights cannot be split by zero3; use fsdp2, zero2 or ddp")
+    if plan.recipe.model.load_in_fp8 is True and not plan.card.fp8:
+        raise UserError(f"load_in_fp8: {plan.card.name} has no products in FP8; use load_in_4bit, or a base in 16 bits")

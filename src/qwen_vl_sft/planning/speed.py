@@ -15,6 +15,8 @@ from qwen_vl_sft.planning.memory import NF4_NESTED_BYTES, Training, language_byt
 
 # Share of the card's dense half-precision peak that large matrix products reach, and share of its bandwidth.
 PRODUCTS, BANDWIDTH = 0.79, 0.7
+# What products in FP8 reach, as a share of the half-precision peak.
+FP8_PRODUCTS = 1.2
 # The same share of attention: PyTorch's kernels, and FlashAttention built for the card.
 ATTENTION, FLASH_ATTENTION = 0.17, 0.3
 # How often what a layer keeps is read or written: forward and backward, and once more to compute it again.
@@ -61,6 +63,10 @@ def step_time(training: Training, card: Card, work: Work, micro_batches: float, 
     computed = training_flops(training.shape, work, passes_of(training, checkpointed), training.packing)
     attention = FLASH_ATTENTION if training.flash_attention else ATTENTION
     device = (computed.weights / PRODUCTS + computed.attention / attention) / card.flops
+    if training.fp8:
+        # The frozen layers' products of the forward pass, of the gradients, and of layers computed again.
+        in_fp8 = 2 * training.quantized_weights * work.tokens * (2 + passes_of(training, checkpointed).recomputed)
+        device -= in_fp8 * (1 / PRODUCTS - 1 / FP8_PRODUCTS) / card.flops
     device += _traffic(training, work, micro_batches, checkpointed) / (card.bandwidth * BANDWIDTH)
     again = HOST_AGAIN * checkpointed / training.blocks + HOST_FULL * training.full
     blocks = training.shape.text.layers + (0 if training.cached_features else training.shape.vision.depth)
@@ -82,7 +88,10 @@ def _traffic(training: Training, work: Work, micro_batches: float, checkpointed:
         tower = patch * work.patches * (1 if "vision" not in training.trained_parts else TRAFFIC / 2)
     weights = sum(linear.weights for linear in shape.linears)
     unpacked = 0.0
-    if training.bits in (4, 8):
+    if training.fp8:
+        # Transposed for the backward pass: read, written.
+        unpacked = 2 * training.quantized_weights * micro_batches
+    elif training.bits in (4, 8):
         # Unpacked once for the forward pass and once for the backward pass: read, written, read.
         unpacked = 2 * weights * (NF4_NESTED_BYTES + 2 * training.computed) * micro_batches
     optimizer = (
@@ -100,7 +109,7 @@ def _communication(training: Training, card: Card, micro_batches: float) -> floa
     gradients = training.trained_weights * 4 * 2 * share
     if training.strategy in ("single", "ddp", "zero1", "zero2"):
         return gradients / rate
-    linear = sum(entry.weights for entry in training.shape.linears)
+    linear = training.quantized_weights
     each = {4: NF4_NESTED_BYTES, 8: 1.0}.get(training.bits, 2.0)
     times = 3 if training.strategy == "zero3" else 2
     return (times * linear * each * share * micro_batches + gradients * micro_batches / 2) / rate

@@ -119,7 +119,8 @@ def _introduction(published: PublishedModel) -> Iterator[str]:
         yield f"{base}{part}, fine-tuned in full on {dataset}."
     else:
         merge = published.merge or {}
-        way = "the 4-bit weights of training, dequantized" if merge.get("nf4_aware") else "its original weights"
+        kept = "4-bit" if merge.get("nf4_aware") else "FP8" if merge.get("fp8_aware") else ""
+        way = f"the {kept} weights of training, dequantized" if kept else "its original weights"
         yield f"{base} with a LoRA adapter merged into it, trained on {dataset}. The adapter was added to {way},"
         yield f"and the sum stored in {merge.get('dtype')}; `merge.json` holds the checks of the merge."
     step, steps = published.step_of_weights, (published.metrics or {}).get("steps")
@@ -348,6 +349,12 @@ def _vllm_limits(published: PublishedModel) -> Iterator[str]:
         yield (
             "vLLM puts the adapter on the 16-bit base, training had it in 4 bits, so answers can differ a little; a merge"
             " with `scripts/merge.py --nf4_aware` keeps the weights of training."
+        )
+    if settings.load_in_fp8:
+        yield ""
+        yield (
+            "vLLM puts the adapter on the 16-bit base, training had it in FP8, so answers can differ a little; a merge with"
+            " `scripts/merge.py --fp8_aware` keeps the weights of training."
         )
 
 

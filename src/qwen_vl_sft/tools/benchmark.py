@@ -64,9 +64,16 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "shared": {**PACKED, **KERNELS, "tokens_per_batch": 16384, "share_prefixes": True},
     "packed_sdpa": {**PACKED, **KERNELS, "tokens_per_batch": 8192, "attn_implementation": "sdpa"},
     "packed_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192},
+    "packed_32k_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 32768},
     "cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 32768},
     "shared_cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 16384, "share_prefixes": True},
     "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
+}
+# What follows a plus sign in the name of a variant: the precision of its base, in place of the recipe's.
+BASES: dict[str, Mapping[str, Any]] = {
+    "bf16": {"load_in_4bit": False, "load_in_fp8": False},
+    "nf4": {"load_in_4bit": True, "load_in_fp8": False},
+    "fp8": {"load_in_4bit": False, "load_in_fp8": True},
 }
 TRL_BATCH = 4
 COLUMNS = {
@@ -119,11 +126,21 @@ class Variant:
 def read_names(text: str) -> list[str]:
     """Read variants between commas. Raises `UserError` for an unknown one, and for none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [repr(name) for name in names if name not in VARIANTS]
+    unknown = [repr(name) for name in names if split_name(name) is None]
     if unknown or not names:
         what = f"unknown variant {', '.join(unknown)}" if unknown else "names none"
-        raise UserError(f"--variants: {what}; known are {', '.join(VARIANTS)}")
+        raise UserError(
+            f"--variants: {what}; known are {', '.join(VARIANTS)}, with another base as in packed+fp8 ({', '.join(BASES)})"
+        )
     return names
+
+
+def split_name(name: str) -> tuple[str, str | None] | None:
+    """Return a variant and the base that its name asks for, if any; None for an unknown name."""
+    variant, plus, base = name.partition("+")
+    if variant not in VARIANTS or (plus and base not in BASES):
+        return None
+    return variant, base or None
 
 
 def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) -> Variant:
@@ -131,8 +148,10 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
 
     Raises `UserError` for a recipe that cannot work.
     """
-    changed = VARIANTS[name]
-    keys = {**keys, **(changed or {"packing": False})}
+    split = split_name(name)
+    assert split is not None, "read_names knows it"
+    changed = VARIANTS[split[0]]
+    keys = {**keys, **(changed or {"packing": False}), **(BASES[split[1]] if split[1] else {})}
     if "cache_image_features" in keys:
         keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
     recipe = read_recipe(recipe_file, keys)

@@ -63,7 +63,7 @@ def finish_model(model: Any, accelerator: Any, run: Run) -> None:
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
         keep_trained_weights_in_float32(model)
     round_as_one_process_does(accelerator)
-    if context.strategy == "fsdp2" and recipe.model.load_in_4bit:
+    if context.strategy == "fsdp2" and (recipe.model.load_in_4bit or recipe.model.load_in_fp8):
         gather_bytes()
     trained, vision_frozen = trained_parts(model), is_vision_frozen(model)
     if vision_frozen:

@@ -33,6 +33,7 @@ _MODEL_KEYS = (
     "freeze_vision_tower",
 )
 _ROUTER_KEYS = ("train_router", "router_aux_loss_coef")
+_FP8_KEYS = ("load_in_fp8", "fp8_modules", "fp8_forward", "fp8_backward")
 # The optimizer takes these from a checkpoint, whatever the recipe says.
 _TRAINING_KEYS = (
     "seed",
@@ -70,6 +71,8 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
         same["enable_thinking"] = True
     # Only where they are set: checkpoints of earlier versions do not tell them.
     same |= {name: value for name in _ROUTER_KEYS if (value := getattr(recipe.model, name))}
+    if recipe.model.load_in_fp8:
+        same |= {name: getattr(recipe.model, name) for name in _FP8_KEYS}
     if isinstance(data.train, Scan):
         same |= {"rows": len(data.train.rows), "data": fingerprint(data.train)}
     return {

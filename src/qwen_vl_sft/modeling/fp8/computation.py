@@ -1,0 +1,78 @@
+"""Choose how FP8 layers compute from a recipe: the kernels, and whether the products are emulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.errors import shortened
+from qwen_vl_sft.modeling.fp8.fused import use_fp8_kernels
+from qwen_vl_sft.modeling.fp8.linear import Computation
+from qwen_vl_sft.modeling.fp8.products import problem_of_device
+
+EMULATION = "emulation"
+KERNELS = {
+    "quantize": "scale and values of a row in one pass",
+    "transpose": "a weight, for the gradient of its input",
+    "rms_norm": "normalisation that quantizes its output",
+    "mlp": "gate, up, activation and down with everything between the products in one pass each way",
+}
+
+
+def chosen_fp8_kernels(settings: ModelSettings, on_cpu: bool) -> list[str]:
+    """Return the kernels that FP8 layers use: those that the recipe names; for "auto" all, where they run."""
+    if not settings.load_in_fp8 or settings.fp8_kernels == "auto":
+        runs = settings.load_in_fp8 and settings.load_in_fp8 != EMULATION and not on_cpu
+        return list(KERNELS) if runs else []
+    return list(settings.fp8_kernels or ())
+
+
+def problems_of_fp8_kernels(settings: ModelSettings, on_cpu: bool) -> Iterator[str]:
+    """Yield why the kernels that a recipe names cannot be used."""
+    wanted = chosen_fp8_kernels(settings, on_cpu)
+    unknown = [name for name in wanted if name not in KERNELS]
+    if unknown:
+        yield f"fp8_kernels: {shortened(', '.join(unknown))} is unknown; known are {', '.join(KERNELS)}"
+    elif wanted and on_cpu:
+        yield f"fp8_kernels: {', '.join(wanted)} run on CUDA only; leave the key out on a CPU"
+    elif wanted and not (settings.fp8_forward and settings.fp8_backward) and "mlp" in (settings.fp8_kernels or ()):
+        yield "fp8_kernels: mlp computes both directions in FP8; leave it out, or set fp8_forward and fp8_backward"
+
+
+def problem_of_fp8(settings: ModelSettings, on_cpu: bool) -> str | None:
+    """Return why the recipe's FP8 cannot be computed on this device, with the way out."""
+    if not settings.load_in_fp8 or settings.load_in_fp8 == EMULATION:
+        return None
+    problem = problem_of_device(on_cpu)
+    return problem and f"load_in_fp8: {problem}; use load_in_4bit, or a base in 16 bits (load_in_fp8: false)"
+
+
+def computation_of(settings: ModelSettings, on_cpu: bool) -> Computation:
+    """Return how the layers of a recipe compute."""
+    forward, backward = settings.fp8_forward, settings.fp8_backward
+    plain = Computation(forward, backward, settings.load_in_fp8 == EMULATION)
+    wanted = chosen_fp8_kernels(settings, on_cpu)
+    if not wanted:
+        return plain
+    from qwen_vl_sft.modeling.fp8.checked import CheckedKernels
+
+    kernels = CheckedKernels()
+    return Computation(
+        forward,
+        backward,
+        plain.emulated,
+        kernels.quantize_rows if "quantize" in wanted else plain.quantize,
+        kernels.transpose if "transpose" in wanted else plain.transpose,
+    )
+
+
+def use_chosen_fp8_kernels(model: nn.Module, settings: ModelSettings, on_cpu: bool) -> dict[str, int]:
+    """Put the norms and MLPs that a recipe chooses into a model with FP8 layers; return how many have each."""
+    wanted = [name for name in chosen_fp8_kernels(settings, on_cpu) if name in ("rms_norm", "mlp")]
+    if not wanted:
+        return {}
+    from qwen_vl_sft.modeling.fp8.checked import CheckedKernels
+
+    return use_fp8_kernels(model, wanted, CheckedKernels())

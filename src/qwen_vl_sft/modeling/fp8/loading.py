@@ -1,0 +1,112 @@
+"""Load a model with FP8 weights: transformers hands over one weight at a time, which is quantized where it is put."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.modeling.fp8.computation import computation_of
+from qwen_vl_sft.modeling.fp8.layers import fp8_layers
+from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, packed
+
+METHOD = "qwen_vl_sft_fp8"
+
+
+@register_quantization_config(METHOD)
+class FP8Config(QuantizationConfigMixin):
+    """What transformers passes on to the quantizer; all of it can be written as JSON.
+
+    Args:
+        settings: the recipe's model keys.
+        storage: the type of tensors that hold the bytes.
+        on_cpu: the model computes on a CPU.
+    """
+
+    def __init__(self, settings: ModelSettings, storage: torch.dtype = torch.uint8, on_cpu: bool = False) -> None:
+        self.quant_method: Any = METHOD
+        self._settings, self._storage, self._on_cpu = settings, storage, on_cpu
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what stands in a configuration."""
+        return {"quant_method": METHOD, "format": "e4m3, a scale for each row"}
+
+    @property
+    def settings(self) -> ModelSettings:
+        """Return the recipe's model keys."""
+        return self._settings
+
+    @property
+    def storage(self) -> torch.dtype:
+        """Return the type of tensors that hold the bytes."""
+        return self._storage
+
+    @property
+    def computation(self) -> Computation:
+        """Return how the layers compute."""
+        return computation_of(self._settings, self._on_cpu)
+
+
+@register_quantizer(METHOD)
+class FP8Quantizer(HfQuantizer):
+    """Puts FP8 layers in place of linear ones, and fills them while the model is loaded."""
+
+    quantization_config: FP8Config
+    serialized_names = {"weight": ["weight", "weight_scale"]}
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Return the bytes of a weight."""
+        return 1.0
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return that adapters train on it."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Return that the model is not saved so."""
+        return False
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a weight is one of an FP8 layer."""
+        path, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(path), FP8Linear)
+
+    def get_quantize_ops(self) -> Any:
+        """Return what quantizes a weight."""
+        from transformers.core_model_loading import ConversionOps
+
+        storage = self.quantization_config.storage
+
+        class Quantize(ConversionOps):
+            def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+                found: dict[str, Any] = {}
+                for name, value in input_dict.items():
+                    weight, scale = packed(value[0] if isinstance(value, list) else value, storage)
+                    found[name] = nn.Parameter(weight, requires_grad=False)
+                    found[f"{name}_scale"] = scale
+                return found
+
+        return Quantize()
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        computation = config.computation
+        for name, layer in fp8_layers(model, config.settings).items():
+            with torch.device("meta"):
+                made = FP8Linear(
+                    layer.in_features,
+                    layer.out_features,
+                    layer.bias is not None,
+                    computation,
+                    layer.weight.dtype,
+                    config.storage,
+                )
+            model.set_submodule(name, made)
+        return model

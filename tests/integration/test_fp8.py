@@ -1,0 +1,145 @@
+"""A base in emulated FP8 through the scripts: loaded, trained, resumed, evaluated, merged, on several processes."""
+
+import functools
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fixtures.family_runs import trainer_of, write_recipe
+from fixtures.packed_rows import losses_of
+from fixtures.processes import launch, run_process
+from qwen_vl_sft import tiny
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.merging.merge import merge
+from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.modeling.base_model import count_parameters, load_model
+from qwen_vl_sft.modeling.fp8 import plain
+from qwen_vl_sft.modeling.fp8.fused import use_fp8_kernels
+from qwen_vl_sft.modeling.fp8.linear import FP8Linear
+from qwen_vl_sft.modeling.fp8.weights import quantize_rows
+from qwen_vl_sft.modeling.kernels import use_fused_kernels
+
+FP8 = {"load_in_fp8": "emulation"}
+
+
+def loaded(**keys):
+    settings = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), dtype="float32", **keys)
+    return load_model(settings, on_cpu=True)
+
+
+def fp8_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run in one process, with other keys once each."""
+    return trainer_of(tiny.MODEL_DIR, tmp_path_factory.mktemp("runs"))
+
+
+def test_the_language_models_layers_hold_their_weights_in_8_bits():
+    plain_model, model = loaded(), loaded(**FP8)
+    layers, weights = fp8_layers(model), plain_model.state_dict()
+    assert len(layers) == 7 * len(model.model.language_model.layers)
+    assert all("language_model" in name for name in layers)
+    for name, layer in layers.items():
+        values, scales = quantize_rows(weights[f"{name}.weight"])
+        assert torch.equal(layer.values.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(layer.scales, scales)
+        if layer.bias is not None:
+            assert torch.equal(layer.bias, weights[f"{name}.bias"])
+    counts = [{part: count.total for part, count in count_parameters(one).items()} for one in (plain_model, model)]
+    assert counts[0] == counts[1]
+    held = [sum(layer.weight.nbytes + layer.weight_scale.nbytes for layer in layers.values())]
+    held.append(sum(weights[f"{name}.weight"].nbytes for name in layers))
+    assert held[0] < 0.27 * held[1]
+
+
+def test_other_modules_are_in_fp8_where_they_are_named():
+    model = loaded(**FP8, fp8_modules=["visual.blocks"])
+    names = fp8_layers(model)
+    assert sum("visual.blocks" in name for name in names) == 4 * len(model.model.visual.blocks)
+    assert not any("merger" in name for name in names)
+
+
+def test_fused_layers_compute_what_the_model_does_and_stay():
+    model = loaded(**FP8).requires_grad_(False)
+    tokens = torch.randint(5, 200, (1, 40))
+
+    def outcome():
+        inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
+        logits = model(inputs_embeds=inputs).logits
+        logits.square().sum().backward()
+        return logits.detach(), inputs.grad
+
+    expected = outcome()
+    layers = len(model.model.language_model.layers)
+    assert use_fp8_kernels(model, ["rms_norm", "mlp"], plain) == {"rms_norm": 2 * layers, "mlp": layers}
+    # liger's kernels, of which none runs on a CPU, leave all but the last norm alone.
+    assert use_fused_kernels(model, ["rms_norm", "swiglu"]) == {"rms_norm": 1, "swiglu": 0}
+    del model.model.language_model.norm.forward
+    for found, wanted in zip(outcome(), expected, strict=True):
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_a_resumed_run_ends_as_the_whole_one(trained, tmp_path):
+    run = trained(**FP8)
+    assert len(losses_of(run)) == 4
+    done = run_process(
+        "scripts/sft.py", "--recipe", run / "recipe.yaml", "--output_dir", tmp_path / "run",
+        "--resume_from_checkpoint", run / "checkpoint-2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "precision   FP8 (e4m3) weights, forward and backward products in FP8, emulated in float32" in done.stdout
+    whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "run"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_does_not_resume_with_other_products(trained, tmp_path):
+    run = trained(**FP8)
+    done = run_process(
+        "scripts/sft.py", "--recipe", run / "recipe.yaml", "--output_dir", tmp_path / "run",
+        "--resume_from_checkpoint", run / "checkpoint-2", "--fp8_backward", "false",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "fp8_backward" in done.stderr
+
+
+def test_a_merge_that_knows_of_fp8_has_the_weights_of_training(trained, tmp_path):
+    run = trained(**FP8)
+    report = merge(make_plan(Options(run=run, output_dir=tmp_path / "merged", dtype="bfloat16", fp8_aware=True)))
+    layers = fp8_layers(loaded(**FP8))
+    saved = load_file(run / "adapter_model.safetensors")
+    adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in saved}
+    settings = ModelSettings(model_name_or_path=str(tmp_path / "merged"), dtype="bfloat16")
+    merged = load_model(settings, on_cpu=True).state_dict()
+    kept = layers.keys() - adapted
+    for name in kept:
+        # Exact in bfloat16, as scales are powers of two.
+        assert torch.equal(merged[f"{name}.weight"].float(), layers[name].dequantized()), name
+    assert report["against_adapter"]["mean"] < 0.1 * report["against_adapter"]["rms"]
+    assert "against_training" not in report
+    plain_report = merge(make_plan(Options(run=run, output_dir=tmp_path / "plain", dtype="float32")))
+    assert plain_report["against_adapter"]["max"] < 1e-3
+    assert plain_report["against_training"]["mean"] > report["against_adapter"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("config", "bf16", "apart"),
+    [
+        pytest.param("cpu", False, 1e-4, marks=pytest.mark.long),
+        pytest.param("zero2", False, 1e-4, marks=pytest.mark.long),
+        pytest.param("fsdp2", False, 1e-4, marks=pytest.mark.long),
+        # All that is not quantized is rounded to bfloat16 before it computes, of which one process rounds products alone.
+        pytest.param("fsdp2", True, 0.02, marks=pytest.mark.long),
+    ],
+)
+def test_two_processes_give_the_losses_of_one(config, bf16, apart, trained, tmp_path):
+    """FSDP2 gathers the bytes bit by bit, which every run checks when it begins."""
+    keys = {**FP8, "predict_with_generate": False, "bf16": bf16}
+    recipe = functools.partial(write_recipe, tmp_path / "recipe.yaml", tiny.MODEL_DIR)
+    done = launch(config, "scripts/sft.py", "--recipe", recipe(**keys), "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(trained(**keys)), rel=apart)

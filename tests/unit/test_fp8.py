@@ -1,0 +1,373 @@
+"""FP8 layers in the emulation, and their kernels in Triton's interpreter."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from qwen_vl_sft import tiny
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.distributed.context import DistributedContext
+from qwen_vl_sft.modeling.base_model import build_on_meta
+from qwen_vl_sft.modeling.fp8 import plain
+from qwen_vl_sft.modeling.fp8.fused import MLPProduct, NormProduct, SwiGLUProduct
+from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, QuantizedInput, packed, transpose
+from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, dequantize, quantize_rows, scale_of
+from qwen_vl_sft.modeling.kernels import use_fused_lora
+from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
+
+EMULATED = Computation(emulated=True)
+# Every finite number that e4m3 has.
+NUMBERS = [number for number in torch.arange(256).to(torch.uint8).view(E4M3).double().tolist() if math.isfinite(number)]
+
+
+def fp8_layer(out_features, in_features, bias=False, computation=EMULATED, storage=torch.uint8, seed=0):
+    """An FP8 layer with random weights, rows of different sizes, and these weights."""
+    numbers = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=numbers) * torch.logspace(-3, 2, out_features)[:, None]
+    layer = FP8Linear(in_features, out_features, bias, computation, torch.float32, storage)
+    values, scales = packed(weight, storage)
+    layer.weight.data.copy_(values)
+    layer.weight_scale.copy_(scales)
+    if bias:
+        layer.bias.data.normal_(generator=numbers)
+    return layer, weight
+
+
+def rounded(x, columns=None):
+    """What quantizing makes of rows, in float64."""
+    values, scales = quantize_rows(x, columns)
+    return values.double() * scales.double()
+
+
+def distance(found, wanted):
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def nearest(value):
+    """The nearest number of e4m3; of two the one whose last bit is 0."""
+    far = [abs(number - value) for number in NUMBERS]
+    found = [number for number, apart in zip(NUMBERS, far, strict=True) if apart == min(far)]
+    bits = torch.tensor(found).to(E4M3).view(torch.uint8)
+    return found[int((bits % 2).argmin())]
+
+
+@pytest.mark.parametrize("maximum", [1e-20, 2.0**-9, 0.3, 1.0, 447.9, 448.0, 448.1, 511.0, 512.0, 896.0, 897.0, 2e38])
+def test_a_scale_is_the_smallest_power_of_two_that_keeps_a_row_below_448(maximum):
+    maximum = torch.tensor(maximum)
+    scale = scale_of(maximum).double().item()
+    assert math.frexp(scale)[0] == 0.5
+    assert maximum.double().item() / scale <= LARGEST < maximum.double().item() / (scale / 2)
+
+
+def test_values_are_rounded_to_the_nearest_number():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(3, 64), torch.randn(1, 64) * 1e-6, torch.tensor([[17.0, 19.0, 448.0, 2.0**-10] * 16])])
+    values, scales = quantize_rows(x)
+    for row, found, scale in zip(x.double(), values.double(), scales.double(), strict=True):
+        assert found.tolist() == [nearest(value) for value in (row / scale).tolist()]
+    assert quantize_rows(torch.zeros(1, 16)).values.float().abs().max() == 0
+
+
+def test_a_dequantized_weight_has_its_exact_value_in_bfloat16():
+    layer, weight = fp8_layer(32, 64)
+    found = layer.dequantized()
+    assert torch.equal(found.bfloat16().float(), found)
+    assert distance(found, weight) < 0.04
+
+
+def test_a_row_with_a_value_that_is_not_finite_gives_none_that_is():
+    layer, _ = fp8_layer(16, 32)
+    x = torch.randn(3, 32)
+    x[1, 4], x[2, 7] = math.inf, math.nan
+    finite = layer(x).isfinite()
+    assert finite.tolist() == [[True] * 16, [False] * 16, [False] * 16]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradient_are_those_of_a_reference_that_rounds_the_same(bias):
+    torch.manual_seed(0)
+    layer, _ = fp8_layer(48, 64, bias)
+    weight, scales = layer.dequantized().double(), layer.scales.view(-1)
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    y, grad = layer(x), torch.randn(2, 5, 48)
+    y.backward(grad)
+    wanted = rounded(x.detach().view(10, 64)) @ weight.T + (layer.bias.double() if bias else 0)
+    assert distance(y.detach().view(10, 48), wanted) < 1e-6
+    # The scales of the weight's rows are in what is rounded, and the values of the weight are multiplied.
+    gradient = rounded(grad.view(10, 48), scales) @ layer.values.double()
+    assert distance(x.grad.view(10, 64), gradient) < 1e-6
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(False, False), (True, False), (False, True)])
+def test_each_direction_may_compute_without_rounding_its_input(forward, backward):
+    torch.manual_seed(0)
+    layer, _ = fp8_layer(48, 64, True, Computation(forward, backward, emulated=True))
+    weight = layer.dequantized()
+    x = torch.randn(6, 64, requires_grad=True)
+    y, grad = layer(x), torch.randn(6, 48)
+    y.backward(grad)
+    exact = x.detach() @ weight.T + layer.bias, grad @ weight
+    found = distance(y.detach(), exact[0]), distance(x.grad, exact[1])
+    assert [apart < 1e-6 for apart in found] == [not forward, not backward]
+    assert max(found) < 0.05
+
+
+def test_the_output_has_the_type_of_any_linear_layers():
+    layer, _ = fp8_layer(16, 32, True)
+    x = torch.randn(2, 32)
+    assert layer(x).dtype == torch.float32
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    # Autocast does not reach the emulated product.
+    assert torch.equal(found, layer(x).bfloat16())
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_bytes_stay_as_they_are_in_any_type_and_under_casts(storage):
+    layer, _ = fp8_layer(32, 64, True)
+    split, _ = fp8_layer(32, 64, True, storage=storage)
+    assert split.weight.dtype == storage
+    assert torch.equal(split.values.view(torch.uint8), layer.values.view(torch.uint8))
+    x = torch.randn(3, 64)
+    assert torch.equal(split(x), layer(x))
+    before = layer.dequantized()
+    assert torch.equal(layer.to(torch.bfloat16).dequantized(), before)
+
+
+def test_layers_of_one_input_share_its_quantized_form():
+    inputs, quantized = QuantizedInput(), []
+
+    def quantize(x):
+        quantized.append(x)
+        return quantize_rows(x)
+
+    x = torch.randn(2, 3, 16)
+    first = inputs.of(x, quantize)
+    assert inputs.of(x, quantize) is first
+    assert len(quantized) == 1
+    x.mul_(2)
+    assert torch.equal(inputs.of(x, quantize).scales, first.scales * 2)
+    equal = x.clone()
+    inputs.of(equal, quantize)
+    assert len(quantized) == 3
+    del x, equal
+    # A new tensor may lie where the old one did.
+    inputs.of(torch.randn(2, 3, 16), quantize)
+    assert len(quantized) == 4
+    with torch.inference_mode():
+        inside = torch.randn(1, 16)
+        assert inputs.of(inside, quantize).values.shape == (1, 16)
+
+
+@pytest.mark.parametrize("larger", [30, 1000, 10_000])
+def test_a_massive_activation_does_not_spoil_its_row(larger):
+    """Real models have some that are a thousand times as large as others; e4m3 itself reaches over 2^15 at full precision."""
+    torch.manual_seed(0)
+    layer, _ = fp8_layer(64, 256)
+    x = torch.randn(20, 256)
+    x[:, 17] = x[:, 17].sign() * larger
+    weight = layer.dequantized()
+    assert distance(layer(x), x @ weight.T) < 0.05
+    # Where nothing takes up the large value, all that is left is what the others say.
+    spread = FP8Linear(256, 64, False, EMULATED)
+    quiet = weight / weight.abs().amax(1, keepdim=True)
+    quiet[:, 17] = 0
+    values, scales = packed(quiet)
+    spread.weight.data.copy_(values)
+    spread.weight_scale.copy_(scales)
+    assert distance(spread(x), x @ spread.dequantized().T) < 0.05
+
+
+def test_lora_on_fp8_layers_is_the_adapter_beside_them():
+    torch.manual_seed(0)
+    layers = nn.Sequential(fp8_layer(64, 32, True)[0], nn.Tanh(), fp8_layer(16, 64, seed=1)[0])
+    model = get_peft_model(layers, LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    for p in trained.values():
+        p.data = torch.randn_like(p) / 4
+    x = torch.randn(5, 32)
+    first, last = model.base_model.model[0], model.base_model.model[2]
+
+    def beside(layer, x):
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return layer.base_layer(x) + x @ down.T @ up.T * 1.5
+
+    expected = beside(last, torch.tanh(beside(first, x)))
+    assert distance(model(x), expected) < 1e-6
+    assert use_fused_lora(model) == 2
+    model(x).square().sum().backward()
+    assert distance(model(x), expected) < 1e-6
+    assert all(p.grad.abs().sum() > 0 for p in trained.values())
+
+
+def test_a_norm_hands_on_what_its_output_is_quantized_to():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 32, requires_grad=True), torch.rand(32)
+    normed, values, scales = NormProduct.apply(x, weight, 1e-6, plain)
+    grad = torch.randn(2, 5, 32)
+    (found,) = torch.autograd.grad(normed, x, grad)
+    wanted = nn.functional.rms_norm(x, (32,), weight, 1e-6)
+    assert distance(normed, wanted) < 1e-6
+    assert distance(found, torch.autograd.grad(wanted, x, grad)[0]) < 1e-6
+    alone = quantize_rows(normed.detach().view(10, 32))
+    assert torch.equal(values.view(torch.uint8), alone.values.view(torch.uint8))
+    assert torch.equal(scales, alone.scales)
+
+
+def test_a_fused_mlp_rounds_what_its_layers_would_and_nothing_else():
+    torch.manual_seed(0)
+    gate, up, down = fp8_layer(48, 32, True)[0], fp8_layer(48, 32, seed=1)[0], fp8_layer(32, 48, seed=2)[0]
+    x, grad = torch.randn(7, 32, requires_grad=True), torch.randn(7, 32)
+    parts = [part for layer in (gate, up, down) for part in (layer.values, layer.scales, layer.bias)]
+    y = MLPProduct.apply(x, quantize_rows(x.detach()), plain, True, *parts)
+    wanted = down(nn.functional.silu(gate(x)) * up(x))
+    # Every product adds up in another order, and an input that is rounded the other way is off by an eighth.
+    assert distance(y.detach(), wanted.detach()) < 0.01
+    (found,) = torch.autograd.grad(y, x, grad)
+    assert distance(found, torch.autograd.grad(wanted, x, grad)[0]) < 0.05
+    # The same without rounding gradients: the rest is what rounding them costs.
+    exact = Computation(True, False, emulated=True)
+    for layer in (gate, up, down):
+        layer.computation = exact
+    (unrounded,) = torch.autograd.grad(down(nn.functional.silu(gate(x)) * up(x)), x, grad)
+    assert distance(found, unrounded) < 0.07
+
+
+def test_an_activation_hands_on_what_its_output_is_quantized_to():
+    torch.manual_seed(0)
+    gate, up = (torch.randn(3, 48, requires_grad=True) for _ in range(2))
+    product, values, scales = SwiGLUProduct.apply(gate, up, plain)
+    wanted = nn.functional.silu(gate) * up
+    assert distance(product, wanted) < 1e-6
+    assert torch.equal(values.view(torch.uint8), quantize_rows(product.detach()).values.view(torch.uint8))
+    assert torch.equal(scales, quantize_rows(product.detach()).scales)
+    grad = torch.randn(3, 48)
+    pairs = zip(
+        torch.autograd.grad(product, (gate, up), grad), torch.autograd.grad(wanted, (gate, up), grad), strict=True
+    )
+    assert max(distance(one, other) for one, other in pairs) < 1e-6
+
+
+def test_transposes_side_by_side_are_those_of_one_weight():
+    one, other = torch.randn(16, 48).to(E4M3), torch.randn(32, 48).to(E4M3)
+    found = plain.transpose(one, other)
+    assert found.is_contiguous()
+    assert torch.equal(found.float(), torch.cat([one.float().T, other.float().T], 1))
+    assert torch.equal(transpose(one).float(), one.float().T)
+
+
+def test_blocks_of_an_official_checkpoint_are_dequantized_one_by_one():
+    values, scales = torch.randn(200, 300).to(E4M3), torch.rand(2, 3)
+    found = dequantize(values, scales)
+    assert found[130, 5] == values[130, 5].float() * scales[1, 0]
+    assert found[127, 299] == values[127, 299].float() * scales[0, 2]
+
+
+def problems(on_cpu=True, strategy="single", **keys):
+    """What the rules on the model say of a recipe."""
+    recipe = read_recipe(None, {"model_name_or_path": "some/model", "dataset_name": "rows", **keys})
+    context = DistributedContext(strategy, 1 if strategy == "single" else 2, 0, 0, on_cpu)
+    return [problem for rule in MODEL_RULES for problem in rule(recipe, context)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"load_in_fp8": True}, "load_in_fp8: CPUs have no products in FP8; use load_in_4bit, or a base in 16 bits"),
+        ({"load_in_fp8": "emulation", "load_in_4bit": True}, "load_in_4bit and load_in_fp8 are both set; keep one"),
+        ({"load_in_fp8": "emulation", "use_peft": False}, "quantized weights cannot be trained"),
+        ({"load_in_fp8": "emulation", "use_dora": True}, "use_dora with load_in_fp8: DoRA reads the base's weights"),
+        ({"load_in_fp8": "emulation", "strategy": "zero3"}, "does not run under zero3"),
+        ({"load_in_fp8": "emulation", "fp8_kernels": ["mlp"]}, "fp8_kernels: mlp run on CUDA only"),
+        ({"load_in_fp8": "emulation", "fp8_kernels": ["rope"]}, "fp8_kernels: rope is unknown; known are quantize"),
+        ({"fp8_backward": False}, "fp8_backward is set but load_in_fp8 is not"),
+        ({"fp8_backward": True}, None),
+        ({"load_in_fp8": "emulation", "fp8_backward": False, "strategy": "fsdp2"}, None),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_in_fp8_is_refused(keys, told):
+    found = problems(**keys)
+    assert len(found) == (told is not None), found
+    assert told is None or told in found[0]
+
+
+@pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_gpus_without_products_in_fp8_are_refused(capability, works, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    found = problems(on_cpu=False, load_in_fp8=True)
+    assert not found if works else "NVIDIA A100 has no products in FP8 (compute capability 8.0; Ada has 8.9" in found[0]
+    assert "products in FP8 give bfloat16" in problems(on_cpu=False, load_in_fp8=True, dtype="float16")[-1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"fp8_modules": ["visual.blocks"]}, None),
+        ({"fp8_modules": ["blokcs"]}, "fp8_modules: blokcs holds no linear layer of the model"),
+        ({"fp8_modules": ["lm_head"]}, "fp8_modules: lm_head stays in 16 bits in Qwen2-VL"),
+        ({"lora_modules_to_save": ["merger"]}, None),
+        ({"lora_modules_to_save": ["merger"], "fp8_modules": ["merger"]}, "which load_in_fp8 quantizes"),
+        ({"lora_modules_to_save": ["mlp"]}, "which load_in_fp8 quantizes"),
+    ],
+    ids=str,
+)
+def test_modules_that_a_recipe_names_must_be_what_it_asks_for(keys, told):
+    settings = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), load_in_fp8="emulation", **keys)
+    found = list(problems_of_structure(build_on_meta(settings), settings))
+    assert len(found) == (told is not None), found
+    assert told is None or told in found[0]
+
+
+# Numbers of e4m3 times a power of two, and else float32: the interpreter rounds others in a way of its own.
+INTERPRETED = """
+import torch
+from qwen_vl_sft.modeling.fp8 import kernels, plain, weights
+
+torch.manual_seed(0)
+for size in (48, 9008):
+    x = torch.randn(5, size).to(weights.E4M3).float() * 2.0 ** torch.arange(-4, 6, 2)[:, None]
+    columns = 2.0 ** torch.randint(-1, 2, (size,)).float()
+    for found, wanted in (
+        (kernels.quantize_rows(x.bfloat16()), weights.quantize_rows(x.bfloat16())),
+        (kernels.quantize_rows(x.t().contiguous().t(), columns), weights.quantize_rows(x, columns)),
+    ):
+        assert torch.equal(found.scales, wanted.scales)
+        apart = (found.values.float() - wanted.values.float()).abs()
+        assert (apart <= 2.0**-8).all(), apart.max()
+gate, up, grad = (torch.randn(4, 5000) for _ in range(3))
+kept, own = torch.empty_like(gate), torch.empty_like(gate)
+assert torch.equal(kernels.swiglu(gate, up, kept).scales, plain.swiglu(gate, up, own).scales)
+assert torch.allclose(kept.float(), own.float(), rtol=1e-5)
+ones = torch.ones(5000)
+found, wanted = (f(grad, gate, up, ones, ones * 2) for f in (kernels.swiglu_backward, plain.swiglu_backward))
+assert torch.equal(found.scales, wanted.scales)
+pairs = zip(kernels.swiglu_gradients(grad, gate, up), plain.swiglu_gradients(grad, gate, up))
+assert all(torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-6) for one, other in pairs)
+x, weight = torch.randn(5, 96), torch.rand(96)
+(y, found, rstd), (wanted, other, own) = kernels.rms_norm(x, weight, 1e-6), plain.rms_norm(x, weight, 1e-6)
+assert torch.allclose(y.float(), wanted.float(), rtol=1e-5)
+assert torch.equal(found.scales, other.scales)
+assert torch.allclose(rstd, own)
+one, other = (f(x, x, weight, own) for f in (kernels.rms_norm_backward, plain.rms_norm_backward))
+assert torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5)
+parts = [torch.randn(rows, 176).to(weights.E4M3) for rows in (208, 304)]
+assert torch.equal(kernels.transpose(*parts).view(torch.uint8), plain.transpose(*parts).view(torch.uint8))
+"""
+
+
+def test_kernels_do_in_tritons_interpreter_what_pytorch_does():
+    # Triton reads the variable when it is imported.
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
