@@ -154,6 +154,7 @@ WRONG = {
     "plan": "--num_gpus many",
     "preview": "--examples many",
     "push": "--repoid x",
+    "serve_check": "--engin vllm --run x",
     "sft": "recipe.yaml",
 }
 

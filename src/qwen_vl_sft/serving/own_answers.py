@@ -1,0 +1,111 @@
+"""This package's own answers, token by token, and its logits where an engine answers otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.data.encoding import Encoded, Encoder
+from qwen_vl_sft.data.labels import IGNORE_INDEX
+from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.inference.engine.engine import Engine
+from qwen_vl_sft.inference.engine.reading import PromptAt
+from qwen_vl_sft.inference.generation import answer_ends, decode_answer
+from qwen_vl_sft.serving.base import EngineAnswer
+from qwen_vl_sft.serving.comparison import NEAR_TIE, Difference, first_difference
+
+
+def own_answers(
+    model: Any, encoder: Encoder, prompt_at: PromptAt, units: Sequence[Sequence[int]], max_new_tokens: int, title: str
+) -> dict[int, list[int]]:
+    """Answer the rows of all units greedily; return the tokens of each answer by the row's number. Raises `BadRow`."""
+    engine, answers = Engine(model, encoder, max_new_tokens), {}
+    with (
+        tqdm(total=sum(map(len, units)), desc=title, unit="row") as progress,
+        closing(engine.steps(prompt_at, units)) as steps,
+    ):
+        for answered in steps:
+            for row in answered:
+                if row.finished:
+                    answers[row.prompt.number] = list(row.tokens)
+                    progress.update()
+    return answers
+
+
+def differences(
+    model: Any,
+    encoder: Encoder,
+    prompt_at: Callable[[int], Encoded],
+    arm: str,
+    ours: Mapping[int, Sequence[int]],
+    engines: Mapping[int, EngineAnswer],
+    same_prompts: Mapping[int, bool],
+    dtype: str,
+) -> list[Difference]:
+    """Compare the answers of an arm whose model is loaded, and measure our logits where two first differ."""
+    ends, found = frozenset(answer_ends(encoder)), []
+    for number, tokens in ours.items():
+        theirs = answer_tokens(encoder, engines[number])
+        at = first_difference(tokens, theirs, ends)
+        if at is None:
+            continue
+        margin, tie = None, False
+        if same_prompts[number]:
+            logits = next_logits(model, encoder, prompt_at(number), tokens[:at])
+            margin = margin_of(logits, _token_at(tokens, at, encoder), _token_at(theirs, at, encoder))
+            tie = margin <= NEAR_TIE[dtype]
+        texts = decode_answer(encoder, tokens), decode_answer(encoder, theirs)
+        found.append(Difference(number, arm, *texts, margin, tie))
+    return found
+
+
+def answer_tokens(encoder: Encoder, answer: EngineAnswer) -> list[int]:
+    """Return the tokens of an engine's answer; those of its text and the end of the turn where it gave no others."""
+    if answer.answer_ids is not None:
+        return answer.answer_ids
+    ids: list[int] = encoder.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    return [*ids, encoder.end_of_turn_id]
+
+
+def next_logits(model: Any, encoder: Encoder, prompt: Encoded, answer: Sequence[int]) -> torch.Tensor:
+    """Return the logits [vocabulary] float32 of the token that follows a prompt and the beginning of its answer."""
+    new = torch.tensor(list(answer), dtype=prompt.input_ids.dtype)
+    row = replace(
+        prompt,
+        input_ids=torch.cat([prompt.input_ids, new]),
+        labels=torch.cat([prompt.labels, torch.full_like(new, IGNORE_INDEX)]),
+        mm_token_type_ids=torch.cat([prompt.mm_token_type_ids, torch.zeros_like(new)]),
+    )
+    batch = pad([row], encoder.pad_token_id)
+    del batch["labels"]
+    model.eval()
+    with torch.no_grad():
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+    return output.logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+
+
+def margin_of(logits: torch.Tensor, ours: int, theirs: int) -> float:
+    """Return how much one token lies above another, as a share of the root mean square of `logits` [vocabulary]."""
+    return float((logits[ours] - logits[theirs]) / logits.square().mean().sqrt())
+
+
+def silence_vision(model: Any) -> None:
+    """Take the vision part of an adapter out of a model: its second matrices become zero."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    family = family_of(model.get_base_model().config)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and family.part_of(name) != "language":
+            for matrix in getattr(module, "lora_B", {}).values():
+                torch.nn.init.zeros_(matrix.weight)
+
+
+def _token_at(tokens: Sequence[int], at: int, encoder: Encoder) -> int:
+    """Return the token at a place; one past the end, where an answer was cut, counts as the end of the turn."""
+    return tokens[at] if at < len(tokens) else encoder.end_of_turn_id
