@@ -16,8 +16,9 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.fp8 import plain
-from qwen_vl_sft.modeling.fp8.fused import MLPProduct, NormProduct, SwiGLUProduct
+from qwen_vl_sft.modeling.fp8.fused import NormProduct
 from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, QuantizedInput, packed, transpose
+from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, dequantize, quantize_rows, scale_of
 from qwen_vl_sft.modeling.kernels import use_fused_lora
 from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
@@ -229,8 +230,7 @@ def test_a_fused_mlp_rounds_what_its_layers_would_and_nothing_else():
     torch.manual_seed(0)
     gate, up, down = fp8_layer(48, 32, True)[0], fp8_layer(48, 32, seed=1)[0], fp8_layer(32, 48, seed=2)[0]
     x, grad = torch.randn(7, 32, requires_grad=True), torch.randn(7, 32)
-    parts = [part for layer in (gate, up, down) for part in (layer.values, layer.scales, layer.bias)]
-    y = MLPProduct.apply(x, quantize_rows(x.detach()), plain, True, *parts)
+    y = mlp(x, [(layer, None) for layer in (gate, up, down)], plain)
     wanted = down(nn.functional.silu(gate(x)) * up(x))
     # Every product adds up in another order, and an input that is rounded the other way is off by an eighth.
     assert distance(y.detach(), wanted.detach()) < 0.01
@@ -242,6 +242,30 @@ def test_a_fused_mlp_rounds_what_its_layers_would_and_nothing_else():
         layer.computation = exact
     (unrounded,) = torch.autograd.grad(down(nn.functional.silu(gate(x)) * up(x)), x, grad)
     assert distance(found, unrounded) < 0.07
+
+
+@pytest.mark.parametrize("adapted", [(0,), (1,), (2,), (0, 1, 2)])
+def test_adapters_of_a_fused_mlp_are_those_of_its_layers(adapted):
+    torch.manual_seed(0)
+    layers = [fp8_layer(48, 32, True)[0], fp8_layer(48, 32, seed=1)[0], fp8_layer(32, 48, seed=2)[0]]
+    adapters = [None] * 3
+    for at in adapted:
+        a, b = torch.randn(4, layers[at].in_features), torch.randn(layers[at].out_features, 4)
+        adapters[at] = Adapter(a.requires_grad_(), b.requires_grad_(), 0.5)
+    trained = [tensor for adapter in adapters if adapter for tensor in adapter[:2]]
+    x, grad = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
+
+    def alone(at, inputs):
+        adapter = adapters[at]
+        return layers[at](inputs) + (inputs @ adapter.a.T @ adapter.b.T * 0.5 if adapter else 0)
+
+    found = mlp(x, list(zip(layers, adapters, strict=True)), plain)
+    wanted = alone(2, nn.functional.silu(alone(0, x)) * alone(1, x))
+    assert distance(found.detach(), wanted.detach()) < 0.02
+    pairs = zip(
+        torch.autograd.grad(found, [x, *trained], grad), torch.autograd.grad(wanted, [x, *trained], grad), strict=True
+    )
+    assert max(distance(one, other) for one, other in pairs) < 0.06
 
 
 def test_an_activation_hands_on_what_its_output_is_quantized_to():

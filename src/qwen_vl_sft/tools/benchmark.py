@@ -64,7 +64,7 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "shared": {**PACKED, **KERNELS, "tokens_per_batch": 16384, "share_prefixes": True},
     "packed_sdpa": {**PACKED, **KERNELS, "tokens_per_batch": 8192, "attn_implementation": "sdpa"},
     "packed_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192},
-    "packed_32k_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 32768},
+    "packed_16k_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 16384},
     "cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 32768},
     "shared_cached": {**PACKED, **KERNELS, **CACHED, "tokens_per_batch": 16384, "share_prefixes": True},
     "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import product
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import read_context
+from qwen_vl_sft.errors import UserError, quoted
 from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, random_model_of
 from qwen_vl_sft.tools.options import CheckPackingOptions
 from qwen_vl_sft.training import sft
@@ -32,6 +33,18 @@ COLUMNS = {
     "token_loss_mean": ("a token's loss off by", "{:.1e}"),
     "token_loss_largest": ("at most", "{:.1e}"),
     "gradient": ("gradient off by", "{:.1e}"),
+}
+# What each precision sets. Those that name a base have one of that precision, beside bases in 16 and 32 bits; otherwise
+# the recipe says which base all of them have.
+_BF16 = {"dtype": "bfloat16", "bf16": True}
+_IN_16_BITS = {"load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
+PRECISIONS: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32", "bf16": False}, "bfloat16": _BF16}
+BASES: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True},
+    "fp8": {"load_in_fp8": True},
+    "fp8_forward": {"load_in_fp8": True, "fp8_backward": False},
+    "fp8_backward": {"load_in_fp8": True, "fp8_forward": False},
+    "emulation": {"load_in_fp8": "emulation"},
 }
 PADDED_ROWS = 4
 # LoRA begins at zero, where half of its gradients are.
@@ -58,7 +71,9 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
     kernels = read_recipe(options.recipe, keys).model.fused_kernels
     limits: dict[str, float] = {}
     for precision, fused in product(options.precisions, (None, kernels) if kernels else (None,)):
-        own: dict[str, Any] = {"dtype": precision, "bf16": precision == "bfloat16", "packing": True}
+        own: dict[str, Any] = {**settings_of(precision, options.precisions), "packing": True}
+        if own.get("load_in_fp8") and not fused:
+            own["fp8_kernels"] = None
         own |= {"output_dir": str(options.output_dir / "runs"), "lora_dropout": 0.0, "gradient_checkpointing": False}
         own |= {"tf32": False}  # float32 is what all is compared with
         own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
@@ -76,6 +91,14 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
         del trainer
         torch.cuda.empty_cache()
     return results, good
+
+
+def settings_of(precision: str, all_precisions: Collection[str]) -> dict[str, Any]:
+    """Return the recipe keys of a precision that is compared with others. Raises `UserError` for an unknown one."""
+    if precision not in PRECISIONS | BASES:
+        raise UserError(f"--precisions: {quoted(precision)} is unknown; known are {', '.join(PRECISIONS | BASES)}")
+    plain = {} if set(all_precisions) <= PRECISIONS.keys() else _IN_16_BITS
+    return {**PRECISIONS.get(precision, _BF16), **plain, **BASES.get(precision, {})}
 
 
 def _load(options: CheckPackingOptions, keys: dict[str, Any]) -> tuple[Any, PreparedData]:

@@ -93,7 +93,11 @@ class CheckPackingOptions(RecipeOptions):
     rows: int = option(32, "rows to compare", at_least=1)
     tokens_per_batch: int = option(8192, "tokens of a batch of packed rows", at_least=1)
     precisions: tuple[str, ...] = option(
-        ("float32", "bfloat16"), "precisions to compare", parse=names, shown="float32,bfloat16"
+        ("float32", "bfloat16"),
+        "precisions to compare, some of float32, bfloat16, nf4 and fp8 (with bfloat16), fp8_forward and fp8_backward (FP8 in"
+        " one direction), emulation (FP8 on any device)",
+        parse=names,
+        shown="float32,bfloat16",
     )
 
 

@@ -101,15 +101,17 @@ class CheckedKernels:
         up: torch.Tensor,
         gate_columns: torch.Tensor,
         up_columns: torch.Tensor,
+        kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Quantized:
         """Return the gradients of gate and up, quantized; see `plain.swiglu_backward`."""
 
         def examples() -> Any:
             own = _numbers(gate, gate.shape[1])
-            return own.flip(1), own, own.flip(0), _columns(own), _columns(own).flip(0)
+            written = None if kept is None else (torch.empty_like(own), torch.empty_like(own))
+            return own.flip(1), own, own.flip(0), _columns(own), _columns(own).flip(0), written
 
-        self._check("mlp", (gate.shape[1], gate.dtype), "swiglu_backward", plain, gate, examples)
-        return kernels.swiglu_backward(grad, gate, up, gate_columns, up_columns)
+        self._check("mlp", (gate.shape[1], gate.dtype, kept is None), "swiglu_backward", plain, gate, examples)
+        return kernels.swiglu_backward(grad, gate, up, gate_columns, up_columns, kept)
 
     def _check(
         self, switch: str, key: Any, name: str, reference: Any, like: torch.Tensor, examples: Callable[[], Any]
@@ -118,8 +120,9 @@ class CheckedKernels:
             return
         way_out = f"leave {switch} out of fp8_kernels"
         try:
-            inputs = examples()
-            found, wanted = getattr(kernels, name)(*inputs), getattr(reference, name)(*inputs)
+            # Each writes to tensors of its own, which are compared too.
+            mine, theirs = examples(), examples()
+            found, wanted = (getattr(kernels, name)(*mine), mine), (getattr(reference, name)(*theirs), theirs)
             apart = max(distance(one, other) for one, other in zip(_tensors(found), _tensors(wanted), strict=True))
         except torch.OutOfMemoryError:
             raise
@@ -140,7 +143,9 @@ def _tensors(found: Any) -> list[torch.Tensor]:
     """Return what a function gave, a quantized one as the numbers it stands for."""
     if isinstance(found, Quantized):
         return [found.values.float() * found.scales]
-    return [tensor for part in found for tensor in _tensors(part)] if isinstance(found, tuple) else [found]
+    if isinstance(found, tuple):
+        return [tensor for part in found for tensor in _tensors(part)]
+    return [found] if isinstance(found, torch.Tensor) else []
 
 
 def _numbers(like: torch.Tensor, size: int, rows: int = _ROWS) -> torch.Tensor:

@@ -6,11 +6,12 @@ import types
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, computed_type
-from qwen_vl_sft.modeling.fp8.products import product
+from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear
+from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
 # The longest row that the norm's kernel takes.
@@ -97,72 +98,32 @@ class _MLP(_Fused):
     """The forward of an MLP."""
 
     def __call__(self, layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        layers = [layer.gate_proj, layer.up_proj, layer.down_proj]
-        plain = all(isinstance(one, FP8Linear) for one in layers)
-        if plain and all(one.computation.backward for one in layers):
-            quantized = INPUTS.of(hidden_states, layers[0].computation.quantize)
-            parts = [part for one in layers for part in (one.values, one.scales, one.bias)]
-            return MLPProduct.apply(hidden_states, quantized, self.kernels, layers[0].computation.emulated, *parts)  # type: ignore[no-any-return]
+        found = [_base_and_adapter(one, hidden_states) for one in (layer.gate_proj, layer.up_proj, layer.down_proj)]
+        if None not in found and all(base.computation.backward for base, _ in found):  # type: ignore[misc]
+            return mlp(hidden_states, found, self.kernels)  # type: ignore[arg-type]
         gate, up = layer.gate_proj(hidden_states), layer.up_proj(hidden_states)
         activated, values, scales = SwiGLUProduct.apply(gate, up, self.kernels)
         INPUTS.keep(activated, Quantized(values, scales))
         return layer.down_proj(activated)  # type: ignore[no-any-return]
 
 
-class SwiGLUProduct(torch.autograd.Function):
-    """silu(gate) * up, and its quantized form."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Any) -> Any:
-        """Compute [..., I]."""
-        ctx.save_for_backward(gate, up)
-        ctx.kernels = kernels
-        kept = torch.empty_like(gate)
-        quantized = kernels.swiglu(_rows(gate), _rows(up), _rows(kept))
-        ctx.mark_non_differentiable(*quantized)
-        return kept, *quantized
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """Compute the gradients of gate and up."""
-        gate, up = ctx.saved_tensors
-        found = ctx.kernels.swiglu_gradients(_rows(grads[0]), _rows(gate), _rows(up))
-        return *(grad.view(gate.shape) for grad in found), None
-
-
-class MLPProduct(torch.autograd.Function):
-    """A whole MLP of frozen layers without an adapter: gate and up are kept, and all else is FP8."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, quantized: Quantized, kernels: Any, emulated: bool, *parts: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Compute `x` [..., K] -> [..., K]; `parts` are values, scales and bias of gate, up and down."""
-        gate_values, gate_scales, gate_bias, up_values, up_scales, up_bias, down_values, down_scales, down_bias = parts
-        dtype = computed_type(x)
-        gate = product(quantized, gate_values, gate_scales.view(-1), gate_bias, emulated).to(dtype)  # type: ignore[arg-type, union-attr]
-        up = product(quantized, up_values, up_scales.view(-1), up_bias, emulated).to(dtype)  # type: ignore[arg-type, union-attr]
-        activated = kernels.swiglu(gate, up)
-        found = product(activated, down_values, down_scales.view(-1), down_bias, emulated)  # type: ignore[arg-type, union-attr]
-        ctx.save_for_backward(gate, up, gate_values, gate_scales, up_values, up_scales, down_values, down_scales)
-        ctx.kernels, ctx.emulated, ctx.input = kernels, emulated, (x.shape, x.dtype)
-        return found.to(dtype).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """Compute the gradient of x."""
-        if not ctx.needs_input_grad[0]:
-            return (None,) * 13
-        gate, up, gate_values, gate_scales, up_values, up_scales, down_values, down_scales = ctx.saved_tensors
-        kernels, emulated, (shape, dtype) = ctx.kernels, ctx.emulated, ctx.input
-        grad = kernels.quantize_rows(_rows(grads[0]), down_scales.view(-1))
-        grad = product(grad, kernels.transpose(down_values), None, None, emulated).to(gate.dtype)
-        # Both of one scale a row, so that one product adds up what goes to x.
-        both = kernels.swiglu_backward(grad, gate, up, gate_scales.view(-1), up_scales.view(-1))
-        del grad
-        found = product(both, kernels.transpose(gate_values, up_values), None, None, emulated)
-        return found.to(dtype).view(shape), *(None,) * 12
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _base_and_adapter(layer: nn.Module, x: torch.Tensor) -> tuple[FP8Linear, Adapter | None] | None:
+    """Return an FP8 layer with what its one active adapter adds; None where it is another layer, or adds otherwise."""
+    if isinstance(layer, FP8Linear):
+        return layer, None
+    if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), FP8Linear):
+        return None
+    base: Any = layer.get_base_layer()
+    if layer.disable_adapters:
+        return base, None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.lora_variant or any(layer.lora_bias.values()):
+        return None
+    (name,) = active
+    dropout: Any = layer.lora_dropout[name]
+    down: Any = layer.lora_A[name].weight
+    up: Any = layer.lora_B[name].weight
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    if drops or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.dtype):
+        return None
+    return base, Adapter(down, up, layer.scaling[name])

@@ -153,17 +153,34 @@ def _swiglu_both_gradients(grad, gate, up, of_gate, of_up, size, BLOCK: tl.const
 
 @triton.jit
 def _swiglu_backward(
-    grad, gate, up, gate_columns, up_columns, values, scales, size, BLOCK: tl.constexpr, PARTS: tl.constexpr
+    grad,
+    gate,
+    up,
+    gate_columns,
+    up_columns,
+    of_gate,
+    of_up,
+    values,
+    scales,
+    size,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     grad += row * size
     gate += row * size
     up += row * size
+    of_gate += row * size
+    of_up += row * size
     values += row * size * 2
     largest = tl.zeros([BLOCK], tl.float32)
     for number in range(PARTS):
         at = number * BLOCK + tl.arange(0, BLOCK)
         dg, du = _swiglu_gradients(grad, gate, up, at, size)
+        if KEEP:
+            tl.store(of_gate + at, dg.to(of_gate.dtype.element_ty), mask=at < size)
+            tl.store(of_up + at, du.to(of_up.dtype.element_ty), mask=at < size)
         dg *= tl.load(gate_columns + at, mask=at < size, other=0.0)
         du *= tl.load(up_columns + at, mask=at < size, other=0.0)
         largest = tl.maximum(largest, tl.maximum(tl.abs(dg), tl.abs(du)))
@@ -264,14 +281,34 @@ def swiglu_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
 
 
 def swiglu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gate_columns: torch.Tensor, up_columns: torch.Tensor
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    gate_columns: torch.Tensor,
+    up_columns: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Quantized:
-    """Return the gradients of gate and up side by side [M, 2 I], each column times its number, quantized."""
+    """Return the gradients of gate and up side by side [M, 2 I], each column times its number, quantized.
+
+    Without these numbers they are written to the two tensors `kept` [M, I] as well.
+    """
     rows, size = gate.shape
     values, scales = _empty(gate, rows, 2 * size)
     block, parts, warps = _blocks(size, at_least_two_values=True)
     _swiglu_backward[(rows,)](
-        grad, gate, up, gate_columns, up_columns, values, scales, size, BLOCK=block, PARTS=parts, num_warps=warps
+        grad,
+        gate,
+        up,
+        gate_columns,
+        up_columns,
+        *(kept or (gate, up)),
+        values,
+        scales,
+        size,
+        KEEP=kept is not None,
+        BLOCK=block,
+        PARTS=parts,
+        num_warps=warps,
     )
     return Quantized(values, scales)
 

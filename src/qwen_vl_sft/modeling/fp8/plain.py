@@ -37,10 +37,21 @@ def swiglu_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
 
 
 def swiglu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gate_columns: torch.Tensor, up_columns: torch.Tensor
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    gate_columns: torch.Tensor,
+    up_columns: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Quantized:
-    """Return the gradients of gate and up side by side [M, 2 I], each column times its number, quantized."""
-    return quantize_rows(torch.cat(_swiglu_gradients(grad, gate, up), 1), torch.cat([gate_columns, up_columns]))
+    """Return the gradients of gate and up side by side [M, 2 I], each column times its number, quantized.
+
+    Without these numbers they are written to the two tensors `kept` [M, I] as well.
+    """
+    both = _swiglu_gradients(grad, gate, up)
+    for target, found in zip(kept or (), both, strict=False):
+        target.copy_(found)
+    return quantize_rows(torch.cat(both, 1), torch.cat([gate_columns, up_columns]))
 
 
 def transpose(*parts: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,159 @@
+"""An MLP of FP8 layers as one function: between its products everything is FP8, and adapters add to what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, computed_type
+from qwen_vl_sft.modeling.fp8.products import product
+from qwen_vl_sft.modeling.fp8.weights import Quantized
+
+
+class Adapter(NamedTuple):
+    """What LoRA adds to a layer: `scaling` * B A x, with A [r, in] and B [out, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+def mlp(x: torch.Tensor, layers: Sequence[tuple[FP8Linear, Adapter | None]], kernels: Any) -> torch.Tensor:
+    """Compute down(silu(gate(x)) * up(x)) of `x` [..., K] with the FP8 layers gate, up and down and their adapters."""
+    first = layers[0][0].computation
+    quantized = INPUTS.of(x, first.quantize)
+    frozen = [part for layer, _ in layers for part in (layer.values, layer.scales.view(-1), layer.bias)]
+    trained = [part for _, adapter in layers for part in (adapter[:2] if adapter else (None, None))]
+    scalings = tuple(adapter.scaling if adapter else 0.0 for _, adapter in layers)
+    return MLPProduct.apply(x, quantized, kernels, first.emulated, scalings, *frozen, *trained)  # type: ignore[no-any-return]
+
+
+class SwiGLUProduct(torch.autograd.Function):
+    """silu(gate) * up, and its quantized form."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Any) -> Any:
+        """Compute [..., I]."""
+        ctx.save_for_backward(gate, up)
+        ctx.kernels = kernels
+        kept = torch.empty_like(gate)
+        quantized = kernels.swiglu(_rows(gate), _rows(up), _rows(kept))
+        ctx.mark_non_differentiable(*quantized)
+        return kept, *quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Compute the gradients of gate and up."""
+        gate, up = ctx.saved_tensors
+        found = ctx.kernels.swiglu_gradients(_rows(grads[0]), _rows(gate), _rows(up))
+        return *(grad.view(gate.shape) for grad in found), None
+
+
+class MLPProduct(torch.autograd.Function):
+    """A whole MLP. It keeps gate and up, and x where these have adapters; what is between them is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        quantized: Quantized,
+        kernels: Any,
+        emulated: bool,
+        scalings: tuple[float, float, float],
+        *parts: Any,
+    ) -> torch.Tensor:
+        """Compute `x` [..., K] -> [..., K].
+
+        `parts` are values, scales and bias of gate, of up and of down, then A and B of each, None without an adapter.
+        """
+        layers: list[tuple[Any, Any, Any]] = [parts[:3], parts[3:6], parts[6:9]]  # type: ignore[list-item]
+        gate_layer, up_layer, down_layer = layers
+        dtype = computed_type(x)
+        adapters = [None if part is None else part.to(dtype) for part in parts[9:]]
+        a_gate, b_gate, a_up, b_up, a_down, b_down = adapters
+        rows = _rows(x).to(dtype) if a_gate is not None or a_up is not None else None
+        # With autocast the adapters' products would be cast once more.
+        with torch.autocast(x.device.type, enabled=False):
+            gate = product(quantized, *gate_layer, emulated=emulated).to(dtype)
+            up = product(quantized, *up_layer, emulated=emulated).to(dtype)
+            in_gate = _add(gate, rows, a_gate, b_gate, scalings[0])
+            in_up = _add(up, rows, a_up, b_up, scalings[1])
+            kept = None if a_down is None else torch.empty_like(gate)
+            found = product(kernels.swiglu(gate, up, kept), *down_layer, emulated=emulated).to(dtype)
+            in_down = _add(found, kept, a_down, b_down, scalings[2])
+        frozen = (*gate_layer[:2], *up_layer[:2], *down_layer[:2])
+        ctx.save_for_backward(rows, gate, up, in_gate, in_up, in_down, *frozen, *adapters)
+        ctx.kernels, ctx.emulated, ctx.scalings, ctx.input = kernels, emulated, scalings, (x.shape, x.dtype)
+        ctx.trained = [None if part is None else part.dtype for part in parts[9:]]
+        return found.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Compute the gradients of x and of the adapters."""
+        rows, gate, up, in_gate, in_up, in_down, *saved = ctx.saved_tensors
+        gate_values, gate_scales, up_values, up_scales, down_values, down_scales = saved[:6]
+        a_gate, b_gate, a_up, b_up, a_down, b_down = saved[6:]
+        kernels, emulated, scalings = ctx.kernels, ctx.emulated, ctx.scalings
+        found: list[torch.Tensor | None] = [None] * 6
+        with torch.autocast(gate.device.type, enabled=False):
+            grad = _rows(grads[0]).contiguous()
+            quantized = kernels.quantize_rows(grad, down_scales)
+            inner = product(quantized, kernels.transpose(down_values), None, None, emulated).to(gate.dtype)
+            del quantized
+            if a_down is not None:
+                activated = torch.empty_like(gate)
+                kernels.swiglu(gate, up, activated)
+                found[4:] = _gradients(grad, activated, in_down, b_down, scalings[2], a_down, inner)
+                del activated
+            kept = None if rows is None else (torch.empty_like(gate), torch.empty_like(up))
+            # Both of one scale a row, so that one product adds up what goes to x.
+            both = kernels.swiglu_backward(inner, gate, up, gate_scales, up_scales, kept)
+            del inner
+            x_grad = None
+            if ctx.needs_input_grad[0]:
+                x_grad = product(both, kernels.transpose(gate_values, up_values), None, None, emulated).to(gate.dtype)
+            if kept is not None:
+                if a_gate is not None:
+                    found[:2] = _gradients(kept[0], rows, in_gate, b_gate, scalings[0], a_gate, x_grad)
+                if a_up is not None:
+                    found[2:4] = _gradients(kept[1], rows, in_up, b_up, scalings[1], a_up, x_grad)
+        shape, dtype = ctx.input
+        trained = [None if one is None else one.to(kind) for one, kind in zip(found, ctx.trained, strict=True)]
+        return None if x_grad is None else x_grad.to(dtype).view(shape), *(None,) * 13, *trained
+
+
+def _add(
+    output: torch.Tensor,
+    rows: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor | None:
+    """Add scaling * B A x to a layer's output in place; return A x [M, r], None without an adapter."""
+    if rows is None or a is None or b is None:
+        return None
+    inside = rows @ a.t()
+    output.addmm_(inside, b.t(), alpha=scaling)
+    return inside
+
+
+def _gradients(
+    grad: torch.Tensor,
+    rows: torch.Tensor,
+    inside: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    a: torch.Tensor,
+    x_grad: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of A and B from that of a layer's output; add the adapter's part to the gradient of its input."""
+    of_inside = (grad @ b) * scaling
+    if x_grad is not None:
+        x_grad.addmm_(of_inside, a)
+    return of_inside.t() @ rows, (grad.t() @ inside) * scaling
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
