@@ -20,6 +20,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from fixtures.evaluation import SYSTEM_MESSAGE, plan, read_rows, write_charts, write_run
 from fixtures.messages import conversation_row, png, write_messages
@@ -387,6 +388,29 @@ def test_capped_rows_are_spread_over_the_split(run):
     assert questions[-1].row_id == 290
 
 
+def test_the_adapter_of_another_trainer_answers_as_the_run_that_it_is_from(run, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    weights = load_file(run / "adapter_model.safetensors")
+    renamed = {name.replace("model.language_model.layers", "model.layers"): value for name, value in weights.items()}
+    assert not set(weights) & set(renamed)
+    save_file(renamed, theirs / "adapter_model.safetensors")
+    config = json.loads((run / "adapter_config.json").read_text())
+    targets = r"^(model(?=\.).*\.(q_proj|v_proj))$"
+    config |= {"target_modules": targets, "base_model_name_or_path": str(run.parent / "model")}
+    (theirs / "adapter_config.json").write_text(json.dumps(config))
+    asked = ("--max_samples", 4, "--max_new_tokens", 4, "--dtype", "float32", "--arms", "base,tuned", "--use_cpu")
+    rows = []
+    for name, folder in (("ours", run), ("theirs", theirs)):
+        where = ("--dataset_name", run.parent / "data", "--system_message", SYSTEM_MESSAGE)
+        evaluate(plan("--run", folder, *where, "--output_dir", tmp_path / f"{name}-scores", *asked))
+        rows.append(read_rows(tmp_path / f"{name}-scores"))
+    assert rows[0] == rows[1]
+    assert any(row["arms"]["base"] != row["arms"]["tuned"] for row in rows[0])
+    with pytest.raises(UserError, match="dataset_name is not set"):
+        evaluate(plan("--run", theirs, "--output_dir", tmp_path / "unasked"))
+
+
 def test_a_truncated_adapter_is_told(run, tmp_path):
     whole = (run / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -395,8 +419,6 @@ def test_a_truncated_adapter_is_told(run, tmp_path):
 
 
 def test_an_adapter_of_another_model_is_refused(run, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     (tmp_path / "adapter_config.json").write_text((run / "adapter_config.json").read_text())
     weights = load_file(run / "adapter_model.safetensors")
     renamed = {name.replace("language_model", "text_model"): value for name, value in weights.items()}

@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -524,3 +525,51 @@ def test_a_short_run_from_the_command_line(tmp_path):
     again = run_process(*words)
     assert again.returncode == 2
     assert again.stderr.startswith("error: --output_dir:")
+
+
+LAYOUTS = {
+    "transformers before 4.52": ("model.", "visual."),
+    "for vLLM": ("language_model.model.", "visual."),
+    "with the tower outside": ("model.language_model.", "visual."),
+}
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory):
+    """A run with LoRA in the language model and in the vision tower, of other ranks and scales here and there."""
+    language = r"language_model\.layers\.\d\.(self_attn\.q_proj|mlp\.gate_proj)"
+    targets = rf"model\.({language}|visual\.(blocks\.\d\.attn\.qkv|merger\.mlp\.0))"
+    lora = {"target_modules": targets, "rank_pattern": {"gate_proj": 2}, "alpha_pattern": {"qkv": 32}}
+    return write_run(tmp_path_factory.mktemp("everywhere") / "run", **lora)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_an_adapter_of_another_trainer_merges_into_the_same_tensors(everywhere, tmp_path, layout):
+    language, visual = layout
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    tensors = load_file(everywhere / "adapter_model.safetensors")
+    new = {"model.language_model.": language, "model.visual.": visual}
+    renamed = {
+        re.sub(r"(?<=base_model\.model\.)model\.(language_model|visual)\.", lambda found: new[found[0]], key): tensor
+        for key, tensor in tensors.items()
+    }
+    assert not set(renamed) <= set(tensors)
+    save_file(renamed, theirs / "adapter_model.safetensors")
+    config = json.loads((everywhere / "adapter_config.json").read_text())
+    targets = rf"^({re.escape(language)}layers.*(q_proj|gate_proj)|{re.escape(visual)}.*(qkv|merger\.mlp\.0))$"
+    (theirs / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    assert left_in(theirs) == ["adapter_config.json", "adapter_model.safetensors"]  # no recipe, no processor
+    report = run_merge(theirs, tmp_path / "merged")
+    merged, expected = load_file(tmp_path / "merged/model.safetensors"), peft_merged(everywhere)
+    names = read_names(tmp_path / "merged")
+    assert all(torch.allclose(merged[key], expected[name], rtol=0, atol=1e-6) for key, name in names.items())
+    assert report["against_adapter"]["max"] < 1e-4
+    assert report["against_adapter"]["adapter_effect"] > 100 * report["against_adapter"]["mean"]
+    assert (tmp_path / "merged/processor_config.json").is_file()
+
+
+def read_names(folder):
+    """The name in the model of each key in a merged folder."""
+    model = build_on_meta(ModelSettings(model_name_or_path=str(folder)))
+    return {weight.key: weight.name for weight in read_base(folder, model)}

@@ -72,6 +72,27 @@ def test_a_second_stage_starts_from_the_adapter_and_trains_it_further(first, tmp
     assert all(not torch.equal(after[name], saved[name]) for name in saved)
 
 
+def test_it_starts_from_the_adapter_of_another_trainer(first, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    saved = load_file(first / WEIGHTS)
+    renamed = {name.replace("model.language_model.layers", "model.layers"): value for name, value in saved.items()}
+    assert not set(saved) & set(renamed)
+    save_file(renamed, theirs / WEIGHTS)
+    config = json.loads((first / "adapter_config.json").read_text())
+    targets = r"^(model(?=\.).*\.(q_proj|v_proj))$"
+    config |= {"target_modules": targets, "base_model_name_or_path": str(first.parent / "model")}
+    (theirs / "adapter_config.json").write_text(json.dumps(config))
+    run = resolve(asked(first, tmp_path, init_adapter=str(theirs)), SINGLE)
+    assert (
+        run.structure.lora_targets
+        == resolve(asked(first, tmp_path, init_adapter=str(first)), SINGLE).structure.lora_targets
+    )
+    trainer = sft.build_trainer(run, sft.sft_config(run), prepare_data(run))
+    now = {name.replace(".default", ""): value for name, value in trainer.model.state_dict().items()}
+    assert all(torch.equal(now[name], tensor) for name, tensor in saved.items())
+
+
 def test_the_ways_to_name_it_mean_the_same(first, tmp_path):
     peft = tmp_path / "peft"  # of another program: without a recipe
     peft.mkdir()

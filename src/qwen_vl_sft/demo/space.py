@@ -26,12 +26,12 @@ from qwen_vl_sft.demo.options import Options
 from qwen_vl_sft.demo.serve import prepare_gradio, read_sources
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
-from qwen_vl_sft.inference.source import ADAPTER_FILE, Source
+from qwen_vl_sft.inference.source import Source
 from qwen_vl_sft.merging.folder import PROCESSOR_FILES
+from qwen_vl_sft.modeling.adapter_layout import ADAPTER_CONFIG, ADAPTER_FILE
 from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters
 
 BUILTIN_MODEL = "builtin:tiny-qwen2-vl"
-ADAPTER_CONFIG = "adapter_config.json"
 # Memory of the Hub's machines in GB, the cheapest first (T4s have no bfloat16); ROOM is the weights' share of it.
 HARDWARE = {"l4x1": 24, "l40sx1": 48, "a100-large": 80}
 ROOM = 0.75

@@ -10,7 +10,8 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, first_line, shortened
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.inference.source import ADAPTER_FILE, Source, tuned_settings
+from qwen_vl_sft.inference.source import Source, tuned_settings
+from qwen_vl_sft.modeling.adapter_layout import adapter_keys, in_our_layout
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -36,6 +37,8 @@ def load_run_processor(source: Source) -> Any:
     folder = source.tuned.folder
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         folder = source.tuned.home  # a checkpoint may hold weights alone
+    if source.tuned.recipe_file is None and not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return load_processor(source.recipe.model, *limits)  # other trainers save the adapter alone
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -81,24 +84,23 @@ def attach_adapter(model: Any, folder: Path, name: str = "default") -> Any:
 
     PEFT loads an adapter of another model without an error and without effect. Raises `UserError`.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    with in_our_layout(folder, model) as placed:
+        return _attach(model, placed, name, folder)
 
-    try:
-        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-            saved = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--run: {folder / ADAPTER_FILE} cannot be read: {first_line(error)}; copy it again, or name another checkpoint"
-        ) from None
+
+def _attach(model: Any, placed: Path, name: str, folder: Path) -> Any:
+    """Attach the adapter in `placed`, which messages call by the `folder` that it is from."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    saved = set(adapter_keys(placed))
     try:
         # Without a device PEFT would load every process's adapter onto the first GPU.
         device = str(model.device)
         if isinstance(model, PeftModel):
             tuned = model
-            tuned.load_adapter(str(folder), adapter_name=name, torch_device=device)
+            tuned.load_adapter(str(placed), adapter_name=name, torch_device=device)
         else:
-            tuned = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
+            tuned = PeftModel.from_pretrained(model, str(placed), adapter_name=name, torch_device=device)
     except (ValueError, RuntimeError) as error:
         why = shortened(" ".join(str(error).split()))
         raise UserError(

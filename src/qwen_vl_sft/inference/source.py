@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, quoted
+from qwen_vl_sft.modeling.adapter_layout import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.reading import Recipe
@@ -33,25 +34,48 @@ RECIPE_KEYS = (
     "dataset_name", "dataset_config", "dataset_format", "box_coordinates", "system_message", "enable_thinking", "min_pixels",
     "max_pixels", "max_new_tokens", "use_cpu",
 )  # fmt: skip
-ADAPTER_FILE = "adapter_model.safetensors"
 FULL_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A trained model: `folder` holds an adapter or a full model, `home` the run's recipe."""
+    """A trained model: `folder` holds an adapter or a full model, `home` the run's recipe.
+
+    The adapter of another trainer has no recipe.
+    """
 
     folder: Path
     home: Path
     is_adapter: bool
+
+    @property
+    def recipe_file(self) -> Path | None:
+        """Return the run's recipe, None for the adapter of another trainer."""
+        from qwen_vl_sft.checkpointing.run_folder import RECIPE
+
+        path = self.home / RECIPE
+        return path if path.is_file() else None
+
+    def recipe(self, overrides: Mapping[str, Any]) -> Recipe:
+        """Return the run's recipe with `overrides`; for the adapter of another trainer one with its base model alone.
+
+        Raises `UserError`.
+        """
+        from qwen_vl_sft.config.reading import read_recipe
+
+        if path := self.recipe_file:
+            return read_recipe(path, overrides)
+        config = read_adapter_config(self.folder)
+        named = {"model_name_or_path": config.get("base_model_name_or_path"), "model_revision": config.get("revision")}
+        return read_recipe(None, {key: value for key, value in named.items() if value} | dict(overrides))
 
 
 @dataclass(frozen=True)
 class Source:
     """A base model alone, or a run on it, with the recipe and system message to answer with.
 
-    `trained` holds the model settings of training, None without a run. A `system_message` of None leaves it to the
-    format of the rows.
+    `trained` holds the model settings of training, None without a run of this package. A `system_message` of None leaves
+    it to the format of the rows.
     """
 
     recipe: Recipe
@@ -65,12 +89,11 @@ def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: 
 
     A model that holds its own system message, as a merged one does, is asked with it.
     """
-    from qwen_vl_sft.checkpointing.run_folder import RECIPE, SYSTEM_MESSAGE
+    from qwen_vl_sft.checkpointing.run_folder import SYSTEM_MESSAGE
     from qwen_vl_sft.config.reading import read_recipe
 
     tuned = find_tuned(run, tuned_needed) if run else None
-    path = tuned.home / RECIPE if tuned else None
-    recipe = read_recipe(path, recipe_keys)
+    recipe = tuned.recipe(recipe_keys) if tuned else read_recipe(None, recipe_keys)
     quantized = [key for key in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(recipe.model, key)]
     if len(quantized) > 1:
         raise UserError(f"{' and '.join(quantized)} are both on; turn one off, e.g. --{quantized[0]} false")
@@ -90,11 +113,14 @@ def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: 
         # A merged model, or one that was trained in full: asked without its prompt it answers worse.
         message = trained.read_text(encoding="utf-8", errors="surrogateescape")
         check_text(message, str(trained))
-    return Source(recipe, read_recipe(path, {}).model if path else None, tuned, message)
+    return Source(recipe, tuned.recipe({}).model if tuned and tuned.recipe_file else None, tuned, message)
 
 
 def find_tuned(run: Path, needed: bool) -> TunedModel:
-    """Find the model in a run folder or in a checkpoint. Raises `UserError` when it is no run or not finished."""
+    """Find the model in a run folder, in a checkpoint, or in a folder of PEFT.
+
+    Raises `UserError` when it is no run or not finished.
+    """
     from qwen_vl_sft.checkpointing.run_folder import RECIPE
 
     if not run.is_dir():
@@ -105,9 +131,12 @@ def find_tuned(run: Path, needed: bool) -> TunedModel:
     # A link to a checkpoint, or `.` inside one, has the checkpoint's name once it is resolved.
     named = run if run.name.startswith("checkpoint-") else run.resolve()
     home = named.parent if named.name.startswith("checkpoint-") and not (run / RECIPE).is_file() else run
-    if not (home / RECIPE).is_file():
-        raise UserError(f"--run: {run} holds no {RECIPE}, so it is not a run folder of scripts/sft.py; name one")
     is_adapter = (run / ADAPTER_FILE).is_file()
+    if not (home / RECIPE).is_file() and not (is_adapter and (run / ADAPTER_CONFIG).is_file()):
+        raise UserError(
+            f"--run: {run} holds no {RECIPE}, so it is not a run folder of scripts/sft.py, and no {ADAPTER_FILE} with its"
+            f" {ADAPTER_CONFIG} of another trainer; name one"
+        )
     if needed and not is_adapter and not any((run / name).is_file() for name in FULL_MODEL_FILES):
         checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
         instead = f"evaluate its checkpoint with --run {checkpoints[-1]}, " if checkpoints else ""

@@ -24,12 +24,13 @@ def check_trained_base(source: Source) -> None:
     """
     if source.tuned is None or not source.tuned.is_adapter:
         return
-    assert source.trained is not None
     way_out = (
         "give the base model it was trained on with --model_name_or_path (and --model_revision), or score the base alone"
         " with --arms base,prompted"
     )
-    tuned, name = source.tuned, source.trained.model_name_or_path
+    tuned = source.tuned
+    # What another trainer wrote names its base model in the adapter's configuration alone.
+    name = (source.trained or tuned.recipe({}).model).model_name_or_path
     check_same_base(tuned.folder, tuned.home, name, source.recipe.model, "--run", way_out)
 
 

@@ -18,9 +18,8 @@ from torch import nn
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.merging.places import Place, as_in_model, finder
-from qwen_vl_sft.merging.plan import read_adapter_config
+from qwen_vl_sft.modeling.adapter_layout import ADAPTER_FILE, PREFIX, in_our_layout, read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
 from qwen_vl_sft.modeling.fp8.layers import fp8_layers
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
-PREFIX = "base_model.model."
 WAY_OUT = "name the base model it was trained on with --base"
 # Fields of PEFT's LoraConfig that may differ from their defaults; any other one could change what a merge means.
 READ_FIELDS = {
@@ -269,18 +267,25 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
 
     Raises `UserError` when a tensor is missing, left over or of another shape, or for a kind that cannot be merged.
     """
+    adapter_config(folder)
+    with in_our_layout(folder, model) as placed:
+        return _read_adapter(placed, model, folder)
+
+
+def _read_adapter(placed: Path, model: nn.Module, folder: Path) -> Adapter:
+    """Read the adapter in `placed`, which messages call by the `folder` that it is from."""
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora import ParamWrapper
 
-    config = adapter_config(folder)
+    config = adapter_config(placed)
     try:
         with torch.device("meta"):
             adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"--run: the adapter in {folder} does not fit the base model: {error}; {WAY_OUT}") from None
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    with open_weights(folder / ADAPTER_FILE) as file:
+    with open_weights(placed / ADAPTER_FILE) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dictionary
     problems = [f"{key} has no place in it" for key in sorted(set(tensors) - set(expected))]
     problems += [f"{key} is missing from the adapter" for key in sorted(set(expected) - set(tensors))]

@@ -18,8 +18,10 @@ from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
 
+# Either makes a processor of a folder.
+IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",
+    *IMAGE_FILES, "video_preprocessor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -66,11 +68,11 @@ def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # A checkpoint may hold weights alone; the run around it has the processor with its pixel limits.
     folders = [plan.tuned.folder, plan.tuned.home]
-    for name in (*PROCESSOR_FILES, run_folder.SYSTEM_MESSAGE):
-        _copy_first(name, folders, folder)
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        for name in PROCESSOR_FILES:
-            _copy_first(name, [base], folder)
+    # Other trainers save the adapter alone, or with a tokenizer but without a processor: then all is the base's.
+    has_processor = any((source / name).is_file() for source in folders for name in IMAGE_FILES)
+    for name in PROCESSOR_FILES:
+        _copy_first(name, folders if has_processor else [base], folder)
+    _copy_first(run_folder.SYSTEM_MESSAGE, folders, folder)
     _copy_first("generation_config.json", [base], folder)
     # The merged model is no longer quantized, so evaluating it as a run must not quantize it again.
     precision = {"dtype": plan.options.dtype, "load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}

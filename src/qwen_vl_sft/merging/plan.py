@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwen_vl_sft.config.command_line import REQUIRED, option, size
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.source import FULL_MODEL_FILES, TunedModel, find_tuned
+from qwen_vl_sft.modeling.adapter_layout import ADAPTER_CONFIG, read_adapter_config
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.reading import Recipe
 
 REPORT_FILE = "merge.json"
-ADAPTER_CONFIG = "adapter_config.json"
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -71,9 +70,6 @@ class Plan:
 
 def make_plan(options: Options) -> Plan:
     """Read the run. Raises `UserError` when there is nothing to merge or nowhere to write; writes nothing."""
-    from qwen_vl_sft.checkpointing.run_folder import RECIPE
-    from qwen_vl_sft.config.reading import read_recipe
-
     check_output_dir(options.output_dir)
     if (options.run / REPORT_FILE).is_file():
         raise UserError(f"--run: {options.run} is a merged model already; name the run folder with the adapter")
@@ -84,10 +80,10 @@ def make_plan(options: Options) -> Plan:
             f"--run: {options.run} holds a full model ({model_file}) and no adapter, so there is nothing to merge;"
             f" use it as it is"
         )
-    recipe = read_recipe(tuned.home / RECIPE, {})
+    recipe = tuned.recipe({})
     if options.nf4_aware and not recipe.model.load_in_4bit:
         raise UserError(
-            f"--nf4_aware: {tuned.home / RECIPE} says that the run was not trained on 4-bit weights (load_in_4bit), so it"
+            f"--nf4_aware: the run in {tuned.home} was not trained on 4-bit weights (load_in_4bit), as far as it says, so it"
             f" would change the base for nothing; leave it out"
         )
     if options.fp8_aware and not recipe.model.load_in_fp8:
@@ -122,17 +118,6 @@ def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> M
             f"--run: neither the adapter nor the recipe in {tuned.home} names a base model; give it with --base"
         )
     return replace(settings, model_name_or_path=name, model_revision=config.get("revision") or settings.model_revision)
-
-
-def read_adapter_config(folder: Path, key: str = "--run") -> dict[str, Any]:
-    """Read PEFT's configuration of an adapter, which `key` names. Raises `UserError`."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {folder / ADAPTER_CONFIG} cannot be read: {error}; name a finished run") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{key}: {folder / ADAPTER_CONFIG} is not an adapter's configuration; name a finished run")
-    return config
 
 
 def check_output_dir(folder: Path) -> None:

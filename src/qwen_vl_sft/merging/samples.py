@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
 
+from qwen_vl_sft import tiny
 from qwen_vl_sft.checkpointing.run_folder import SYSTEM_MESSAGE
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.dataset import in_memory, open_split, select_evenly
@@ -41,10 +42,15 @@ class Samples:
 
 
 def read_samples(plan: Plan) -> Samples | None:
-    """Read rows of the run's evaluation split, else of its training split; None when none are wanted. Raises `UserError`."""
+    """Read rows of the run's evaluation split, else of its training split; None when none are wanted. Raises `UserError`.
+
+    The adapter of another trainer, whose data nothing names, is compared on the charts that come with the package.
+    """
     data, samples = plan.recipe.data, plan.options.samples
     if not samples:
         return None
+    if data.dataset_name is None and plan.tuned.recipe_file is None:
+        data = replace(data, dataset_name=str(tiny.DATA_DIR), dataset_test_split="test")
     try:
         split = data.dataset_test_split or data.dataset_train_split
         rows = open_split(data, split, max_rows=samples if data.dataset_streaming else None)

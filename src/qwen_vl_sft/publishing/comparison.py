@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.inference.source import ADAPTER_FILE
+from qwen_vl_sft.modeling.adapter_layout import ADAPTER_FILE
 from qwen_vl_sft.publishing.access import MAIN, Access
 from qwen_vl_sft.publishing.files import LISTING, PublishedFile
 

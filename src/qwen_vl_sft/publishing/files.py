@@ -23,10 +23,10 @@ from qwen_vl_sft.checkpointing.run_folder import (
 )
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
-from qwen_vl_sft.inference.source import ADAPTER_FILE, FULL_MODEL_FILES
+from qwen_vl_sft.inference.source import FULL_MODEL_FILES
 from qwen_vl_sft.merging.folder import PROCESSOR_FILES
-from qwen_vl_sft.merging.plan import ADAPTER_CONFIG
 from qwen_vl_sft.merging.plan import REPORT_FILE as MERGE_FILE
+from qwen_vl_sft.modeling.adapter_layout import ADAPTER_CONFIG, ADAPTER_FILE
 from qwen_vl_sft.publishing.names import public_name, without_paths
 from qwen_vl_sft.publishing.published_model import PublishedModel
 

@@ -15,7 +15,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE, with_current_names
 from qwen_vl_sft.inference.source import find_tuned
 from qwen_vl_sft.merging.plan import REPORT_FILE as MERGE_FILE
-from qwen_vl_sft.merging.plan import read_adapter_config
+from qwen_vl_sft.modeling.adapter_layout import read_adapter_config
 from qwen_vl_sft.publishing.names import hub_id, public_base
 from qwen_vl_sft.publishing.results import (
     check_evaluated_base,
@@ -127,7 +127,12 @@ def read_published_model(
         merge = None
     kind: Kind = "merged model" if merge else "adapter" if tuned.is_adapter else "full model"
     adapter = read_adapter_config(folder) if kind == "adapter" else None
-    recipe = read_recipe(tuned.home / RECIPE, {})
+    if tuned.recipe_file is None:
+        raise UserError(
+            f"--run: {run} holds no {RECIPE}: the card of another trainer's adapter would have nothing to say; name a run"
+            f" folder of scripts/sft.py"
+        )
+    recipe = read_recipe(tuned.recipe_file, {})
     base = public_base((adapter or {}).get("base_model_name_or_path") or _base_of(merge, recipe), base_model)
     if base is None and kind == "adapter":
         raise UserError(

@@ -12,18 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from qwen_vl_sft.checkpointing.run_folder import RECIPE
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.errors import UserError, first_line, quoted, raise_all
-from qwen_vl_sft.inference.source import ADAPTER_FILE, FULL_MODEL_FILES
+from qwen_vl_sft.errors import UserError, quoted, raise_all
+from qwen_vl_sft.inference.source import FULL_MODEL_FILES
 from qwen_vl_sft.inference.trained_base import check_same_base
-from qwen_vl_sft.merging.base import PREFIX, adapter_config
-from qwen_vl_sft.merging.plan import ADAPTER_CONFIG, read_adapter_config
+from qwen_vl_sft.merging.base import adapter_config
+from qwen_vl_sft.modeling.adapter_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    adapted_layers,
+    adapter_keys,
+    bare,
+    in_our_layout,
+    read_adapter_config,
+)
 
 KEY = "init_adapter"
 # Keys of a recipe that an adapter settles, and PEFT's names of them. Dropout is free: it is none of the weights.
@@ -88,6 +95,7 @@ def with_init_adapter(recipe: Recipe) -> Recipe:
     raise_all([*_other_keys(recipe, start)])
     settled: dict[str, Any] = {name: start.config.get(theirs) or None for name, theirs in _SETTLED.items()}
     settled |= {name: bool(settled[name]) for name in ("use_rslora", "use_dora")}
+    settled["lora_modules_to_save"] = _saved_modules(start)
     if start.recipe and "lora_scope" not in recipe.stated:
         settled["lora_scope"] = start.recipe.model.lora_scope
     model = replace(model, **settled, lora_target_modules=_targets(recipe, start), init_adapter=str(start.folder))
@@ -138,7 +146,8 @@ def check_fits(settings: ModelSettings, targets: tuple[str, ...]) -> None:
     """Raise `UserError` unless the adapter that a run starts from is on exactly the layers `targets`."""
     if not settings.init_adapter:
         return
-    found, wanted = adapted_layers(Path(settings.init_adapter)), set(targets)
+    found = adapted_layers(adapter_keys(Path(settings.init_adapter), KEY))
+    wanted = {bare(target) for target in targets}
     for left, what in ((found - wanted, "the adapter has"), (wanted - found, "the recipe puts LoRA on")):
         if left:
             raise UserError(
@@ -148,16 +157,6 @@ def check_fits(settings: ModelSettings, targets: tuple[str, ...]) -> None:
             )
 
 
-def adapted_layers(folder: Path) -> set[str]:
-    """Return the full names of the layers that an adapter in a folder is on."""
-    try:
-        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-            names = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{KEY}: {folder / ADAPTER_FILE} cannot be read: {first_line(error)}; copy it again") from None
-    return {name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_A." in name}
-
-
 def load_init_adapter(model: Any, settings: ModelSettings) -> None:
     """Give a model's new adapter the weights that the run starts from. Raises `UserError` unless each has its place."""
     if not settings.init_adapter:
@@ -165,7 +164,8 @@ def load_init_adapter(model: Any, settings: ModelSettings) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     folder = Path(settings.init_adapter)
-    saved = load_file(folder / ADAPTER_FILE)
+    with in_our_layout(folder, model, KEY) as placed:
+        saved = load_file(placed / ADAPTER_FILE)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = [f"{name} has no place in it" for name in sorted(saved.keys() - expected.keys())]
     problems += [f"{name} is missing" for name in sorted(expected.keys() - saved.keys())]
@@ -186,6 +186,7 @@ def load_init_adapter(model: Any, settings: ModelSettings) -> None:
 def _other_keys(recipe: Recipe, start: InitAdapter) -> Iterator[str]:
     for name, theirs in _SETTLED.items():
         stated, trained = getattr(recipe.model, name), start.config.get(theirs)
+        trained = _saved_modules(start) if name == "lora_modules_to_save" else trained
         if name in recipe.stated and (stated or None) != (trained or None):
             yield (
                 f"{name}: {quoted(stated)}, and the adapter in {start.folder} has {quoted(trained)}; leave {name} out, or"
@@ -193,13 +194,18 @@ def _other_keys(recipe: Recipe, start: InitAdapter) -> Iterator[str]:
             )
 
 
+def _saved_modules(start: InitAdapter) -> list[str] | None:
+    """Return the modules that an adapter saves whole, by names that match in every layout."""
+    return [bare(name) or name for name in start.config.get("modules_to_save") or ()] or None
+
+
 def _targets(recipe: Recipe, start: InitAdapter) -> list[str] | None:
-    """Return `lora_target_modules` of the recipe, else of the adapter's own run, else the full names of its layers."""
+    """Return `lora_target_modules` of the recipe, else of the adapter's own run, else names for its layers alone."""
     if "lora_target_modules" in recipe.stated:
         return recipe.model.lora_target_modules
     if start.recipe:
         return start.recipe.model.lora_target_modules
-    return sorted(adapted_layers(start.folder))
+    return sorted(adapted_layers(adapter_keys(start.folder, KEY)))
 
 
 def _is_model(folder: Path) -> bool:
