@@ -19,7 +19,7 @@ from qwen_vl_sft.merging import merge as merging
 from qwen_vl_sft.merging import weights
 from qwen_vl_sft.merging.base import quantized_layers, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights, format_report
-from qwen_vl_sft.merging.folder import staged
+from qwen_vl_sft.merging.folder import merged_config, staged
 from qwen_vl_sft.merging.merge import merge, prepare
 from qwen_vl_sft.merging.plan import Options, make_plan
 from qwen_vl_sft.merging.samples import read_samples
@@ -573,3 +573,20 @@ def read_names(folder):
     """The name in the model of each key in a merged folder."""
     model = build_on_meta(ModelSettings(model_name_or_path=str(folder)))
     return {weight.key: weight.name for weight in read_base(folder, model)}
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e6])
+def test_the_positions_stand_where_transformers_4_looks_for_them(theta):
+    from transformers import Qwen3VLConfig
+
+    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    written = Qwen3VLConfig(text_config={"rope_parameters": rope}).to_dict()
+    config = merged_config(json.loads(json.dumps(written)), "bfloat16", unties=False)
+    text = config["text_config"]
+    assert text["rope_theta"] == theta
+    assert text["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert "rope_scaling" not in config["vision_config"]
+    read = Qwen3VLConfig(**config)
+    assert read.text_config.rope_parameters == Qwen3VLConfig(**written).text_config.rope_parameters
+    old = {"rope_theta": theta, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    assert merged_config(dict(old), "bfloat16", unties=False) == {**old, "dtype": "bfloat16"}

@@ -131,7 +131,7 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
 
 def build(values: Mapping[str, Any]) -> Recipe:
     """Build a recipe from typed values; keys that are not named take their defaults."""
-    values = {name: _resolve_builtin(value) if isinstance(value, str) else value for name, value in values.items()}
+    values = {name: resolve_builtin(value) if isinstance(value, str) else value for name, value in values.items()}
     if isinstance(model := values.get("model_name_or_path"), str):
         # transformers takes a name as it is, and a base in the adapter's configuration must be found from elsewhere too.
         values["model_name_or_path"] = os.path.expanduser(model)
@@ -162,7 +162,7 @@ def _resolved(training: dict[str, Any]) -> dict[str, Any]:
     return training
 
 
-def _resolve_builtin(value: str) -> str:
+def resolve_builtin(value: str) -> str:
     """Return the folder of `builtin:NAME`, also for the folder of another installation that is gone; else the value."""
     moved = tiny.builtin_name(value) if not os.path.exists(value) else None
     return str(tiny.BUILTIN.get(moved or value, value))

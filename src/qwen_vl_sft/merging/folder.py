@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,21 @@ def merged_config(config: dict[str, Any], dtype: str, unties: bool) -> dict[str,
         part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
         if unties and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
+        part |= rope_of_transformers_4(part)
     return config if "torch_dtype" in config else config | {"dtype": dtype}
+
+
+def rope_of_transformers_4(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries in which transformers 4 looks for the positions of a language model, none where there are none.
+
+    transformers 5 writes `rope_parameters` alone. Version 4 loads such a model without a message, and its forward ends with
+    "'NoneType' object is not subscriptable" (4.57.6; Qwen2-VL, Qwen2.5-VL, Qwen3-VL). Version 5 reads either.
+    """
+    rope = part.get("rope_parameters") or {}
+    if "mrope_section" not in rope or part.get("rope_scaling"):
+        return {}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling} if "rope_theta" in rope else {}
 
 
 def _copy_first(name: str, folders: Sequence[Path], folder: Path) -> None:

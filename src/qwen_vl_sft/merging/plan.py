@@ -100,6 +100,7 @@ def make_plan(options: Options) -> Plan:
 def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
     """Return the recipe's model settings with the base to merge into: --base, else the base of the adapter and the recipe."""
     from qwen_vl_sft import tiny
+    from qwen_vl_sft.config.reading import resolve_builtin
 
     if options.base:
         stated = str(tiny.BUILTIN.get(options.base, os.path.expanduser(options.base)))
@@ -107,6 +108,7 @@ def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> M
         return replace(settings, model_name_or_path=stated, model_revision=settings.model_revision if same else "main")
     config = read_adapter_config(tuned.folder)
     name: str | None = config.get("base_model_name_or_path")
+    name = resolve_builtin(name) if name else None
     if name and settings.model_name_or_path and name != settings.model_name_or_path:
         raise UserError(
             f"--run: {tuned.folder / ADAPTER_CONFIG} names the base {name}, the recipe next to it"
