@@ -88,8 +88,8 @@ def make_plan(options: Options) -> Plan:
         )
     if options.fp8_aware and not recipe.model.load_in_fp8:
         raise UserError(
-            f"--fp8_aware: the run in {tuned.home} was not trained on FP8 weights (load_in_fp8), as far as it says, so it would"
-            f" change the base for nothing; leave it out"
+            f"--fp8_aware: the run in {tuned.home} was not trained on FP8 weights (load_in_fp8), as far as it says, so it"
+            f" would change the base for nothing; leave it out"
         )
     found = find_base(options, tuned, recipe.model)
     base = replace(found, load_in_4bit=False, load_in_8bit=False, load_in_fp8=False, dtype=options.dtype)
