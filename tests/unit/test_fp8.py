@@ -245,8 +245,10 @@ def test_a_fused_mlp_rounds_what_its_layers_would_and_nothing_else():
 
 
 @pytest.mark.parametrize("adapted", [(0,), (1,), (2,), (0, 1, 2)])
-def test_adapters_of_a_fused_mlp_are_those_of_its_layers(adapted):
+def test_adapters_of_a_fused_mlp_are_those_of_its_layers(adapted, monkeypatch):
     torch.manual_seed(0)
+    # Of 14 rows.
+    monkeypatch.setattr("qwen_vl_sft.modeling.fp8.mlp.CHUNK", 5)
     layers = [fp8_layer(48, 32, True)[0], fp8_layer(48, 32, seed=1)[0], fp8_layer(32, 48, seed=2)[0]]
     adapters = [None] * 3
     for at in adapted:

@@ -12,9 +12,11 @@ import triton.language as tl
 
 from qwen_vl_sft.modeling.fp8.weights import E4M3, Quantized
 
-# A row that is longer is read in parts, twice: the second time from the cache.
+# A row that is longer is read in parts, twice: the second time from the L2 cache, which holds the rows of all blocks that
+# run at once if each has many warps.
 _LONGEST_IN_ONE = 8192
-_PART = 4096
+_PART, _WARPS = 8192, 16
+_WIDE_PART, _WIDE_WARPS = 8192, 32
 _TILE = 128
 
 
@@ -253,7 +255,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, kept: torch.Tensor | None = Non
     """Return silu(gate) * up of rows [M, I], quantized; written to `kept` as well, from which it is then quantized."""
     rows, size = gate.shape
     values, scales = _empty(gate, rows, size)
-    block, parts, warps = _blocks(size, at_least_two_values=True)
+    block, parts, warps = _blocks(size, wide=True)
     _swiglu[(rows,)](
         gate,
         up,
@@ -273,7 +275,7 @@ def swiglu_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     """Return the gradients of gate and up [M, I] from that of silu(gate) * up, in their type."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     rows, size = gate.shape
-    block = min(_PART, triton.next_power_of_2(size))
+    block = min(4096, triton.next_power_of_2(size))
     _swiglu_both_gradients[(rows, triton.cdiv(size, block))](
         grad.contiguous(), gate, up, of_gate, of_up, size, BLOCK=block, num_warps=8
     )
@@ -294,7 +296,7 @@ def swiglu_backward(
     """
     rows, size = gate.shape
     values, scales = _empty(gate, rows, 2 * size)
-    block, parts, warps = _blocks(size, at_least_two_values=True)
+    block, parts, warps = _blocks(size, wide=True)
     _swiglu_backward[(rows,)](
         grad,
         gate,
@@ -328,9 +330,9 @@ def _empty(like: torch.Tensor, rows: int, size: int) -> tuple[torch.Tensor, torc
     return like.new_empty(rows, size, dtype=E4M3), like.new_empty(rows, 1, dtype=torch.float32)
 
 
-def _blocks(size: int, at_least_two_values: bool = False) -> tuple[int, int, int]:
-    """Return how many values are read at once, how often, and by how many warps."""
-    whole = triton.next_power_of_2(size)
-    if whole <= (_PART if at_least_two_values else _LONGEST_IN_ONE):
+def _blocks(size: int, wide: bool = False) -> tuple[int, int, int]:
+    """Return how many values are read at once, how often, and by how many warps; `wide` rows are of several tensors."""
+    whole, part = triton.next_power_of_2(size), _WIDE_PART if wide else _PART
+    if whole <= (part // 2 if wide else _LONGEST_IN_ONE):
         return whole, 1, min(16, max(1, whole // 512))
-    return _PART, triton.cdiv(size, _PART), 8
+    return part, triton.cdiv(size, part), _WIDE_WARPS if wide else _WARPS

@@ -11,6 +11,9 @@ from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, computed_type
 from qwen_vl_sft.modeling.fp8.products import product
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
+# Rows that the backward pass takes at once: the widest values of all rows are never there together.
+CHUNK = 8192
+
 
 class Adapter(NamedTuple):
     """What LoRA adds to a layer: `scaling` * B A x, with A [r, in] and B [out, r]."""
@@ -97,31 +100,35 @@ class MLPProduct(torch.autograd.Function):
         a_gate, b_gate, a_up, b_up, a_down, b_down = saved[6:]
         kernels, emulated, scalings = ctx.kernels, ctx.emulated, ctx.scalings
         found: list[torch.Tensor | None] = [None] * 6
+        grads_of_rows = _rows(grads[0]).contiguous()
+        x_grad = grads_of_rows.new_empty(len(gate), gate_values.shape[1], dtype=gate.dtype)
         with torch.autocast(gate.device.type, enabled=False):
-            grad = _rows(grads[0]).contiguous()
-            quantized = kernels.quantize_rows(grad, down_scales)
-            inner = product(quantized, kernels.transpose(down_values), None, None, emulated).to(gate.dtype)
-            del quantized
-            if a_down is not None:
-                activated = torch.empty_like(gate)
-                kernels.swiglu(gate, up, activated)
-                found[4:] = _gradients(grad, activated, in_down, b_down, scalings[2], a_down, inner)
-                del activated
-            kept = None if rows is None else (torch.empty_like(gate), torch.empty_like(up))
-            # Both of one scale a row, so that one product adds up what goes to x.
-            both = kernels.swiglu_backward(inner, gate, up, gate_scales, up_scales, kept)
-            del inner
-            x_grad = None
-            if ctx.needs_input_grad[0]:
-                x_grad = product(both, kernels.transpose(gate_values, up_values), None, None, emulated).to(gate.dtype)
-            if kept is not None:
-                if a_gate is not None:
-                    found[:2] = _gradients(kept[0], rows, in_gate, b_gate, scalings[0], a_gate, x_grad)
-                if a_up is not None:
-                    found[2:4] = _gradients(kept[1], rows, in_up, b_up, scalings[1], a_up, x_grad)
+            to_inner, to_x = kernels.transpose(down_values), kernels.transpose(gate_values, up_values)
+            for start in range(0, len(gate), CHUNK):
+                part = slice(start, start + CHUNK)
+                grad, gate_part, up_part = grads_of_rows[part], gate[part], up[part]
+                quantized = kernels.quantize_rows(grad, down_scales)
+                inner = product(quantized, to_inner, None, None, emulated).to(gate.dtype)
+                if a_down is not None:
+                    activated = torch.empty_like(gate_part)
+                    kernels.swiglu(gate_part, up_part, activated)
+                    own = _gradients(grad, activated, in_down[part], b_down, scalings[2], a_down, inner)
+                    _accumulate(found, 4, own)
+                    del activated
+                kept = None if rows is None else (torch.empty_like(gate_part), torch.empty_like(up_part))
+                # Both of one scale a row, so that one product adds up what goes to x.
+                both = kernels.swiglu_backward(inner, gate_part, up_part, gate_scales, up_scales, kept)
+                del inner
+                of_x = product(both, to_x, None, None, emulated, out=x_grad[part])
+                del both
+                if kept is not None:
+                    for at, (inside, a, b) in enumerate(((in_gate, a_gate, b_gate), (in_up, a_up, b_up))):
+                        if a is not None:
+                            own = _gradients(kept[at], rows[part], inside[part], b, scalings[at], a, of_x)
+                            _accumulate(found, 2 * at, own)
         shape, dtype = ctx.input
         trained = [None if one is None else one.to(kind) for one, kind in zip(found, ctx.trained, strict=True)]
-        return None if x_grad is None else x_grad.to(dtype).view(shape), *(None,) * 13, *trained
+        return x_grad.to(dtype).view(shape) if ctx.needs_input_grad[0] else None, *(None,) * 13, *trained
 
 
 def _add(
@@ -146,13 +153,19 @@ def _gradients(
     b: torch.Tensor,
     scaling: float,
     a: torch.Tensor,
-    x_grad: torch.Tensor | None,
+    x_grad: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of A and B from that of a layer's output; add the adapter's part to the gradient of its input."""
     of_inside = (grad @ b) * scaling
-    if x_grad is not None:
-        x_grad.addmm_(of_inside, a)
+    x_grad.addmm_(of_inside, a)
     return of_inside.t() @ rows, (grad.t() @ inside) * scaling
+
+
+def _accumulate(found: list[torch.Tensor | None], at: int, parts: Sequence[torch.Tensor]) -> None:
+    """Add gradients to those of the rows before, in float32."""
+    for number, part in enumerate(parts, at):
+        before = found[number]
+        found[number] = part.float() if before is None else before.add_(part)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

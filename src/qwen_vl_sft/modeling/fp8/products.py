@@ -25,7 +25,12 @@ def problem_of_device(on_cpu: bool) -> str | None:
 
 
 def product(
-    left: Quantized, right: torch.Tensor, columns: torch.Tensor | None, bias: torch.Tensor | None, emulated: bool
+    left: Quantized,
+    right: torch.Tensor,
+    columns: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    emulated: bool,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `left` [M, K] times the transpose of `right` [N, K], each column times its number, plus `bias` [N].
 
@@ -35,6 +40,7 @@ def product(
         columns: float32 [N], the scales of the rows of `right`; None for 1.
         bias: in bfloat16 on a GPU.
         emulated: compute in float32, from the same FP8 values.
+        out: where the result is put, if it may be anywhere in particular.
 
     Returns:
         [M, N], bfloat16, and float32 where it is emulated.
@@ -51,9 +57,11 @@ def product(
             bias=bias,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
+            **({} if out is None else {"out": out}),
         )
     with torch.autocast(left.values.device.type, enabled=False):
         found = (left.values.float() @ right.float().t()) * left.scales
     if columns is not None:
         found = found * columns
-    return found if bias is None else found + bias.float()
+    found = found if bias is None else found + bias.float()
+    return found if out is None else out.copy_(found)
