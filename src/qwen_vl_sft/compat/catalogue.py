@@ -16,6 +16,7 @@ from qwen_vl_sft.compat import (
     for_transformers,
     for_trl,
     packed_batches,
+    quantized_experts,
     vision_tower,
 )
 from qwen_vl_sft.compat.registry import Patch
@@ -31,6 +32,7 @@ _MODULES = (
     packed_batches,
     vision_tower,
     experts_in_files,
+    quantized_experts,
     applied_in_other_modules,
     for_trainer,
 )

@@ -121,8 +121,10 @@ class ModelSettings:
     lora_r: int = key(16, "rank")
     lora_alpha: int = key(32, "scale: the adapter is multiplied by alpha / r")
     lora_dropout: float = key(0.0, "dropout on the adapter's input")
-    lora_scope: Literal["language", "vision", "merger", "all"] = key(
-        "language", "part of the model that gets LoRA, in all its linear layers unless lora_target_modules is set"
+    lora_scope: Literal["language", "vision", "merger", "all", "experts"] = key(
+        "language",
+        "part of the model that gets LoRA, in all its linear layers unless lora_target_modules is set; experts: language, and"
+        " every expert of a mixture",
     )
     lora_target_modules: list[str] | None = key(
         None, "names of layers, e.g. [q_proj, v_proj]; default, and all-linear: every linear layer of lora_scope"

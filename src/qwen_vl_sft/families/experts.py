@@ -39,6 +39,10 @@ class Experts:
         """Return the router of each layer by its name, in the order of the layers."""
         return _ending(model, self.router)
 
+    def is_weight(self, name: str) -> bool:
+        """Return whether a parameter of this name is of experts."""
+        return f".{name}".endswith(tuple(f".{path}" for path in self.parameters))
+
     def is_router(self, name: str) -> bool:
         """Return whether a parameter of this name is a router's."""
         return f".{self.router}." in f".{name}"

@@ -92,6 +92,8 @@ def _attach(model: Any, placed: Path, name: str, folder: Path) -> Any:
     """Attach the adapter in `placed`, which messages call by the `folder` that it is from."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    from qwen_vl_sft.modeling.experts import use_grouped_lora
+
     saved = set(adapter_keys(placed))
     try:
         # Without a device PEFT would load every process's adapter onto the first GPU.
@@ -115,6 +117,7 @@ def _attach(model: Any, placed: Path, name: str, folder: Path) -> Any:
             f"--run: {len(unplaced)} weights of the adapter in {folder} and of the base model have no counterpart, the"
             f" first of them {unplaced[0]}; give the base model it was trained on with --model_name_or_path"
         )
+    use_grouped_lora(tuned)
     return tuned
 
 

@@ -79,6 +79,11 @@ class Weight:
         with open_weights(self.file) as file:
             return as_in_model(self.place, file.get_tensor(self.key), self.whole)
 
+    def within(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the part of an experts' parameter [E, out, in] that the tensor is."""
+        assert self.place.expert is not None
+        return whole[self.place.expert, self.place.rows(whole.shape[1])]
+
     def as_in_file(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the model as its file has it."""
         return tensor if tuple(tensor.shape) == self.shape else tensor.transpose(-1, -2)
@@ -247,7 +252,7 @@ def open_weights(path: Path) -> Iterator[Any]:
 
 
 def quantized_layers(settings: ModelSettings) -> set[str]:
-    """Return the names of the layers that are quantized under these settings."""
+    """Return the names of the layers, and of the experts' parameters, that are quantized under these settings."""
     if settings.load_in_fp8:
         return set(fp8_layers(build_on_meta(settings), settings))
     from bitsandbytes.nn import Linear4bit
@@ -259,7 +264,9 @@ def quantized_layers(settings: ModelSettings) -> set[str]:
     AutoHfQuantizer.from_config(config, pre_quantized=False).preprocess_model(
         model=model, device_map=None, dtype=getattr(torch, settings.dtype)
     )
-    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    experts = family_of(model.config).experts
+    stacks = [name for name, _ in model.named_parameters() if experts and experts.is_weight(name)]
+    return {*stacks, *(name for name, module in model.named_modules() if isinstance(module, Linear4bit))}
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:

@@ -20,6 +20,9 @@ from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Adapter, Weight
 from qwen_vl_sft.merging.plan import Plan
 from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
 
+# Weights of a 4-bit block.
+_BLOCK = 64
+
 
 @dataclass
 class Merge:
@@ -32,6 +35,8 @@ class Merge:
     quantized: set[str]
     unties: bool
     report: dict[str, Any] = field(default_factory=dict)
+    # The last experts' parameter that was quantized whole, for the pieces of it that follow.
+    _stack: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,9 +45,22 @@ class Merge:
 
     def before(self, weight: Weight, tensor: torch.Tensor) -> torch.Tensor:
         """Return the base's tensor that the adapter is added to: rounded to 4 bits or FP8 and back if asked for."""
-        if weight.module in self.quantized:
-            return requantized(tensor, self.plan.trained, "cpu" if self.plan.on_cpu else "cuda")
-        return tensor
+        if weight.target not in self.quantized:
+            return tensor
+        if weight.place.expert is None:
+            return requantized(tensor, self.plan.trained, self._device)
+        # Training quantized the experts of a layer together.
+        if self._stack.get("name") != weight.name:
+            pieces = [piece for piece in self.weights if piece.name == weight.name]
+            whole = torch.empty(weight.whole, dtype=tensor.dtype)
+            for piece in pieces:
+                piece.within(whole).copy_(piece.read())
+            self._stack = {"name": weight.name, "values": requantized(whole, self.plan.trained, self._device)}
+        return weight.within(self._stack["values"])
+
+    @property
+    def _device(self) -> str:
+        return "cpu" if self.plan.on_cpu else "cuda"
 
     def read(self, weight: Weight) -> torch.Tensor:
         """Read the base's tensor that the adapter is added to, as the model has it."""
@@ -71,14 +89,16 @@ def requantized(tensor: torch.Tensor, trained: ModelSettings, device: str) -> to
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 
+    # On a CPU bitsandbytes 0.50.2 unpacks rows that end inside a block wrongly; blocks alone are always right.
+    blocks = tensor.reshape(-1, _BLOCK) if tensor.numel() % _BLOCK == 0 else tensor
     packed: Any = Params4bit(
-        tensor.to(getattr(torch, trained.dtype)),
+        blocks.to(getattr(torch, trained.dtype)),
         requires_grad=False,
         quant_type=trained.bnb_4bit_quant_type,
         compress_statistics=trained.use_bnb_nested_quant,
     )
     packed = packed.to(device)
-    return dequantize_4bit(packed.data, packed.quant_state).cpu()
+    return dequantize_4bit(packed.data, packed.quant_state).cpu().reshape(tensor.shape)
 
 
 def write_weights(task: Merge, folder: Path) -> int:

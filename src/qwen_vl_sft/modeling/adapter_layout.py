@@ -76,7 +76,9 @@ def bare(name: str) -> str:
 
 def adapted_layers(keys: Iterable[str]) -> set[str]:
     """Return the bare names of the layers that an adapter's keys put LoRA on."""
-    return {bare(found["module"]) for key in keys if (found := _LORA.fullmatch(key)) and found["part"].endswith("A")}
+    found = [match for key in keys if (match := _LORA.fullmatch(key)) and match["part"].endswith("A")]
+    # Those of several parameters of a module stand around each other.
+    return {re.sub(r"(\.base_layer)+$", "", bare(match["module"])) for match in found}
 
 
 @contextlib.contextmanager

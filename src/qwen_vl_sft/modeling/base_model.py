@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from qwen_vl_sft.compat.experts_in_files import read_by_whole_shapes, write_as_read
 from qwen_vl_sft.compat.for_bitsandbytes import keep_4bit_weights_unpacked
 from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
+from qwen_vl_sft.compat.quantized_experts import adapt_4bit_experts, quantizing_experts
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.base import PARTS, ModelFamily
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
+from qwen_vl_sft.modeling.experts import use_4bit_experts
 from qwen_vl_sft.modeling.fp8.computation import use_chosen_fp8_kernels
 from qwen_vl_sft.modeling.fp8.linear import FP8Linear
 from qwen_vl_sft.modeling.fp8.loading import FP8Config
@@ -122,19 +125,24 @@ def load_model(
     )
     if family.experts:
         read_by_whole_shapes()
-    model, loading = _from_hub(
-        AutoModelForImageTextToText,
-        settings,
-        dtype=dtype,
-        attn_implementation=attention,
-        use_safetensors=settings.use_safetensors,
-        quantization_config=quantization,
-        device_map=None if on_cpu or strategy in ("zero3", "fsdp2") else {"": local_rank},
-        **CHECKED,
-    )
+    quantizes = quantizing_experts(family.experts) if family.experts and settings.load_in_4bit else nullcontext()
+    with quantizes:
+        model, loading = _from_hub(
+            AutoModelForImageTextToText,
+            settings,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=settings.use_safetensors,
+            quantization_config=quantization,
+            device_map=None if on_cpu or strategy in ("zero3", "fsdp2") else {"": local_rank},
+            **CHECKED,
+        )
     check_loaded(loading, f"model_name_or_path: {settings.model_name_or_path}")
     if family.experts:
         write_as_read(model)
+    if family.experts and settings.load_in_4bit:
+        use_4bit_experts(model)
+        adapt_4bit_experts()
     if attention == SDPA:
         use_segmented_vision_attention(model)
     if on_cpu and settings.load_in_4bit:

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 # PEFT's word for every linear layer but the output head; here of the parts that `lora_scope` names.
 ALL_LINEAR = "all-linear"
+# The scope with an adapter on every expert.
+EXPERTS = "experts"
 
 
 def scope_parts(scope: str) -> tuple[str, ...]:
     """Return the parts of the model that a scope names."""
-    return PARTS if scope == "all" else (scope,)
+    return {"all": PARTS, EXPERTS: ("language",)}.get(scope, (scope,))
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -57,6 +59,11 @@ def find_targets(model: nn.Module, settings: ModelSettings) -> list[str]:
             f" its layers are named {', '.join(known)}"
         )
     return _matches(layers, settings.lora_target_modules)
+
+
+def expert_parameters(settings: ModelSettings, family: ModelFamily) -> list[str] | None:
+    """Return the parameters of experts that get LoRA, by how their names end; None for none."""
+    return list(family.experts.parameters) if settings.lora_scope == EXPERTS and family.experts else None
 
 
 def modules_in_full(settings: ModelSettings, family: ModelFamily) -> list[str] | None:
@@ -95,6 +102,7 @@ def lora_config(model: nn.Module, settings: ModelSettings) -> LoraConfig:
         lora_dropout=settings.lora_dropout,
         bias="none",
         target_modules=shortest_targets(model, find_targets(model, settings)),
+        target_parameters=expert_parameters(settings, family_of(model.config)),
         modules_to_save=modules_in_full(settings, family_of(model.config)),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,

@@ -17,7 +17,7 @@ from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.fp8.computation import problem_of_fp8, problems_of_fp8_kernels
 from qwen_vl_sft.modeling.fp8.layers import is_fp8, is_inside
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
-from qwen_vl_sft.modeling.lora import trained_in_full
+from qwen_vl_sft.modeling.lora import EXPERTS, trained_in_full
 
 LORA_KEYS = (
     "lora_r",
@@ -30,6 +30,8 @@ LORA_KEYS = (
     "use_dora",
 )
 QUANTIZED = ("load_in_4bit", "load_in_8bit", "load_in_fp8")
+# Those that quantize linear layers alone.
+_LEAVE_EXPERTS = ("load_in_8bit", "load_in_fp8")
 FP8_KEYS = ("fp8_modules", "fp8_forward", "fp8_backward", "fp8_kernels")
 
 
@@ -128,15 +130,25 @@ def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
         for name in ("train_router", "router_aux_loss_coef"):
             if getattr(recipe.model, name):
                 yield f"{name} is for mixtures of experts, and {family.name} has no experts; leave it out"
-    for name in QUANTIZED if family.experts else ():
+    for name in _LEAVE_EXPERTS if family.experts else ():
         if getattr(recipe.model, name):
             yield (
                 f"{name} does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
-                " weights; set it to false"
+                " weights; use load_in_4bit, which does"
             )
+    if recipe.model.lora_scope == EXPERTS:
+        yield from _expert_adapter(recipe.model, family)
     for name in kernels if isinstance(kernels, list) else ():
         if name in family.unfit_kernels:
             yield f"fused_kernels: {name} does not fit {family.name}: {family.unfit_kernels[name]}; leave it out"
+
+
+def _expert_adapter(model: ModelSettings, family: ModelFamily) -> Iterator[str]:
+    if not family.experts:
+        yield f"lora_scope: experts is for mixtures of experts, and {family.name} has no experts; set lora_scope: language"
+    for name in ("lora_dropout", "use_dora"):
+        if getattr(model, name):
+            yield f"{name} does not work on experts, whose adapters are one parameter for all; leave it out"
 
 
 def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:

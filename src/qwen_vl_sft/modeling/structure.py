@@ -10,7 +10,13 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import PartCount, count_parameters, freeze_for_full_training
-from qwen_vl_sft.modeling.lora import find_targets, lora_config, modules_in_full, trained_in_full
+from qwen_vl_sft.modeling.lora import (
+    expert_parameters,
+    find_targets,
+    lora_config,
+    modules_in_full,
+    trained_in_full,
+)
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,14 @@ class ModelStructure:
     Args:
         family: the model's family.
         lora_targets: full names of the layers with LoRA, none without an adapter.
+        adapted_experts: full names of the modules whose experts have LoRA each.
         in_full: full names of the modules that train in full beside an adapter.
         parameters: parameters of each part, in all and trainable.
     """
 
     family: ModelFamily
     lora_targets: tuple[str, ...]
+    adapted_experts: tuple[str, ...]
     in_full: tuple[str, ...]
     parameters: Mapping[str, PartCount]
 
@@ -53,11 +61,13 @@ def build_structure(model: Any, settings: ModelSettings) -> ModelStructure:
     family = family_of(model.config)
     if not settings.use_peft:
         freeze_for_full_training(model, settings)
-        return ModelStructure(family, (), (), count_parameters(model))
+        return ModelStructure(family, (), (), (), count_parameters(model))
     targets = tuple(find_targets(model, settings))
     whole = modules_in_full(settings, family)
     in_full = tuple(name for suffix in whole or () for name in trained_in_full(model, suffix))
-    return ModelStructure(family, targets, in_full, _count_with_adapter(model, settings, targets))
+    wanted = expert_parameters(settings, family)
+    experts = tuple(family.experts.modules(model)) if family.experts and wanted else ()
+    return ModelStructure(family, targets, experts, in_full, _count_with_adapter(model, settings, targets))
 
 
 def _count_with_adapter(model: Any, settings: ModelSettings, targets: tuple[str, ...]) -> dict[str, PartCount]:
@@ -74,4 +84,9 @@ def _count_with_adapter(model: Any, settings: ModelSettings, targets: tuple[str,
         added[family.part_of(name)] += settings.lora_r * (layer.in_features + layer.out_features)
         # DoRA also learns the length of each row of the weight.
         added[family.part_of(name)] += layer.out_features if settings.use_dora else 0
+    for name in expert_parameters(settings, family) or ():
+        for path, parameter in model.named_parameters():
+            if f".{path}".endswith(f".{name}"):
+                experts, outputs, inputs = parameter.shape
+                added[family.part_of(path)] += experts * settings.lora_r * (inputs + outputs)
     return {part: PartCount(count.total + added[part], added[part]) for part, count in counts.items()}

@@ -59,7 +59,8 @@ class RunPlan:
     def training(self) -> Training:
         """Return what decides on memory and time."""
         model, run, recipe = self.recipe.model, self.recipe.run, self.recipe
-        parts = ("vision", "merger", "language") if model.lora_scope == "all" else (model.lora_scope,)
+        whole = {"all": ("vision", "merger", "language"), "experts": ("language",)}
+        parts = whole.get(model.lora_scope, (model.lora_scope,))
         adapted = targets(self.shape, model.lora_target_modules, parts) if model.use_peft else None
         wanted = KERNELS if model.fused_kernels == "auto" else tuple(model.fused_kernels or ())
         optim = str(recipe.get("optim"))

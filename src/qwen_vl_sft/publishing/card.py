@@ -334,7 +334,10 @@ def _answer(published: PublishedModel) -> list[str]:
 def _vllm_limits(published: PublishedModel) -> Iterator[str]:
     settings, config = published.recipe.model, published.adapter or {}
     merge: Any = "publish the merged model of `scripts/merge.py` for it"
-    if settings.lora_scope != "language" or "visual" in json.dumps(config.get("target_modules")):
+    if config.get("target_parameters"):
+        yield ""
+        yield f"The adapter is on every expert, as PEFT's `target_parameters`, which vLLM may not read; {merge}."
+    if settings.lora_scope not in ("language", "experts") or "visual" in json.dumps(config.get("target_modules")):
         yield ""
         yield (
             "The adapter changes the vision part too. vLLM applies LoRA to the language model alone and leaves out the"
@@ -447,6 +450,7 @@ def _targets(published: PublishedModel) -> str:
         return f"on the layers of the {published.recipe.model.lora_scope} part"
     scope = f"all linear layers of: {published.recipe.model.lora_scope}"
     names = {str(name).rsplit(".", 1)[-1] for name in modules or []}
+    names |= {str(name).split(".", 1)[-1] for name in (published.adapter or {}).get("target_parameters") or []}
     return f"on {', '.join(f'`{name}`' for name in sorted(names))}" if names else f"on {scope}"
 
 

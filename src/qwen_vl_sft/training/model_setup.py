@@ -24,7 +24,9 @@ from qwen_vl_sft.modeling.base_model import (
     load_model,
     trained_parts,
 )
+from qwen_vl_sft.modeling.experts import check_adapted, use_grouped_lora
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.lora import EXPERTS
 from qwen_vl_sft.training.resolve import Run
 from qwen_vl_sft.training.second_stage import load_init_adapter
 
@@ -57,6 +59,11 @@ def finish_model(model: Any, accelerator: Any, run: Run) -> None:
     if recipe.model.use_peft:
         keep_trained_weights_in_float32(model)
         load_init_adapter(model, recipe.model)
+        if recipe.model.lora_scope == EXPERTS:
+            count = check_adapted(model)
+            use_grouped_lora(model)
+            if context.rank == 0:
+                print(f"experts     each of the {count:,} has an adapter that trains", flush=True)
         if LORA in run.chosen.fused_kernels:
             use_fused_lora(model)
     elif recipe.get("bf16") and context.strategy in ("single", "ddp"):

@@ -77,5 +77,5 @@ def resolve(recipe: Recipe, context: DistributedContext) -> Run:
     recipe = with_accumulation(recipe, context.processes)
     batch = resolve_batch(recipe, context.processes)
     structure = build_structure(model, recipe.model)
-    check_fits(recipe.model, structure.lora_targets)
+    check_fits(recipe.model, (*structure.lora_targets, *structure.adapted_experts))
     return Run(recipe, context, batch, chosen, structure)

@@ -31,6 +31,7 @@ from qwen_vl_sft.modeling.adapter_layout import (
     in_our_layout,
     read_adapter_config,
 )
+from qwen_vl_sft.modeling.lora import EXPERTS
 
 KEY = "init_adapter"
 # Keys of a recipe that an adapter settles, and PEFT's names of them. Dropout is free: it is none of the weights.
@@ -96,8 +97,8 @@ def with_init_adapter(recipe: Recipe) -> Recipe:
     settled: dict[str, Any] = {name: start.config.get(theirs) or None for name, theirs in _SETTLED.items()}
     settled |= {name: bool(settled[name]) for name in ("use_rslora", "use_dora")}
     settled["lora_modules_to_save"] = _saved_modules(start)
-    if start.recipe and "lora_scope" not in recipe.stated:
-        settled["lora_scope"] = start.recipe.model.lora_scope
+    if "lora_scope" not in recipe.stated and (start.recipe or start.config.get("target_parameters")):
+        settled["lora_scope"] = start.recipe.model.lora_scope if start.recipe else EXPERTS
     model = replace(model, **settled, lora_target_modules=_targets(recipe, start), init_adapter=str(start.folder))
     if model.model_name_or_path is None:
         if start.base is None:
@@ -205,7 +206,9 @@ def _targets(recipe: Recipe, start: InitAdapter) -> list[str] | None:
         return recipe.model.lora_target_modules
     if start.recipe:
         return start.recipe.model.lora_target_modules
-    return sorted(adapted_layers(adapter_keys(start.folder, KEY)))
+    # Those on experts are named by lora_scope.
+    layers = adapted_layers(adapter_keys(start.folder, KEY))
+    return sorted(name for name in layers if not name.endswith(f".{EXPERTS}"))
 
 
 def _is_model(folder: Path) -> bool:

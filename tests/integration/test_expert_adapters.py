@@ -1,0 +1,233 @@
+"""Experts in 4 bits, and with an adapter each: against transformers and PEFT one row at a time."""
+
+import copy
+import gc
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from fixtures.models import WideTorch, newer, write_newer
+from fixtures.packed_rows import GROUPS, one_at_a_time, token_losses
+from qwen_vl_sft.batching.packed_collator import join
+from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat.packed_batches import take_packed_batches
+from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.inference.models import attach_adapter
+from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, load_model
+from qwen_vl_sft.modeling.experts import check_adapted, unpacked, use_grouped_lora
+from qwen_vl_sft.modeling.lora import lora_config
+from qwen_vl_sft.modeling.structure import build_structure
+
+MOE = ["Qwen3VLMoeConfig", "Qwen3_5MoeConfig"]
+PARTS = ("gate_up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module", params=MOE)
+def folder(request, tmp_path_factory):
+    return write_newer(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+def settings_of(folder, **keys):
+    return ModelSettings(model_name_or_path=str(folder), dtype="float32", lora_scope="experts", lora_r=4, **keys)
+
+
+def adapted(model, settings):
+    """With PEFT's own forward, and an adapter that is not zero."""
+    torch.manual_seed(0)
+    found = get_peft_model(model, lora_config(model, settings))
+    for name, parameter in found.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return found
+
+
+def packing(model):
+    use_packed_attention(model)
+    take_packed_batches(model)
+    return model
+
+
+def gradients(model, losses):
+    model.zero_grad()
+    losses.mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def differences(ours, theirs, encoded, share):
+    """Largest difference of a token's loss, and |a - b| / |b| of all gradients of the adapters together."""
+    groups = GROUPS if share else [[row] for group in GROUPS for row in group]
+    batch = join([[encoded[row] for row in group] for group in groups], Positions(ours.config))
+    wanted, found = one_at_a_time(theirs, encoded), token_losses(ours, batch)
+    one, other = gradients(ours, found), gradients(theirs, wanted)
+    assert one.keys() == other.keys()
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in one} >= {"experts", "base_layer", "q_proj"}
+    one, other = (torch.cat([grad.flatten() for grad in found.values()]) for found in (one, other))
+    return float((found - wanted).detach().abs().max()), float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_adapter_on_every_expert_is_that_of_peft(share, checkpointed, folder, encoded):
+    settings = settings_of(folder)
+    theirs = adapted(load_model(settings, on_cpu=True), settings).train()
+    ours = adapted(packing(load_model(settings, on_cpu=True)), settings).train()
+    layers = ours.config.get_text_config().num_hidden_layers
+    assert use_grouped_lora(ours) == layers
+    assert check_adapted(ours) == 6 * layers
+    if checkpointed:
+        ours.enable_input_require_grads()
+        ours.get_base_model().activation_checkpointing_enable()
+    loss, gradient = differences(ours, theirs, encoded, share)
+    assert loss < 2e-5
+    assert gradient < 1e-4
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_in_float64_nothing_but_rounding_is_left(share, folder, encoded, monkeypatch):
+    settings = settings_of(folder)
+    theirs = adapted(load_model(settings, on_cpu=True), settings).train().double()
+    theirs.get_base_model().set_experts_implementation("eager")  # grouped products have no float64
+    ours = adapted(packing(load_model(settings, on_cpu=True)), settings).train().double()
+    use_grouped_lora(ours)
+    monkeypatch.setattr(sys.modules[type(ours.get_base_model()).__module__], "torch", WideTorch())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    loss, gradient = differences(ours, theirs, encoded, share)
+    assert loss < 1e-10
+    assert gradient < 1e-10
+
+
+@pytest.mark.parametrize("scope", ["language", "experts"])
+def test_4_bit_experts_are_their_unpacked_weights(scope, folder, encoded):
+    """Losses and gradients of a QLoRA are those of transformers' and PEFT's own model that holds what the 4 bits say."""
+    settings = settings_of(folder, load_in_4bit=True)
+    ours = load_model(settings, on_cpu=True)
+    plain = ModelSettings(model_name_or_path=str(folder), dtype="float32")
+    theirs = load_model(plain, on_cpu=True)
+    counts = [{part: count.total for part, count in count_parameters(model).items()} for model in (ours, theirs)]
+    assert counts[0] == counts[1]
+    family = family_of(ours.config)
+    state = theirs.state_dict()
+    for name, module in ours.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            state[f"{name}.weight"] = unpacked(module.weight, module.weight.quant_state)
+    for name, module in family.experts.modules(ours).items():
+        for part in PARTS:
+            weight = getattr(module, part)
+            assert weight.dtype == torch.uint8
+            found = unpacked(weight, module.quant_states[part])
+            exact = state[f"{name}.{part}"]
+            assert found.shape == exact.shape
+            assert 0.01 < float((found - exact).norm() / exact.norm()) < 0.2
+            state[f"{name}.{part}"] = found
+    theirs.load_state_dict(state)
+    keys = (
+        settings
+        if scope == "experts"
+        else ModelSettings(
+            model_name_or_path=str(folder), dtype="float32", load_in_4bit=True, lora_scope="language", lora_r=4
+        )
+    )
+    theirs, ours = adapted(theirs, keys).train(), adapted(packing(ours), keys).train()
+    use_grouped_lora(ours)
+    groups = [[encoded[row] for row in group] for group in GROUPS]
+    wanted, found = one_at_a_time(theirs, encoded), token_losses(ours, join(groups, Positions(ours.config)))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    one, other = gradients(ours, found), gradients(theirs, wanted)
+    assert one.keys() == other.keys()
+    one, other = (torch.cat([grad.flatten() for grad in each.values()]) for each in (one, other))
+    assert float((one - other).norm() / other.norm()) < 1e-4
+
+
+def test_experts_are_quantized_while_they_are_read(folder, monkeypatch):
+    """One stack of a layer is whole at a time, and where the files have it turned its copy."""
+    import bitsandbytes.functional as functional
+
+    original, most = functional.quantize_4bit, []
+
+    def quantize(tensor, *args, **kwargs):
+        whole = [
+            other
+            for other in gc.get_objects()
+            if type(other) is torch.Tensor and other.ndim == 3 and other.is_floating_point() and len(other) == 6
+        ]
+        if tensor.ndim == 3:
+            most.append(len({other.data_ptr() for other in whole if other.device.type == "cpu"}))
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "quantize_4bit", quantize)
+    model = load_model(settings_of(folder, load_in_4bit=True), on_cpu=True)
+    assert len(most) == 2 * model.config.get_text_config().num_hidden_layers
+    assert max(most) <= 2
+
+
+def test_peft_loads_a_saved_adapter_by_itself(folder, encoded, tmp_path):
+    settings = settings_of(folder)
+    ours = adapted(load_model(settings, on_cpu=True), settings).eval()
+    use_grouped_lora(ours)
+    ours.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(name.endswith("layers.0.mlp.experts.base_layer.lora_A.weight") for name in saved)
+    peft = PeftModel.from_pretrained(load_model(settings, on_cpu=True), str(tmp_path)).eval()
+    with torch.no_grad():
+        wanted, found = one_at_a_time(peft, encoded[:3]), one_at_a_time(ours, encoded[:3])
+        with ours.disable_adapter(), peft.disable_adapter():
+            without = one_at_a_time(ours, encoded[:3])
+            torch.testing.assert_close(without, one_at_a_time(peft, encoded[:3]), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert (found - without).abs().max() > 1e-3
+    loaded = attach_adapter(load_model(settings_of(folder, load_in_4bit=True), on_cpu=True), tmp_path)
+    assert all(
+        torch.equal(loaded.state_dict()[name.replace(".weight", ".default.weight")], saved[name]) for name in saved
+    )
+
+
+def test_an_adapter_on_another_number_of_experts_is_refused(folder, tmp_path):
+    settings = settings_of(folder)
+    name = "Qwen3VLMoeConfig" if "VL" in folder.name else "Qwen3_5MoeConfig"
+    other = adapted(newer(name, num_experts=4), settings)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"does not fit its base model: .*size mismatch"):
+        attach_adapter(load_model(settings, on_cpu=True), tmp_path)
+
+
+def test_layers_without_an_adapter_are_noticed(folder):
+    settings = settings_of(folder)
+    model = load_model(settings, on_cpu=True)
+    config = lora_config(model, settings)
+    found = get_peft_model(copy.deepcopy(model), config)
+    wrapper = next(module for name, module in found.named_modules() if name.endswith("layers.1.mlp.experts"))
+    wrapper.requires_grad_(False)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.\w+ does not train"):
+        check_adapted(found)
+    config.target_parameters = ["mlp.experts.gate_up_proj"]
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts\.down_proj has no adapter for each of its 6 experts"):
+        check_adapted(get_peft_model(model, config))
+
+
+def test_what_trains_is_counted_before_anything_is_loaded(folder):
+    settings = settings_of(folder)
+    structure = build_structure(build_on_meta(settings), settings)
+    model = load_model(settings, on_cpu=True)
+    assert structure.parameters == count_parameters(get_peft_model(model, lora_config(model, settings)))
+    assert len(structure.adapted_experts) == model.config.get_text_config().num_hidden_layers
+
+
+def test_4_bits_that_a_cpu_would_unpack_wrongly_are_refused(tmp_path):
+    """bitsandbytes 0.50.2 on a CPU takes rows that end inside a block of 64 for others."""
+    newer("Qwen3VLMoeConfig", moe_intermediate_size=96).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"down_proj has rows of 96 values, no multiple of 64"):
+        load_model(settings_of(tmp_path, load_in_4bit=True), on_cpu=True)
+
+
+def test_experts_that_cannot_be_quantized_are_told(folder, monkeypatch):
+    from qwen_vl_sft.families.experts import Experts
+
+    monkeypatch.setattr(Experts, "is_weight", lambda experts, name: False)
+    with pytest.raises(UserError, match=r"load_in_4bit: .*mlp\.experts\.gate_up_proj could not be quantized"):
+        load_model(settings_of(folder, load_in_4bit=True), on_cpu=True)
