@@ -14,7 +14,8 @@ from fixtures.processes import launch, run_process
 from qwen_vl_sft.inference.source import read_source
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import Options, make_plan
-from qwen_vl_sft.publishing.card import python_code, vllm_lines
+from qwen_vl_sft.publishing.card import python_code
+from qwen_vl_sft.publishing.card_serving import serving_lines
 from qwen_vl_sft.publishing.published_model import read_published_model
 
 
@@ -73,7 +74,7 @@ def test_the_card_gives_the_chat_template_what_training_gave(trained):
     assert published.template_options == {"enable_thinking": False, "preserve_thinking": True}
     assert "    enable_thinking=False,\n    preserve_thinking=True,\n)" in python_code(published, "me/tiny", "main")
     assert '"chat_template_kwargs": {"enable_thinking": false, "preserve_thinking": true}' in "\n".join(
-        vllm_lines(published, "me/tiny")
+        serving_lines(published, "me/tiny")
     )
     assert read_source(trained(), {}, tuned_needed=True).recipe.data.enable_thinking is False
     assert (trained() / "chat_template.jinja").read_text() != chat_template("qwen3_5_think")

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import REQUIREMENTS, WORKERS, EngineAnswer, Prompt, Served, Size
-from qwen_vl_sft.serving.check import changes_vision, format_record
+from qwen_vl_sft.serving.check import format_record
 from qwen_vl_sft.serving.comparison import ArmResult, Difference, Effect, arm_result, as_json, first_difference, judge
 from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, python_of
 from qwen_vl_sft.serving.own_answers import margin_of
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
-from qwen_vl_sft.serving.record import form_of, read_records, write_record
+from qwen_vl_sft.serving.record import changes_vision, form_of, read_records, write_record
 from qwen_vl_sft.serving.registry import ENGINES, engine_named
 
 FAKE = replace(ENGINES["vllm"], name="fake", worker=str(REPOSITORY / "tests/fixtures/fake_engine.py"))

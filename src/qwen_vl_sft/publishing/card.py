@@ -7,7 +7,6 @@ summary.json of scripts/evaluate.py (results.py finds and checks it).
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,9 @@ from huggingface_hub import ModelCard
 from qwen_vl_sft.data.formats import known_format
 from qwen_vl_sft.evaluation.metrics import NOTES, headline_of, measured_metrics
 from qwen_vl_sft.publishing.card_metadata import dataset_and_split, make_metadata, metadata_problems
+from qwen_vl_sft.publishing.card_serving import serving_lines
 from qwen_vl_sft.publishing.names import BUILTIN_PREFIX, hub_id, public_name
-from qwen_vl_sft.publishing.published_model import SIZE_NAMES, PublishedModel
+from qwen_vl_sft.publishing.published_model import PublishedModel
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.reading import Recipe
@@ -70,8 +70,6 @@ It needs transformers 5: earlier versions do not look for the image processor in
 RUN_FILES = "`recipe.yaml`, `metrics.json` and `environment.json`"
 # Licences of datasets that recipes of this package use, by Hub id; others are not recorded.
 DATASET_LICENCES = {"HuggingFaceM4/ChartQA": "GPL-3.0"}
-# Ranks for which vLLM compiles its kernels.
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def make_card(published: PublishedModel, repo_id: str, revision: str, licence: dict[str, str], stated: bool) -> str:
@@ -95,7 +93,7 @@ def make_card(published: PublishedModel, repo_id: str, revision: str, licence: d
         prompt=_joined(_prompt(published)),
         libraries="transformers" + " and peft" * published.is_adapter,
         code=python_code(published, repo_id, revision),
-        vllm=_joined(vllm_lines(published, repo_id)),
+        vllm=_joined(serving_lines(published, repo_id)),
         training=_joined(training_lines(published)),
         limits=_joined(_limits(published)),
         licence=_joined(_licence(published, licence, stated)),
@@ -228,47 +226,6 @@ def python_code(published: PublishedModel, repo_id: str, revision: str) -> str:
     return "\n".join([*imports, "", *lines])
 
 
-def vllm_lines(published: PublishedModel, repo_id: str) -> Iterator[str]:
-    """Yield Markdown: the command that serves the model, and the limits of vLLM."""
-    base = published.base_on_hub
-    limits = published.pixel_limits
-    # As transformers 5 reads limits; the other names it has deprecated.
-    size = {"size": {SIZE_NAMES[name]: value for name, value in limits.items()}}
-    pixels = f" --mm-processor-kwargs {shlex.quote(json.dumps(size))}" if limits else ""
-    common = f"--generation-config vllm{pixels}"
-    if published.is_adapter and base is None:
-        yield "vLLM loads the base from the Hub, and this one is not there; merge the adapter with `scripts/merge.py`."
-        return
-    yield "```sh"
-    if published.is_adapter:
-        rank = next((rank for rank in VLLM_RANKS if rank >= highest_rank(published)), VLLM_RANKS[-1])
-        name = repo_id.rpartition("/")[2]
-        revision = f" --revision {shlex.quote(published.base_revision)}" if published.base_revision else ""
-        yield f"vllm serve {shlex.quote(str(base))}{revision} --enable-lora --max-lora-rank {rank} \\"
-        yield f"    --lora-modules {shlex.quote(f'{name}={repo_id}')} \\"
-    else:
-        yield f"vllm serve {shlex.quote(repo_id)} \\"
-    yield f"    {common}"
-    yield "```"
-    yield ""
-    prompt = "Send the text of `system_message.txt` as the system message. " if published.system_message else ""
-    if published.template_options:
-        kwargs = json.dumps({"chat_template_kwargs": published.template_options})
-        prompt += f"Send `{kwargs[1:-1]}` with every request. "
-    yield (
-        f"{prompt}Ask with `temperature` 0, as the evaluation does, and where answers hold boxes with"
-        " `skip_special_tokens` false. This command was not run when the card was made."
-    )
-    if published.is_adapter:
-        yield from _vllm_limits(published)
-
-
-def highest_rank(published: PublishedModel) -> int:
-    """Return the largest rank of the adapter's matrices."""
-    config = published.adapter or {}
-    return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
-
-
 def _base(published: PublishedModel, imports: list[str]) -> tuple[str, list[str]]:
     """Return the expression that names the base model, and its arguments."""
     if str(published.base).startswith(BUILTIN_PREFIX):
@@ -329,36 +286,6 @@ def _answer(published: PublishedModel) -> list[str]:
         'answer = processor.decode(output[0, inputs["input_ids"].shape[1] :])',
         'print(answer.removesuffix("<|im_end|>"))',
     ]
-
-
-def _vllm_limits(published: PublishedModel) -> Iterator[str]:
-    settings, config = published.recipe.model, published.adapter or {}
-    merge: Any = "publish the merged model of `scripts/merge.py` for it"
-    if config.get("target_parameters"):
-        yield ""
-        yield f"The adapter is on every expert, as PEFT's `target_parameters`, which vLLM may not read; {merge}."
-    if settings.lora_scope not in ("language", "experts") or "visual" in json.dumps(config.get("target_modules")):
-        yield ""
-        yield (
-            "The adapter changes the vision part too. vLLM applies LoRA to the language model alone and leaves out the"
-            f" rest with a warning, unless its version has `--enable-tower-connector-lora`; otherwise {merge}."
-        )
-    if config.get("use_dora") or config.get("modules_to_save"):
-        what = "DoRA" if config.get("use_dora") else "whole layers in addition to LoRA"
-        yield ""
-        yield f"The adapter uses {what}, which vLLM refuses; {merge}."
-    if settings.load_in_4bit:
-        yield ""
-        yield (
-            "vLLM puts the adapter on the 16-bit base, training had it in 4 bits, so answers can differ a little; a merge"
-            " with `scripts/merge.py --nf4_aware` keeps the weights of training."
-        )
-    if settings.load_in_fp8:
-        yield ""
-        yield (
-            "vLLM puts the adapter on the 16-bit base, training had it in FP8, so answers can differ a little; a merge with"
-            " `scripts/merge.py --fp8_aware` keeps the weights of training."
-        )
 
 
 def training_lines(published: PublishedModel) -> Iterator[str]:

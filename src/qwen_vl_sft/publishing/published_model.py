@@ -13,7 +13,7 @@ from qwen_vl_sft.checkpointing.checkpoints import is_checkpoint_name, step_of
 from qwen_vl_sft.checkpointing.run_folder import ENVIRONMENT, METRICS, RECIPE, SYSTEM_MESSAGE
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE, with_current_names
-from qwen_vl_sft.inference.source import find_tuned
+from qwen_vl_sft.inference.source import ADAPTER_FILE, find_tuned
 from qwen_vl_sft.merging.plan import REPORT_FILE as MERGE_FILE
 from qwen_vl_sft.modeling.adapter_layout import read_adapter_config
 from qwen_vl_sft.publishing.names import hub_id, public_base
@@ -25,6 +25,7 @@ from qwen_vl_sft.publishing.results import (
     same_folder,
     settings_differences,
 )
+from qwen_vl_sft.serving.record import changes_vision, valid_records
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.reading import Recipe
@@ -41,7 +42,8 @@ class PublishedModel:
 
     `folder` holds the weights, `home` the run's recipe. `base` is a Hub id, `builtin:NAME`, or None for a local folder.
     `evaluation` is the summary.json of scripts/evaluate.py, `step` the step of a checkpoint, and `pixel_limits` the
-    `min_pixels` and `max_pixels` of the processor, `template_options` arguments of its chat template.
+    `min_pixels` and `max_pixels` of the processor, `template_options` arguments of its chat template. `changes_vision`
+    tells whether an adapter reaches the vision part, and `serving` holds what scripts/serve_check.py found of these weights.
     """
 
     kind: Kind
@@ -60,6 +62,8 @@ class PublishedModel:
     pixel_limits: dict[str, int]
     template_options: dict[str, bool]
     step: int | None
+    changes_vision: bool
+    serving: tuple[dict[str, Any], ...]
 
     @property
     def is_adapter(self) -> bool:
@@ -167,6 +171,8 @@ def read_published_model(
         pixel_limits=_pixel_limits([folder, tuned.home]),
         template_options=_template_options([folder, tuned.home], recipe),
         step=_step_of(tuned.folder) if is_checkpoint else None,
+        changes_vision=kind == "adapter" and changes_vision(folder / ADAPTER_FILE),
+        serving=tuple(valid_records(list(dict.fromkeys([folder, tuned.home])), folder)),
     )
 
 

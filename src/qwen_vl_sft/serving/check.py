@@ -18,7 +18,6 @@ from qwen_vl_sft.data.conversation import Conversation, prompt_of
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import BadRow, UserError, shortened
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, prepare
-from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.inference.generation import answer_ends
 from qwen_vl_sft.inference.models import attach_adapter, make_encoder
 from qwen_vl_sft.inference.source import ADAPTER_FILE
@@ -42,7 +41,7 @@ from qwen_vl_sft.serving.comparison import (
 from qwen_vl_sft.serving.options import Plan, unquantized
 from qwen_vl_sft.serving.own_answers import answer_tokens, differences, own_answers, silence_vision
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
-from qwen_vl_sft.serving.record import AS_TRAINED, write_record
+from qwen_vl_sft.serving.record import AS_TRAINED, changes_vision, stats, write_record
 
 # Rows that an engine is asked at once.
 ROWS_AT_ONCE = 16
@@ -88,7 +87,7 @@ def check(plan: Plan) -> dict[str, Any]:
         "what": plan.what,
         "model": str(plan.options.model or plan.options.run),
         "weights": weights_of(plan, served),
-        "run_weights": stats([plan.home / ADAPTER_FILE]),
+        "run_weights": stats([plan.evaluation.tuned.folder / ADAPTER_FILE]) if plan.evaluation.tuned else [],
         "dtype": plan.options.dtype,
         "dataset": task.rows.name,
         "rows": len(task.questions),
@@ -157,27 +156,11 @@ def what_is_served(plan: Plan, encoder: Encoder) -> Served:
     )
 
 
-def changes_vision(adapter: Path) -> bool:
-    """Return whether an adapter's file has weights of the vision tower or the merger. Raises `UserError`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(adapter, framework="pt") as file:
-            return any(f".{ModelFamily.tower}." in name for name in file.keys())  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--run: {adapter} cannot be read ({error}); name a finished run") from None
-
-
 def weights_of(plan: Plan, served: Served) -> list[list[Any]]:
     """Return name, size and time of each weight file of what is served in place of the base."""
     folder = served.adapter or served.model
     names = [folder / ADAPTER_FILE] if served.adapter else sorted(folder.glob("*.safetensors"))
     return stats(names)
-
-
-def stats(files: Sequence[Path]) -> list[list[Any]]:
-    """Return name, size and time of the files that are there."""
-    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files if path.is_file()]
 
 
 def ask(task: Task, prompts: Prompts, encoder: Encoder, folder: Path, max_new_tokens: int) -> Asked:

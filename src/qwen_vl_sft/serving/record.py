@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.atomic_write import atomic_write
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.base import ModelFamily
 
 FOLDER = "serving"
+# Seconds that weights may be newer than their check: a copied folder has the times of the copy.
+COPY_TOLERANCE = 60
 ADAPTER, FULL, MERGED = "adapter", "full model", "merged model"
 NF4_AWARE, FP8_AWARE = "nf4_aware merged model", "fp8_aware merged model"
 # Merges that keep the quantized weights of training.
@@ -30,7 +34,10 @@ def record_file(home: Path, engine: str, what: str) -> Path:
 
 def write_record(home: Path, record: dict[str, Any]) -> Path:
     """Write a record, and return its file. Raises `OSError`."""
-    path = record_file(home, record["engine"], record["what"])
+    what = record["what"]
+    if record.get("other_arguments") or record.get("other_adapter"):
+        what += " otherwise"  # so that it takes the place of no check of the model as the card has it served
+    path = record_file(home, record["engine"], what)
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
     return path
@@ -46,3 +53,44 @@ def read_records(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict) and {"engine", "what", "proven", "weights"} <= set(record):
                 yield record | {"finished": path.stat().st_mtime}
+
+
+def changes_vision(adapter: Path) -> bool:
+    """Return whether an adapter's file has weights of the vision tower or the merger. Raises `UserError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(adapter, framework="pt") as file:
+            return any(f".{ModelFamily.tower}." in name for name in file.keys())  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--run: {adapter} cannot be read ({error}); name a finished run") from None
+
+
+def stats(files: Sequence[Path]) -> list[list[Any]]:
+    """Return name, size and time of the files that are there."""
+    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files if path.is_file()]
+
+
+def valid_records(folders: Sequence[Path], published: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records that tell of the weights in `published`, or of a merge of the adapter there, as it is now.
+
+    A check with options of its own tells nothing of the model as the card has it served.
+    """
+    for record in read_records(folders):
+        own = record.get("other_arguments") or record.get("other_adapter")
+        weights, merged_from = record["weights"], record.get("run_weights")
+        if not own and any(
+            found and unchanged(found, published, record["finished"]) for found in (weights, merged_from)
+        ):
+            yield record
+
+
+def unchanged(found: Sequence[Sequence[Any]], folder: Path, finished: float) -> bool:
+    """Return whether the files that a record found (`stats`) are still those in a folder, which may be a copy."""
+    for name, size, written in found:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return False
+        if int(file.stat().st_mtime) != written and file.stat().st_mtime > finished + COPY_TOLERANCE:
+            return False
+    return True
