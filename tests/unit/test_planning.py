@@ -26,6 +26,8 @@ from qwen_vl_sft.config.reading import key_hints
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families.base import PackedLayout
+from qwen_vl_sft.families.qwen3_5 import FAMILY
 from qwen_vl_sft.families.shape import RELEASED, Passes, Work, read_shape, released_config, training_flops
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.planning import rows as planned_rows
@@ -37,9 +39,12 @@ from qwen_vl_sft.planning.memory import (
     MicroBatch,
     Training,
     _vision_block_bytes,
+    attention_bytes,
+    delta_bytes,
     keep_as_many,
     language_bytes,
     memory_of,
+    mlp_bytes,
     targets,
 )
 from qwen_vl_sft.planning.options import PlanOptions, plan_of
@@ -70,7 +75,7 @@ def own_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "3_5" not in name and "Moe" not in name])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "Moe" not in name])
 def test_weights_and_flops_are_those_of_the_model(name):
     from transformers import AutoConfig
 
@@ -530,6 +535,53 @@ def test_a_layer_keeps_what_is_planned(name, lora):
     assert (sums[2] - sums[1] - copies) / tokens == pytest.approx(language_bytes(planned), rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
+@pytest.mark.parametrize("lora", [["q_proj", "v_proj"], "all-linear", None], ids=["some", "all", "full"])
+def test_a_layer_of_a_hybrid_keeps_what_is_planned(kind, lora):
+    """Autograd's own count, as above, of packed rows."""
+    tokens, sums = 512, []
+    for count in (1, 2):
+        kinds = ["full_attention", *[kind] * count]
+        model = language_model("Qwen3_5Config", len(kinds), lora, layer_types=kinds)
+        base = model if lora is None else model.get_base_model()
+        FAMILY.prepare_packing(base)
+        layout = PackedLayout([tokens // 2] * 2, [None] * 2, torch.zeros(0).long())
+        entries = FAMILY.packed_entries(base.config, layout)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept = {}
+
+        def keep(tensor, own=own, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        dtype = torch.float32 if lora is None else torch.bfloat16
+        embedded = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda tensor: tensor):
+            base.model.language_model(inputs_embeds=embedded, use_cache=False, **entries)
+        sums.append(sum(size for size, _ in kept.values()))
+        shape = read_shape(base.config.to_dict())
+    full, delta = lora is None, kind == "linear_attention"
+    adapted = None if full else targets(shape, lora if isinstance(lora, list) else None, ("language",))
+    planned = Training(shape, bits=32 if full else 16, stored=4 if full else 2, adapted=adapted, rank=8)
+    names = ("linear_attn.", "mlp.") if delta else ("self_attn.", "mlp.")
+    linears = [entry for entry in (shape.linears if full else adapted) if any(name in entry.name for name in names)]
+    weights = [(entry.inputs * entry.outputs) if full else 8 * (entry.inputs + entry.outputs) for entry in linears]
+    expected = (delta_bytes(planned) if delta else attention_bytes(planned)) + mlp_bytes(planned)
+    assert (sums[1] - sums[0] - 2 * sum(weights)) / tokens == pytest.approx(expected, rel=0.01)
+
+
+def test_a_hybrid_is_planned(tmp_path):
+    assert read_shape(newer("Qwen3_5Config").config.to_dict()).unfit_kernels == set(FAMILY.unfit_kernels)
+    newer("Qwen3_5Config").config.save_pretrained(tmp_path)
+    found = plan(model_name_or_path=tmp_path)
+    assert not found.training.kernels & set(FAMILY.unfit_kernels)
+    assert "PyTorch's operations, which take longer" in " ".join(describe(found).split())
+    memory = [memory_of(found.training, BATCH, count).total for count in (0, found.training.blocks)]
+    assert memory[1] < memory[0]
+
+
 @pytest.mark.parametrize("name", ["Qwen2VLConfig", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
 def test_a_block_of_a_tower_that_trains_keeps_what_is_planned(name):
     """In bfloat16 weights, as ZeRO computes: autocast makes norms float32 on a GPU alone."""
@@ -574,7 +626,7 @@ def test_gradients_of_one_micro_batch_a_step_come_as_its_activations_go():
     assert steps_of_one.memory.total < memory_of(steps_of_one.training, steps_of_one.largest(), 0).total
 
 
-def language_model(name, layers, lora, **vision_shape):
+def language_model(name, layers, lora, layer_types=None, **vision_shape):
     """A model of a family whose language model has so many layers, with LoRA or all of its weights training."""
     text = {
         "hidden_size": 256,
@@ -593,12 +645,18 @@ def language_model(name, layers, lora, **vision_shape):
     elif name == "Qwen3VLConfig":
         text["head_dim"] = 64
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    elif name == "Qwen3_5Config":
+        text |= {"head_dim": 64, "layer_types": layer_types, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        text |= {"linear_key_head_dim": 32, "linear_value_head_dim": 16}
+        rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+        text["rope_parameters"] = {**rope, "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+        vision["num_position_embeddings"] = 64
     vision |= {key: value for key, value in vision_shape.items() if key in vision}
     config = getattr(transformers, name)(text_config=text, vision_config=vision)
     dtype = torch.float32 if lora is None else torch.bfloat16
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     if lora is not None:
-        names = lora if isinstance(lora, list) else r".*language_model.*_proj"
+        names = lora if isinstance(lora, list) else r".*language_model.*_proj(_qkv|_z|_a|_b)?"
         model = get_peft_model(model, LoraConfig(r=8, target_modules=names))
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data

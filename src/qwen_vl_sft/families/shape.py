@@ -12,6 +12,8 @@ from typing import Any
 
 from qwen_vl_sft.errors import UserError
 
+_LINEAR = "linear_attention"
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -30,8 +32,53 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class DeltaShape:
+    """Layers of linear attention by the gated delta rule.
+
+    Attributes:
+        layers: how many there are; the others have full attention.
+        last: the last layer is one of them.
+        keys: width over all key heads, the same as that of queries.
+        heads: heads of values.
+        key_width: of a head.
+        value_width: of a head.
+        kernel: tokens of the convolution.
+        chunk: tokens inside which the rule is computed as attention is.
+    """
+
+    layers: int
+    last: bool
+    keys: int
+    heads: int
+    key_width: int
+    value_width: int
+    kernel: int
+    chunk: int = 64
+
+    @property
+    def values(self) -> int:
+        """Return the width over all heads of values."""
+        return self.heads * self.value_width
+
+    @property
+    def mixed(self) -> int:
+        """Return the width of what the convolution takes."""
+        return 2 * self.keys + self.values
+
+    @property
+    def rule_flops(self) -> int:
+        """Count the FLOPs of the rule for a token, as the family does."""
+        k, v = self.key_width, self.value_width
+        return self.heads * (6 * k * v + self.chunk * (3 * k + 2 * v))
+
+
+@dataclass(frozen=True)
 class TextShape:
-    """The language model: `queries` and `keys` are widths over all heads, `head_norms` whether these are normed."""
+    """The language model.
+
+    `queries` and `keys` are widths over all heads, `head_norms` whether these are normed, `gated` whether the layer of
+    queries also makes a gate for the output; `delta` are the layers of linear attention, None for a model without.
+    """
 
     hidden: int
     mlp: int
@@ -44,6 +91,13 @@ class TextShape:
     tied: bool
     biased: bool
     head_norms: bool
+    gated: bool = False
+    delta: DeltaShape | None = None
+
+    @property
+    def full_layers(self) -> int:
+        """Count the layers of full attention."""
+        return self.layers - (self.delta.layers if self.delta else 0)
 
 
 @dataclass(frozen=True)
@@ -96,13 +150,15 @@ class ModelShape:
         """Return all linear layers but the output head, by their names in the model with `N` for a layer's number."""
         text, vision = self.text, self.vision
         attention, mlp = "language_model.layers.N.self_attn", "language_model.layers.N.mlp"
+        full, queries = text.full_layers, text.queries * (2 if text.gated else 1)
         merged = vision.width * vision.merge**2
         up = vision.mlp_names[:-1]
         return (
-            Linear("language", f"{attention}.q_proj", text.layers, text.hidden, text.queries),
-            Linear("language", f"{attention}.k_proj", text.layers, text.hidden, text.keys),
-            Linear("language", f"{attention}.v_proj", text.layers, text.hidden, text.keys),
-            Linear("language", f"{attention}.o_proj", text.layers, text.queries, text.hidden),
+            Linear("language", f"{attention}.q_proj", full, text.hidden, queries),
+            Linear("language", f"{attention}.k_proj", full, text.hidden, text.keys),
+            Linear("language", f"{attention}.v_proj", full, text.hidden, text.keys),
+            Linear("language", f"{attention}.o_proj", full, text.queries, text.hidden),
+            *self._delta_linears,
             Linear("language", f"{mlp}.gate_proj", text.layers, text.hidden, text.mlp),
             Linear("language", f"{mlp}.up_proj", text.layers, text.hidden, text.mlp),
             Linear("language", f"{mlp}.down_proj", text.layers, text.mlp, text.hidden),
@@ -113,6 +169,24 @@ class ModelShape:
             Linear("merger", f"visual.merger.{vision.merger_names[0]}", vision.mergers, merged, merged),
             Linear("merger", f"visual.merger.{vision.merger_names[1]}", vision.mergers, merged, text.hidden),
         )
+
+    @property
+    def _delta_linears(self) -> tuple[Linear, ...]:
+        text, delta, name = self.text, self.text.delta, "language_model.layers.N.linear_attn"
+        if delta is None:
+            return ()
+        return (
+            Linear("language", f"{name}.in_proj_qkv", delta.layers, text.hidden, delta.mixed),
+            Linear("language", f"{name}.in_proj_z", delta.layers, text.hidden, delta.values),
+            Linear("language", f"{name}.in_proj_b", delta.layers, text.hidden, delta.heads),
+            Linear("language", f"{name}.in_proj_a", delta.layers, text.hidden, delta.heads),
+            Linear("language", f"{name}.out_proj", delta.layers, delta.values, text.hidden),
+        )
+
+    @property
+    def unfit_kernels(self) -> frozenset[str]:
+        """Return the fused kernels that do not fit the model's layers; a test compares them with those of its family."""
+        return frozenset({"rms_norm", "rope"}) if self.model_type == "qwen3_5" else frozenset()
 
     @property
     def embedding_weights(self) -> int:
@@ -140,8 +214,12 @@ class ModelShape:
         # Mergers of deeper features norm what they have merged.
         counts["merger"] += norm * (vision.width + (vision.mergers - 1) * merged)
         biases = (text.queries + 2 * text.keys) * text.biased
-        norms = 2 * text.hidden + 2 * text.head_width * text.head_norms
-        counts["language"] += text.layers * (biases + norms) + text.hidden
+        counts["language"] += text.full_layers * (biases + 2 * text.head_width * text.head_norms)
+        counts["language"] += (2 * text.layers + 1) * text.hidden
+        if text.delta:
+            # The convolution, what the decay is made of, and the norm of a head's output.
+            own = text.delta.mixed * text.delta.kernel + 2 * text.delta.heads + text.delta.value_width
+            counts["language"] += text.delta.layers * own
         counts["language"] += self.embedding_weights + self.head_weights
         return counts
 
@@ -186,14 +264,17 @@ def training_flops(shape: ModelShape, work: Work, passes: Passes, packed: bool) 
     A frozen layer costs its forward and the gradient of its input, a trained one also that of its weights. `packed`
     batches take the last layer's MLP for target tokens alone. `modeling.flops` counts the same with the libraries.
     """
-    text, vision = shape.text, shape.vision
+    text, vision, delta = shape.text, shape.vision, shape.text.delta
     weights = dict.fromkeys(("vision", "merger", "language"), 0)
     for linear in shape.linears:
         weights[linear.part] += linear.weights
-    late = 3 * text.hidden * text.mlp if packed else 0
+    late = 3 * text.hidden * text.mlp if packed and not (delta and delta.last) else 0
     language = 2 * (weights["language"] - late) * work.tokens
     language += 2 * (shape.embedding_weights + late) * work.target_tokens
-    attended = 2 * text.layers * text.queries * work.tokens_squared
+    attended = 2 * text.full_layers * text.queries * work.tokens_squared
+    if delta:
+        language += 2 * delta.layers * delta.mixed * delta.kernel * work.tokens
+        attended += delta.layers * delta.rule_flops * work.tokens
     blocks = 2 * weights["vision"] * work.patches
     seen = 4 * (vision.depth - vision.full) * vision.width * vision.window * work.patches
     seen += 4 * vision.full * vision.width * work.patches_squared
@@ -224,7 +305,8 @@ def read_shape(config: Mapping[str, Any], source: str = "config.json") -> ModelS
 
 
 def _text(config: Mapping[str, Any], text: Mapping[str, Any]) -> TextShape:
-    third = config["model_type"] == "qwen3_vl"
+    hybrid = config["model_type"] == "qwen3_5"
+    third = config["model_type"] == "qwen3_vl" or hybrid
     hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
     # Qwen3-VL's heads are as wide as its configuration says, 128 unless it does.
     width = int(text.get("head_dim") or (128 if third else hidden // heads))
@@ -241,6 +323,23 @@ def _text(config: Mapping[str, Any], text: Mapping[str, Any]) -> TextShape:
         tied=bool(tied),
         biased=bool(text.get("attention_bias", False)) if third else True,
         head_norms=third,
+        gated=hybrid,
+        delta=_delta(text) if hybrid else None,
+    )
+
+
+def _delta(text: Mapping[str, Any]) -> DeltaShape:
+    layers, every = int(text["num_hidden_layers"]), int(text.get("full_attention_interval") or 4)
+    kinds = text.get("layer_types") or ["" if (place + 1) % every == 0 else _LINEAR for place in range(layers)]
+    key_width = int(text["linear_key_head_dim"])
+    return DeltaShape(
+        layers=sum(kind == _LINEAR for kind in kinds),
+        last=kinds[-1] == _LINEAR,
+        keys=int(text["linear_num_key_heads"]) * key_width,
+        heads=int(text["linear_num_value_heads"]),
+        key_width=key_width,
+        value_width=int(text["linear_value_head_dim"]),
+        kernel=int(text["linear_conv_kernel_dim"]),
     )
 
 
@@ -306,6 +405,11 @@ def _qwen3_vl(vision: Mapping[str, Any]) -> VisionShape:
     )
 
 
+def _qwen3_5(vision: Mapping[str, Any]) -> VisionShape:
+    """Read the tower, which is Qwen3-VL's without the features of deeper layers."""
+    return _qwen3_vl({**vision, "deepstack_visual_indexes": ()})
+
+
 def _patches(vision: Mapping[str, Any], patch: int) -> dict[str, int]:
     patch = int(vision.get("patch_size", patch))
     channels = int(vision.get("in_channels", 3))
@@ -320,6 +424,7 @@ _VISION: dict[str, Callable[[Mapping[str, Any]], VisionShape]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_5": _qwen3_5,
 }
 
 

@@ -31,6 +31,8 @@ OPTIMIZER_BYTES = {
 }
 ADAM_BYTES = 8.0
 _HALF, _SINGLE = 2, 4
+# What linear attention keeps: bytes of a value, of a key repeated for each head of values, of a head, of a token.
+_DELTA_VALUES, _DELTA_KEYS, _DELTA_HEAD, _DELTA_TOKEN = 26, 37, 930, 20
 # The head is computed in tiles of so many tokens and words (TRL's chunked_logprob).
 _TILE = (4096, 8192)
 
@@ -207,7 +209,7 @@ def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> Memor
     towers, layers = min(checkpointed, depth), max(0, checkpointed - depth)
     static = _static(training)
     kept = language_bytes(training) * batch.tokens
-    last = _last_layer_bytes(training) * batch.tokens + _mlp_bytes(training) * batch.target_tokens
+    last = _last_layer_bytes(training) * batch.tokens + mlp_bytes(training) * batch.target_tokens
     stream = text.hidden * training.stream * batch.tokens
     repeated = 2 * text.keys * training.computed * batch.tokens * batch.repeated_keys
     whole = kept + repeated
@@ -217,7 +219,7 @@ def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> Memor
     )
     # The widest moment of a layer's backward pass: its MLP's gradient beside a few of the stream's width.
     moment = (text.mlp * training.computed + 3 * text.hidden * training.stream) * batch.tokens
-    activations = saved + (whole if layers else 0.0) + moment
+    activations = saved + (_widest_layer_bytes(training) * batch.tokens + repeated if layers else 0.0) + moment
     seen, seeing = _vision(training, batch, towers)
     tile = min(batch.target_tokens, _TILE[0]) * min(text.vocabulary, _TILE[1]) * _HALF
     logits = tile + batch.target_tokens * text.hidden * (_SINGLE + 2 * training.stream)
@@ -263,14 +265,48 @@ def _vision_end(training: Training, batch: MicroBatch) -> float:
 
 
 def language_bytes(training: Training) -> float:
-    """Return the bytes a token that a layer of the language model keeps for its backward pass."""
-    return _attention_bytes(training) + _mlp_bytes(training)
+    """Return the bytes a token that a layer of the language model keeps for its backward pass, on average."""
+    text = training.shape.text
+    share = text.full_layers / text.layers
+    linear = delta_bytes(training) if text.delta else 0.0
+    return share * attention_bytes(training) + (1 - share) * linear + mlp_bytes(training)
 
 
-def _attention_bytes(training: Training) -> float:
+def _widest_layer_bytes(training: Training) -> float:
+    """Return the bytes a token of the layer that keeps most, once it is computed again."""
+    linear = delta_bytes(training) if training.shape.text.delta else 0.0
+    return max(attention_bytes(training), linear) + mlp_bytes(training)
+
+
+def delta_bytes(training: Training) -> float:
+    """Return the bytes a token that linear attention keeps, in PyTorch's operations over packed rows.
+
+    Counted by autograd itself, in bfloat16 by autocast; a test compares. The rule computes in float32: most is for
+    each head what it has of a chunk (the decay of each pair, two products and the triangular system), and the states
+    at the chunks' beginnings.
+    """
+    text, delta = training.shape.text, training.shape.text.delta
+    assert delta is not None
+    wide, half = training.stream, training.computed
+    kept = float(_norm_bytes(training, text.hidden)) + _DELTA_TOKEN
+    kept += 2 * half * delta.mixed + _DELTA_VALUES * delta.values
+    kept += delta.heads * (_DELTA_KEYS * delta.key_width + _DELTA_HEAD * delta.chunk / 64)
+    kept += 2 * _SINGLE * delta.heads * delta.key_width * delta.value_width / delta.chunk
+    if training.full:
+        kept += text.hidden * half * (4 if wide > half else 1)
+        kept += delta.values * (_SINGLE + half) + 4 * delta.heads
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    return kept + _adapter_bytes(training, names, text.hidden) + _adapter_bytes(training, ("out_proj",), delta.values)
+
+
+def attention_bytes(training: Training) -> float:
+    """Return the bytes a token that full attention keeps."""
     text, wide, half = training.shape.text, training.stream, training.computed
     kept = float(_norm_bytes(training, text.hidden))
     kept += (2 * text.queries + 2 * text.keys) * half + _SINGLE * text.heads
+    if text.gated:
+        # The gate, and what it is multiplied with.
+        kept += (3 if training.full else 2) * text.queries * half
     if text.head_norms:
         kept += _norm_bytes(training, text.queries + text.keys, half)
     if training.full:
@@ -279,11 +315,12 @@ def _attention_bytes(training: Training) -> float:
     return (
         kept
         + _adapter_bytes(training, ("q_proj", "k_proj", "v_proj"), text.hidden)
-        + _adapter_bytes(training, ("o_proj",), text.queries, kept_anyway=True)
+        + _adapter_bytes(training, ("o_proj",), text.queries, kept_anyway=not text.gated)
     )
 
 
-def _mlp_bytes(training: Training) -> float:
+def mlp_bytes(training: Training) -> float:
+    """Return the bytes a token that a layer's MLP keeps."""
     text, wide, half = training.shape.text, training.stream, training.computed
     kept = float(_norm_bytes(training, text.hidden))
     kept += (2 if "swiglu" in training.kernels else 3) * text.mlp * half
@@ -296,7 +333,10 @@ def _mlp_bytes(training: Training) -> float:
 
 def _last_layer_bytes(training: Training) -> float:
     """Return the bytes a token that the last layer keeps: without an MLP where rows are packed."""
-    return _attention_bytes(training) + (0.0 if training.packing else _mlp_bytes(training))
+    delta = training.shape.text.delta
+    if delta and delta.last:
+        return delta_bytes(training) + mlp_bytes(training)
+    return attention_bytes(training) + (0.0 if training.packing else mlp_bytes(training))
 
 
 def _norm_bytes(training: Training, width: int, dtype: int | None = None) -> int:
@@ -304,7 +344,9 @@ def _norm_bytes(training: Training, width: int, dtype: int | None = None) -> int
     dtype = training.stream if dtype is None else dtype
     if "rms_norm" in training.kernels:
         return width * dtype
-    return width * (_SINGLE + (dtype if training.full else 0))
+    # For the gradient of its weight what it has normed too, in float32 where it multiplies by weight + 1.
+    normed = _SINGLE if training.shape.text.delta else dtype
+    return width * (_SINGLE + (normed if training.full else 0))
 
 
 def _adapter_bytes(training: Training, names: tuple[str, ...], width: int, kept_anyway: bool = False) -> float:

@@ -82,7 +82,7 @@ class RunPlan:
             dropout=model.lora_dropout > 0,
             in_full=self._in_full(),
             freeze_vision=model.freeze_vision_tower,
-            kernels=frozenset(wanted),
+            kernels=frozenset(wanted) - self.shape.unfit_kernels,
             packing=run.packing,
             cached_features=run.cache_image_features is not None and run.packing,
             flash_attention=self.flash or model.attn_implementation in ("flash_attention_3", "flash_attention_4"),
