@@ -14,6 +14,8 @@ from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import Options, make_plan
 
 ROUTED = {"train_router": True, "router_aux_loss_coef": 0.01}
+# QLoRA with experts in 4 bits, and an adapter on each.
+QUANTIZED = {"load_in_4bit": True, "lora_scope": "experts", "lora_r": 4}
 LONG = pytest.mark.long
 
 
@@ -61,7 +63,28 @@ def test_routers_train_when_asked_and_their_load_is_told(trained, model, tmp_pat
     assert merged.keys() == base.keys()
 
 
-@pytest.mark.parametrize("keys", [{}, ROUTED, FULL], ids=str)
+def test_adapters_on_4_bit_experts_are_merged(trained, model, tmp_path):
+    """Into the 16-bit experts, and into those that training has quantized."""
+    run = trained(**QUANTIZED)
+    layers = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    saved = load_file(run / "adapter_model.safetensors")
+    assert len([name for name in saved if ".mlp.experts." in name]) == 4 * layers
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    for aware in (False, True):
+        output = tmp_path / f"merged-{aware}"
+        options = Options(run=run, output_dir=output, dtype="float32", samples=2, nf4_aware=aware)
+        report = merge(make_plan(options))
+        assert report["against_adapter"]["same_answers"] == 2
+        assert report["against_adapter"]["max"] < 1e-3
+        base, merged = (load_file(folder / "model.safetensors") for folder in (model, output))
+        assert {name: tensor.shape for name, tensor in merged.items()} == {
+            name: tensor.shape for name, tensor in base.items()
+        }
+        assert all(not torch.equal(merged[name], base[name]) for name in base if ".experts.gate_up_proj" in name)
+
+
+@pytest.mark.parametrize("keys", [{}, ROUTED, FULL, QUANTIZED], ids=str)
 @LONG
 def test_a_resumed_run_ends_as_the_whole_one(keys, model, trained, tmp_path):
     run = trained(**keys)
@@ -95,6 +118,12 @@ def test_a_full_model_is_saved_in_the_form_of_its_base(trained, model):
         ("zero2", ROUTED),
         ("zero3", ROUTED),
         ("fsdp2", ROUTED),
+        ("cpu", QUANTIZED),
+        ("zero2", QUANTIZED),
+        ("zero3", QUANTIZED),
+        ("fsdp2", QUANTIZED),
+        ("zero3", {"lora_scope": "experts", "lora_r": 4}),
+        ("fsdp2", {"lora_scope": "experts", "lora_r": 4}),
         ("zero3", FULL),
         ("fsdp2", {**FULL, **ROUTED}),
     ],

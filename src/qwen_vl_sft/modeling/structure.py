@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.families.registry import family_of
@@ -17,6 +19,7 @@ from qwen_vl_sft.modeling.lora import (
     modules_in_full,
     trained_in_full,
 )
+from qwen_vl_sft.planning.memory import NF4_BYTES, NF4_NESTED_BYTES
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ModelStructure:
         adapted_experts: full names of the modules whose experts have LoRA each.
         in_full: full names of the modules that train in full beside an adapter.
         parameters: parameters of each part, in all and trainable.
+        base_bytes: bytes of the base's weights as they are loaded, those of experts in 4 bits too.
     """
 
     family: ModelFamily
@@ -36,6 +40,7 @@ class ModelStructure:
     adapted_experts: tuple[str, ...]
     in_full: tuple[str, ...]
     parameters: Mapping[str, PartCount]
+    base_bytes: float
 
     @property
     def adapts_language_only(self) -> bool:
@@ -58,16 +63,33 @@ def build_structure(model: Any, settings: ModelSettings) -> ModelStructure:
 
     Raises `UserError` for a name in `lora_target_modules` that matches no linear layer.
     """
-    family = family_of(model.config)
+    family, size = family_of(model.config), base_bytes(model, settings)
     if not settings.use_peft:
         freeze_for_full_training(model, settings)
-        return ModelStructure(family, (), (), (), count_parameters(model))
+        return ModelStructure(family, (), (), (), count_parameters(model), size)
     targets = tuple(find_targets(model, settings))
     whole = modules_in_full(settings, family)
     in_full = tuple(name for suffix in whole or () for name in trained_in_full(model, suffix))
     wanted = expert_parameters(settings, family)
     experts = tuple(family.experts.modules(model)) if family.experts and wanted else ()
-    return ModelStructure(family, targets, experts, in_full, _count_with_adapter(model, settings, targets))
+    return ModelStructure(family, targets, experts, in_full, _count_with_adapter(model, settings, targets), size)
+
+
+def base_bytes(model: Any, settings: ModelSettings) -> float:
+    """Return the bytes of a base model's weights as these settings load them, of a model on the meta device."""
+    family, linear = family_of(model.config), nn.Linear
+    quantized = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and not family.stays_16bit(name)
+    }
+    each = {"float32": 4}.get(settings.dtype, 2)
+    narrow = NF4_NESTED_BYTES if settings.use_bnb_nested_quant else NF4_BYTES
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        four = settings.load_in_4bit and (name in quantized or (family.experts and family.experts.is_weight(name)))
+        total += parameter.numel() * (narrow if four else each)
+    return total
 
 
 def _count_with_adapter(model: Any, settings: ModelSettings, targets: tuple[str, ...]) -> dict[str, PartCount]:

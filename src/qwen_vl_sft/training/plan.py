@@ -263,13 +263,21 @@ def _trained_lines(settings: ModelSettings, structure: ModelStructure) -> list[s
         line = f"trains      LoRA r={settings.lora_r} on {len(structure.lora_targets)} layers: {', '.join(names)}"
         lines = textwrap.wrap(line, width=80, subsequent_indent=" " * 12)
     if structure.family.experts:
-        lines.append(
-            f"experts     {'trained in full' if not settings.use_peft else 'frozen'}, routers"
-            f" {'trained' if settings.train_router else 'frozen'}"
-        )
+        lines += _expert_lines(settings, structure)
     if settings.init_adapter:
         lines.append(f"starts from {settings.init_adapter}, with a new optimizer and schedule")
     return [*lines, "", format_parameters(dict(structure.parameters))]
+
+
+def _expert_lines(settings: ModelSettings, structure: ModelStructure) -> list[str]:
+    """Tell what becomes of a mixture's experts and routers, and the memory of all weights, which is computed."""
+    trains = "frozen" if settings.use_peft else "trained in full"
+    what = "with an adapter each" if structure.adapted_experts else trains
+    routers = "trained" if settings.train_router else "frozen"
+    return [
+        f"experts     {what}{', in 4 bits' * settings.load_in_4bit}; routers {routers}",
+        f"weights     {structure.base_bytes / 2**30:.1f} GiB as they are loaded (computed)",
+    ]
 
 
 def _rows_line(name: str, part: Scan | Rows) -> str:
