@@ -1,20 +1,25 @@
 """A base in emulated FP8 through the scripts: loaded, trained, resumed, evaluated, merged, on several processes."""
 
 import functools
+import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fixtures.family_runs import trainer_of, write_recipe
 from fixtures.packed_rows import losses_of
 from fixtures.processes import launch, run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import Options, make_plan
 from qwen_vl_sft.modeling.base_model import count_parameters, load_model
 from qwen_vl_sft.modeling.fp8 import plain
+from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.fused import use_fp8_kernels
 from qwen_vl_sft.modeling.fp8.linear import FP8Linear
 from qwen_vl_sft.modeling.fp8.weights import quantize_rows
@@ -124,6 +129,85 @@ def test_a_merge_that_knows_of_fp8_has_the_weights_of_training(trained, tmp_path
     plain_report = merge(make_plan(Options(run=run, output_dir=tmp_path / "plain", dtype="float32")))
     assert plain_report["against_adapter"]["max"] < 1e-3
     assert plain_report["against_training"]["mean"] > report["against_adapter"]["mean"]
+
+
+def write_official(folder):
+    """Write the embedded model as Qwen publishes FP8 models: blocks of 128 x 128, scales in bfloat16."""
+    shutil.copytree(tiny.MODEL_DIR, folder)
+    tensors, weights = load_file(folder / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not name.startswith("model.layers."):
+            weights[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        scales = torch.empty(-(-rows // 128), -(-columns // 128), dtype=torch.bfloat16)
+        values = torch.empty_like(tensor, dtype=torch.float8_e4m3fn)
+        for i, j in ((i, j) for i in range(scales.shape[0]) for j in range(scales.shape[1])):
+            place = (slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1)))
+            scales[i, j] = tensor[place].abs().max().float() / 440
+            values[place] = (tensor[place].float() / scales[i, j].float()).to(values.dtype)
+        weights[name], weights[f"{name}_scale_inv"] = values, scales
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "model.visual"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, weights
+
+
+def test_an_official_checkpoint_is_taken_as_it_is_and_trained(tmp_path):
+    folder, weights = write_official(tmp_path / "official")
+    settings = ModelSettings(model_name_or_path=str(folder), dtype="float32")
+    with pytest.raises(UserError, match="holds FP8 weights; set load_in_fp8: true to train on them as they are"):
+        load_model(settings, on_cpu=True)
+    model = load_model(replace(settings, **FP8), on_cpu=True)
+    layers = fp8_layers(model)
+    assert {type(layer) for layer in layers.values()} == {FP8BlockLinear}
+    assert len(layers) == sum(name.endswith("_scale_inv") for name in weights)
+    for name, layer in layers.items():
+        key = name.replace("model.language_model.", "model.")
+        assert torch.equal(layer.values.view(torch.uint8), weights[f"{key}.weight"].view(torch.uint8))
+        assert torch.equal(layer.scales, weights[f"{key}.weight_scale_inv"].float())
+    exact = loaded()
+    tokens = torch.randint(5, 200, (1, 40))
+    with torch.no_grad():
+        found, wanted = model(input_ids=tokens).logits, exact(input_ids=tokens).logits
+    assert (found - wanted).norm() < 0.06 * wanted.norm()
+    keys = {**FP8, "predict_with_generate": False, "max_steps": 2, "eval_strategy": "no"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", folder, **keys)
+    done = run_process("scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of_rows(tmp_path, keys), rel=0.05)
+
+
+def losses_of_rows(tmp_path, keys):
+    """Losses of the same run on the embedded model."""
+    recipe = write_recipe(tmp_path / "plain.yaml", tiny.MODEL_DIR, **keys)
+    done = run_process("scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "plain")
+    assert done.returncode == 0, done.stderr
+    return losses_of(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"quant_method": "awq"}, r"quantized already \(awq\); name the 16-bit model"),
+        ({"weight_block_size": None}, "in another form than blocks of 128 x 128"),
+        ({"weight_block_size": [64, 64]}, "in another form"),
+        ({"activation_scheme": "static"}, "in another form"),
+        ({"scale_fmt": "ue8m0"}, "in another form"),
+    ],
+    ids=str,
+)
+def test_other_forms_of_quantized_checkpoints_are_refused(changes, told, tmp_path):
+    folder = shutil.copytree(tiny.MODEL_DIR, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=told):
+        load_model(ModelSettings(model_name_or_path=str(folder), dtype="float32", **FP8), on_cpu=True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.fp8 import plain
+from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.fused import NormProduct
 from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, QuantizedInput, packed, transpose
 from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
@@ -298,6 +299,29 @@ def test_blocks_of_an_official_checkpoint_are_dequantized_one_by_one():
     found = dequantize(values, scales)
     assert found[130, 5] == values[130, 5].float() * scales[1, 0]
     assert found[127, 299] == values[127, 299].float() * scales[0, 2]
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(True, True), (False, True), (True, False)])
+def test_blocks_give_output_and_gradient_of_a_reference_that_rounds_the_same(forward, backward):
+    torch.manual_seed(0)
+    computation = Computation(forward, backward, emulated=True)
+    layer = FP8BlockLinear(384, 256, True, computation, torch.float32)
+    layer.weight.data.copy_(torch.randn(256, 384).mul(60).to(E4M3).view(torch.uint8))
+    layer.weight_scale_inv.copy_(torch.rand(2, 3) + 0.1)
+    layer.bias.data.normal_()
+    layer.finish()
+    weight = layer.dequantized().double()
+    assert torch.equal(layer.to(torch.bfloat16).dequantized().double(), weight)
+    bias = layer.bias.double()
+
+    def in_parts(rows, rounds):
+        return rounded(rows.reshape(-1, 128)).view(rows.shape) if rounds else rows.double()
+
+    x, grad = torch.randn(2, 5, 384, requires_grad=True), torch.randn(2, 5, 256)
+    y = layer(x)
+    y.backward(grad)
+    assert distance(y.detach().view(10, 256), in_parts(x.detach().view(10, 384), forward) @ weight.T + bias) < 1e-6
+    assert distance(x.grad.view(10, 384), in_parts(grad.view(10, 256), backward) @ weight) < 1e-6
 
 
 def problems(on_cpu=True, strategy="single", **keys):

@@ -197,7 +197,8 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
                 weights.append(weight)
                 if part.get_dtype() not in ("F32", "F16", "BF16"):
                     problems.append(
-                        f"{key} is {part.get_dtype()}; a merge needs 16-bit or 32-bit weights, not quantized"
+                        f"{key} is {part.get_dtype()}; a merge needs 16-bit or 32-bit weights, not quantized: name the 16-bit"
+                        " model with --base"
                     )
                 elif not is_loaded:
                     continue

@@ -25,6 +25,7 @@ from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
 from qwen_vl_sft.modeling.experts import use_4bit_experts
 from qwen_vl_sft.modeling.fp8.computation import use_chosen_fp8_kernels
+from qwen_vl_sft.modeling.fp8.layers import official_problem
 from qwen_vl_sft.modeling.fp8.linear import FP8Linear
 from qwen_vl_sft.modeling.fp8.loading import FP8Config
 from qwen_vl_sft.modeling.loaded_weights import CHECKED, check_loaded
@@ -90,13 +91,26 @@ def load_config(settings: ModelSettings) -> Any:
     stored = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
-    if stored:
-        raise UserError(
-            f"model_name_or_path: {settings.model_name_or_path} holds weights that are quantized already"
-            f" ({stored.get('quant_method', 'quantization_config')}); name the 16-bit model that it was made from"
-            " (load_in_4bit quantizes it on loading)"
-        )
+    if stored and (problem := official_problem(_as_dict(stored), settings)):
+        way_out = "name the 16-bit model that it was made from (load_in_4bit quantizes it on loading)"
+        if problem == "holds FP8 weights":
+            way_out = f"set load_in_fp8: true to train on them as they are, or {way_out}"
+        raise UserError(f"model_name_or_path: {settings.model_name_or_path} {problem}; {way_out}")
     return config
+
+
+def without_quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Return a configuration without its `quantization_config`, which transformers would follow, and that one."""
+    stored = None
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None):
+            stored = _as_dict(part.quantization_config)
+            del part.quantization_config
+    return config, stored
+
+
+def _as_dict(stored: Any) -> dict[str, Any]:
+    return stored if isinstance(stored, dict) else dict(stored.to_dict())
 
 
 def load_model(
@@ -120,8 +134,11 @@ def load_model(
     dtype = getattr(torch, settings.dtype)
     # FSDP2 splits tensors of floats alone, and would round quantized values that lie in another type than it computes in.
     storage = (computed_in or dtype) if strategy == "fsdp2" else torch.uint8
+    config, official = without_quantization(load_config(settings))
     quantization = (
-        FP8Config(settings, storage, on_cpu) if settings.load_in_fp8 else quantization_config(settings, family, storage)
+        FP8Config(settings, storage, on_cpu, official)
+        if settings.load_in_fp8
+        else quantization_config(settings, family, storage)
     )
     if family.experts:
         read_by_whole_shapes()
@@ -133,6 +150,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=settings.use_safetensors,
+            config=config,
             quantization_config=quantization,
             device_map=None if on_cpu or strategy in ("zero3", "fsdp2") else {"": local_rank},
             **CHECKED,

@@ -31,6 +31,7 @@ def use_fp8_kernels(model: nn.Module, wanted: list[str], kernels: Any) -> dict[s
     family = family_of(model.config)  # type: ignore[arg-type]
     counts = {"rms_norm": 0, "mlp": 0}
     norms = "rms_norm" in wanted and "rms_norm" not in family.unfit_kernels
+    norms = norms and any(type(module) is FP8Linear for module in model.modules())
     for name, module in model.named_modules():
         part = family.part_of(name)
         if norms and name.endswith(NORMS) and family.fused_layers["rms_norm"].holds(name, part, module):
@@ -46,7 +47,8 @@ def use_fp8_kernels(model: nn.Module, wanted: list[str], kernels: Any) -> dict[s
 
 def _is_fp8_mlp(module: Any) -> bool:
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(isinstance(layer, FP8Linear) and layer.computation.forward for layer in layers)
+    # Layers in blocks quantize their inputs in another way.
+    return all(type(layer) is FP8Linear and layer.computation.forward for layer in layers)
 
 
 def hands_on_fp8(module: nn.Module) -> bool:

@@ -112,7 +112,7 @@ class FP8Linear(nn.Linear):
 
     @property
     def scales(self) -> torch.Tensor:
-        """Return the float32 scales of its rows [out, 1]."""
+        """Return the float32 scales of its rows [out, 1], or of its blocks."""
         return self.weight_scale.view(torch.float32)
 
     def dequantized(self) -> torch.Tensor:

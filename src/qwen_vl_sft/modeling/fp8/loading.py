@@ -11,9 +11,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.computation import computation_of
-from qwen_vl_sft.modeling.fp8.layers import fp8_layers
+from qwen_vl_sft.modeling.fp8.layers import fp8_layers, is_left_out
 from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, packed
+from qwen_vl_sft.modeling.fp8.weights import BLOCK, E4M3
 
 METHOD = "qwen_vl_sft_fp8"
 
@@ -26,15 +28,28 @@ class FP8Config(QuantizationConfigMixin):
         settings: the recipe's model keys.
         storage: the type of tensors that hold the bytes.
         on_cpu: the model computes on a CPU.
+        official: the `quantization_config` of a checkpoint that holds FP8 weights in blocks; None for one in 16 bits.
     """
 
-    def __init__(self, settings: ModelSettings, storage: torch.dtype = torch.uint8, on_cpu: bool = False) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        storage: torch.dtype = torch.uint8,
+        on_cpu: bool = False,
+        official: dict[str, Any] | None = None,
+    ) -> None:
         self.quant_method: Any = METHOD
-        self._settings, self._storage, self._on_cpu = settings, storage, on_cpu
+        self._settings, self._storage, self._on_cpu, self._official = settings, storage, on_cpu, official
+
+    @property
+    def official(self) -> dict[str, Any] | None:
+        """Return what a checkpoint says of the FP8 weights that it holds."""
+        return self._official
 
     def to_dict(self) -> dict[str, Any]:
         """Return what stands in a configuration."""
-        return {"quant_method": METHOD, "format": "e4m3, a scale for each row"}
+        each = "row" if self._official is None else f"block of {BLOCK} x {BLOCK}"
+        return {"quant_method": METHOD, "format": f"e4m3, a scale for each {each}"}
 
     @property
     def settings(self) -> ModelSettings:
@@ -82,13 +97,19 @@ class FP8Quantizer(HfQuantizer):
         """Return what quantizes a weight."""
         from transformers.core_model_loading import ConversionOps
 
-        storage = self.quantization_config.storage
+        storage, official = self.quantization_config.storage, self.quantization_config.official is not None
 
         class Quantize(ConversionOps):
             def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
                 found: dict[str, Any] = {}
                 for name, value in input_dict.items():
-                    weight, scale = packed(value[0] if isinstance(value, list) else value, storage)
+                    given = value[0] if isinstance(value, list) else value
+                    if official:
+                        # Given in the type of the other weights, which holds every number of e4m3.
+                        same = given.to(E4M3).view(torch.uint8).view(storage)
+                        found[name] = nn.Parameter(same, requires_grad=False)
+                        continue
+                    weight, scale = packed(given, storage)
                     found[name] = nn.Parameter(weight, requires_grad=False)
                     found[f"{name}_scale"] = scale
                 return found
@@ -98,9 +119,12 @@ class FP8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         computation = config.computation
+        kind = FP8Linear if config.official is None else FP8BlockLinear
         for name, layer in fp8_layers(model, config.settings).items():
+            if config.official is not None and is_left_out(name, config.official):
+                continue
             with torch.device("meta"):
-                made = FP8Linear(
+                made = kind(
                     layer.in_features,
                     layer.out_features,
                     layer.bias is not None,
@@ -109,4 +133,10 @@ class FP8Quantizer(HfQuantizer):
                     config.storage,
                 )
             model.set_submodule(name, made)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, FP8BlockLinear):
+                module.finish()
         return model
