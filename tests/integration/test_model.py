@@ -198,7 +198,7 @@ def test_a_model_that_is_stored_quantized_is_refused_before_it_is_loaded(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     for load in (build_on_meta, lambda given: load_model(given, on_cpu=True)):
         for keys in ({}, {"load_in_4bit": True}):
-            with pytest.raises(UserError, match=r"are quantized already \(fp8\); name the 16-bit model"):
+            with pytest.raises(UserError, match=r"holds FP8 weights; set load_in_fp8: true .* name the 16-bit model"):
                 load(settings(model_name_or_path=str(tmp_path), **keys))
 
 
