@@ -144,6 +144,12 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
     assert one["micro_batches"] > all_layers["micro_batches"] == 1
     assert one["step"][0] > all_layers["step"][0]  # prefixes are computed once
     assert full["step"] == one["step"]
+    assert one["settled"] == [1]
     assert (one["keys"]["use_peft"], full["keys"]["use_peft"]) == (True, False)
     with pytest.raises(UserError, match="--measure needs --processor"):
         measure_plan.measure_points(replace(options, processor=None))
+
+
+def test_steps_that_begin_an_epoch_do_not_count():
+    assert measure_plan._settled(1, 6, epoch=4) == [1, 2, 3, 5]
+    assert measure_plan._settled(3, 6, epoch=1) == [3, 4, 5]  # there is no other

@@ -138,6 +138,14 @@ def test_plans_agree_with_what_was_measured():
     assert max(abs(entry.time_off) for entry in compared if entry.time_off is not None) < 0.2
 
 
+def test_plans_agree_with_runs_that_they_were_not_fitted_to():
+    settled = compare_all(REPOSITORY / "benchmarks/plan_settled_h200.json")
+    first = compare_all(REPOSITORY / "benchmarks/plan_first_steps_h200.json")
+    assert (len(settled), len(first)) == (6, 26)
+    assert max(abs(entry.memory_off) for entry in settled + first) < 0.03
+    assert max(abs(entry.time_off) for entry in settled) < 0.15
+
+
 def test_the_largest_measured_runs_stand_in_the_file_as_they_were_measured():
     stored = json.loads((REPOSITORY / "benchmarks/plan.json").read_text())
     seven = json.loads((REPOSITORY / "benchmarks/step_qwen2_vl_7b_h200.json").read_text())
@@ -149,7 +157,8 @@ def test_the_largest_measured_runs_stand_in_the_file_as_they_were_measured():
 def test_the_table_of_the_documentation_is_current():
     page = (REPOSITORY / "docs/planning.md").read_text()
     assert plan_table() in page
-    assert format_table(compare_all(REPOSITORY / "benchmarks/plan.json")) in page
+    for name in ("plan", "plan_settled_h200", "plan_first_steps_h200"):
+        assert format_table(compare_all(REPOSITORY / f"benchmarks/{name}.json")) in page
 
 
 def test_lora_parameters_are_those_of_the_recipe():

@@ -96,17 +96,14 @@ class Checkpointed(TrainerCallback):
 
 
 class StepEnds(TrainerCallback):
-    """Keeps the moment of each step's end, without waiting for the device, and how often its memory was asked for more."""
+    """Keeps the moment of each step's end; the norm of the gradient has waited for the device by then."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
-        self.allocations: list[int] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep them."""
+        """Keep it."""
         self.moments.append(time.perf_counter())
-        if torch.cuda.is_available():
-            self.allocations.append(torch.cuda.memory_stats()["num_device_alloc"])
 
 
 @dataclass(frozen=True)
@@ -248,7 +245,8 @@ def _measure(prepared: Prepared, setting: Setting, warmup: int, counted: int) ->
         trainer.remove_callback(callback)
     trainer.end_workers()
     steps = timed.fetched.steps
-    work = [sum(step, BatchStats()) for step in steps[warmup:]]
+    settled = _settled(warmup, len(steps), len(plan))
+    work = [sum(steps[number], BatchStats()) for number in settled]
     found: dict[str, Any] = {
         "keys": _stored_keys(run, setting),
         "strategy": "single",
@@ -260,17 +258,26 @@ def _measure(prepared: Prepared, setting: Setting, warmup: int, counted: int) ->
         "batches": [[batch.tokens, batch.target_tokens, batch.patches] for step in steps for batch in step],
         "rows": statistics.fmean(one.rows for one in work),
         "step": [statistics.fmean(getattr(one, name) for one in work) for name in _STEP],
-        "micro_batches": statistics.fmean(len(step) for step in steps[warmup:]),
-        "seconds": timed.seconds / counted,
+        "micro_batches": statistics.fmean(len(steps[number]) for number in settled),
+        "seconds": statistics.fmean(ends.moments[number] - ends.moments[number - 1] for number in settled),
+        "settled": settled,
         "waited": (timed.ended.waited - timed.began.waited) / counted,
     }
     found["each_step"] = [round(end - begin, 4) for begin, end in pairwise(ends.moments)]
     found["rows_per_second"] = found["rows"] / found["seconds"]
     if cuda:
         found["gib"] = (torch.cuda.max_memory_allocated() - prepared.others) / 2**30
-        found["allocations"] = [end - begin for begin, end in pairwise(ends.allocations)]
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return found
+
+
+def _settled(warmup: int, steps: int, epoch: int) -> list[int]:
+    """Return the numbers of the steps whose time counts, from 0: after the warm-up, but those that begin an epoch.
+
+    There the workers are started anew, and the first batch is waited for. Where no step is left, all count.
+    """
+    after = range(warmup, steps)
+    return [number for number in after if number % epoch] or list(after)
 
 
 _STEP = ("tokens", "tokens_squared", "target_tokens", "patches", "patches_squared")
