@@ -587,6 +587,7 @@ def test_a_hybrid_is_planned(tmp_path):
     found = plan(model_name_or_path=tmp_path)
     assert not found.training.kernels & set(FAMILY.unfit_kernels)
     assert "PyTorch's operations, which take longer" in " ".join(describe(found).split())
+    assert "; more than " in verdict(found)
     memory = [memory_of(found.training, BATCH, count).total for count in (0, found.training.blocks)]
     assert memory[1] < memory[0]
 

@@ -35,7 +35,9 @@ def verdict(plan: RunPlan) -> str:
     """Return one line: whether the plan fits, in how much memory, and how long it takes."""
     need, have = plan.memory.total / GIB, plan.card.room / GIB
     if plan.fits:
-        return f"fits: {need:.1f} of {have:.1f} GiB, {_checkpointing(plan)}; about {hours(plan.hours)}"
+        # Of linear attention the time is not known.
+        about = "more than" if plan.shape.text.delta else "about"
+        return f"fits: {need:.1f} of {have:.1f} GiB, {_checkpointing(plan)}; {about} {hours(plan.hours)}"
     word = "is too tight" if need <= have else "does not fit"
     return f"{word}: {need:.1f} GiB and {MARGIN:.0%} to spare, of {have:.1f} GiB, {_checkpointing(plan)}"
 
