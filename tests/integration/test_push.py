@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from fixtures.processes import run_process
+from fixtures.processes import run_process, warm_processes
 from fixtures.publishing import (
     OTHER,
     READER,
@@ -752,6 +752,14 @@ TRAINING = {
 }
 
 
+@pytest.fixture(scope="module")
+def home(hub, tmp_path_factory):
+    """A home of the Hub's client, with processes forked that have it and take the stand-in for the Hub."""
+    folder = tmp_path_factory.mktemp("home")
+    with warm_processes(hub_environment(hub, folder, xet=False)):
+        yield folder
+
+
 def train(hub, token, home, *words):
     """Train on two processes that take the stand-in for the Hub."""
     launcher = ("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml")
@@ -760,10 +768,10 @@ def train(hub, token, home, *words):
     return run_process(*launcher, "scripts/sft.py", *recipe, *words, env=env)
 
 
-def test_training_pushes_and_reports_what_failed_meanwhile(hub, tmp_path):
+def test_training_pushes_and_reports_what_failed_meanwhile(hub, home, tmp_path):
     hub.faults({**COMMIT, "kind": "status", "status": 500})
     run = tmp_path / "run"
-    finished = train(hub, WRITER, tmp_path / "home", "--output_dir", run, "--hub_model_id", "trained")
+    finished = train(hub, WRITER, home, "--output_dir", run, "--hub_model_id", "trained")
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "publish     trained, main, private, with every checkpoint, and at the end" in finished.stdout
     assert (
@@ -784,9 +792,9 @@ def test_training_pushes_and_reports_what_failed_meanwhile(hub, tmp_path):
     assert WRITER not in text + finished.stdout + finished.stderr
 
 
-def test_training_does_not_start_without_the_right_to_push(hub, tmp_path):
+def test_training_does_not_start_without_the_right_to_push(hub, home, tmp_path):
     run = tmp_path / "run"
-    finished = train(hub, READER, tmp_path / "home", "--output_dir", run, "--hub_model_id", "never")
+    finished = train(hub, READER, home, "--output_dir", run, "--hub_model_id", "never")
     assert finished.returncode != 0
     assert "error: push: the token 'laptop' of alice may only read" in finished.stderr
     assert "exitcode  : 2" in finished.stderr
