@@ -1,0 +1,91 @@
+"""Command-line options of export.py, and the export that they describe."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qwen_vl_sft.config.command_line import REQUIRED, option, recipe_keys
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.serving.base import ServingEngine
+
+if TYPE_CHECKING:
+    from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
+
+REPORT_FILE = "export.json"
+KEYS = ("dataset_name", "dataset_config", "dataset_format", "bad_rows", "max_new_tokens", "use_cpu")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Command-line options of export.py."""
+
+    run: Path = option(REQUIRED, "folder of scripts/merge.py, or a run that trained the whole model", metavar="folder")
+    to: Literal["gguf", "compressed-tensors", "fp8"] = option(
+        REQUIRED,
+        "gguf: for llama.cpp; compressed-tensors: weights of the language model in 4 bits (W4A16); fp8: in FP8, with"
+        " activations in FP8 too",
+    )
+    output_dir: Path = option(REQUIRED, "a new or empty folder for the export", metavar="folder")
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = option("f16", "gguf: precision of the weights")
+    split: str = option("test", "split whose rows are answered by both, slices allowed")
+    max_samples: int | None = option(
+        300, "most rows to answer, evenly spaced over the split", at_least=1, metavar="number"
+    )
+    max_loss: float = option(
+        1.0, "points of accuracy that the export may lose; a larger loss with p below 0.05 fails the export", at_least=0
+    )
+    recipe_keys: dict[str, str] = recipe_keys(*KEYS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export that is ready to start: `evaluation` reads the rows, `engine` answers with the export."""
+
+    options: Options
+    engine: ServingEngine
+    evaluation: EvaluationPlan
+    config: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """Return the folder of the model that is exported."""
+        return self.options.run
+
+    @property
+    def failed_folder(self) -> Path:
+        """Return where an export goes that is worse than the limit."""
+        return self.options.output_dir.with_name(f"{self.options.output_dir.name}-failed")
+
+
+def make_plan(options: Options) -> Plan:
+    """Read the model's run. Raises `UserError`; writes nothing."""
+    from qwen_vl_sft.evaluation.options import Options as EvaluationOptions
+    from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
+    from qwen_vl_sft.inference.source import read_source
+    from qwen_vl_sft.merging.plan import check_output_dir
+    from qwen_vl_sft.serving.engines import compressed, llama_cpp
+
+    check_output_dir(options.output_dir)
+    source = read_source(options.run, options.recipe_keys, tuned_needed=True)
+    assert source.tuned
+    if source.tuned.is_adapter:
+        raise UserError(
+            f"--run: {options.run} holds an adapter, and an export needs a whole model; merge it first: python"
+            f" scripts/merge.py --run {options.run} --output_dir merged"
+        )
+    plan = EvaluationPlan(
+        **vars(source),
+        options=replace(
+            EvaluationOptions(), run=options.run, arms=("tuned",), split=options.split, max_samples=options.max_samples
+        ),
+        output_dir=options.output_dir,
+    )
+    engine = llama_cpp.ENGINE if options.to == "gguf" else compressed.ENGINE
+    config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
+    failed = options.output_dir.with_name(f"{options.output_dir.name}-failed")
+    if failed.exists():
+        raise UserError(f"--output_dir: {failed} is there, of an export that failed; delete it, or name another folder")
+    return Plan(options, engine, plan, config)

@@ -1,0 +1,102 @@
+"""Serve a GGUF model with llama.cpp, asked in lines of JSON (`serving/base.py` has the form). Run it with its own Python."""
+
+import argparse
+import base64
+import importlib.metadata
+import json
+import os
+import sys
+import traceback
+
+# What llama.cpp prints must not come between the lines of answers.
+REPLIES = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)
+
+
+def reply(value):
+    """Write one line."""
+    REPLIES.write(json.dumps(value) + "\n")
+    REPLIES.flush()
+
+
+def load(start):
+    """Return the server of the model in a folder."""
+    from xllamacpp import CommonParams, Server
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ctx-size", type=int, default=4096)
+    parser.add_argument("--image-min-tokens", type=int)
+    parser.add_argument("--image-max-tokens", type=int)
+    asked = parser.parse_args(start["arguments"])
+    params = CommonParams()
+    params.model.path = os.path.join(start["model"], "model.gguf")
+    params.mmproj.path = os.path.join(start["model"], "mmproj.gguf")
+    params.n_ctx, params.n_parallel, params.use_jinja = asked.ctx_size, 1, True
+    if asked.image_min_tokens is not None:
+        params.image_min_tokens = asked.image_min_tokens
+    if asked.image_max_tokens is not None:
+        params.image_max_tokens = asked.image_max_tokens
+    return Server(params)
+
+
+def messages_of(prompt):
+    """Return the messages as the chat endpoint takes them, images as PNG in a data URL."""
+    images = iter(prompt["images"])
+    messages = []
+    for message in prompt["messages"]:
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                with open(next(images), "rb") as file:
+                    url = "data:image/png;base64," + base64.b64encode(file.read()).decode()
+                parts.append({"type": "image_url", "image_url": {"url": url}})
+            else:
+                parts.append(part)
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        messages.append({**message, "content": "".join(map(str, texts)) if message["role"] != "user" else parts})
+    return messages
+
+
+def answer(server, request):
+    """Return the answers to a request's prompts."""
+    answers = []
+    for prompt in request["prompts"]:
+        asked = {
+            "messages": messages_of(prompt),
+            "max_tokens": request["max_new_tokens"],
+            "temperature": 0,
+            "top_k": 1,
+            "cache_prompt": False,
+        }
+        if request["template_options"]:
+            asked["chat_template_kwargs"] = request["template_options"]
+        found = server.handle_chat_completions(asked)
+        if "choices" not in found:
+            raise ValueError(json.dumps(found))
+        text = found["choices"][0]["message"]["content"] or ""
+        answers.append({"number": prompt["number"], "text": text, "prompt_tokens": found["usage"]["prompt_tokens"]})
+    return answers
+
+
+def main():
+    """Load what the first line names, then answer every further line."""
+    server = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if server is None:
+                server = load(request)
+                reply({"ready": {"xllamacpp": importlib.metadata.version("xllamacpp")}})
+            else:
+                reply({"answers": answer(server, request)})
+        except ValueError as error:
+            traceback.print_exc()
+            reply({"refused": f"ValueError: {error}"})
+        except Exception as error:
+            traceback.print_exc()
+            reply({"failed": f"{type(error).__name__}: {error}"})
+            return
+
+
+if __name__ == "__main__":
+    main()
