@@ -3,7 +3,9 @@
 The language model's linear layers are quantized. The vision tower and the output head stay as they are.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from llmcompressor import oneshot
@@ -36,6 +38,12 @@ def main():
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
     oneshot(model=model, recipe=QuantizationModifier(targets=["Linear"], ignore=IGNORED, **scheme_of(name, model)))
     model.save_pretrained(output, save_compressed=True)
+    # The names that it lists are those of the file (visual.blocks...), and transformers looks for those of the model
+    # (model.visual.blocks...): the vision tower would be taken for quantized, and get random weights.
+    path = Path(output) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["ignore"] += IGNORED
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
