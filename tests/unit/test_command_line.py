@@ -146,6 +146,7 @@ WRONG = {
     "doctor": "--rnus false",
     "engine_environment": "--engin vllm",
     "evaluate": "--splt test",
+    "export": "--run x --output_dir y --to ggml",
     "generate": "--imges a.png",
     "kill_and_resume": "--kills many",
     "make_random_model": "--confg x",

@@ -17,6 +17,7 @@ from qwen_vl_sft.config.settings_page import other_trainers_page, settings_page
 from qwen_vl_sft.demo import options as demo
 from qwen_vl_sft.diagnosis import options as diagnosis
 from qwen_vl_sft.evaluation import options as evaluation
+from qwen_vl_sft.exporting import options as exporting
 from qwen_vl_sft.inference import options as inference
 from qwen_vl_sft.merging import plan as merging
 from qwen_vl_sft.planning import options as planning
@@ -34,6 +35,7 @@ FOLDERS = ("scripts", "recipes", "accelerate_configs", "slurm", "src", "tests", 
 SWITCHES = {"recipe", "dry_run", "help"}
 OPTIONS = {
     "evaluate": evaluation.Options,
+    "export": exporting.Options,
     "generate": inference.Options,
     "demo": demo.Options,
     "merge": merging.Options,
