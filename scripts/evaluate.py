@@ -38,10 +38,15 @@ def main() -> None:
     with quick_imports():
         from qwen_vl_sft.evaluation.answer_files import SETTINGS_FILE
         from qwen_vl_sft.evaluation.evaluate import evaluate
-        from qwen_vl_sft.evaluation.scoring import REPORT_FILE, describe_cut, format_summary
+        from qwen_vl_sft.evaluation.scoring import REPORT_FILE, describe_cut, describe_engine, format_summary
 
+    answering = None
+    if options.engine:
+        from qwen_vl_sft.serving.evaluating import EngineAnswering
+
+        answering = EngineAnswering(options.engine)
     try:
-        summary = evaluate(plan, report=True)
+        summary = evaluate(plan, report=True, answering=answering)
     except KeyboardInterrupt:
         further = f"; continue with --resume in {plan.output_dir}" if (plan.output_dir / SETTINGS_FILE).exists() else ""
         leave(EXIT_INTERRUPTED, f"\ninterrupted{further}", show=rank == 0)
@@ -52,6 +57,8 @@ def main() -> None:
         print(f"\n{summary['dataset']}, {summary['rows']:,} rows{skipped}\nprecision: {precision['scored']}{note}\n")
         if cut := describe_cut(summary):
             print(f"answers cut {cut}; raise --max_new_tokens, with --overwrite, to have them whole\n")
+        if engine := describe_engine(summary):
+            print(f"{engine}\n")
         if summary["speed"]:
             arms = ", ".join(f"{arm} {speed['rows_per_second']:.3g}" for arm, speed in summary["speed"].items())
             print(f"rows a second, without loading: {arms}\n")

@@ -1,6 +1,7 @@
 """Arms on the same rows: any number of processes, killed and resumed, gives the same rows; wrong requests write nothing."""
 
 import hashlib
+import html
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -39,12 +41,24 @@ from qwen_vl_sft.evaluation.evaluate import answer_all, collect, count_truncated
 from qwen_vl_sft.evaluation.options import Options, Plan
 from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
-from qwen_vl_sft.evaluation.scoring import Question, describe_cut, format_summary, score_row, summarise, write_results
+from qwen_vl_sft.evaluation.scoring import (
+    Question,
+    describe_cut,
+    describe_engine,
+    format_summary,
+    score_row,
+    summarise,
+    write_results,
+)
 from qwen_vl_sft.evaluation.task import Task, describe_task, prepare, read_question
 from qwen_vl_sft.inference.generation import ROWS_OF_A_UNIT, GeneratedAnswer, plan_units
 from qwen_vl_sft.inference.models import attach_adapter, load_arm
 from qwen_vl_sft.inference.source import TunedModel, find_tuned, read_source
 from qwen_vl_sft.modeling.kept_features import kept_features, unrounded_features
+from qwen_vl_sft.serving import evaluating
+from qwen_vl_sft.serving.base import Served
+from qwen_vl_sft.serving.evaluating import EngineAnswering
+from qwen_vl_sft.serving.registry import ENGINES
 from qwen_vl_sft.tiny import MODEL_DIR
 from qwen_vl_sft.training import precompute_features
 
@@ -555,6 +569,69 @@ def test_features_that_training_kept_are_read_instead_of_images(tmp_path, monkey
     assert len(decoded) == len(known) + 1
     recipe.write_text(yaml.safe_dump(kept | {"cache_image_features": "int8"}))
     assert unrounded_features(plan(*asked, "--output_dir", tmp_path / "none").recipe, None) is None
+
+
+@pytest.fixture
+def fake_engine(monkeypatch):
+    """An engine that repeats the question, with " with it" behind it where it has the adapter."""
+    worker = str(REPOSITORY / "tests/fixtures/fake_engine.py")
+    monkeypatch.setitem(ENGINES, "fake", replace(ENGINES["vllm"], name="fake", title="Fake", worker=worker))
+    monkeypatch.setattr("qwen_vl_sft.serving.evaluating.python_of", lambda engine: Path(sys.executable))
+
+
+def test_another_engine_answers_and_a_sample_is_compared(run, fake_engine, tmp_path):
+    asked = ["--run", run, "--engine", "fake", "--max_samples", "40", "--max_new_tokens", "3", "--output_dir", tmp_path]
+    summary = evaluate(plan(*asked), report=True, answering=EngineAnswering("fake"))
+    for row in read_rows(tmp_path):
+        words = " ".join(row["question"].split()[:3])
+        assert {arm: answered["answer"] for arm, answered in row["arms"].items()} == {
+            "base": words, "prompted": words, "tuned": f"{words} with it",
+        }  # fmt: skip
+    told = summary["engine"]
+    assert (told["title"], told["versions"]) == ("Fake", {"fake": "1.2"})
+    assert {arm: (found["rows"], found["same"]) for arm, found in told["compared"].items()} == dict.fromkeys(
+        ("base", "prompted", "tuned"), (32, 0)
+    )
+    assert len(told["compared"]["base"]["others"]) == 20
+    line = "Fake 1.2 answered; of a sample this package's engine answers alike: base 0 of 32, prompted 0 of 32, tuned 0 of 32"
+    assert describe_engine(summary) == line
+    assert f"<dt>Engine</dt><dd>{html.escape(line)}</dd>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert describe_engine({}) is None
+    with pytest.raises(UserError, match="begun with other settings"):
+        evaluate(plan(*asked[:2], *asked[4:], "--resume"))
+    again = evaluate(plan(*asked, "--resume"), answering=EngineAnswering("fake"))
+    assert again["scores"] == summary["scores"]
+    assert not again["speed"], "nothing is answered twice"
+
+
+def test_answers_of_this_package_agree_with_themselves(run, fake_engine, tmp_path, monkeypatch):
+    def own(process, task, prompts, rows, with_adapter, most):
+        return dict(of_arm["tuned" if with_adapter else "prompted" if prompts.encoder.system_message else "base"])
+
+    asked = plan("--run", run, "--engine", "fake", "--max_samples", "5", "--output_dir", tmp_path)
+    of_arm = dict(evaluating._own_answers(asked, prepare(asked), ["base", "prompted", "tuned"]))
+    monkeypatch.setattr(evaluating, "_ask", own)
+    found = evaluate(asked, answering=EngineAnswering("fake"))["engine"]["compared"]
+    assert [(arm["rows"], arm["same"], arm["others"]) for arm in found.values()] == [(5, 5, [])] * 3
+
+
+def test_what_another_engine_cannot_do_is_told(run, fake_engine, tmp_path, monkeypatch):
+    refused = {
+        ("--load_in_4bit", "true"): "--load_in_4bit: --engine fake answers with 16-bit weights; leave it out",
+        ("--batch_size", "4"): "--batch_size: --engine fake chooses it itself",
+    }
+    for arguments, told in refused.items():
+        with pytest.raises(UserError, match=told):
+            plan("--run", run, "--engine", "fake", *arguments)
+    assert not plan("--run", run, "--engine", "fake", "--output_dir", tmp_path).recipe.model.load_in_4bit
+    with pytest.raises(UserError, match="--engine: 'vlm' is none of vllm"):
+        EngineAnswering("vlm")
+    monkeypatch.setattr(evaluating, "_served", lambda *_: Served(tmp_path, "float32", tmp_path, {"use_dora": True}))
+    with pytest.raises(UserError, match=r"Fake does not answer: vLLM does not yet support DoRA.*merge\.py"):
+        evaluate(plan("--run", run, "--engine", "fake", "--output_dir", tmp_path), answering=EngineAnswering("fake"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"start evaluate\.py without a launcher"):
+        EngineAnswering("fake")
 
 
 def start_two_processes(run, folder, *arguments):

@@ -16,7 +16,13 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.families.base import PackedLayout, RopeFunctions
 from qwen_vl_sft.modeling import kernels
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
-from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels, use_fused_kernels, use_fused_lora
+from qwen_vl_sft.modeling.kernels import (
+    chosen_kernels,
+    compute_adapters_in,
+    problems_of_kernels,
+    use_fused_kernels,
+    use_fused_lora,
+)
 from qwen_vl_sft.training.plan import _kernel_lines
 
 ROPE = RopeFunctions()
@@ -84,6 +90,30 @@ def test_fused_lora_leaves_all_else_to_peft(how):
     expected = run()
     use_fused_lora(model)
     assert torch.equal(run(), expected)
+
+
+def test_adapters_that_answer_in_half_precision_round_no_more_than_in_training():
+    torch.manual_seed(0)
+    model, exact = adapted(torch.bfloat16), adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # as PEFT loads them
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    inputs = torch.randn(64, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = exact(inputs.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            trained = model(inputs).float()
+        with model.disable_adapter():
+            base = model(inputs)
+        assert compute_adapters_in(model, torch.bfloat16) == 2
+        assert {value.dtype for name, value in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
+        found = model(inputs)
+        with model.disable_adapter():
+            assert torch.equal(model(inputs), base)
+    assert found.dtype == torch.bfloat16
+    assert distance([found.float()], [expected]) < 1.1 * distance([trained], [expected])
+    assert distance([base.float()], [expected]) > 20 * distance([found.float()], [expected])
 
 
 def test_dora_is_not_fused():

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -48,11 +48,58 @@ from qwen_vl_sft.modeling.kept_features import unrounded_features
 FEATURE_SHARE, FEATURE_SHARE_OF_GPU = 0.25, 0.15
 
 
-def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
+class Answering(Protocol):
+    """Who answers the rows of an evaluation."""
+
+    def answer_all(
+        self,
+        plan: Plan,
+        task: Task,
+        arms: Sequence[str],
+        answered: Mapping[str, Mapping[int, GeneratedAnswer | None]],
+        files: AnswerFiles,
+        context: DistributedContext,
+    ) -> dict[str, tuple[int, float]]:
+        """Answer this process's share of every arm, but for what is answered.
+
+        Returns the rows that were answered for each arm, and the seconds that took, without loading.
+        """
+
+    def about(
+        self, plan: Plan, task: Task, answers: Mapping[str, Mapping[int, GeneratedAnswer | None]]
+    ) -> dict[str, Any]:
+        """Return what the summary is told of it beside the scores, once all rows are answered."""
+
+
+class OwnEngine:
+    """The engine of this package."""
+
+    def answer_all(
+        self,
+        plan: Plan,
+        task: Task,
+        arms: Sequence[str],
+        answered: Mapping[str, Mapping[int, GeneratedAnswer | None]],
+        files: AnswerFiles,
+        context: DistributedContext,
+    ) -> dict[str, tuple[int, float]]:
+        """Answer this process's share of every arm."""
+        return answer_all(plan, task, arms, answered, files, context)
+
+    def about(
+        self, plan: Plan, task: Task, answers: Mapping[str, Mapping[int, GeneratedAnswer | None]]
+    ) -> dict[str, Any]:
+        """Return nothing more."""
+        return {}
+
+
+def evaluate(plan: Plan, report: bool = False, answering: Answering | None = None) -> dict[str, Any] | None:
     """Answer and score; returns the summary on the first process, None on the others. Raises `UserError`.
 
-    Until everything has been checked nothing is written. With `report`, the page of the rows is written too.
+    Until everything has been checked nothing is written. With `report`, the page of the rows is written too. `answering`
+    answers in place of this package's engine.
     """
+    answering = answering or OwnEngine()
     began = time.monotonic()
     context = read_context(bool(plan.recipe.get("use_cpu")))
     task = prepare(plan)
@@ -61,7 +108,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
     check = partial(check_output_dir, plan.output_dir, in_use_allowed=plan.options.resume or plan.options.overwrite)
     with claim_for_all(plan.output_dir, "--output_dir", context, check):
         files = AnswerFiles(plan.output_dir)
-        arms, speeds = _answer(plan, task, settings, files, context, barrier)
+        arms, speeds = _answer(plan, task, settings, files, context, barrier, answering)
         if context.rank > 0:
             return None
         answers = files.read()
@@ -74,6 +121,7 @@ def evaluate(plan: Plan, report: bool = False) -> dict[str, Any] | None:
             "settings": settings,
             "precision": precision_summary(plan),
             "speed": speed_of_arms(speeds),
+            **answering.about(plan, task, answers),
             "seconds": round(time.monotonic() - began, 1),
             "environment": environment(
                 {"processes": context.processes, "strategy": context.strategy}, {}, [_device(context)]
@@ -93,6 +141,7 @@ def _answer(
     files: AnswerFiles,
     context: DistributedContext,
     barrier: Callable[[], None],
+    answering: Answering,
 ) -> tuple[list[str], list[dict[str, tuple[int, float]]]]:
     """Answer what is not answered yet; return the arms, and the speed of every process (`answer_all`)."""
     arms = _arms_with_previous(plan, task.arms, files, settings)
@@ -105,7 +154,7 @@ def _answer(
     answered = files.read()
     barrier()  # or the shares would overlap
     files.repair(context.rank)
-    own_speed = answer_all(plan, task, arms, answered, files, context)
+    own_speed = answering.answer_all(plan, task, arms, answered, files, context)
     barrier()
     return arms, gather_object([own_speed]) if context.processes > 1 else [own_speed]
 

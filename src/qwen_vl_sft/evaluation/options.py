@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.inference.source import RECIPE_KEYS, Source, read_source, unknown_arms
 
 # Options that mean nothing where a file of predictions is scored.
-MODEL_OPTIONS = ("run", "arms", "split", "max_samples", "batch_size", "cuda_graphs", "resume")
+QUANTIZED = ("load_in_4bit", "load_in_8bit")
+MODEL_OPTIONS = ("run", "arms", "split", "max_samples", "batch_size", "cuda_graphs", "engine", "resume")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Options:
         None, "most rows answered at once; default: as many as pay off and memory holds", at_least=1
     )
     cuda_graphs: bool = option(True, "replay CUDA graphs for the tokens of answers; false computes each anew")
+    engine: str | None = option(
+        None, "another engine that answers, in an environment of its own: vllm; default: this package's", metavar="name"
+    )
     output_dir: Path | None = option(
         None,
         "default: RUN/evaluation, or evaluation here; --predictions writes only if given",
@@ -72,13 +77,27 @@ def check_options(options: Options) -> None:
             )
         if "tuned" in (options.arms or ()):
             problems.append("--arms: tuned needs a run; give --run, or leave the arm out")
+    if options.engine is not None:
+        problems += _problems_of_engine(options)
     raise_all(problems + unknown_arms(options.arms or ()))
+
+
+def _problems_of_engine(options: Options) -> Iterator[str]:
+    for key in QUANTIZED:
+        if options.recipe_keys.get(key, "false").lower() not in ("false", "no", "off"):
+            yield f"--{key}: --engine {options.engine} answers with 16-bit weights; leave it out"
+    if options.batch_size is not None:
+        yield f"--batch_size: --engine {options.engine} chooses it itself; leave it out"
+    if options.recipe_keys.get("enable_thinking"):
+        yield "--enable_thinking: another engine's thoughts are not scored; leave --engine out"
 
 
 def make_plan(options: Options) -> Plan:
     """Read the run and override its recipe from the command line. Raises `UserError`; writes nothing."""
     needed = options.arms is None or "tuned" in options.arms
-    source = read_source(options.run, options.recipe_keys, needed)
+    # Other engines take the weights of a base in 16 bits, and an adapter of any base on them.
+    unquantized = dict.fromkeys(QUANTIZED, "false") if options.engine else {}
+    source = read_source(options.run, {**options.recipe_keys, **unquantized}, needed)
     from qwen_vl_sft.evaluation.answer_files import check_output_dir
 
     output_dir = options.output_dir or (options.run / "evaluation" if options.run else Path("evaluation"))

@@ -15,7 +15,7 @@ from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import KINDS, error_kind
 from qwen_vl_sft.evaluation.metrics import NOTES, headline, headline_of, measured_metrics
 from qwen_vl_sft.evaluation.report_images import IMAGES_FOLDER, ImageWriter, Shown, embed_file, write_beside
-from qwen_vl_sft.evaluation.scoring import ALL, REPORT_FILE, SPLIT_COLUMN, describe_cut
+from qwen_vl_sft.evaluation.scoring import ALL, REPORT_FILE, SPLIT_COLUMN, describe_cut, describe_engine
 from qwen_vl_sft.html_page import asset, facts_list, fill, table, to_script_json
 
 # The charts of a row, by its row_id.
@@ -123,6 +123,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         "Model": settings.get("model_name_or_path"),
         "Predictions": summary.get("predictions"),
         "Precision": scored,
+        "Engine": describe_engine(summary),
         "Rows": f"{summary['rows']:,}",
         "Left out": f"{left_out:,}, which could not be read" if left_out else None,
         "Cut answers": describe_cut(summary),

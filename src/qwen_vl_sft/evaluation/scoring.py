@@ -163,6 +163,17 @@ def describe_cut(summary: Mapping[str, Any]) -> str | None:
     )
 
 
+def describe_engine(summary: Mapping[str, Any]) -> str | None:
+    """Return a line on how many answers of another engine are those of this package's; None where that answered."""
+    engine = summary.get("engine")
+    if engine is None:
+        return None
+    version = next(iter(engine["versions"].values()), None)
+    name = f"{engine['title']} {version}" if version else engine["title"]
+    agree = [f"{arm} {found['same']:,} of {found['rows']:,}" for arm, found in engine["compared"].items()]
+    return f"{name} answered; of a sample this package's engine answers alike: {', '.join(agree)}"
+
+
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     """Write `rows.jsonl` and `summary.json`, the summary last: where it is, the results are complete.
 

@@ -202,7 +202,7 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
         "dataset_config": plan.recipe.data.dataset_config,
         "rows": len(task.questions),
         "rows_digest": task.rows_digest,
-        "engine": ENGINE,
+        "engine": plan.options.engine or ENGINE,
         "batch_size": plan.options.batch_size,
         "max_new_tokens": plan.recipe.run.max_new_tokens,
         "system_message": task.system_message,

@@ -26,7 +26,14 @@ from qwen_vl_sft.errors import BadRow, UserError, first_line, raise_all
 from qwen_vl_sft.inference.engine.engine import Engine
 from qwen_vl_sft.inference.engine.features import FeatureMemory
 from qwen_vl_sft.inference.generation import decode_answer
-from qwen_vl_sft.inference.models import attach_adapter, changes_tower, load_arm, load_run_processor, make_encoder
+from qwen_vl_sft.inference.models import (
+    answer_with_adapters,
+    attach_adapter,
+    changes_tower,
+    load_arm,
+    load_run_processor,
+    make_encoder,
+)
 from qwen_vl_sft.inference.source import Source, check_one_base
 from qwen_vl_sft.inference.trained_base import check_trained_base
 from qwen_vl_sft.modeling.base_model import set_pixel_limits
@@ -122,6 +129,8 @@ class Answerer:
                 self._base = load_arm(self.sources[0], "base", None, self._context)
             for run_index, folder in adapters.items():
                 self._base = attach_adapter(self._base, folder, _adapter_name(run_index))
+            if adapters:
+                answer_with_adapters(self._base, self.sources[0].recipe.model)
             for run_index in tuned.keys() - adapters.keys():
                 self._full[run_index] = load_arm(self.sources[run_index], "tuned", None, self._context)
         for model in (self._base, *self._full.values()):

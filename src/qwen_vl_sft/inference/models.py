@@ -63,14 +63,25 @@ def load_arm(source: Source, arm: str, model: Any, context: DistributedContext) 
     assert source.tuned is not None
     if not source.tuned.is_adapter:
         return load(tuned_settings(source.recipe.model, source.tuned))
-    return attach_adapter(model if model is not None else load(source.recipe.model), source.tuned.folder)
+    tuned = attach_adapter(model if model is not None else load(source.recipe.model), source.tuned.folder)
+    answer_with_adapters(tuned, source.recipe.model)
+    return tuned
+
+
+def answer_with_adapters(model: Any, settings: ModelSettings) -> None:
+    """Have the adapters of a model on a GPU compute in its half precision, as they do in training under autocast."""
+    import torch
+
+    from qwen_vl_sft.modeling.kernels import LORA, chosen_kernels, compute_adapters_in
+
+    named = settings.fused_kernels
+    halved = settings.dtype != "float32" and not settings.load_in_fp8
+    if model.device.type == "cuda" and halved and (named is None or LORA in chosen_kernels(named, on_cpu=False)):
+        compute_adapters_in(model, getattr(torch, settings.dtype))
 
 
 def answering_kernels(settings: ModelSettings, on_cpu: bool) -> list[str]:
-    """Return the fused kernels that a model answers with: on a GPU those of its recipe, or all that run where it names none.
-
-    An adapter's own layers keep PEFT's forward, whose weights are in float32 here.
-    """
+    """Return the fused kernels that a base answers with: on a GPU those of its recipe, or all that run if it names none."""
     from qwen_vl_sft.modeling.kernels import LORA, chosen_kernels
 
     if on_cpu:

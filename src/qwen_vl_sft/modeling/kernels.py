@@ -102,6 +102,20 @@ def use_fused_lora(model: nn.Module) -> int:
     return len(layers)
 
 
+def compute_adapters_in(model: nn.Module, dtype: torch.dtype) -> int:
+    """Have the adapters of a model that answers compute in half precision, as under autocast; return how many layers do.
+
+    PEFT holds them in float32, and converts the widest activations of each layer to it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _is_plain(module):
+            for weights in (module.lora_A, module.lora_B):
+                weights.to(dtype)
+    return use_fused_lora(model)
+
+
 def _rms_norm(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -120,6 +134,20 @@ def _swiglu(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 def _compiled_quick_gelu() -> Any:
     # Written out, it reads and writes the widest activations of the tower three times.
     return _compiled(lambda hidden_states: hidden_states * torch.sigmoid(1.702 * hidden_states))
+
+
+def _quick_gelu(hidden_states: torch.Tensor) -> torch.Tensor:
+    if _without_gradients(hidden_states):
+        from qwen_vl_sft.modeling.vision_kernels import quick_gelu
+
+        return quick_gelu(hidden_states)
+    activated: torch.Tensor = _compiled_quick_gelu()(hidden_states)
+    return activated
+
+
+def _without_gradients(tensor: torch.Tensor) -> bool:
+    """Return whether a kernel of the GPU that gives no gradients is enough."""
+    return tensor.is_cuda and not (torch.is_grad_enabled() and tensor.requires_grad)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +211,7 @@ def _offer_fused_rope(modeling: Any, functions: RopeFunctions) -> None:
         original = getattr(modeling, name)
         if not hasattr(original, "without_kernel"):
             # liger's kernel works in place, on what the vision tower would first have to copy.
-            fused = _text_rope if name == functions.language else _compiled(original)
+            fused = _text_rope if name == functions.language else _vision_rope(_compiled(original))
             setattr(modeling, name, _fused_or_not(fused, original))
 
 
@@ -194,6 +222,17 @@ def _fused_or_not(fused: Any, original: Any) -> Any:
 
     choose.without_kernel = original  # type: ignore[attr-defined]
     return choose
+
+
+def _vision_rope(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def rotate_all(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        if query.dim() == 3 and _without_gradients(query):
+            from qwen_vl_sft.modeling.vision_kernels import rotate
+
+            return rotate(query, key, cos, sin)
+        return compiled(query, key, cos, sin)
+
+    return rotate_all
 
 
 def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
@@ -208,6 +247,6 @@ _FORWARDS: dict[str, Callable[[Any], Any]] = {
     "rms_norm": lambda layer: types.MethodType(_rms_norm, layer),
     "swiglu": lambda layer: types.MethodType(_swiglu, layer),
     "rope": lambda layer: types.MethodType(_attend, layer),
-    "quick_gelu": lambda layer: _compiled_quick_gelu(),
+    "quick_gelu": lambda layer: _quick_gelu,
     "patch_embed": lambda layer: types.MethodType(_patch_embed, layer),
 }

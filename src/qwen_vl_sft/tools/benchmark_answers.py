@@ -32,7 +32,7 @@ from qwen_vl_sft.inference.engine.clock import Clock
 from qwen_vl_sft.inference.engine.engine import Engine
 from qwen_vl_sft.inference.engine.features import FeatureMemory
 from qwen_vl_sft.inference.generation import estimate_length, plan_units
-from qwen_vl_sft.inference.models import answering_kernels
+from qwen_vl_sft.inference.models import answer_with_adapters, answering_kernels
 from qwen_vl_sft.inference.padded_batches import generate_tokens, plan_batches
 from qwen_vl_sft.modeling.base_model import load_family, load_model, load_processor
 from qwen_vl_sft.modeling.kernels import use_fused_kernels
@@ -110,16 +110,25 @@ class Bench:
 
     @contextlib.contextmanager
     def kernels(self, on: bool) -> Iterator[None]:
-        """Answer with fused kernels or without; `fused` are the forwards that layers have with them."""
+        """Answer with fused kernels or without; `fused` are the forwards that layers have with them.
+
+        Without, adapters compute in float32, as PEFT has them; their values are those of the model's type all the same.
+        """
+        adapter = [weight for name, weight in self.model.named_parameters() if "lora_" in name]
+        types = [weight.dtype for weight in adapter]
         if not on:
             for layer in self.fused:
                 del layer.forward
+            for weight in adapter:
+                weight.data = weight.data.float()
         try:
             yield
         finally:
             if not on:
                 for layer, forward in self.fused.items():
                     layer.forward = forward
+                for weight, dtype in zip(adapter, types, strict=True):
+                    weight.data = weight.data.to(dtype)
 
     def encoders(self, arms: int) -> list[tuple[Encoder, bool]]:
         """Return the encoder of each arm, and whether its adapter is on."""
@@ -211,14 +220,19 @@ def _compare(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) ->
 def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
     context = read_context(bool(recipe.get("use_cpu")))
     model = load_model(recipe.model, context.on_cpu, context.local_rank)
-    before = {layer: vars(layer).get("forward") for layer in model.modules()}
+    own = {layer for layer in model.modules() if "forward" in vars(layer)}
     use_fused_kernels(model, answering_kernels(recipe.model, context.on_cpu))
-    fused = {layer: forward for layer in before if (forward := vars(layer).get("forward")) is not before[layer]}
     model = get_peft_model(model, lora_config(model, recipe.model)).eval()
     numbers = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, recipe.model.dtype)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=numbers) * LORA_B_STD)
+        if "lora_" in name:
+            parameter.data.copy_(parameter.data.to(dtype))
+    answer_with_adapters(model, recipe.model)
+    fused = {layer: vars(layer)["forward"] for layer in model.modules() if "forward" in vars(layer)}
+    fused = {layer: forward for layer, forward in fused.items() if layer not in own}
     data = recipe.data
     if not data.dataset_name:
         raise UserError("dataset_name is not set; name a dataset with --dataset_name")

@@ -30,10 +30,10 @@ class KeyValueCache:
     """
 
     def __init__(self, config: Any, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (slots + 1, config.num_key_value_heads, head_width(config))
         layers = attention_layers(config)
-        self.keys = {layer: _zeros(shape, dtype, device) for layer in layers}
-        self.values = {layer: _zeros(shape, dtype, device) for layer in layers}
+        # One piece of memory: a GPU takes longer to give dozens of them.
+        whole = _zeros((2, len(layers), slots + 1, config.num_key_value_heads, head_width(config)), dtype, device)
+        self.keys, self.values = (dict(zip(layers, part, strict=True)) for part in whole)
         self.slots = slots
         self.dtype = dtype
         self.device = device

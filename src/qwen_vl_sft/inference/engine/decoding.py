@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 WIDTH_STEP, GRAPH_WIDTH_STEP = 8, 256
 # How wide the table of slots is on a GPU from the beginning: graphs that read a narrower one would have to go.
 _WIDTH_ON_GPU = 4096
-# Recording a graph takes as long as some steps: so many of a size are computed without one first.
-_STEPS_WITHOUT_GRAPH = 4
+# Recording a graph takes as long as some steps: where one for more rows can be replayed, so many steps of a size do that
+# before they get a graph of their own.
+_STEPS_WITH_LARGER = 12
 # Numbers of rows that graphs are recorded for; above the last in steps of it.
 _GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -108,19 +109,27 @@ class Decoder:
         width = -(-longest // GRAPH_WIDTH_STEP) * GRAPH_WIDTH_STEP
         most = _GRAPH_ROWS[-1]
         count = next((size for size in _GRAPH_ROWS if size >= len(places)), -(-len(places) // most) * most)
-        filled = self._on_device([*places, *[self.places] * (count - len(places))])
-        found = self._captured.get((count, width))
+        found = self._recorded(count, width)
         if found is None:
-            self._computed[count, width] += 1
-            if self._computed[count, width] <= _STEPS_WITHOUT_GRAPH:
-                return self._compute(filled, width, None)[: len(places)]
-            found = self._capture(count, width)
-            if found is None:
-                return self._compute(filled, width, None)[: len(places)]
-            self._captured[count, width] = found
-        found.places.copy_(filled)
+            return self._compute(self._on_device(places), width, None)
+        count = len(found.places)
+        found.places.copy_(self._on_device([*places, *[self.places] * (count - len(places))]))
         found.graph.replay()
         return found.tokens[: len(places)]
+
+    def _recorded(self, count: int, width: int) -> _Graph | None:
+        """Return a graph for at least so many rows and so wide; None where none can be recorded."""
+        wanted = (count, width)
+        if wanted not in self._captured:
+            self._computed[wanted] += 1
+            larger = [size for size in self._captured if size[0] >= count and size[1] >= width]
+            if larger and self._computed[wanted] <= _STEPS_WITH_LARGER:
+                return self._captured[min(larger)]
+            made = self._capture(count, width)
+            if made is None:
+                return None
+            self._captured[wanted] = made
+        return self._captured[wanted]
 
     def forget_graphs(self) -> None:
         """Drop what is recorded: it holds the addresses of the weights of then."""

@@ -48,6 +48,8 @@ _WORTH_A_PASS = 4
 SLOTS_A_ROW = 1024
 # What the cache has at least, if memory has it: a prompt of several large images is that long.
 LEAST_SLOTS = 32_768
+# Shorter answers are decoded before a CUDA graph would have paid.
+TOKENS_WORTH_A_GRAPH = 8
 # A forward pass holds about so many vectors of a token, of the width of the model and of its MLP.
 _WIDE, _MLP_WIDE = 8, 3
 # Share of the free memory that a prefill may take.
@@ -171,7 +173,8 @@ class Engine:
         self._states = family.row_states(base, 2 * self.rows + 2, dtype)
         self._free_states = list(range(self.rows + 1, 2 * self.rows + 2))
         self._free_places: list[int] = []
-        self._decoder = Decoder(base, self.cache, self.rows, self._states, cuda_graphs and self._overlaps)
+        graphs = cuda_graphs and self._overlaps and max_new_tokens >= TOKENS_WORTH_A_GRAPH
+        self._decoder = Decoder(base, self.cache, self.rows, self._states, graphs)
         self._ends = set(answer_ends(encoder))
         # Asked once: it takes a millisecond, which on a CPU is an answer's token.
         self._processes = bool(self._processors_of(torch.zeros(1, dtype=torch.long)))

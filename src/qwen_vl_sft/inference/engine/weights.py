@@ -28,14 +28,21 @@ def dequantized_weights(model: nn.Module, device: torch.device) -> Iterator[int]
     in another type than its weights were stored from, the layers are left as they are, and 0 is given.
     """
     layers = _layers_of_4_bits(model)
-    needed = sum(_bytes(layer) for layer in layers)
+    needed = sum(_values(layer) * layer.compute_dtype.itemsize for layer in layers)
     if not layers or needed > free_memory(device) * WEIGHTS_SHARE:
         yield 0
         return
     before = {layer: vars(layer).get("forward") for layer in layers}
     try:
+        # One piece of memory of each type: a GPU takes longer to give hundreds of them.
+        room = {
+            dtype: torch.empty(sum(_values(layer) for layer in of_type), dtype=dtype, device=device)
+            for dtype, of_type in _by_type(layers).items()
+        }
         for layer in layers:
-            layer.forward = partial(_multiply, layer, _dequantized(layer))
+            dtype = layer.compute_dtype
+            weight, room[dtype] = room[dtype][: _values(layer)], room[dtype][_values(layer) :]
+            layer.forward = partial(_multiply, layer, _dequantized(layer, weight))
         yield needed
     finally:
         for layer, forward in before.items():
@@ -65,14 +72,23 @@ def _can_be_copied(layer: Any) -> bool:
     )
 
 
-def _bytes(layer: Any) -> int:
-    return int(layer.in_features * layer.out_features * layer.compute_dtype.itemsize)
+def _values(layer: Any) -> int:
+    return int(layer.in_features * layer.out_features)
 
 
-def _dequantized(layer: Any) -> torch.Tensor:
+def _by_type(layers: list[Any]) -> dict[torch.dtype, list[Any]]:
+    found: dict[torch.dtype, list[Any]] = {}
+    for layer in layers:
+        found.setdefault(layer.compute_dtype, []).append(layer)
+    return found
+
+
+def _dequantized(layer: Any, room: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight.data.view(-1, 1), layer.weight.quant_state)
+    weight = room.view(layer.out_features, layer.in_features)
+    weight.copy_(dequantize_4bit(layer.weight.data.view(-1, 1), layer.weight.quant_state))
+    return weight
 
 
 def _multiply(layer: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
