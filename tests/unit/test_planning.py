@@ -470,6 +470,19 @@ def test_what_is_written():
     assert plan(save_strategy="no").disk()["checkpoints"] == 0
 
 
+def test_a_base_in_fp8_takes_a_byte_a_weight_and_less_time_where_the_card_has_fp8():
+    nf4, fp8, plain = (
+        plan(**{"load_in_4bit": False, "gradient_checkpointing": False, **keys})
+        for keys in ({"load_in_4bit": True}, {"load_in_fp8": True}, {})
+    )
+    assert nf4.memory.weights < fp8.memory.weights < 0.65 * plain.memory.weights
+    assert fp8.step.seconds < 0.85 * plain.step.seconds
+    with pytest.raises(UserError, match="A100 80 GB has no products in FP8; use load_in_4bit"):
+        plan(("gpu", "a100-80"), load_in_4bit=False, load_in_fp8=True)
+    with pytest.raises(UserError, match="FP8 weights cannot be split by zero3"):
+        plan(("num_gpus", 2), ("config_file", "zero3"), load_in_4bit=False, load_in_fp8=True)
+
+
 def test_eight_bits_are_not_sharded():
     with pytest.raises(UserError, match="cannot be sharded under fsdp2"):
         plan(("num_gpus", 2), ("config_file", "fsdp2"), load_in_4bit=False, load_in_8bit=True)
