@@ -83,11 +83,11 @@ GROUPS: tuple[tuple[str, str], ...] = (
 
 
 class Checkpointed(TrainerCallback):
-    """Sets how many layers of a model are checkpointed, the first ones, before the first step of each run."""
+    """Has all layers of a model checkpointed, or none, from the first step of a run on."""
 
-    def __init__(self, trainer: Any, count: int) -> None:
+    def __init__(self, trainer: Any, every: bool) -> None:
         self.layers = all_layers(trainer.model)
-        self.count = count
+        self.count = len(self.layers) if every else 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set it: the Trainer has just made all of them checkpointed."""
@@ -234,8 +234,7 @@ def _measure(prepared: Prepared, setting: Setting, warmup: int, counted: int) ->
     plan = data.step_plan
     assert plan is not None, "rows are packed"
     plan = StepPlan(plan.sizes, plan.batch, setting.tokens_per_batch, plan.processes, plan.seed, setting.share_prefixes)
-    layers = Checkpointed(trainer, 0)
-    layers.count = len(layers.layers) if setting.checkpointed else 0
+    layers = Checkpointed(trainer, setting.checkpointed)
     trainer._sampler.plan = plan
     ends = StepEnds()
     for callback in (layers, ends):
