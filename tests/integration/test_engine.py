@@ -137,6 +137,39 @@ def test_rows_are_answered_a_pass_ahead_and_by_recorded_steps(tiny, rows_at_once
         assert len(recorded) == len(set(recorded)), "a step of one size is recorded once"
 
 
+def test_a_recorded_step_of_more_rows_serves_fewer_until_these_are_asked_for_often(tiny):
+    model, encoder = tiny
+    with on_a_device_of_its_own(True) as recorded:
+        engine = Engine(model, encoder, 16, rows=11)
+        answers(engine)
+        assert recorded == [(16, 256)]
+        decoder = engine._decoder
+        decoder.forget_graphs()
+        recorded.clear()
+        for _ in range(15):
+            decoder.step([decoder.places] * 6, 8)
+            decoder.step([decoder.places], 8)
+    assert recorded == [(8, 256), (1, 256)]
+
+
+def test_answers_are_the_same_where_no_step_can_be_recorded(tiny, monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    model, encoder = tiny
+    expected = answers(Engine(model, encoder, 12))
+    monkeypatch.setattr(engine_module, "computes_beside_host", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    assert answers(Engine(model, encoder, 12)) == expected
+    assert [record.message for record in caplog.records] == [
+        "answers are decoded without CUDA graphs, which fail here: operation not permitted"
+    ]
+    caplog.clear()
+    assert answers(Engine(model, encoder, 12, cuda_graphs=False)) == expected
+    assert answers(Engine(model, encoder, 2)) != expected, "answers of few tokens"
+    assert not caplog.records
+
+
 def test_the_comparison_above_would_notice(family):
     _, _, expected = family
     assert len({answer.text for answer in expected}) > 6

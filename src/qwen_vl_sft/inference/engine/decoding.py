@@ -147,10 +147,10 @@ class Decoder:
         # Of rows that stand for none: what is only tried out must not advance those that are answered.
         places = torch.full((count,), self.places, device=self.device)
         pool = next((one.graph.pool() for one in self._captured.values()), None)
-        self._side = side = self._side or torch.cuda.Stream()
-        graph = torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
         try:
+            self._side = side = self._side or torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._compute(places, width, None)  # buffers are made here, which no graph could record
                 torch.cuda.synchronize()
