@@ -6,23 +6,15 @@ The environment is kept in the user's cache (XDG_CACHE_HOME, else ~/.cache), and
 made again only for other versions. docs/serving.md has sizes and times.
 """
 
-from dataclasses import dataclass
-
-from qwen_vl_sft.config.command_line import REQUIRED, option, parse
+from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.errors import exits_with_user_errors
-
-
-@dataclass(frozen=True)
-class Options:
-    """Command-line options of engine_environment.py."""
-
-    engine: str = option(REQUIRED, "the engine: vllm", metavar="name")
+from qwen_vl_sft.serving.options import EnvironmentOptions
 
 
 @exits_with_user_errors
 def main() -> None:
     """Read the command line, make the environment, print its Python."""
-    options = parse(Options, usage=__doc__)
+    options = parse(EnvironmentOptions, usage=__doc__)
 
     from qwen_vl_sft.serving.environments import make_environment
     from qwen_vl_sft.serving.registry import engine_named

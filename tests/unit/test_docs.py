@@ -23,6 +23,7 @@ from qwen_vl_sft.merging import plan as merging
 from qwen_vl_sft.planning import options as planning
 from qwen_vl_sft.previewing import options as previewing
 from qwen_vl_sft.publishing import options as publishing
+from qwen_vl_sft.serving import options as serving
 from qwen_vl_sft.tools import options as tools
 
 PACKAGE = REPOSITORY / "src/qwen_vl_sft"
@@ -34,6 +35,8 @@ FOLDERS = ("scripts", "recipes", "accelerate_configs", "slurm", "src", "tests", 
 # Words of scripts/sft.py's command line that are no recipe keys.
 SWITCHES = {"recipe", "dry_run", "help"}
 OPTIONS = {
+    "engine_environment": serving.EnvironmentOptions,
+    "serve_check": serving.Options,
     "evaluate": evaluation.Options,
     "export": exporting.Options,
     "generate": inference.Options,

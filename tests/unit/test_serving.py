@@ -151,6 +151,9 @@ def test_the_verdict_names_what_an_engine_ignores_in_silence():
     left_out = judged(base, counted("tuned", 9), acts, left_out=9)
     assert left_out.startswith("vLLM leaves out the vision part of the adapter: 9 of the 9 other answers are those")
     assert "tuned: 9 of 40 answers differ, and not at a near tie" in left_out
+    only_vision = judged(base, counted("tuned", 9), Effect(40, 9, 0), left_out=9)
+    assert only_vision.startswith("vLLM leaves out the vision part")
+    assert "does nothing with it" not in only_vision
     assert "base: 4 of 40 prompts have other tokens in vLLM; compare the limits of image sizes" in judged(
         counted("base", other_prompts=4), counted("tuned"), acts
     )

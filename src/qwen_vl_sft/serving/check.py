@@ -322,7 +322,7 @@ def format_record(record: Mapping[str, Any]) -> str:
         f"rows      {record['rows']:,} of {record['dataset']}",
         f"options   {shlex.join([*record['arguments'], *record['other_arguments']])}",
     ]
-    lines = [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent=" " * 10)]
+    lines = [part for line in lines for part in _wrapped(line, subsequent_indent=" " * 10)]
     if record.get("arms"):
         arms = {arm: ArmResult(**counts) for arm, counts in record["arms"].items()}
         lines += ["", *format_arms(arms), ""]
@@ -330,13 +330,13 @@ def format_record(record: Mapping[str, Any]) -> str:
         lines.append(f"adapter   changes {effect['ours']} answers of ours, {effect['engines']} of {record['title']}'s")
     if record.get("as_trained") is not None:
         text = f"trained   in {record['trained']}: {record['as_trained']} of {record['rows']} answers are those of that model"
-        lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 10)
+        lines += _wrapped(text, subsequent_indent=" " * 10)
     for difference in record.get("differences", [])[:MOST_SHOWN]:
         lines += _difference_lines(difference)
     result = "the answers are this package's" if record["proven"] else "not proven"
     lines.append(f"result    {result}")
     for problem in record["problems"]:
-        lines += textwrap.wrap(f"- {problem}", WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
+        lines += _wrapped(f"- {problem}", initial_indent=" " * 8, subsequent_indent=" " * 10)
     return "\n".join(lines)
 
 
@@ -345,4 +345,11 @@ def _difference_lines(difference: Mapping[str, Any]) -> list[str]:
     kind = ", near tie" if difference["near_tie"] else ""
     texts = [f"{name} {shortened(json.dumps(difference[key], ensure_ascii=False))}" for name, key in _SIDES]
     head = f"{difference['arm']}, row {difference['number']} ({margin}{kind}): "
-    return textwrap.wrap(head + "; ".join(texts), WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 12)
+    return _wrapped(head + "; ".join(texts), initial_indent=" " * 10, subsequent_indent=" " * 12)
+
+
+def _wrapped(text: str, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
+    # Options of engines hold hyphens.
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=initial_indent, subsequent_indent=subsequent_indent, break_on_hyphens=False
+    )

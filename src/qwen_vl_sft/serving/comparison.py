@@ -117,7 +117,7 @@ def judge(
                 f"the adapter changes none of our {effect.rows} answers, so whether {title} applies it cannot be seen; take"
                 f" more rows with --max_samples"
             )
-        elif not effect.engines:
+        elif not effect.engines and not vision_left_out:
             problems.append(
                 f"{title} loads the adapter and does nothing with it: all {effect.rows} answers are the base's; its"
                 f" weights have other names than the layers of {title}, or are of another model. Merge it"

@@ -49,6 +49,13 @@ class Options:
 
 
 @dataclass(frozen=True)
+class EnvironmentOptions:
+    """Command-line options of engine_environment.py."""
+
+    engine: str = option(REQUIRED, "the engine: vllm", metavar="name")
+
+
+@dataclass(frozen=True)
 class Plan:
     """A check that is ready to start: `evaluation` reads its rows, `what` is the form of the model that is served.
 

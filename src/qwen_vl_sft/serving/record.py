@@ -9,7 +9,6 @@ from typing import Any
 
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families.base import ModelFamily
 
 FOLDER = "serving"
 # Seconds that weights may be newer than their check: a copied folder has the times of the copy.
@@ -58,6 +57,8 @@ def read_records(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
 def changes_vision(adapter: Path) -> bool:
     """Return whether an adapter's file has weights of the vision tower or the merger. Raises `UserError`."""
     from safetensors import SafetensorError, safe_open
+
+    from qwen_vl_sft.families.base import ModelFamily
 
     try:
         with safe_open(adapter, framework="pt") as file:
