@@ -1,0 +1,61 @@
+"""Exports with the real converters, each in its own environment, and the answers of what they wrote."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from qwen_vl_sft import tiny
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.exporting.export import export, format_report
+from qwen_vl_sft.exporting.options import Options, make_plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The embedded model as a run that trained the whole model."""
+    folder = tmp_path_factory.mktemp("exporting") / "model"
+    shutil.copytree(tiny.MODEL_DIR, folder)
+    keys = {
+        "model_name_or_path": str(tiny.MODEL_DIR),
+        "dtype": "float32",
+        "dataset_name": str(tiny.DATA_DIR),
+        "use_cpu": True,
+        "use_peft": False,
+    }
+    (folder / "recipe.yaml").write_text(read_recipe(None, keys).to_yaml())
+    return folder
+
+
+@pytest.mark.long
+def test_a_gguf_file_answers_as_the_model_and_without_its_limits_fails(model, tmp_path):
+    plan = make_plan(Options(run=model, to="gguf", output_dir=tmp_path / "gguf", gguf_type="f32", max_samples=24))
+    report = export(plan)
+    assert report["problems"] == []
+    assert report["same_prompt_lengths"] == report["rows"] == 24
+    assert report["same_answers"] >= 23
+    assert {"model.gguf", "mmproj.gguf", "processor_config.json", "export.json"} <= {
+        path.name for path in (tmp_path / "gguf").iterdir()
+    }
+    assert "--image-min-tokens 4 --image-max-tokens 16" in format_report(report)
+    forgetful = replace(plan.engine, arguments=lambda served: ["--image-min-tokens", "4", "--image-max-tokens", "9"])
+    options = replace(plan.options, output_dir=tmp_path / "again", max_samples=8)
+    report = export(replace(make_plan(options), engine=forgetful))
+    assert "of 8 prompts have other tokens" in report["problems"][0]
+    assert report["folder"] == str(tmp_path / "again-failed")
+    assert not (tmp_path / "again").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again-failed", "gguf"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("to", "least"), [("fp8", 22), ("compressed-tensors", 12)])
+def test_a_quantized_model_answers_nearly_as_the_model(model, tmp_path, to, least):
+    options = Options(run=model, to=to, output_dir=tmp_path / "out", max_samples=24, max_loss=100.0)
+    report = export(make_plan(options))
+    assert report["problems"] == []
+    assert report["same_prompt_lengths"] == 24
+    assert report["same_answers"] >= least
+    assert report["bytes"]["export"] < 0.8 * report["bytes"]["original"]
+    quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert {"re:.*visual.*", "re:.*lm_head"} <= set(quantization["ignore"])
