@@ -101,6 +101,20 @@ def test_a_resumed_run_ends_as_the_whole_one(keys, model, trained, tmp_path):
 
 
 @LONG
+def test_a_second_stage_goes_on_from_adapters_on_experts(model, trained, tmp_path):
+    run = trained(**QUANTIZED)
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, **{**QUANTIZED, "max_steps": 1, "learning_rate": 1e-9})
+    done = run_process("scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "run", "--init_adapter", run)
+    assert done.returncode == 0, done.stderr
+    layers = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    assert f"experts     each of the {6 * layers} has an adapter that trains" in done.stdout
+    assert "experts     with an adapter each, in 4 bits; routers frozen" in done.stdout
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "run"))
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], rtol=0, atol=1e-6) for name in first)
+
+
+@LONG
 def test_a_full_model_is_saved_in_the_form_of_its_base(trained, model):
     base, found = load_file(model / "model.safetensors"), load_file(trained(**FULL) / "model.safetensors")
     assert {name: tensor.shape for name, tensor in found.items()} == {
