@@ -30,7 +30,14 @@ def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("names", "told"), [("trl,pakced", "unknown variant 'pakced'"), (" ,", "names none")])
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("trl,pakced", "unknown variant 'pakced'"),
+        ("packed+fp4", r"unknown variant 'packed\+fp4'"),
+        (" ,", "names none"),
+    ],
+)
 def test_variants_are_read_before_anything_is_made(names, told, tmp_path):
     options = BenchmarkOptions(config="x", variants=names, rounds=1, output_dir=tmp_path / "out")
     with pytest.raises(UserError, match=f"--variants: {told}; known are trl, padded"):
