@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.reading import read_recipe
@@ -18,9 +19,9 @@ from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.fp8 import plain
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.fused import NormProduct
-from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, QuantizedInput, packed, transpose
+from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, QuantizedInput, packed, transpose
 from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
-from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, dequantize, quantize_rows, scale_of
+from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, Quantized, dequantize, quantize_rows, scale_of
 from qwen_vl_sft.modeling.kernels import use_fused_lora
 from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
 
@@ -269,6 +270,26 @@ def test_adapters_of_a_fused_mlp_are_those_of_its_layers(adapted, monkeypatch):
         torch.autograd.grad(found, [x, *trained], grad), torch.autograd.grad(wanted, [x, *trained], grad), strict=True
     )
     assert max(distance(one, other) for one, other in pairs) < 0.06
+
+
+def test_layers_that_are_computed_again_give_the_same_gradients():
+    torch.manual_seed(0)
+    layers = [fp8_layer(48, 32, True)[0], fp8_layer(48, 32, seed=1)[0], fp8_layer(32, 48, seed=2)[0]]
+    adapter = Adapter(torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True), 0.5)
+    first, weight = fp8_layer(32, 32, seed=3)[0], torch.rand(32)
+
+    def block(x):
+        normed, values, scales = NormProduct.apply(x, weight, 1e-6, plain)
+        INPUTS.keep(normed, Quantized(values, scales))
+        return mlp(normed + first(normed), [(layers[0], adapter), (layers[1], None), (layers[2], None)], plain)
+
+    def gradients(again):
+        x = torch.linspace(-2, 3, 5 * 32).view(5, 32).requires_grad_()
+        y = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return torch.autograd.grad(y.square().sum(), [x, adapter.a, adapter.b])
+
+    pairs = zip(gradients(again=False), gradients(again=True), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_an_activation_hands_on_what_its_output_is_quantized_to():
