@@ -255,7 +255,7 @@ def _feature_memory(
 
     Those of the base model's tower that training keeps on disk are read from there.
     """
-    kept = unrounded_features(plan.recipe, task.processor.image_processor) if of_base else None
+    kept = unrounded_features(plan.recipe, task.processor) if of_base else None
     if not more_follow:
         return FeatureMemory(0, kept)
     on_gpu = 0 if context.on_cpu else int(free_memory(model.device) * FEATURE_SHARE_OF_GPU)

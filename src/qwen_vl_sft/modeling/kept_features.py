@@ -33,7 +33,7 @@ def kept_features(recipe: Recipe, image_processor: Any) -> tuple[FeatureCache, d
     return FeatureCache(_home(recipe) / f"{_name(recipe)}-{storage}-{digest}", storage, width, parts), identity
 
 
-def unrounded_features(recipe: Recipe, image_processor: Any) -> FeatureCache | None:
+def unrounded_features(recipe: Recipe, processor: Any) -> FeatureCache | None:
     """Return the cache of a recipe whose features are as the tower makes them while rows are answered, None without one.
 
     Not those that are stored in fewer bits, nor those that training computed under autocast.
@@ -44,7 +44,7 @@ def unrounded_features(recipe: Recipe, image_processor: Any) -> FeatureCache | N
     # The name of the folder takes a digest of the tower's weights, which is worth it only where there may be one.
     if not any(_home(recipe).glob(f"{_name(recipe)}-{storage}-*")):
         return None
-    cache, _ = kept_features(recipe, image_processor)
+    cache, _ = kept_features(recipe, processor.image_processor)
     return cache if cache.folder.is_dir() else None
 
 
