@@ -823,7 +823,7 @@ def test_script_scores_predictions_and_ends_with_two_on_user_errors(tmp_path):
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_an_interrupted_evaluation_says_how_to_go_on(begun, run, tmp_path, monkeypatch):
-    def interrupted(plan, report):
+    def interrupted(plan, report, answering):
         if begun:
             AnswerFiles(plan.output_dir).write_settings({"rows_digest": ""})
         raise KeyboardInterrupt
