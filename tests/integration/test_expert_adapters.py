@@ -218,11 +218,18 @@ def test_what_trains_is_counted_before_anything_is_loaded(folder):
     assert len(structure.adapted_experts) == model.config.get_text_config().num_hidden_layers
 
 
-def test_4_bits_that_a_cpu_would_unpack_wrongly_are_refused(tmp_path):
-    """bitsandbytes 0.50.2 on a CPU takes rows that end inside a block of 64 for others."""
+def test_4_bit_experts_whose_rows_end_inside_a_block_are_unpacked_right(tmp_path):
+    """bitsandbytes 0.50.2 on a CPU takes the scales of other blocks, and is 25% off."""
     newer("Qwen3VLMoeConfig", moe_intermediate_size=96).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"down_proj has rows of 96 values, no multiple of 64"):
-        load_model(settings_of(tmp_path, load_in_4bit=True), on_cpu=True)
+    packed = load_model(settings_of(tmp_path, load_in_4bit=True), on_cpu=True)
+    plain = load_model(settings_of(tmp_path), on_cpu=True)
+    experts = family_of(plain.config).experts
+    exact = experts.modules(plain)
+    for name, module in experts.modules(packed).items():
+        found, weight = unpacked(module.down_proj, module.quant_states["down_proj"]), exact[name].down_proj.detach()
+        assert found.shape == weight.shape
+        assert found.shape[-1] == 96
+        assert 0.05 < float((found - weight).norm() / weight.norm()) < 0.11
 
 
 def test_experts_that_cannot_be_quantized_are_told(folder, monkeypatch):

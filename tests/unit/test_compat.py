@@ -22,7 +22,13 @@ from qwen_vl_sft.training.trainer import VisionSFTTrainer
 PATCHES = {patch.name: patch for patch in all_patches()}
 CHECKED_HERE = {name: patch for name, patch in PATCHES.items() if missing_requirement(patch) is None}
 # On a CPU, with what `make setup` installs.
-CHECKED_ELSEWHERE = {"gather_bytes", "end_workers", "use_fused_kernels", "keep_compiled_kernels"}
+CHECKED_ELSEWHERE = {
+    "gather_bytes",
+    "end_workers",
+    "use_fused_kernels",
+    "keep_compiled_kernels",
+    "unpack_rows_by_blocks",
+}
 LIBRARIES = ("transformers", "trl", "accelerate")
 RANGES = [
     Requirement(line) for line in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]

@@ -94,6 +94,8 @@ def _check(patch: Patch) -> str:
         return "names and parameters"
     if patch.needs == "cuda":
         return "on a GPU"
+    if patch.needs == "avx512":
+        return "on a CPU with AVX-512"
     return f"where {patch.needs} is installed" if patch.needs else "yes"
 
 

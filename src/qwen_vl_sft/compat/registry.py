@@ -27,7 +27,8 @@ class Patch:
         links: issues, pull requests or sources.
         still_needed: shows the fault on the installed library without the change: True while it is there. None where a
             library cannot be asked.
-        needs: what the check cannot do without: "cuda", or the package that is changed where it is optional.
+        needs: what the check cannot do without: "cuda", "avx512" (of the CPU), or the package that is changed where it is
+            optional.
         relies_on: functions of the library by their path, with parameters that they must have. A path that begins with
             "model." is looked up on a model of every family.
         reads: functions or classes of the library by their path, with words that their source must hold.
@@ -52,6 +53,10 @@ def missing_requirement(patch: Patch) -> str | None:
         import torch
 
         return None if torch.cuda.is_available() else "shows on a GPU only"
+    if patch.needs == "avx512":
+        import torch
+
+        return None if torch.backends.cpu.get_cpu_capability() == "AVX512" else "shows on a CPU with AVX-512 only"
     try:
         metadata.distribution(patch.needs or "qwen_vl_sft")
     except metadata.PackageNotFoundError:

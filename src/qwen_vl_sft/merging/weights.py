@@ -15,13 +15,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from qwen_vl_sft.compat.for_bitsandbytes import unpack_rows_by_blocks
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Adapter, Weight
 from qwen_vl_sft.merging.plan import Plan
 from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
-
-# Weights of a 4-bit block.
-_BLOCK = 64
 
 
 @dataclass
@@ -89,16 +87,16 @@ def requantized(tensor: torch.Tensor, trained: ModelSettings, device: str) -> to
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 
-    # On a CPU bitsandbytes 0.50.2 unpacks rows that end inside a block wrongly; blocks alone are always right.
-    blocks = tensor.reshape(-1, _BLOCK) if tensor.numel() % _BLOCK == 0 else tensor
+    if device == "cpu":
+        unpack_rows_by_blocks()
     packed: Any = Params4bit(
-        blocks.to(getattr(torch, trained.dtype)),
+        tensor.to(getattr(torch, trained.dtype)),
         requires_grad=False,
         quant_type=trained.bnb_4bit_quant_type,
         compress_statistics=trained.use_bnb_nested_quant,
     )
     packed = packed.to(device)
-    return dequantize_4bit(packed.data, packed.quant_state).cpu().reshape(tensor.shape)
+    return dequantize_4bit(packed.data, packed.quant_state).cpu()
 
 
 def write_weights(task: Merge, folder: Path) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from qwen_vl_sft.compat.experts_in_files import read_by_whole_shapes, write_as_read
-from qwen_vl_sft.compat.for_bitsandbytes import keep_4bit_weights_unpacked
+from qwen_vl_sft.compat.for_bitsandbytes import keep_4bit_weights_unpacked, unpack_rows_by_blocks
 from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
 from qwen_vl_sft.compat.quantized_experts import adapt_4bit_experts, quantizing_experts
 from qwen_vl_sft.config.settings import ModelSettings
@@ -165,6 +165,7 @@ def load_model(
         use_segmented_vision_attention(model)
     if on_cpu and settings.load_in_4bit:
         keep_4bit_weights_unpacked(model)
+        unpack_rows_by_blocks()
     if settings.load_in_fp8:
         use_chosen_fp8_kernels(model, settings, on_cpu)
     if strategy == "zero3":

@@ -44,13 +44,6 @@ def use_4bit_experts(model: Any) -> int:
                 f"load_in_4bit: {name}.{unquantized[0]} could not be quantized; set load_in_4bit: false, or name a model"
                 " whose experts are in the form that its family has"
             )
-        for weight, state in states.items():
-            # bitsandbytes 0.50.2 then takes a block of the next row for one of its own, and is 24% off without a word.
-            if state.shape[-1] % state.blocksize and getattr(module, weight).device.type == "cpu":
-                raise UserError(
-                    f"load_in_4bit: {name}.{weight} has rows of {state.shape[-1]} values, no multiple of {state.blocksize},"
-                    " which bitsandbytes unpacks wrongly on a CPU; set load_in_4bit: false"
-                )
         # Where a strategy gathers split weights, what they are becomes no parameter of bitsandbytes again.
         module.quant_states = states
         module.forward = MethodType(_plain, module)
