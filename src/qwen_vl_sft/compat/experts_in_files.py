@@ -106,6 +106,10 @@ PATCHES = (
         broken="<=5.23",
         without="A full Qwen3-VL-MoE is saved with its experts turned against the files it came from.",
         applied_by="compat.experts_in_files.write_as_read",
+        links=(
+            "https://github.com/huggingface/transformers/issues/47031",
+            "https://github.com/verl-project/verl/pull/6210",
+        ),
         still_needed=_writes_otherwise_than_read,
         reads={"transformers.core_model_loading.revert_weight_conversion": ("_weight_conversions",)},
     ),
