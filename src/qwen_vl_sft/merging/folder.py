@@ -94,8 +94,9 @@ def merged_config(config: dict[str, Any], dtype: str, unties: bool) -> dict[str,
 def rope_of_transformers_4(part: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries in which transformers 4 looks for the positions of a language model, none where there are none.
 
-    transformers 5 writes `rope_parameters` alone. Version 4 loads such a model without a message, and its forward ends with
-    "'NoneType' object is not subscriptable" (4.57.6; Qwen2-VL, Qwen2.5-VL, Qwen3-VL). Version 5 reads either.
+    transformers 5 writes `rope_parameters` alone. Version 4 loads a Qwen2-VL or Qwen2.5-VL without a message, and its forward
+    ends with "'NoneType' object is not subscriptable"; a Qwen3-VL ends in from_pretrained with "'NoneType' object has no
+    attribute 'get'" (4.57.6; findings/transformers_4_reads_rope_of_5.sh). Version 5 reads either.
     """
     rope = part.get("rope_parameters") or {}
     if "mrope_section" not in rope or part.get("rope_scaling"):
