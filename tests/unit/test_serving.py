@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import REQUIREMENTS, WORKERS, EngineAnswer, Prompt, Served, Size
 from qwen_vl_sft.serving.check import format_record
 from qwen_vl_sft.serving.comparison import ArmResult, Difference, Effect, arm_result, as_json, first_difference, judge
-from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, python_of
+from qwen_vl_sft.serving.engines import compressed
+from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, make_environment, python_of
 from qwen_vl_sft.serving.own_answers import margin_of
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.record import changes_vision, form_of, read_records, write_record
@@ -90,6 +92,17 @@ def test_an_environment_is_made_first_and_again_for_other_requirements(tmp_path,
     assert python_of(engine) == folder / "bin/python"
     (tmp_path / "other.txt").write_text("vllm==1\n")
     assert environment_folder(replace(engine, requirements=str(tmp_path / "other.txt"))) != folder
+
+
+def test_shared_packages_are_those_of_the_training_environment_of_now(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = environment_folder(compressed.ENGINE)
+    packages = folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    packages.mkdir(parents=True)
+    (folder / COMPLETE).touch()
+    (packages / "training.pth").write_text("/removed/site-packages\n")
+    make_environment(compressed.ENGINE)
+    assert (packages / "training.pth").read_text() == sysconfig.get_path("purelib") + "\n"
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))

@@ -88,6 +88,7 @@ class ServingEngine:
         check_arguments: further options for a check on this machine.
         refuses: why the engine cannot take a model, as far as that is known before it is tried; None otherwise.
         after_install: what is done to a new environment, given its folder of packages (site-packages); None for nothing.
+        before_use: the same, each time before it is used.
     """
 
     name: str
@@ -99,3 +100,4 @@ class ServingEngine:
     check_arguments: Callable[[Served, Size], list[str]]
     refuses: Callable[[Served], str | None]
     after_install: Callable[[Path], None] | None = None
+    before_use: Callable[[Path], None] | None = None

@@ -56,6 +56,8 @@ def make_environment(engine: ServingEngine, say: Callable[[str], None] = lambda 
         with _locked(folder.with_suffix(".lock")):
             if not (folder / COMPLETE).is_file():
                 _make(engine, folder, say)
+            if engine.before_use is not None:
+                engine.before_use(_site_packages(folder))
     except OSError as error:
         raise UserError(f"--engine: {folder} cannot be written ({error.strerror or error}); free space") from error
     return folder / "bin/python"
@@ -82,7 +84,7 @@ def _make(engine: ServingEngine, folder: Path, say: Callable[[str], None]) -> No
     say(f"packages  {len(others)} of {engine.requirements}")
     _pip(engine, python, "--no-deps", *others)
     if engine.after_install is not None:
-        engine.after_install(_site_packages(python))
+        engine.after_install(_site_packages(folder))
     seconds, size = time.monotonic() - began, _size(folder)
     details = {"engine": engine.name, "seconds": round(seconds), "bytes": size}
     (folder / COMPLETE).write_text(json.dumps(details) + "\n", encoding="utf-8")
@@ -112,9 +114,8 @@ def _run(engine: ServingEngine, command: list[str]) -> None:
         raise UserError(f"--engine: {engine.title} could not be installed: {why}; check the network, and try again")
 
 
-def _site_packages(python: Path) -> Path:
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+def _site_packages(folder: Path) -> Path:
+    return folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
 
 def _size(folder: Path) -> int:

@@ -54,5 +54,5 @@ ENGINE = ServingEngine(
     arguments=arguments,
     check_arguments=check_arguments,
     refuses=refuses,
-    after_install=share_training_packages,
+    before_use=share_training_packages,
 )
