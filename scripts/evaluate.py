@@ -20,6 +20,7 @@ from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors, leave
 from qwen_vl_sft.evaluation.options import Options, check_options, make_plan
 from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.inference.source import ABOUT_ARMS
+from qwen_vl_sft.serving.registry import engine_named
 
 
 @exits_with_user_errors
@@ -29,6 +30,8 @@ def main() -> None:
     quiet_libraries(rank)
     options = parse(Options, usage=f"{__doc__}\n{ABOUT_ARMS}")
     check_options(options)
+    if options.engine:
+        engine_named(options.engine)
     if options.predictions:
         score_file(options)
         return

@@ -12,6 +12,7 @@ import os
 
 from qwen_vl_sft.compat.tested_versions import warn_of_untested_versions
 from qwen_vl_sft.config.command_line import parse, recipe_values
+from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.imports import quick_imports
@@ -28,9 +29,9 @@ def main() -> None:
     quiet_libraries(rank)
     options = parse(Options, usage=__doc__)
     warn_of_untested_versions(rank)
-    # The libraries take seconds to import; a mistyped command line needs none of them.
+    recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))
+    # The libraries take seconds to import; a mistyped command line or recipe needs none of them.
     with quick_imports():
-        from qwen_vl_sft.config.reading import read_recipe
         from qwen_vl_sft.distributed import launch
         from qwen_vl_sft.distributed.context import read_context
         from qwen_vl_sft.training import plan
@@ -38,7 +39,6 @@ def main() -> None:
         from qwen_vl_sft.training.resolve import resolve
 
     # Settings and world
-    recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))
     run = resolve(recipe, read_context(use_cpu=recipe.get("use_cpu")))
     publisher = None
     if run.recipe.run.push_to_hub:

@@ -164,6 +164,7 @@ def test_the_script_ends_with_1_and_leaves_the_run_folder_alone(planted, tmp_pat
     [
         ({"dataset_train_split": "nowhere"}, "nowhere"),
         ({"dataset_streaming": True}, "dataset_streaming: say how much of the stream to read"),
+        ({"max_train_samples": 0}, "max_train_samples: 0 must be at least 1"),
         ({"dataset_test_split": None}, "eval_strategy is set but dataset_test_split is not"),
     ],
 )

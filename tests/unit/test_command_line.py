@@ -88,6 +88,15 @@ def test_a_repeated_option_takes_the_last_value_and_a_repeated_recipe_key_is_ref
         parse(AnyKey, ["--seed", "1", "--seed", "2"])
 
 
+def test_a_missing_choice_names_the_choices():
+    @dataclass(frozen=True)
+    class Choosing:
+        to: Literal["gguf", "fp8"] = option(REQUIRED, "gguf: for one; fp8: for another")
+
+    with pytest.raises(UserError, match=r"^command line: --to is missing; give one of gguf, fp8$"):
+        parse(Choosing, [])
+
+
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(UserError) as caught:
         parse(Options, ["--rows", "0", "--dtype", "int4", "--imges", "b"])
@@ -153,10 +162,10 @@ WRONG = {
     "make_tiny": "--output_dr x",
     "merge": "--rn runs/x",
     "plan": "--num_gpus many",
-    "preview": "--examples many",
+    "preview": "--recip x",
     "push": "--repoid x",
     "serve_check": "--engin vllm --run x",
-    "sft": "recipe.yaml",
+    "sft": "--recipe recipes/quickstart.yaml --lora_scope expert",
 }
 
 

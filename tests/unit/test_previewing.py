@@ -13,7 +13,7 @@ from qwen_vl_sft.data.row_digests import row_digests
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.base import resized_within
 from qwen_vl_sft.previewing.charts import histogram, stacked_bars
-from qwen_vl_sft.previewing.page import check_page
+from qwen_vl_sft.previewing.options import check_page
 from qwen_vl_sft.previewing.statistics import (
     Identities,
     ImageSizes,

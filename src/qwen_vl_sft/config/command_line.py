@@ -103,7 +103,9 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, usage: st
             except ValueError as error:
                 problems.append(f"command line: --{entry.name}{error}")
         elif entry.default is REQUIRED:
-            problems.append(f"command line: --{entry.name} is missing; give {entry.metadata['help']}")
+            hint = hints[entry.name]
+            wanted = expected(hint) if typing.get_origin(hint) is typing.Literal else entry.metadata["help"]
+            problems.append(f"command line: --{entry.name} is missing; give {wanted}")
         for name in names:
             del words[name]
     if keys is not None and takes_any_key:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen_vl_sft.batching.global_batch import resolve_batch
+from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.data.dataset import in_memory
 from qwen_vl_sft.data.encoding import Encoder
@@ -69,7 +70,7 @@ def inspect(recipe: Recipe) -> Inspection:
         missing.append("eval_strategy is set but dataset_test_split is not: name the split, or set eval_strategy: no")
     if recipe.data.dataset_streaming and recipe.data.max_train_samples is None:
         missing.append("dataset_streaming: say how much of the stream to read, such as --max_train_samples 1000")
-    raise_all(missing)
+    raise_all([*missing, *(problem for rule in RANGE_RULES for problem in rule(recipe, None))])
     processor = load_processor(recipe.model, recipe.data.min_pixels, recipe.data.max_pixels)
     opened = [in_memory(rows) if rows.streamed else rows for rows in open_rows_of(recipe) if rows is not None]
     encoder = build_encoder(recipe, processor, opened[0])

@@ -20,7 +20,6 @@ from qwen_vl_sft.previewing.summary import SplitSummary
 from qwen_vl_sft.previewing.terminal import SPREADS, named_source, number, rows_line, verdict
 from qwen_vl_sft.tiny import builtin_name
 
-_MADE_BY = 'content="qwen_vl_sft preview"'
 _PACKAGE = "qwen_vl_sft.previewing"
 # Characters of a piece of text that are shown: the first and the last of them.
 _FIRST, _LAST = 1500, 500
@@ -28,17 +27,6 @@ _SPECIAL = re.compile(r"&lt;\|\w+\|&gt;")
 _UNITS = {name: "rows" if name == "questions_of_an_image" else "tokens" for name in SPREADS} | {
     "images_of_a_row": "images"
 }
-
-
-def check_page(path: Path) -> None:
-    """Raise `UserError` where no page can be written, or something else would be overwritten."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--page: {path} is no place for a file; name a file in a folder that exists")
-    try:
-        if path.exists() and _MADE_BY not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-            raise UserError(f"--page: {path} exists and is no page of a preview; name another file")
-    except OSError as error:
-        raise UserError(f"--page: {path} cannot be read: {first_line(error)}") from None
 
 
 def write_page(path: Path, found: Inspection, examples: int) -> None:
