@@ -73,6 +73,8 @@ def test_what_cannot_be_exported_is_told(tmp_path):
     (tmp_path / "out/file").touch()
     with pytest.raises(UserError, match="holds files already"):
         make_plan(options)
+    with pytest.raises(UserError, match="--gguf_type f32: is for --to gguf; leave it out"):
+        make_plan(replace(options, to="fp8", gguf_type="f32"))
     (tmp_path / "new-failed").mkdir()
     (run / "adapter_model.safetensors").unlink()
     for file in ("model.safetensors", "config.json"):

@@ -47,7 +47,7 @@ from qwen_vl_sft.planning.memory import (
     mlp_bytes,
     targets,
 )
-from qwen_vl_sft.planning.options import PlanOptions, plan_of
+from qwen_vl_sft.planning.options import PlanOptions, plan_of, plot_file
 from qwen_vl_sft.planning.report import as_json, describe, verdict
 from qwen_vl_sft.planning.run import KERNELS, RunPlan
 from qwen_vl_sft.planning.table import plan_table
@@ -405,6 +405,8 @@ def test_what_a_check_measured_is_used_until_the_data_changes(tmp_path):
 
 def test_stated_rows_win():
     found = plan(("rows", 1000), ("row_tokens", 400), ("image_tokens", 300)).rows
+    assert found.source == "as --rows, --image_tokens and --row_tokens say"
+    assert plan(("rows", 1000)).rows.source == "assumed: charts as in ChartQA, 685 tokens a row; --rows"
     assert (found.rows, found.tokens, found.patches) == (1000, 400, 1200)
     with pytest.raises(UserError, match="a row's images alone"):
         plan(("row_tokens", 100))
@@ -432,6 +434,17 @@ def test_every_plan_is_told_in_80_columns(gpu, words):
     for change in changes(found):
         assert change.plan.fits
         assert not found.fits or change.plan.hours < found.hours
+
+
+def test_a_plot_is_a_picture_in_a_folder_that_exists(tmp_path):
+    assert plot_file(str(tmp_path / "memory.svg")) == tmp_path / "memory.svg"
+    for path, why in (
+        (tmp_path, "ends with .png"),
+        (tmp_path / "x.txt", "ends with .png"),
+        (tmp_path / "no/x.png", "make"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            plot_file(str(path))
 
 
 def test_changes_make_a_plan_fit_or_faster():

@@ -68,6 +68,8 @@ def make_plan(options: Options) -> Plan:
     from qwen_vl_sft.merging.plan import check_output_dir
     from qwen_vl_sft.serving.engines import compressed, llama_cpp
 
+    if options.to != "gguf" and options.gguf_type != "f16":
+        raise UserError(f"--gguf_type {options.gguf_type}: is for --to gguf; leave it out, or export with --to gguf")
     check_output_dir(options.output_dir)
     source = read_source(options.run, options.recipe_keys, tuned_needed=True)
     assert source.tuned

@@ -103,7 +103,7 @@ def find_card(text: str) -> Card:
     near = difflib.get_close_matches(name, CARDS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(
-        f"--gpu {quoted(text)}: is unknown; {hint}known are {', '.join(CARDS)}; for another write its memory and dense"
+        f"--gpu: {quoted(text)} is unknown; {hint}known are {', '.join(CARDS)}; for another write its memory and dense"
         " bf16 rate, e.g. 48GB:181TFLOPS"
     )
 

@@ -19,6 +19,16 @@ _FLASH_CARDS = ("H100", "H200", "B200", "GB200")
 _FLASH_PACKAGES = ("flash-attn-4", "flash-attn-3")
 
 
+def plot_file(text: str) -> Path:
+    """Return the path of a plot. Raises `ValueError` for a name that says no kind of picture, or without a folder."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf") or path.is_dir():
+        raise ValueError("is no file name that ends with .png, .svg or .pdf")
+    if not path.absolute().parent.is_dir():
+        raise ValueError("is in a folder that does not exist; make it, or name another")
+    return path
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Command-line options of plan.py; other keys go to the recipe."""
@@ -31,7 +41,9 @@ class PlanOptions:
     row_tokens: int | None = option(None, "tokens of a row, images included", at_least=1)
     image_tokens: int | None = option(None, "tokens of a row's images", at_least=0)
     json: bool = option(False, "print JSON")
-    plot: Path | None = option(None, "draw memory over tokens_per_batch: a .png, .svg or .pdf", metavar="file")
+    plot: Path | None = option(
+        None, "draw memory over tokens_per_batch: a .png, .svg or .pdf", metavar="file", parse=plot_file
+    )
     recipe_keys: dict[str, list[str]] = any_recipe_key()
 
 
@@ -76,6 +88,8 @@ def _stated(rows: RowSizes, options: PlanOptions) -> RowSizes:
                 f"--row_tokens {options.row_tokens}: a row's images alone have {rows.patches / 4:.0f}; add --image_tokens"
             )
         rows = replace(_of_tokens(rows, options.row_tokens), source=f"{rows.source}; --row_tokens")
+    if None not in (options.rows, options.image_tokens, options.row_tokens):
+        rows = replace(rows, source="as --rows, --image_tokens and --row_tokens say")
     return rows
 
 

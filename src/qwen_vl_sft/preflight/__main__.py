@@ -1,4 +1,9 @@
-"""Check the nodes of a job: `srun python -m qwen_vl_sft.preflight [--output_dir FOLDER]`, a process for each GPU."""
+"""Check the nodes of a job, with a process for each GPU.
+
+    srun python -m qwen_vl_sft.preflight --output_dir runs/x
+
+Exit code 1 when a node is to be left out, or something else is wrong.
+"""
 
 from __future__ import annotations
 
