@@ -6,7 +6,6 @@ import types
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qwen_vl_sft.families.registry import family_of
@@ -111,6 +110,8 @@ class _MLP(_Fused):
 
 def _base_and_adapter(layer: nn.Module, x: torch.Tensor) -> tuple[FP8Linear, Adapter | None] | None:
     """Return an FP8 layer with what its one active adapter adds; None where it is another layer, or adds otherwise."""
+    from peft.tuners.lora import LoraLayer
+
     if isinstance(layer, FP8Linear):
         return layer, None
     if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), FP8Linear):

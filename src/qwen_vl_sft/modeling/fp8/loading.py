@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,7 +20,6 @@ from qwen_vl_sft.modeling.fp8.weights import BLOCK, E4M3
 METHOD = "qwen_vl_sft_fp8"
 
 
-@register_quantization_config(METHOD)
 class FP8Config(QuantizationConfigMixin):
     """What transformers passes on to the quantizer; all of it can be written as JSON.
 
@@ -67,7 +66,6 @@ class FP8Config(QuantizationConfigMixin):
         return computation_of(self._settings, self._on_cpu)
 
 
-@register_quantizer(METHOD)
 class FP8Quantizer(HfQuantizer):
     """Puts FP8 layers in place of linear ones, and fills them while the model is loaded."""
 
@@ -140,3 +138,8 @@ class FP8Quantizer(HfQuantizer):
             if isinstance(module, FP8BlockLinear):
                 module.finish()
         return model
+
+
+# Not through transformers' decorators: they refuse a name that they know, and so a module that is imported again.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = FP8Config
+AUTO_QUANTIZER_MAPPING[METHOD] = FP8Quantizer
