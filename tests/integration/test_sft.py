@@ -144,7 +144,7 @@ BAD_RECIPES = {
         {"gradient_checkpointing": "auto", "gradient_checkpointing_kwargs": "{every_n_layers: 2}"},
         "remove one of the two",
     ),
-    "checkpointing of some kind": ({"gradient_checkpointing": "some"}, "'some' is not true or false or one of auto"),
+    "checkpointing of some kind": ({"gradient_checkpointing": "some"}, "'some' is not true or false or auto"),
     "flash attention": ({"attn_implementation": "flash_attention_2"}, "flash_attention_2"),
     "mistyped key inside a key": (
         {"gradient_checkpointing_kwargs": "{use_reentrnat: false}"},

@@ -155,7 +155,7 @@ WRONG = {
     "doctor": "--rnus false",
     "engine_environment": "--engin vllm",
     "evaluate": "--splt test",
-    "export": "--run x --output_dir y --to ggml",
+    "export": "--run no/such/run --output_dir no/such/export --to gguf",
     "generate": "--imges a.png",
     "kill_and_resume": "--kills many",
     "make_random_model": "--confg x",
@@ -167,6 +167,10 @@ WRONG = {
     "serve_check": "--engin vllm --run x",
     "sft": "--recipe recipes/quickstart.yaml --lora_scope expert",
 }
+
+
+# A run that is not there is told as early.
+WRONG_RUN = {"export": "--run: no/such/run does not exist"}
 
 
 def test_every_script_is_tried():
@@ -181,4 +185,4 @@ def test_a_mistyped_command_line_ends_at_once_and_needs_no_torch(script):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert (done.returncode, done.stdout) == (EXIT_USER_ERROR, "False\n"), done.stderr
     assert done.stderr.startswith("error: ")
-    assert "command line: " in done.stderr
+    assert WRONG_RUN.get(script, "command line: ") in done.stderr

@@ -44,7 +44,8 @@ def expected(hint: Any) -> str:
         members = _told_apart(typing.get_args(hint))
         return " or ".join(dict.fromkeys(expected(member) for member in members))
     if origin is typing.Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+        choices = [str(choice) for choice in typing.get_args(hint)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in hint)
     if origin is list or hint is list:

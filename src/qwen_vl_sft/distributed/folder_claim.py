@@ -23,10 +23,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, leave
+
+if TYPE_CHECKING:
+    # It imports PyTorch; a name of a claim is read without it.
+    from qwen_vl_sft.distributed.context import DistributedContext
 
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
