@@ -2,7 +2,6 @@
 
 import io
 import random
-import resource
 
 import numpy as np
 import pytest
@@ -91,18 +90,6 @@ def test_a_damaged_file_is_read_or_refused_as_pillow_does_it(kind):
             data[draw.randrange(2, len(data))] = draw.randrange(256)
         file = ImageFile(bytes(data), "a")
         assert read(file.pixels) == read(file.decode)
-
-
-def test_the_memory_of_a_photo_is_kept_for_the_next_one():
-    """Pages that the kernel gives anew cost a third of the time of decoding; a photo of 12 megapixels has 9,000."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (4000, 3000), "teal").save(buffer, "JPEG")
-    photo = ImageFile(buffer.getvalue(), None)
-    for _ in range(2):
-        photo.pixels()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    photo.pixels()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
 
 
 def test_without_a_decoder_that_rounds_like_pillows_its_own_is_used(monkeypatch):

@@ -84,12 +84,14 @@ def _copies_change_nans() -> bool:
 def _convolutions_keep_tf32() -> bool:
     """Return whether convolutions may still use TF32 when float32 precision is set to the highest."""
     backends: Any = torch.backends
-    before = backends.fp32_precision
+    before, of_convolutions = backends.fp32_precision, backends.cudnn.conv.fp32_precision
     try:
+        # PyTorch's default, which this process may have changed already.
+        backends.cudnn.conv.fp32_precision = "tf32"
         backends.fp32_precision = "ieee"
         return bool(backends.cudnn.conv.fp32_precision == "tf32")
     finally:
-        backends.fp32_precision = before
+        backends.fp32_precision, backends.cudnn.conv.fp32_precision = before, of_convolutions
 
 
 def _sigterm_ends_workers() -> bool:
