@@ -174,3 +174,9 @@ def test_settings_need_neither_torch_nor_evaluation_nor_the_hub():
     folders = {path.relative_to(PACKAGE).parts[0] for path in modules if path.parent != PACKAGE}
     assert folders == {"config", "tiny"}
     assert not others & {"torch", "transformers", "trl", "huggingface_hub", "peft"}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by name: of two alike, one is not run."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
