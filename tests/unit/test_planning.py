@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import sys
 import threading
@@ -539,6 +540,21 @@ def test_sharing_computes_fewer_tokens():
     assert isinstance(shared, RunPlan)
 
 
+@contextlib.contextmanager
+def kept_by_autograd(model):
+    """Collect size and tensor of each storage that autograd keeps for the backward, the model's own weights aside."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
 @pytest.mark.parametrize("name", ["Qwen2VLConfig", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
 @pytest.mark.parametrize("lora", [["q_proj", "v_proj"], "all-linear", None], ids=["some", "all", "full"])
 def test_a_layer_keeps_what_is_planned(name, lora):
@@ -547,19 +563,10 @@ def test_a_layer_keeps_what_is_planned(name, lora):
     for layers in (1, 2):
         model = language_model(name, layers, lora)
         shape = read_shape(model.config.to_dict())
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept = {}
-
-        def keep(tensor, own=own, kept=kept):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor
-            return tensor
-
         base = model if lora is None else model.get_base_model()
         dtype = torch.float32 if lora is None else torch.bfloat16
         embedded = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16), kept_by_autograd(model) as kept:
             base.model.language_model(inputs_embeds=embedded, use_cache=False)
             sums[layers] = sum(size for size, _ in kept.values())
     full = lora is None
@@ -582,18 +589,9 @@ def test_a_layer_of_a_hybrid_keeps_what_is_planned(kind, lora):
         FAMILY.prepare_packing(base)
         layout = PackedLayout([tokens // 2] * 2, [None] * 2, torch.zeros(0).long())
         entries = FAMILY.packed_entries(base.config, layout)
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept = {}
-
-        def keep(tensor, own=own, kept=kept):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor
-            return tensor
-
         dtype = torch.float32 if lora is None else torch.bfloat16
         embedded = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16), kept_by_autograd(model) as kept:
             base.model.language_model(inputs_embeds=embedded, use_cache=False, **entries)
         sums.append(sum(size for size, _ in kept.values()))
         shape = read_shape(base.config.to_dict())
@@ -627,17 +625,8 @@ def test_a_block_of_a_tower_that_trains_keeps_what_is_planned(name):
         model = model.bfloat16()
         use_segmented_vision_attention(model)
         shape = read_shape(model.config.to_dict())
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept = {}
-
-        def keep(tensor, own=own, kept=kept):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor
-            return tensor
-
         pixels = torch.randn(patches, shape.vision.pixels).bfloat16()
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_by_autograd(model) as kept:
             model.model.visual(pixels, torch.tensor([[1, 16, 16]]))
         sums[depth] = sum(size for size, _ in kept.values())
     planned = _vision_block_bytes(Training(shape, adapted=None, strategy="zero2"))
