@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -14,8 +14,13 @@ from qwen_vl_sft.errors import UserError
 
 
 @contextlib.contextmanager
-def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> Iterator[None]:
-    """Turn a failure to write inside into a `UserError`; with `remove`, the half-written folder is removed."""
+def explained_save(
+    what: str, folder: Path, kept: Path | None, remove: bool, wait_for_others: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Turn a failure to write inside into a `UserError`; with `remove`, the half-written folder is removed.
+
+    `wait_for_others` returns once no other process writes into the folder: its files would make it anew.
+    """
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -23,6 +28,8 @@ def explained_save(what: str, folder: Path, kept: Path | None, remove: bool) -> 
         if reason is None:
             raise
         if remove:
+            if wait_for_others:
+                wait_for_others()
             shutil.rmtree(folder, ignore_errors=True)
         last = f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet"
         raise UserError(

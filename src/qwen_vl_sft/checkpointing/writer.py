@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_vl_sft.checkpointing import checkpoints, rotation
 from qwen_vl_sft.checkpointing.manifest import MANIFEST, check_all_files_visible, write_manifest
+from qwen_vl_sft.checkpointing.parts import CheckpointParts
 from qwen_vl_sft.checkpointing.save_errors import explained_save
 
 
@@ -22,13 +23,24 @@ class CheckpointWriter:
         signature: of the run, written into every manifest; `world` holds the number of processes.
         keep: checkpoints that stay, None for all.
         newest_own_step: step of the checkpoint that the run resumes from, 0 for none; later of the newest one written.
+        rank: this process.
+        processes: number of processes.
     """
 
-    def __init__(self, run: Path, signature: Mapping[str, Any], keep: int | None, newest_own_step: int = 0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        signature: Mapping[str, Any],
+        keep: int | None,
+        newest_own_step: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.run = run
         self.signature = dict(signature)
         self.keep = keep
         self.newest_own_step = newest_own_step
+        self.parts = CheckpointParts(rank, processes)
         self.longest_seconds: float | None = None  # of the saves so far
 
     def newest(self) -> Path | None:
@@ -61,7 +73,8 @@ class CheckpointWriter:
         began = time.perf_counter()
         report("saving a checkpoint", 0)
         folder = checkpoints.folder_of(self.run, step)
-        with explained_save("a checkpoint", folder, self.newest(), remove=True):
+        others = self.parts.wait_for_others
+        with explained_save("a checkpoint", folder, self.newest(), remove=True, wait_for_others=others):
             if writes and folder.exists():
                 _clear(folder)
             accelerator.wait_for_everyone()
@@ -70,7 +83,8 @@ class CheckpointWriter:
             # and the others wait for them for ever.
             folder.mkdir(parents=True, exist_ok=True)
             accelerator.wait_for_everyone()
-            save()
+            with self.parts.writing():
+                save()
             report("its checkpoint is written", 1)
             accelerator.wait_for_everyone()
             more = entries()

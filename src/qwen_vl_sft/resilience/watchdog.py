@@ -8,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
-import os
 import sys
 import threading
 import time
@@ -18,14 +17,14 @@ from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore
 
+from qwen_vl_sft.distributed.store import connect
 from qwen_vl_sft.errors import leave
 
 STACKS = "stalled-rank-{rank}.txt"
 # This report comes before the communication library's own timeout.
 _SHARE_OF_TIMEOUT = 0.9
-_SECONDS_TO_CONNECT = 10
 _LOOK_EVERY_SECONDS = 5.0
 # Lines of a report, and functions of a line, the innermost ones.
 _SHOWN = 32
@@ -165,13 +164,8 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
 
     def _joined(self) -> PrefixStore:
-        """Open a separate connection: the one of the process group may be waiting in another thread."""
         if self._store is None:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SECONDS_TO_CONNECT))
-            # The launcher keeps its store when it starts the processes again.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = PrefixStore(f"qwen_vl_sft/stall/{attempt}", store)
+            self._store = connect("stall")
         return self._store
 
 

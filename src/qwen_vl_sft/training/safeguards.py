@@ -56,7 +56,14 @@ def make_safeguards(
     # A checkpoint of another folder, or under another name, is none of this run's.
     own = resume is not None and resume.path.resolve() == folder_of(run, resume.step).resolve()
     return Safeguards(
-        CheckpointWriter(run, signature, args.save_total_limit, resume.step if resume and own else 0),
+        CheckpointWriter(
+            run,
+            signature,
+            args.save_total_limit,
+            resume.step if resume and own else 0,
+            args.process_index,
+            args.world_size,
+        ),
         StepGuard(args.device, skips_nonfinite, can_skip),
         DueEvaluation(args, due=resume is not None and resume.evaluation_due),
         Watchdog(run, args.process_index, args.world_size, args.ddp_timeout),
