@@ -29,9 +29,9 @@ quickstart: setup
 notebook: setup
 	PYTHONPATH=tests $(BIN)/python -m fixtures.notebook
 
-# Three files at a time on two cores: processes of a test wait for each other a third of the time.
+# Four files at a time on two cores: many tests wait for a process, a job or a browser.
 # Bytecode is kept whatever the shell says: every process that starts would compile the package anew.
-PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m 'not long'

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from fixtures.processes import warm_processes
+from fixtures.warm_python import fork_workers
 
 pytest_plugins = ["fixtures.browser", "fixtures.messages", "fixtures.models"]
 
-# A file is run by one worker. Those that take minutes begin first, so that none of them is left alone at the end.
+# A file is run by one worker. Those that take longest begin first, so that none of them is left alone at the end; those
+# that mostly wait begin beside those that mostly compute.
 LONGEST_FIRST = (
     "test_slurm.py",
-    "test_checkpoints.py",
     "test_quickstart.py",
+    "test_preemption.py",
+    "test_push.py",
+    "test_mixed_batches.py",
+    "test_demo.py",
+    "test_sft.py",
+    "test_compare_strategies.py",
+    "test_launch.py",
+    "test_packed.py",
+    "test_checkpoints.py",
+    "test_engine.py",
+    "test_report.py",
+    "test_stall.py",
+    "test_evaluation.py",
+    "test_merge.py",
+    "test_installed_wheel.py",
     "test_faults.py",
+    "test_trainer.py",
+    "test_memory.py",
+    "test_reproducibility.py",
 )
 
 
@@ -27,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Inside a job of a cluster, the worlds of the tests are smaller than what was allotted.
     os.environ.setdefault("QWEN_VL_SFT_EXPECTED_PROCESSES", "any")
+    if hasattr(config, "workerinput"):
+        return
+    # What `datasets` caches stays out of the user's home; it and the processes of tests read this when they start.
+    cache = tempfile.TemporaryDirectory(prefix="datasets-of-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["HF_DATASETS_CACHE"] = cache.name
+    if getattr(config.option, "tx", None):
+        config.add_cleanup(fork_workers(os.environ).close)
 
 
 def pytest_collection_finish() -> None:
@@ -42,11 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what `datasets` caches out of the user's home, also in the processes that tests start."""
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+def forked_processes() -> Iterator[None]:
+    """Have the processes that tests start forked."""
     with warm_processes():
         yield

@@ -12,6 +12,7 @@ import pytest
 
 from fixtures.processes import Popen, run_process
 from fixtures.repository import REPOSITORY
+from fixtures.warm_python import server_for
 
 # Says what a process sees of itself, then does what it is told.
 PROGRAM = """
@@ -78,6 +79,20 @@ def test_a_process_that_it_starts_is_forked_and_its_own_child(script):
     assert (outer["session"], seen["session"]) == (False, True)
     assert seen["forked"]
     assert seen["parent"] not in (os.getpid(), outer["parent"])
+
+
+def test_a_command_is_forked_where_that_is_asked_for_and_chooses_what_is_forked_from_it(monkeypatch):
+    """As a worker of pytest-xdist, whose tests start real processes too."""
+    code = """
+import subprocess, sys
+from fixtures.warm_python import WarmPopen
+print(sys.argv, repr(sys.path[0]), "numpy" in sys.modules, len(WarmPopen.servers), flush=True)
+print(subprocess.Popen._execute_child is WarmPopen._execute_child)
+"""
+    command = [sys.executable, "-u", "-c", code, "a b"]
+    assert run_process(*command[1:]).stdout == "", "a command is a new process, which knows no `fixtures`"
+    monkeypatch.setattr(server_for({**os.environ, "OMP_NUM_THREADS": "1"}), "commands", True)
+    assert run_process(*command[1:]).stdout == "['-c', 'a b'] '' True 1\nFalse\n"
 
 
 def test_it_imports_the_copy_of_the_package_that_a_new_process_would(script, tmp_path):
