@@ -14,12 +14,13 @@ from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families.shape import released_config
+from qwen_vl_sft.families.released import released_config
 from qwen_vl_sft.planning.options import CheckPlanOptions
 from qwen_vl_sft.tools import measure_plan
 from qwen_vl_sft.tools.benchmark import FEWEST_ROWS, repeated, run_session
 from qwen_vl_sft.tools.benchmark_answers import run_session as answer_session
 from qwen_vl_sft.tools.options import AnswerBenchmarkOptions, BenchmarkOptions
+from qwen_vl_sft.tools.settled_steps import Step, counting, have_settled
 
 
 def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
@@ -133,13 +134,15 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
     keys |= {"dataset_name": str(tiny.DATA_DIR), "dataloader_persistent_workers": "false", "dataset_test_split": "test"}
     options = CheckPlanOptions(
         measure=tmp_path / "points.json", processor=str(tiny.MODEL_DIR), model_dir=tmp_path / "models",
-        warmup=1, steps=1, models=("Qwen3-VL-8B",),
+        warmup=1, steps=1, most_steps=5, models=("Qwen3-VL-8B",),
         recipe_keys={name: [word] for name, word in keys.items()},
     )  # fmt: skip
-    other = ("Qwen/Qwen2-VL-2B-Instruct", "LoRA")
-    groups = [("Qwen/Qwen3-VL-8B-Instruct", "LoRA"), other, ("Qwen/Qwen3-VL-8B-Instruct", "full")]
-    settings = [measure_plan.Setting(512), measure_plan.Setting(4096, share_prefixes=True, checkpointed=True)]
-    assert not measure_plan.measure_points(options, groups, settings)  # on a CPU plans tell nothing
+    settings = (measure_plan.Setting(512), measure_plan.Setting(4096, share_prefixes=True, checkpointed=True))
+    groups = [
+        measure_plan.Group(f"Qwen/{model}-Instruct", method, settings)
+        for model, method in (("Qwen3-VL-8B", "LoRA"), ("Qwen2-VL-2B", "LoRA"), ("Qwen3-VL-8B", "full"))
+    ]
+    assert not measure_plan.measure_points(options, groups)  # on a CPU plans tell nothing
     stored = json.loads((tmp_path / "points.json").read_text())
     assert not stored["failed"]
     assert not list((tmp_path / "models").glob("Qwen*"))
@@ -151,12 +154,36 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
     assert one["micro_batches"] > all_layers["micro_batches"] == 1
     assert one["step"][0] > all_layers["step"][0]  # prefixes are computed once
     assert full["step"] == one["step"]
-    assert one["settled"] == [1]
+    # The run has ended once its one step that counts has come.
+    assert (one["settled"], one["counted"], len(one["each_step"])) == (True, [1], 2)
+    assert one["seconds"] == pytest.approx(one["each_step"][1]["seconds"], abs=1e-4)
     assert (one["keys"]["use_peft"], full["keys"]["use_peft"]) == (True, False)
     with pytest.raises(UserError, match="--measure needs --processor"):
         measure_plan.measure_points(replace(options, processor=None))
 
 
+def _steps(seconds, planned=None, driver=None, epoch=100):
+    planned, driver = planned or [1.0] * len(seconds), driver or [0] * len(seconds)
+    told = zip(seconds, planned, driver, strict=True)
+    return [Step(took, 0.0, plan, held, number % epoch == 0) for number, (took, plan, held) in enumerate(told)]
+
+
 def test_steps_that_begin_an_epoch_do_not_count():
-    assert measure_plan._settled(1, 6, epoch=4) == [1, 2, 3, 5]
-    assert measure_plan._settled(3, 6, epoch=1) == [3, 4, 5]  # there is no other
+    assert counting(_steps([1.0] * 6, epoch=4), warmup=1, counted=9) == [1, 2, 3, 5]
+    assert counting(_steps([1.0] * 6, epoch=4), warmup=1, counted=3) == [2, 3, 5]
+    assert counting(_steps([1.0] * 6, epoch=1), warmup=3, counted=9) == [3, 4, 5]  # there is no other
+    assert counting(_steps([1.0] * 2), warmup=6, counted=6) == [1]
+
+
+def test_steps_have_settled_when_the_last_ones_are_alike():
+    alike = [3.0, 2.0, 1.0, 1.1, 1.02, 1.08]
+    assert have_settled(_steps(alike), warmup=2, counted=4)
+    assert not have_settled(_steps(alike), warmup=1, counted=5)  # the first two take longer than the last three
+    assert not have_settled(_steps(alike), warmup=3, counted=4)  # there are three
+    assert not have_settled(_steps([1.0, 1.0]), warmup=2, counted=1)
+    # What counts is the time as a share of the plan's: rows differ.
+    assert have_settled(_steps([1.0, 1.0, 1.0, 2.0, 2.0], planned=[1.0, 1.0, 1.0, 2.0, 2.0]), warmup=1, counted=4)
+    assert not have_settled(_steps([1.0, 1.0, 1.0, 2.0, 2.0]), warmup=1, counted=4)
+    # To get memory from the driver takes time.
+    assert have_settled(_steps([1.0] * 5, driver=[0, 0, 2**30, 2**30, 2**30]), warmup=1, counted=2)
+    assert not have_settled(_steps([1.0] * 5, driver=[0, 0, 2**30, 2**30, 2**30]), warmup=1, counted=3)

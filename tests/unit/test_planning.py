@@ -28,9 +28,13 @@ from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.base import PackedLayout
+from qwen_vl_sft.families.experts import Experts
 from qwen_vl_sft.families.qwen3_5 import FAMILY
-from qwen_vl_sft.families.shape import RELEASED, Passes, Work, read_shape, released_config, training_flops
+from qwen_vl_sft.families.released import RELEASED, released_config
+from qwen_vl_sft.families.shape import Passes, Work, training_flops
+from qwen_vl_sft.families.shape_reading import read_shape
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
+from qwen_vl_sft.modeling.experts import use_grouped_lora
 from qwen_vl_sft.planning import rows as planned_rows
 from qwen_vl_sft.planning.advice import changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
@@ -42,6 +46,7 @@ from qwen_vl_sft.planning.memory import (
     _vision_block_bytes,
     attention_bytes,
     delta_bytes,
+    experts_bytes,
     keep_as_many,
     language_bytes,
     memory_of,
@@ -76,7 +81,7 @@ def own_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "Moe" not in name])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_weights_and_flops_are_those_of_the_model(name):
     from transformers import AutoConfig
 
@@ -116,13 +121,28 @@ def test_released_models_have_the_sizes_that_their_makers_tell():
     assert {name: sum(read_shape(RELEASED[name]).parameters.values()) for name in known} == known
 
 
+@pytest.mark.parametrize(
+    ("recipe", "nf4", "half"), [("qwen3_vl_moe_qlora", 15.8, 57.9), ("qwen3_5_moe_qlora", 18.3, 65.4)]
+)
+def test_weights_of_experts_are_those_of_the_recipes(recipe, nf4, half):
+    """As their comments tell, which were counted on a model made of empty tensors."""
+    path = REPOSITORY / f"recipes/{recipe}.yaml"
+    plans = [plan_of(PlanOptions(recipe=path, recipe_keys={"load_in_4bit": [word]})) for word in ("true", "false")]
+    sizes = [found.memory.weights / 2**30 for found in plans]
+    assert sizes == [pytest.approx(nf4, abs=0.06), pytest.approx(half, abs=0.06)]
+    assert f"{nf4} GiB of weights ({half} GiB in 16 bits)" in path.read_text()
+    assert plans[0].step.seconds == pytest.approx(plans[1].step.seconds, rel=0.4)
+    assert max(map(len, describe(plans[0]).splitlines())) <= 80
+
+
 @pytest.mark.parametrize("name", sorted(RELEASED))
 def test_models_are_made_in_the_shape_of_released_ones(name):
     values = released_config(name)
     made = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     assert read_shape(made.to_dict()) == read_shape(RELEASED[name])
-    width = read_shape(RELEASED[name]).text.head_width
-    assert 2 * sum(made.text_config.rope_parameters["mrope_section"]) == width
+    rope = made.text_config.rope_parameters
+    width = read_shape(RELEASED[name]).text.head_width * rope.get("partial_rotary_factor", 1)
+    assert 2 * sum(rope["mrope_section"]) == width
 
 
 def test_a_model_of_another_kind_is_refused():
@@ -497,6 +517,28 @@ def test_a_base_in_fp8_takes_a_byte_a_weight_and_less_time_where_the_card_has_fp
         plan(("num_gpus", 2), ("config_file", "zero3"), load_in_4bit=False, load_in_fp8=True)
 
 
+def test_what_the_package_refuses_of_experts_is_not_planned():
+    sparse = {"model_name_or_path": "Qwen/Qwen3-VL-30B-A3B-Instruct", "load_in_4bit": False}
+    for name in ("load_in_8bit", "load_in_fp8"):
+        with pytest.raises(UserError, match=f"{name} does not reach experts"):
+            plan(**sparse, **{name: True})
+    with pytest.raises(UserError, match="this model has none; use language"):
+        plan(lora_scope="experts", lora_target_modules="null")
+
+
+def test_adapters_on_experts_take_what_the_recipes_tell():
+    """With gradients and Adam's moments, in float32: 9.6 GiB at rank 16, as its comment says."""
+    recipe = REPOSITORY / "recipes/qwen3_vl_moe_qlora.yaml"
+    every, some = (
+        plan_of(PlanOptions(recipe=recipe, recipe_keys={"lora_scope": [scope], **keys}))
+        for scope, keys in (("experts", {}), ("language", {"train_router": ["true"]}))
+    )
+    assert every.training.trained_weights * 16 / 2**30 == pytest.approx(9.6, abs=0.06)
+    assert every.memory.total > some.memory.total
+    assert some.training.trained_weights - some.training.adapter_weights == 48 * 128 * 2048
+    assert not {change.text for change in changes(some)} & {"load_in_fp8: true, without load_in_4bit"}
+
+
 def test_eight_bits_are_not_sharded():
     with pytest.raises(UserError, match="cannot be sharded under fsdp2"):
         plan(("num_gpus", 2), ("config_file", "fsdp2"), load_in_4bit=False, load_in_8bit=True)
@@ -575,6 +617,35 @@ def test_a_layer_keeps_what_is_planned(name, lora):
     copies = sum(linear.inputs * linear.outputs for linear in shape.linears if linear.part == "language")
     copies = 2 * (copies if full else planned.adapter_weights / shape.text.layers)
     assert (sums[2] - sums[1] - copies) / tokens == pytest.approx(language_bytes(planned), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["Qwen3VLMoeConfig", "Qwen3_5MoeConfig"])
+@pytest.mark.parametrize(
+    "lora", [["q_proj", "v_proj"], "all-linear", "experts", None], ids=["some", "all", "experts", "full"]
+)
+def test_a_layer_with_experts_keeps_what_is_planned(name, lora):
+    """Autograd's own count, as above; routers are frozen."""
+    tokens, sums = 512, []
+    for layers in (1, 2):
+        model = language_model(name, layers, lora, layer_types=["full_attention"] * layers)
+        base = model if lora is None else model.get_base_model()
+        for router in Experts().routers(base).values():
+            router.requires_grad_(False)
+        dtype = torch.float32 if lora is None else torch.bfloat16
+        embedded = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16), kept_by_autograd(model) as kept:
+            base.model.language_model(inputs_embeds=embedded, use_cache=False)
+        sums.append(sum(size for size, _ in kept.values()))
+        shape = read_shape(base.config.to_dict())
+    full = lora is None
+    adapted = None if full else targets(shape, lora if isinstance(lora, list) else None, ("language",))
+    planned = Training(shape, bits=32 if full else 16, stored=4 if full else 2, adapted=adapted, rank=8)
+    planned = replace(planned, adapts_experts=lora == "experts")
+    linears = sum(linear.inputs * linear.outputs for linear in shape.linears if linear.part == "language")
+    copies = 2 * (linears if full else planned.adapter_weights / shape.text.layers)
+    expected = attention_bytes(planned) + experts_bytes(planned)
+    assert (sums[1] - sums[0] - copies) / tokens == pytest.approx(expected, rel=0.01)
+    assert language_bytes(planned) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
@@ -667,22 +738,27 @@ def language_model(name, layers, lora, layer_types=None, **vision_shape):
     vision = {"depth": 1, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 256}
     if name == "Qwen2VLConfig":
         vision = {"depth": 1, "embed_dim": 64, "hidden_size": 256, "num_heads": 4}
-    elif name == "Qwen3VLConfig":
+    elif name in ("Qwen3VLConfig", "Qwen3VLMoeConfig"):
         text["head_dim"] = 64
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-    elif name == "Qwen3_5Config":
+    elif name in ("Qwen3_5Config", "Qwen3_5MoeConfig"):
         text |= {"head_dim": 64, "layer_types": layer_types, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
         text |= {"linear_key_head_dim": 32, "linear_value_head_dim": 16}
         rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
         text["rope_parameters"] = {**rope, "mrope_section": [8, 4, 4], "mrope_interleaved": True}
         vision["num_position_embeddings"] = 64
+    if "Moe" in name:
+        text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+        text |= {"shared_expert_intermediate_size": 192}
     vision |= {key: value for key, value in vision_shape.items() if key in vision}
     config = getattr(transformers, name)(text_config=text, vision_config=vision)
     dtype = torch.float32 if lora is None else torch.bfloat16
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     if lora is not None:
-        names = lora if isinstance(lora, list) else r".*language_model.*_proj(_qkv|_z|_a|_b)?"
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=names))
+        names = lora if isinstance(lora, list) else r".*language_model.*(_proj(_qkv|_z|_a|_b)?|shared_expert_gate)"
+        experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")] if lora == "experts" else None
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=names, target_parameters=experts))
+        use_grouped_lora(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     return model.train()

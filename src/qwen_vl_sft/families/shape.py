@@ -1,18 +1,19 @@
-"""Read a model's dimensions from its config.json, and count its weights and FLOPs, without a training library.
+"""The dimensions of a model, and its weights and FLOPs by them, without a training library.
 
 `registry.py` imports the libraries and holds all else that differs between models; a test compares what both count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from qwen_vl_sft.errors import UserError
-
-_LINEAR = "linear_attention"
+# Fused kernels that do not fit a model's layers.
+_UNFIT = {
+    "qwen3_5": ("rms_norm", "rope"),
+    "qwen3_vl_moe": ("swiglu",),
+    "qwen3_5_moe": ("rms_norm", "rope"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,33 @@ class DeltaShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """Layers whose MLP is a mixture of experts.
+
+    Attributes:
+        layers: how many there are; the others have an MLP.
+        last: the last layer is one of them.
+        count: experts of a layer.
+        chosen: experts that a token goes through.
+        mlp: width inside an expert.
+        shared: width inside the one more expert that every token goes through; 0 for none.
+    """
+
+    layers: int
+    last: bool
+    count: int
+    chosen: int
+    mlp: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class TextShape:
     """The language model.
 
     `queries` and `keys` are widths over all heads, `head_norms` whether these are normed, `gated` whether the layer of
-    queries also makes a gate for the output; `delta` are the layers of linear attention, None for a model without.
+    queries also makes a gate for the output; `delta` are the layers of linear attention and `experts` those of a mixture,
+    None for a model without.
     """
 
     hidden: int
@@ -93,11 +116,31 @@ class TextShape:
     head_norms: bool
     gated: bool = False
     delta: DeltaShape | None = None
+    experts: ExpertsShape | None = None
 
     @property
     def full_layers(self) -> int:
         """Count the layers of full attention."""
         return self.layers - (self.delta.layers if self.delta else 0)
+
+    @property
+    def dense_layers(self) -> int:
+        """Count the layers with an MLP that every token goes through."""
+        return self.layers - (self.experts.layers if self.experts else 0)
+
+    @property
+    def expert_weights(self) -> int:
+        """Count the weights of an expert."""
+        return 3 * self.hidden * self.experts.mlp if self.experts else 0
+
+    @property
+    def behind_attention(self) -> int:
+        """Count the weights behind the last layer's attention that a token is multiplied with."""
+        experts = self.experts
+        if experts is None or not experts.last:
+            return 3 * self.hidden * self.mlp
+        shared = 3 * self.hidden * experts.shared + (self.hidden if experts.shared else 0)
+        return experts.chosen * self.expert_weights + self.hidden * experts.count + shared
 
 
 @dataclass(frozen=True)
@@ -159,9 +202,8 @@ class ModelShape:
             Linear("language", f"{attention}.v_proj", full, text.hidden, text.keys),
             Linear("language", f"{attention}.o_proj", full, text.queries, text.hidden),
             *self._delta_linears,
-            Linear("language", f"{mlp}.gate_proj", text.layers, text.hidden, text.mlp),
-            Linear("language", f"{mlp}.up_proj", text.layers, text.hidden, text.mlp),
-            Linear("language", f"{mlp}.down_proj", text.layers, text.mlp, text.hidden),
+            *_mlp_linears(mlp, text.dense_layers, text.hidden, text.mlp),
+            *self._shared_linears,
             Linear("vision", "visual.blocks.N.attn.qkv", vision.depth, vision.width, 3 * vision.width),
             Linear("vision", "visual.blocks.N.attn.proj", vision.depth, vision.width, vision.width),
             *(Linear("vision", f"visual.blocks.N.mlp.{name}", vision.depth, vision.width, vision.mlp) for name in up),
@@ -184,9 +226,29 @@ class ModelShape:
         )
 
     @property
+    def _shared_linears(self) -> tuple[Linear, ...]:
+        text, experts, name = self.text, self.text.experts, "language_model.layers.N.mlp.shared_expert"
+        if experts is None or not experts.shared:
+            return ()
+        gate = Linear("language", f"{name}_gate", experts.layers, text.hidden, 1)
+        return (*_mlp_linears(name, experts.layers, text.hidden, experts.shared), gate)
+
+    @property
+    def expert_weights(self) -> int:
+        """Count the weights of all experts of all layers, which lie in no linear layer."""
+        experts = self.text.experts
+        return experts.layers * experts.count * self.text.expert_weights if experts else 0
+
+    @property
+    def router_weights(self) -> int:
+        """Count the weights of all routers."""
+        experts = self.text.experts
+        return experts.layers * experts.count * self.text.hidden if experts else 0
+
+    @property
     def unfit_kernels(self) -> frozenset[str]:
         """Return the fused kernels that do not fit the model's layers; a test compares them with those of its family."""
-        return frozenset({"rms_norm", "rope"}) if self.model_type == "qwen3_5" else frozenset()
+        return frozenset(_UNFIT.get(self.model_type, ()))
 
     @property
     def embedding_weights(self) -> int:
@@ -220,6 +282,7 @@ class ModelShape:
             # The convolution, what the decay is made of, and the norm of a head's output.
             own = text.delta.mixed * text.delta.kernel + 2 * text.delta.heads + text.delta.value_width
             counts["language"] += text.delta.layers * own
+        counts["language"] += self.expert_weights + self.router_weights
         counts["language"] += self.embedding_weights + self.head_weights
         return counts
 
@@ -268,7 +331,11 @@ def training_flops(shape: ModelShape, work: Work, passes: Passes, packed: bool) 
     weights = dict.fromkeys(("vision", "merger", "language"), 0)
     for linear in shape.linears:
         weights[linear.part] += linear.weights
-    late = 3 * text.hidden * text.mlp if packed and not (delta and delta.last) else 0
+    if text.experts:
+        # A token goes through its experts alone, and through the router.
+        chosen = text.experts.layers * text.experts.chosen * text.expert_weights
+        weights["language"] += chosen + shape.router_weights
+    late = text.behind_attention if packed and not (delta and delta.last) else 0
     language = 2 * (weights["language"] - late) * work.tokens
     language += 2 * (shape.embedding_weights + late) * work.target_tokens
     attended = 2 * text.full_layers * text.queries * work.tokens_squared
@@ -285,200 +352,16 @@ def training_flops(shape: ModelShape, work: Work, passes: Passes, packed: bool) 
     )
 
 
+def _mlp_linears(name: str, count: int, hidden: int, mlp: int) -> tuple[Linear, ...]:
+    if not count:
+        return ()
+    return (
+        Linear("language", f"{name}.gate_proj", count, hidden, mlp),
+        Linear("language", f"{name}.up_proj", count, hidden, mlp),
+        Linear("language", f"{name}.down_proj", count, mlp, hidden),
+    )
+
+
 def _products(passes: float) -> float:
     """Return the passes of products without weights, given the passes of layers with weights."""
     return passes if passes <= 1 else 3
-
-
-def read_shape(config: Mapping[str, Any], source: str = "config.json") -> ModelShape:
-    """Read the dimensions from what a config.json holds. Raises `UserError` for a model that is not known here."""
-    kind = config.get("model_type")
-    if kind not in _VISION:
-        raise UserError(f"{source} is a {kind} model; the plan knows {', '.join(_VISION)}")
-    text: Mapping[str, Any] = {**config, **config.get("text_config", {})}
-    vision: Mapping[str, Any] = config.get("vision_config", {})
-    try:
-        found = ModelShape(kind, _text(config, text), _VISION[kind](vision))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: has no usable {error}; give the model's own config.json") from None
-    return found
-
-
-def _text(config: Mapping[str, Any], text: Mapping[str, Any]) -> TextShape:
-    hybrid = config["model_type"] == "qwen3_5"
-    third = config["model_type"] == "qwen3_vl" or hybrid
-    hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-    # Qwen3-VL's heads are as wide as its configuration says, 128 unless it does.
-    width = int(text.get("head_dim") or (128 if third else hidden // heads))
-    tied = config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-    return TextShape(
-        hidden=hidden,
-        mlp=int(text["intermediate_size"]),
-        layers=int(text["num_hidden_layers"]),
-        heads=heads,
-        head_width=width,
-        queries=heads * width,
-        keys=int(text.get("num_key_value_heads") or heads) * width,
-        vocabulary=int(text["vocab_size"]),
-        tied=bool(tied),
-        biased=bool(text.get("attention_bias", False)) if third else True,
-        head_norms=third,
-        gated=hybrid,
-        delta=_delta(text) if hybrid else None,
-    )
-
-
-def _delta(text: Mapping[str, Any]) -> DeltaShape:
-    layers, every = int(text["num_hidden_layers"]), int(text.get("full_attention_interval") or 4)
-    kinds = text.get("layer_types") or ["" if (place + 1) % every == 0 else _LINEAR for place in range(layers)]
-    key_width = int(text["linear_key_head_dim"])
-    return DeltaShape(
-        layers=sum(kind == _LINEAR for kind in kinds),
-        last=kinds[-1] == _LINEAR,
-        keys=int(text["linear_num_key_heads"]) * key_width,
-        heads=int(text["linear_num_value_heads"]),
-        key_width=key_width,
-        value_width=int(text["linear_value_head_dim"]),
-        kernel=int(text["linear_conv_kernel_dim"]),
-    )
-
-
-def _qwen2_vl(vision: Mapping[str, Any]) -> VisionShape:
-    width, depth = int(vision.get("embed_dim", 1280)), int(vision.get("depth", 32))
-    return VisionShape(
-        depth=depth,
-        width=width,
-        mlp=int(width * vision.get("mlp_ratio", 4)),
-        gated=False,
-        mergers=1,
-        full=depth,
-        window=0,
-        layer_norms=True,
-        positions=0,
-        patch_bias=False,
-        activation="quick_gelu",
-        mlp_names=("fc1", "fc2"),
-        merger_names=("mlp.0", "mlp.2"),
-        **_patches(vision, 14),
-    )
-
-
-def _qwen2_5_vl(vision: Mapping[str, Any]) -> VisionShape:
-    depth, patch = int(vision.get("depth", 32)), int(vision.get("patch_size", 14))
-    full = vision.get("fullatt_block_indexes", (7, 15, 23, 31))
-    return VisionShape(
-        depth=depth,
-        width=int(vision.get("hidden_size", 3584)),
-        mlp=int(vision.get("intermediate_size", 3420)),
-        gated=True,
-        mergers=1,
-        full=sum(index < depth for index in full),
-        window=(int(vision.get("window_size", 112)) // patch) ** 2,
-        layer_norms=False,
-        positions=0,
-        patch_bias=False,
-        activation="silu",
-        mlp_names=("gate_proj", "up_proj", "down_proj"),
-        merger_names=("mlp.0", "mlp.2"),
-        **_patches(vision, 14),
-    )
-
-
-def _qwen3_vl(vision: Mapping[str, Any]) -> VisionShape:
-    depth = int(vision.get("depth", 27))
-    deeper = vision.get("deepstack_visual_indexes", (8, 16, 24))
-    return VisionShape(
-        depth=depth,
-        width=int(vision.get("hidden_size", 1152)),
-        mlp=int(vision.get("intermediate_size", 4304)),
-        gated=False,
-        mergers=1 + len(deeper or ()),
-        full=depth,
-        window=0,
-        layer_norms=True,
-        positions=int(vision.get("num_position_embeddings", 2304)),
-        patch_bias=True,
-        activation="gelu",
-        mlp_names=("linear_fc1", "linear_fc2"),
-        merger_names=("linear_fc1", "linear_fc2"),
-        **_patches(vision, 16),
-    )
-
-
-def _qwen3_5(vision: Mapping[str, Any]) -> VisionShape:
-    """Read the tower, which is Qwen3-VL's without the features of deeper layers."""
-    return _qwen3_vl({**vision, "deepstack_visual_indexes": ()})
-
-
-def _patches(vision: Mapping[str, Any], patch: int) -> dict[str, int]:
-    patch = int(vision.get("patch_size", patch))
-    channels = int(vision.get("in_channels", 3))
-    return {
-        "pixels": channels * int(vision.get("temporal_patch_size", 2)) * patch * patch,
-        "patch": patch,
-        "merge": int(vision.get("spatial_merge_size", 2)),
-    }
-
-
-_VISION: dict[str, Callable[[Mapping[str, Any]], VisionShape]] = {
-    "qwen2_vl": _qwen2_vl,
-    "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl,
-    "qwen3_5": _qwen3_5,
-}
-
-
-def _released(
-    kind: str, hidden: int, mlp: int, layers: int, heads: int, keys: int, words: int, tied: bool, **vision: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "vocab_size": words,
-        "tie_word_embeddings": tied,
-        "vision_config": vision,
-    }
-
-
-_TOWER_2_5 = {"hidden_size": 1280}
-_LARGE_3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": (8, 16, 24)}
-_SMALL_3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": (5, 11, 17)}
-# Dimensions of released models, from their config.json on the Hub; used where that file is not on this machine.
-RELEASED: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2-VL-2B-Instruct": _released("qwen2_vl", 1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen/Qwen2-VL-7B-Instruct": _released("qwen2_vl", 3584, 18944, 28, 28, 4, 152064, False),
-    "Qwen/Qwen2-VL-72B-Instruct": _released("qwen2_vl", 8192, 29568, 80, 64, 8, 152064, False),
-    "Qwen/Qwen2.5-VL-3B-Instruct": _released("qwen2_5_vl", 2048, 11008, 36, 16, 2, 151936, True, **_TOWER_2_5),
-    "Qwen/Qwen2.5-VL-7B-Instruct": _released("qwen2_5_vl", 3584, 18944, 28, 28, 4, 152064, False, **_TOWER_2_5),
-    "Qwen/Qwen2.5-VL-32B-Instruct": _released(
-        "qwen2_5_vl", 5120, 27648, 64, 40, 8, 152064, False, intermediate_size=3456, **_TOWER_2_5
-    ),
-    "Qwen/Qwen2.5-VL-72B-Instruct": _released(
-        "qwen2_5_vl", 8192, 29568, 80, 64, 8, 152064, False, intermediate_size=3456, **_TOWER_2_5
-    ),
-    "Qwen/Qwen3-VL-2B-Instruct": _released("qwen3_vl", 2048, 6144, 28, 16, 8, 151936, True, **_SMALL_3),
-    "Qwen/Qwen3-VL-4B-Instruct": _released("qwen3_vl", 2560, 9728, 36, 32, 8, 151936, True, **_SMALL_3),
-    "Qwen/Qwen3-VL-8B-Instruct": _released("qwen3_vl", 4096, 12288, 36, 32, 8, 151936, False, **_LARGE_3),
-    "Qwen/Qwen3-VL-32B-Instruct": _released("qwen3_vl", 5120, 25600, 64, 64, 8, 151936, False, **_LARGE_3),
-}
-
-# Of a head's rotated values, those that turn with time, height and width, and how fast.
-_ROTATED: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    "qwen2_5_vl": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    "qwen3_vl": {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-}
-
-
-def released_config(name: str) -> dict[str, Any]:
-    """Return what transformers' configuration of a model of `RELEASED` takes, such as for one with random weights."""
-    text = dict(RELEASED[name])
-    kind, vision, tied = text.pop("model_type"), dict(text.pop("vision_config")), text.pop("tie_word_embeddings")
-    vision["hidden_size" if kind == "qwen2_vl" else "out_hidden_size"] = text["hidden_size"]
-    vision = {name: [*value] if isinstance(value, tuple) else value for name, value in vision.items()}
-    text["rope_parameters"] = {"rope_type": "default", **_ROTATED[kind]}
-    return {"model_type": kind, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}

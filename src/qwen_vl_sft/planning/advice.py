@@ -62,7 +62,8 @@ def _faster(plan: RunPlan) -> Iterator[Change]:
     frozen = plan.training.trained_parts <= {"language"}
     if run.packing and frozen and not run.cache_image_features and plan.recipe.get("num_train_epochs") > 1:
         yield Change("cache_image_features: bfloat16", plan.changed(cache_image_features="bfloat16"))
-    if model.use_peft and plan.card.fp8 and not model.load_in_fp8 and not plan.recipe.model.use_dora:
+    dense = plan.shape.text.experts is None
+    if model.use_peft and dense and plan.card.fp8 and not model.load_in_fp8 and not model.use_dora:
         in_fp8 = plan.changed(load_in_4bit=False, load_in_8bit=False, load_in_fp8=True)
         yield Change("load_in_fp8: true, without load_in_4bit", in_fp8, same=False)
     if model.load_in_4bit or model.load_in_8bit:

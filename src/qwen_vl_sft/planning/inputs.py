@@ -17,7 +17,9 @@ import yaml
 from huggingface_hub import get_token
 
 from qwen_vl_sft.errors import UserError, first_line, quoted
-from qwen_vl_sft.families.shape import RELEASED, ModelShape, read_shape
+from qwen_vl_sft.families.released import RELEASED
+from qwen_vl_sft.families.shape import ModelShape
+from qwen_vl_sft.families.shape_reading import read_shape
 from qwen_vl_sft.shipped_files import launch_config
 
 # A plan waits so long for the Hub.

@@ -33,6 +33,8 @@ ADAM_BYTES = 8.0
 _HALF, _SINGLE = 2, 4
 # What linear attention keeps: bytes of a value, of a key repeated for each head of values, of a head, of a token.
 _DELTA_VALUES, _DELTA_KEYS, _DELTA_HEAD, _DELTA_TOKEN = 26, 37, 930, 20
+# Bytes of each of a token's experts: its number, its places before and after sorting, its weight in both precisions.
+_ROUTED = 38
 # The head is computed in tiles of so many tokens and words (TRL's chunked_logprob).
 _TILE = (4096, 8192)
 
@@ -49,6 +51,8 @@ class Training:
         stored: bytes of every other weight of the base.
         mixed: layers compute in half precision, whatever their weights are stored in.
         adapted: the layers with LoRA; None when the model's own weights train.
+        adapts_experts: every expert has LoRA too.
+        train_router: what chooses the experts trains, in full.
         rank: of LoRA.
         dropout: on the adapter's input.
         in_full: weights trained beside the adapter.
@@ -70,6 +74,8 @@ class Training:
     stored: int = _HALF
     mixed: bool = True
     adapted: tuple[Linear, ...] | None = ()
+    adapts_experts: bool = False
+    train_router: bool = False
     rank: int = 16
     dropout: bool = False
     in_full: int = 0
@@ -93,20 +99,32 @@ class Training:
     @cached_property
     def adapter_weights(self) -> int:
         """Count the weights of LoRA."""
-        return sum(linear.count * self.rank * (linear.inputs + linear.outputs) for linear in self.adapted or ())
+        layers = sum(linear.count * self.rank * (linear.inputs + linear.outputs) for linear in self.adapted or ())
+        return layers + self.expert_adapter_weights
+
+    @property
+    def expert_adapter_weights(self) -> int:
+        """Count the weights of LoRA on experts: a pair for the product that widens, one for that which narrows."""
+        text, experts = self.shape.text, self.shape.text.experts
+        if experts is None or not self.adapts_experts:
+            return 0
+        return experts.layers * experts.count * self.rank * (2 * text.hidden + 3 * experts.mlp)
 
     @property
     def quantized_weights(self) -> int:
-        """Return the number of linear weights that are held in `bits`."""
-        return sum(entry.weights for entry in self.shape.linears if not self.fp8 or entry.part == "language")
+        """Return the number of weights of linear layers and experts that are held in `bits`."""
+        layers = sum(entry.weights for entry in self.shape.linears if not self.fp8 or entry.part == "language")
+        return layers + self.shape.expert_weights
 
     @property
     def trained_weights(self) -> int:
         """Count all weights that train."""
+        routers = self.shape.router_weights if self.train_router else 0
         if self.adapted is not None:
-            return self.adapter_weights + self.in_full
+            return self.adapter_weights + self.in_full + routers
         counts = self.shape.parameters
-        return sum(count for part, count in counts.items() if part in self.trained_parts)
+        trained = sum(count for part, count in counts.items() if part in self.trained_parts)
+        return trained - self.shape.router_weights + routers
 
     @property
     def blocks(self) -> int:
@@ -209,7 +227,7 @@ def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> Memor
     towers, layers = min(checkpointed, depth), max(0, checkpointed - depth)
     static = _static(training)
     kept = language_bytes(training) * batch.tokens
-    last = _last_layer_bytes(training) * batch.tokens + mlp_bytes(training) * batch.target_tokens
+    last = _last_layer_bytes(training) * batch.tokens + _last_behind_bytes(training) * batch.target_tokens
     stream = text.hidden * training.stream * batch.tokens
     repeated = 2 * text.keys * training.computed * batch.tokens * batch.repeated_keys
     whole = kept + repeated
@@ -218,7 +236,7 @@ def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> Memor
         layers * stream + max(text.layers - 1 - layers, 0) * whole + (0 if layers == text.layers else last + repeated)
     )
     # The widest moment of a layer's backward pass: its MLP's gradient beside a few of the stream's width.
-    moment = (text.mlp * training.computed + 3 * text.hidden * training.stream) * batch.tokens
+    moment = (_moment_width(training) * training.computed + 3 * text.hidden * training.stream) * batch.tokens
     activations = saved + (_widest_layer_bytes(training) * batch.tokens + repeated if layers else 0.0) + moment
     seen, seeing = _vision(training, batch, towers)
     tile = min(batch.target_tokens, _TILE[0]) * min(text.vocabulary, _TILE[1]) * _HALF
@@ -269,13 +287,24 @@ def language_bytes(training: Training) -> float:
     text = training.shape.text
     share = text.full_layers / text.layers
     linear = delta_bytes(training) if text.delta else 0.0
-    return share * attention_bytes(training) + (1 - share) * linear + mlp_bytes(training)
+    dense = text.dense_layers / text.layers
+    behind = (dense * mlp_bytes(training) if dense else 0.0) + (1 - dense) * experts_bytes(training)
+    return share * attention_bytes(training) + (1 - share) * linear + behind
 
 
 def _widest_layer_bytes(training: Training) -> float:
     """Return the bytes a token of the layer that keeps most, once it is computed again."""
     linear = delta_bytes(training) if training.shape.text.delta else 0.0
-    return max(attention_bytes(training), linear) + mlp_bytes(training)
+    dense = mlp_bytes(training) if training.shape.text.dense_layers else 0.0
+    return max(attention_bytes(training), linear) + max(dense, experts_bytes(training))
+
+
+def _moment_width(training: Training) -> float:
+    """Return the values a token of the widest gradients inside what stands behind a layer's attention."""
+    text, experts = training.shape.text, training.shape.text.experts
+    dense = text.mlp if text.dense_layers else 0
+    # A token is there once for each of its experts: as it goes in, as it comes out, and in its old place.
+    return max(dense, 3 * experts.chosen * text.hidden) if experts else dense
 
 
 def delta_bytes(training: Training) -> float:
@@ -320,23 +349,60 @@ def attention_bytes(training: Training) -> float:
 
 
 def mlp_bytes(training: Training) -> float:
-    """Return the bytes a token that a layer's MLP keeps."""
+    """Return the bytes a token that a layer's norm and MLP keep."""
+    text = training.shape.text
+    return _norm_bytes(training, text.hidden) + _gated_bytes(training, text.mlp)
+
+
+def _gated_bytes(training: Training, mlp: int) -> float:
+    """Return the bytes a token that a gated MLP of some width keeps."""
     text, wide, half = training.shape.text, training.stream, training.computed
-    kept = float(_norm_bytes(training, text.hidden))
-    kept += (2 if "swiglu" in training.kernels else 3) * text.mlp * half
-    down = _adapter_bytes(training, ("down_proj",), text.mlp, kept_anyway=False)
+    kept = float((2 if "swiglu" in training.kernels else 3) * mlp * half)
+    down = _adapter_bytes(training, ("down_proj",), mlp, kept_anyway=False)
     if training.full:
         kept += text.hidden * half * (2 if wide > half else 1)
-        down = text.mlp * half
-    return kept + _adapter_bytes(training, ("gate_proj", "up_proj"), text.hidden) + down
+        down = mlp * half
+    return kept + _adapter_bytes(training, ("gate_proj", "up_proj", "shared_expert_gate"), text.hidden) + down
+
+
+def experts_bytes(training: Training) -> float:
+    """Return the bytes a token that a layer's norm, router and experts keep; 0 for a model without experts.
+
+    A token is there once for each of its experts: between its expert's products, and as it comes out, for the gradient
+    of what it is weighed with.
+    """
+    text, experts, half = training.shape.text, training.shape.text.experts, training.computed
+    if experts is None:
+        return 0.0
+    # Autocast leaves their products in the precision of what goes in.
+    chosen, value = experts.chosen, training.stream
+    # The router's probabilities; the numbers of the chosen, their places before and after sorting, their weights.
+    kept = float(_norm_bytes(training, text.hidden)) + _SINGLE * experts.count + _ROUTED * chosen
+    kept += chosen * (3 * experts.mlp + text.hidden) * value
+    if training.full or training.adapts_experts:
+        kept += chosen * (text.hidden + experts.mlp) * value
+    if training.adapts_experts:
+        kept += chosen * 2 * training.rank * half
+    if training.train_router:
+        kept += text.hidden * half
+    if experts.shared:
+        # What its gate multiplies, and the gate.
+        kept += _gated_bytes(training, experts.shared) + text.hidden * half + 2 * half
+    return kept
+
+
+def _last_behind_bytes(training: Training) -> float:
+    """Return the bytes a token of what stands behind the last layer's attention."""
+    experts = training.shape.text.experts
+    return experts_bytes(training) if experts and experts.last else mlp_bytes(training)
 
 
 def _last_layer_bytes(training: Training) -> float:
     """Return the bytes a token that the last layer keeps: without an MLP where rows are packed."""
     delta = training.shape.text.delta
     if delta and delta.last:
-        return delta_bytes(training) + mlp_bytes(training)
-    return attention_bytes(training) + (0.0 if training.packing else mlp_bytes(training))
+        return delta_bytes(training) + _last_behind_bytes(training)
+    return attention_bytes(training) + (0.0 if training.packing else _last_behind_bytes(training))
 
 
 def _norm_bytes(training: Training, width: int, dtype: int | None = None) -> int:
@@ -439,8 +505,11 @@ def _trained_bytes(training: Training, count: int) -> tuple[float, float, float]
 
 def _cached_bytes(training: Training) -> float:
     """Return the bytes of copies of weights: unpacked ones for a product, half-precision ones of autocast."""
+    text, experts = training.shape.text, training.shape.text.experts
     largest = max(linear.inputs * linear.outputs for linear in training.shape.linears)
-    unpacked = largest * training.computed if training.bits in (4, 8) else 0.0
+    # The experts of a layer are unpacked together, for the product that widens.
+    stack = 2 * experts.count * experts.mlp * text.hidden if experts else 0
+    unpacked = max(largest, stack) * training.computed if training.bits in (4, 8) else 0.0
     copies = 0.0
     if training.mixed and training.strategy in ("single", "ddp"):
         copies = training.trained_weights * _HALF
@@ -452,7 +521,8 @@ def _buffer_bytes(training: Training, base: float) -> float:
     if training.strategy not in ("zero3", "fsdp2") or training.processes == 1:
         return 0.0
     shape = training.shape
-    layer = sum(entry.weights for entry in shape.linears if entry.part == "language") / shape.text.layers
+    layers = sum(entry.weights for entry in shape.linears if entry.part == "language") + shape.expert_weights
+    layer = layers / shape.text.layers
     dtype = {4: NF4_NESTED_BYTES, 8: 1.0}.get(training.bits, float(_HALF if training.mixed else training.stored))
     ends = (shape.embedding_weights + shape.head_weights) * (_HALF if training.mixed else training.stored)
     # FSDP2 keeps both ends gathered; of DeepSpeed's live weights about so much was measured.

@@ -118,6 +118,11 @@ def _notes(plan: RunPlan) -> list[str]:
         notes.append(f"a row of {plan.rows.longest:,} tokens is longer than tokens_per_batch")
     if plan.recipe.get("activation_offloading"):
         notes.append("activation_offloading is not counted: activations take less, and steps longer")
+    if plan.shape.text.experts:
+        notes.append(
+            "experts: an even load; their time is that of the experts a token goes through, at a share of the card's rate"
+            " that was fitted to one run of 8 layers"
+        )
     if plan.shape.text.delta:
         notes.append("linear attention runs in PyTorch's operations, which take longer on a GPU than the plan says")
     return [line for note in notes for line in _wrapped("note", note)]

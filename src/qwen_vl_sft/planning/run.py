@@ -78,6 +78,8 @@ class RunPlan:
             stored=4 if model.dtype == "float32" else 2,
             mixed=bool(recipe.mixed_precision),
             adapted=adapted,
+            adapts_experts=model.use_peft and model.lora_scope == "experts",
+            train_router=model.train_router,
             rank=model.lora_r,
             dropout=model.lora_dropout > 0,
             in_full=self._in_full(),
@@ -276,9 +278,15 @@ class RunPlan:
 
 def check_launch(plan: RunPlan) -> None:
     """Raise `UserError` for what the package refuses and a plan must not promise."""
-    if plan.recipe.model.load_in_8bit and plan.launch.strategy in ("zero3", "fsdp2"):
+    model, experts = plan.recipe.model, plan.shape.text.experts
+    if model.load_in_8bit and plan.launch.strategy in ("zero3", "fsdp2"):
         raise UserError(f"load_in_8bit: 8-bit weights cannot be sharded under {plan.launch.strategy}; use ddp")
-    if plan.recipe.model.load_in_fp8 and plan.launch.strategy == "zero3":
+    if model.load_in_fp8 and plan.launch.strategy == "zero3":
         raise UserError("load_in_fp8: FP8 weights cannot be split by zero3; use fsdp2, zero2 or ddp")
-    if plan.recipe.model.load_in_fp8 is True and not plan.card.fp8:
+    if model.load_in_fp8 is True and not plan.card.fp8:
         raise UserError(f"load_in_fp8: {plan.card.name} has no products in FP8; use load_in_4bit, or a base in 16 bits")
+    for name in ("load_in_8bit", "load_in_fp8") if experts else ():
+        if getattr(model, name):
+            raise UserError(f"{name} does not reach experts, most of the model's weights; use load_in_4bit")
+    if model.lora_scope == "experts" and not experts:
+        raise UserError("lora_scope: experts is for mixtures of experts, and this model has none; use language")

@@ -1,7 +1,8 @@
 """Measure runs that plans are compared with: memory and step time by model, method, budget, checkpointing and sharing.
 
 A model is loaded once for each method, as `gradient_checkpointing: auto` loads it; how many of its layers are
-checkpointed, the budget and sharing then change from run to run.
+checkpointed, the budget, sharing and the allocator's segments then change from run to run. A run ends when its steps
+have settled, and the last of them count.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,19 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import UserError, first_line
-from qwen_vl_sft.families.shape import released_config
+from qwen_vl_sft.families.released import released_config
 from qwen_vl_sft.modeling.attention_kernels import SDPA
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.model_rules import LORA_KEYS
 from qwen_vl_sft.planning import rows as row_sizes
+from qwen_vl_sft.planning.cards import CARDS, card_of_device
+from qwen_vl_sft.planning.inputs import Launch, find_shape
 from qwen_vl_sft.planning.options import CheckPlanOptions
-from qwen_vl_sft.tools.benchmark import ALL_PROJECTIONS, KERNELS, PACKED, RARELY, train_timed
+from qwen_vl_sft.planning.run import RunPlan
+from qwen_vl_sft.tools.benchmark import ALL_PROJECTIONS, KERNELS, PACKED, RARELY, watched_fetching
 from qwen_vl_sft.tools.measuring import TRAINING_ALONE, machine_facts
 from qwen_vl_sft.tools.random_model import make_random_model
+from qwen_vl_sft.tools.settled_steps import ALIKE, WORK, Steps, counting, have_settled
 from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.memory import MemoryProbe, all_layers
 from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data, with_train_rows
@@ -53,32 +57,49 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs between runs of one model and method."""
+    """What differs between runs of one model and method; `expandable` are the segments of PyTorch's allocator."""
 
     tokens_per_batch: int
     share_prefixes: bool = False
     checkpointed: bool = False
+    expandable: bool = False
 
     @property
     def about(self) -> str:
         """Return it in words."""
         words = [f"{'shared' if self.share_prefixes else 'packed'} {self.tokens_per_batch:,}"]
-        return ", ".join(words + ["checkpointed"] * self.checkpointed)
+        words += ["checkpointed"] * self.checkpointed
+        return ", ".join(words + ["expandable segments"] * self.expandable)
 
 
 # A step of ChartQA's rows is one micro-batch of about 11,000 tokens, one of fewer, or three of the smaller budget.
-SETTINGS = (Setting(16384), Setting(16384, checkpointed=True), Setting(16384, share_prefixes=True), Setting(4096))
-# The most telling ones first: a run that is cut off has these.
-GROUPS: tuple[tuple[str, str], ...] = (
-    ("Qwen/Qwen2-VL-7B-Instruct", "QLoRA"),
-    ("Qwen/Qwen2.5-VL-7B-Instruct", "QLoRA"),
-    ("Qwen/Qwen2-VL-2B-Instruct", "full"),
-    ("Qwen/Qwen2-VL-7B-Instruct", "LoRA"),
-    ("Qwen/Qwen2-VL-2B-Instruct", "QLoRA"),
-    ("Qwen/Qwen2.5-VL-7B-Instruct", "LoRA"),
-    ("Qwen/Qwen2-VL-2B-Instruct", "LoRA"),
-    ("Qwen/Qwen3-VL-8B-Instruct", "QLoRA"),
-    ("Qwen/Qwen3-VL-8B-Instruct", "LoRA"),
+WIDE, EXPANDABLE = Setting(16384), Setting(16384, expandable=True)
+CHECKPOINTED, SHARED, NARROW = Setting(16384, checkpointed=True), Setting(16384, share_prefixes=True), Setting(4096)
+SETTINGS = (WIDE, CHECKPOINTED, SHARED, NARROW)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one model and method, which is loaded once for them."""
+
+    model: str
+    method: str
+    settings: tuple[Setting, ...] = SETTINGS
+
+
+# The most telling ones first: a run that is cut off has these. The first 14 runs have each model's size, method, budget,
+# checkpointing and sharing.
+GROUPS: tuple[Group, ...] = (
+    Group("Qwen/Qwen2-VL-2B-Instruct", "full", (WIDE, EXPANDABLE, CHECKPOINTED, SHARED, NARROW)),
+    Group("Qwen/Qwen3-VL-2B-Instruct", "LoRA"),
+    Group("Qwen/Qwen2-VL-7B-Instruct", "QLoRA", (WIDE, EXPANDABLE, CHECKPOINTED, SHARED, NARROW)),
+    Group("Qwen/Qwen2-VL-7B-Instruct", "LoRA"),
+    Group("Qwen/Qwen3-VL-8B-Instruct", "QLoRA"),
+    Group("Qwen/Qwen2-VL-2B-Instruct", "QLoRA"),
+    Group("Qwen/Qwen2.5-VL-7B-Instruct", "QLoRA"),
+    Group("Qwen/Qwen3-VL-8B-Instruct", "LoRA"),
+    Group("Qwen/Qwen2-VL-2B-Instruct", "LoRA"),
+    Group("Qwen/Qwen2.5-VL-7B-Instruct", "LoRA"),
 )
 
 
@@ -95,17 +116,6 @@ class Checkpointed(TrainerCallback):
             layer.gradient_checkpointing = place < self.count
 
 
-class StepEnds(TrainerCallback):
-    """Keeps the moment of each step's end; the norm of the gradient has waited for the device by then."""
-
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep it."""
-        self.moments.append(time.perf_counter())
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A trainer of one model and method on the data, and the bytes that others hold on the GPU."""
@@ -116,11 +126,7 @@ class Prepared:
     others: int
 
 
-def measure_points(
-    options: CheckPlanOptions,
-    groups: Sequence[tuple[str, str]] = GROUPS,
-    settings: Sequence[Setting] = SETTINGS,
-) -> bool:
+def measure_points(options: CheckPlanOptions, groups: Sequence[Group] = GROUPS) -> bool:
     """Measure all runs on this machine, and write those that are done into `options.measure` after each.
 
     Returns whether plans can be compared with them: on a CPU nothing tells the memory.
@@ -138,14 +144,15 @@ def measure_points(
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "keys_of_all": KEYS,
         "keys": keys,
-        "steps": {"warmup": options.warmup, "timed": options.steps},
+        "steps": {"warmup": options.warmup, "counted": options.steps, "most": options.most_steps, "alike": ALIKE},
         **machine_facts(),
         "row_sizes": {},
         "failed": {},
         "points": [],
     }
-    groups = [(model, method) for model, method in groups if _wanted(options, model, method)]
-    for number, (model, method) in enumerate(groups):
+    groups = [group for group in groups if _wanted(options, group)]
+    for number, group in enumerate(groups):
+        model, method = group.model, group.method
         if time.monotonic() - began > options.seconds:
             break
         with _failures_told(stored, f"{model}, {method}", options.measure):
@@ -153,25 +160,25 @@ def measure_points(
             prepared = _prepare(folder, method, options, keys)
             assert isinstance(prepared.data.train, Scan)
             stored["row_sizes"].setdefault(model, asdict(row_sizes.measured(prepared.data.train.lengths)))
-            for setting in settings:
+            for setting in group.settings:
                 name = f"{model}, {method}, {setting.about}"
                 if time.monotonic() - began < options.seconds:
                     with _failures_told(stored, name, options.measure):
-                        point = _measure(prepared, setting, options.warmup, options.steps)
+                        point = _measure(prepared, setting, options)
                         stored["points"].append({"about": setting.about, "model": model, "method": method, **point})
                         print(f"{time.monotonic() - began:4.0f} s  {name}: {_told(point)}", flush=True)
             del prepared
         _forget()
-        if model not in {later for later, _ in groups[number + 1 :]}:
+        if model not in {later.model for later in groups[number + 1 :]}:
             shutil.rmtree(options.model_dir / model.replace("/", "--"), ignore_errors=True)
     return torch.cuda.is_available()
 
 
-def _wanted(options: CheckPlanOptions, model: str, method: str) -> bool:
+def _wanted(options: CheckPlanOptions, group: Group) -> bool:
     """Return whether a group is asked for. Its model is named in full, or by its name between owner and -Instruct."""
-    names = {model, model.removeprefix("Qwen/").removesuffix("-Instruct")}
+    names = {group.model, group.model.removeprefix("Qwen/").removesuffix("-Instruct")}
     return (not options.models or bool(names & set(options.models))) and (
-        not options.methods or method in options.methods
+        not options.methods or group.method in options.methods
     )
 
 
@@ -228,25 +235,29 @@ def _prepare(folder: Path, method: str, options: CheckPlanOptions, keys: Mapping
     return Prepared(run, data, trainer, before)
 
 
-def _measure(prepared: Prepared, setting: Setting, warmup: int, counted: int) -> dict[str, Any]:
-    """Train some steps, and return what they took with the sizes of what they computed."""
+def _measure(prepared: Prepared, setting: Setting, options: CheckPlanOptions) -> dict[str, Any]:
+    """Train until steps have settled, and return what they took with the sizes of what they computed."""
     run, data, trainer, cuda = prepared.run, prepared.data, prepared.trainer, torch.cuda.is_available()
     plan = data.step_plan
     assert plan is not None, "rows are packed"
     plan = StepPlan(plan.sizes, plan.batch, setting.tokens_per_batch, plan.processes, plan.seed, setting.share_prefixes)
     layers = Checkpointed(trainer, setting.checkpointed)
     trainer._sampler.plan = plan
-    ends = StepEnds()
-    for callback in (layers, ends):
-        trainer.add_callback(callback)
-    timed = train_timed(trainer, counted, warmup)
-    for callback in (layers, ends):
-        trainer.remove_callback(callback)
-    trainer.end_workers()
-    steps = timed.fetched.steps
-    settled = _settled(warmup, len(steps), len(plan))
-    work = [sum(steps[number], BatchStats()) for number in settled]
-    found: dict[str, Any] = {
+    trainer.args.max_steps = options.most_steps
+    with _segments(setting.expandable), watched_fetching(trainer) as fetched:
+        steps = Steps(fetched, _planned(run), layers.count, len(plan), options.warmup, options.steps)
+        for callback in (layers, steps):
+            trainer.add_callback(callback)
+        trainer.train()
+        for callback in (layers, steps):
+            trainer.remove_callback(callback)
+        trainer.end_workers()
+        memory = _memory(prepared.others) if cuda else {}
+    done, last = steps.done, counting(steps.done, options.warmup, options.steps)
+    work = [sum(fetched.steps[number], BatchStats()) for number in last]
+    seconds = statistics.fmean(done[number].seconds for number in last)
+    rows = statistics.fmean(one.rows for one in work)
+    return {
         "keys": _stored_keys(run, setting),
         "strategy": "single",
         "processes": 1,
@@ -254,32 +265,50 @@ def _measure(prepared: Prepared, setting: Setting, warmup: int, counted: int) ->
         "attention": "PyTorch" if run.chosen.attention == SDPA else run.chosen.attention,
         "last_mlp_spared": True,
         # Of all steps: the one that needs most memory depends on what trains.
-        "batches": [[batch.tokens, batch.target_tokens, batch.patches] for step in steps for batch in step],
-        "rows": statistics.fmean(one.rows for one in work),
-        "step": [statistics.fmean(getattr(one, name) for one in work) for name in _STEP],
-        "micro_batches": statistics.fmean(len(steps[number]) for number in settled),
-        "seconds": statistics.fmean(ends.moments[number] - ends.moments[number - 1] for number in settled),
-        "settled": settled,
-        "waited": (timed.ended.waited - timed.began.waited) / counted,
+        "batches": [[batch.tokens, batch.target_tokens, batch.patches] for step in fetched.steps for batch in step],
+        "rows": rows,
+        "step": [statistics.fmean(getattr(one, name) for one in work) for name in WORK],
+        "micro_batches": statistics.fmean(len(fetched.steps[number]) for number in last),
+        "seconds": seconds,
+        "settled": have_settled(done, options.warmup, options.steps),
+        "counted": last,
+        "waited": statistics.fmean(done[number].waited for number in last),
+        "each_step": [
+            {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(step).items()}
+            for step in done
+        ],
+        "rows_per_second": rows / seconds,
+        **memory,
     }
-    found["each_step"] = [round(end - begin, 4) for begin, end in pairwise(ends.moments)]
-    found["rows_per_second"] = found["rows"] / found["seconds"]
-    if cuda:
-        found["gib"] = (torch.cuda.max_memory_allocated() - prepared.others) / 2**30
-        found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    return found
 
 
-def _settled(warmup: int, steps: int, epoch: int) -> list[int]:
-    """Return the numbers of the steps whose time counts, from 0: after the warm-up, but those that begin an epoch.
+def _planned(run: Run) -> RunPlan:
+    """Return the plan of a run on this GPU; on one that is not known, and on a CPU, that on an H200."""
+    card = card_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    shape = find_shape(str(run.recipe.model.model_name_or_path))
+    flash = run.chosen.attention != SDPA
+    return RunPlan(run.recipe, shape, row_sizes.ASSUMED, card or CARDS["h200"], Launch("single", 1), flash)
 
-    There the workers are started anew, and the first batch is waited for. Where no step is left, all count.
-    """
-    after = range(warmup, steps)
-    return [number for number in after if number % epoch] or list(after)
+
+@contextlib.contextmanager
+def _segments(expandable: bool) -> Iterator[None]:
+    """Have PyTorch's allocator take memory in segments that grow, from no cached memory on."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{expandable}")
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
-_STEP = ("tokens", "tokens_squared", "target_tokens", "patches", "patches_squared")
+def _memory(others: int) -> dict[str, float]:
+    """Return the peaks of memory in use, without what others hold, and of memory that the allocator had."""
+    gib = (torch.cuda.max_memory_allocated() - others) / 2**30
+    return {"gib": gib, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
 
 
 def _stored_keys(run: Run, setting: Setting) -> dict[str, Any]:
@@ -291,7 +320,8 @@ def _stored_keys(run: Run, setting: Setting) -> dict[str, Any]:
 
 def _told(point: Mapping[str, Any]) -> str:
     memory = f"{point['gib']:.2f} GiB ({point['reserved_gib']:.2f} reserved), " if "gib" in point else ""
-    return f"{memory}{point['seconds']:.3f} s a step, {point['waited']:.3f} of them waiting for data"
+    settled = f"settled after {len(point['each_step'])}" if point["settled"] else "not settled"
+    return f"{memory}{point['seconds']:.3f} s a step and {point['waited']:.3f} waiting for data, {settled}"
 
 
 def _forget() -> None:

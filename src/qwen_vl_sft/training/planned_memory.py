@@ -8,7 +8,7 @@ import torch
 
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families.shape import read_shape
+from qwen_vl_sft.families.shape_reading import read_shape
 from qwen_vl_sft.modeling.attention_kernels import SDPA
 from qwen_vl_sft.modeling.base_model import load_config
 from qwen_vl_sft.planning.cards import Card, card_of_device
