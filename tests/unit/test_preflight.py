@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fixtures.repository import REPOSITORY
 from qwen_vl_sft.diagnosis.machine import Machine
 from qwen_vl_sft.preflight import leftovers
 from qwen_vl_sft.preflight.leftovers import remove_leftovers
@@ -220,3 +222,53 @@ def test_places_of_processes():
     # A shell that salloc has started is in no step.
     alone = place_of({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}, "host", ())
     assert (alone.rank, alone.processes) == (0, 1)
+
+
+STUBS = {
+    # The check finds that a node fails, and writes its verdict as the real one does.
+    "srun": """for word in "$@"; do
+        [ "$before" != --verdict ] || printf "exclude n2\\n\\n" > "$word"
+        before=$word
+    done
+    exit 1""",
+    "scontrol": """echo "$*" >> asked
+    case "$*" in
+        "show hostnames"*) printf "n1\\nn2\\n" ;;
+        "show job"*) echo ExcNodeList=n7 ;;
+    esac""",
+    "python": "echo 23456",
+}
+
+
+@pytest.mark.parametrize("times", range(4))
+def test_nodes_are_left_out_three_times_and_then_the_job_fails(times, tmp_path):
+    """The job script itself, with programs of Slurm's names that note what they are asked for."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in STUBS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{script}\n")
+        (programs / name).chmod(0o755)
+    before = [f"n{number + 3}" for number in range(times)]
+    (tmp_path / "logs/7").mkdir(parents=True)
+    (tmp_path / "logs/7/excluded").write_text("".join(f"{node}\n" for node in before))
+    slurm = {
+        "JOB_ID": "7",
+        "JOB_NUM_NODES": "2",
+        "JOB_NODELIST": "n[1-2]",
+        "CPUS_PER_TASK": "1",
+        "RESTART_COUNT": str(times),
+    }
+    env = {f"SLURM_{name}": value for name, value in slurm.items()} | {"PROCESSES_PER_NODE": "1", "HOME": str(tmp_path)}
+    env["PATH"] = f"{programs}:/usr/bin:/bin"
+    script = REPOSITORY / "slurm/sft.sbatch"
+    ended = subprocess.run(["bash", script, "--lora_r", "8"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    excluded = (tmp_path / "logs/7/excluded").read_text().split()
+    if times < 3:
+        assert (ended.returncode, excluded) == (0, [*before, "n2"]), ended.stderr
+        assert "left out: n2" in ended.stdout
+        assert asked[-3:] == ["requeuehold 7", "update JobId=7 ExcNodeList=n7,n2", "release 7"]
+    else:
+        assert (ended.returncode, excluded) == (1, before)
+        assert "nodes were left out three times, and again some fail: n2" in ended.stderr
+        assert not any("requeue" in words for words in asked)
