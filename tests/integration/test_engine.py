@@ -1,6 +1,7 @@
 """The engine's answers are those of transformers' `generate` one prompt at a time, whatever else it answers meanwhile."""
 
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +201,48 @@ def test_several_rows_share_the_slots_of_what_they_begin_with(tiny, rows_at_once
     assert shared > 16
     assert held == sum(lengths) - (rows_at_once - 1) * shared + rows_at_once * 3
     assert engine.cache.free == engine.cache.slots, "a stream that is closed early gives everything back"
+
+
+def test_what_all_prompts_begin_with_is_computed_once(tiny, monkeypatch):
+    model = tiny[0]
+    encoder = Encoder(tiny[1].processor, system_message="Answer in one word, and look closely at every bar.")
+    seen, compute = [], engine_module.pack
+    monkeypatch.setattr(engine_module, "pack", lambda pieces: seen.extend(pieces) or compute(pieces))
+    other = Encoder(tiny[1].processor, system_message="A message of its own.")
+    encoders = [other if number == 6 else encoder for number in range(len(ASKED))]
+    engine = Engine(model, encoder, 3, rows=4)
+    found = {}
+    for done in engine.answers(lambda number, read: encoders[number].encode_prompt(ASKED[number], read), UNITS):
+        found.update(done)
+    for number in (1, 3, 6):
+        assert found[number] == alone(model, encoder, encoders[number].encode_prompt(ASKED[number]), 3)
+    prompts = {piece.prompt.number: piece.prompt.row for piece in seen}
+    image = encoder.processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    length = prompts[1].input_ids.tolist().index(image) + 1
+    heads = [piece for piece in seen if not piece.start and not piece.answers]
+    assert [len(piece) for piece in heads] == [length], "the head is computed once"
+    begun = {piece.prompt.number: piece.start for piece in seen if piece.answers}
+    assert begun[1] == length
+    assert begun[0] > length, "after the image, which rows share"
+    assert begun[3] == length - 1, "text without an image begins with the message too"
+    assert 0 < begun[6] < 6, "another message has the opening of the turn in common"
+    assert engine.cache.free == engine.cache.slots
+
+
+def test_the_head_makes_room_for_a_row_that_needs_it(tiny):
+    model = tiny[0]
+    encoder = Encoder(tiny[1].processor, system_message="Look closely. " * 4)
+    plain = Encoder(tiny[1].processor, system_message=None)
+    rows = [encoder.encode_prompt(ASKED[1]), plain.encode_prompt(ASKED[3])]
+    # Its first token is another one, so that nothing is in common.
+    rows[1] = replace(rows[1], input_ids=torch.cat([rows[1].input_ids[1:2], rows[1].input_ids[1:]]))
+    slots = max(len(row.input_ids) for row in rows) + 2
+    engine = Engine(model, encoder, 3, rows=2, slots=slots)
+    found = {}
+    for done in engine.answers(lambda number, read: rows[number], [[0], [1]]):
+        found.update(done)
+    assert [found[number] for number in (0, 1)] == [alone(model, encoder, row, 3) for row in rows]
+    assert engine.cache.free == slots
 
 
 def test_the_tower_sees_each_image_once(tiny, monkeypatch):

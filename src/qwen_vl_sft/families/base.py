@@ -196,7 +196,7 @@ class StateStep:
     Attributes:
         lengths: tokens of each piece of packed prompts, in the order of the sequence.
         begins: for each piece the slot that it goes on from, None for one that begins a prompt.
-        ends: for each piece the slot that it leaves its state in. Pieces that begin a prompt are computed first.
+        ends: for each piece the slot that it leaves its state in. A piece stands behind the one that it goes on from.
         slots: [B] int64, where one token of each of B rows is computed instead: the slots that these go on from and leave.
     """
 

@@ -56,16 +56,12 @@ class DeltaStates:
                     layer.forward = forward
 
     def _read(self, layer: Any, step: StateStep, /, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Compute the pieces of packed prompts: those that begin from nothing, then those that go on from a slot."""
+        """Compute the pieces of packed prompts, each after the one that it goes on from."""
         inputs, states = self._inputs[layer], self._states[layer]
         projected, *gates = _projected(layer, hidden_states)
         parts = [tensor.split(list(step.lengths)) for tensor in (projected, *gates)]
         outputs: dict[int, torch.Tensor] = {}
-        from_nothing = [number for number, begin in enumerate(step.begins) if begin is None]
-        from_slots = [number for number, begin in enumerate(step.begins) if begin is not None]
-        for numbers in (from_nothing, from_slots):
-            if not numbers:
-                continue
+        for numbers in _in_order(step):
             begins = [step.begins[number] for number in numbers]
             ends = torch.tensor([step.ends[number] for number in numbers], device=inputs.device)
             if begins[0] is None:
@@ -109,6 +105,17 @@ class DeltaStates:
         )
         states.index_copy_(0, step.slots, last.to(states.dtype))
         return _finished(layer, hidden_states, out[:, 0])
+
+
+def _in_order(step: StateStep) -> list[list[int]]:
+    """Return the numbers of pieces that can be computed together, in order: those that begin from nothing stand alone."""
+    depths: dict[int, int] = {}
+    rounds: dict[int, list[int]] = {}
+    for number, (begin, end) in enumerate(zip(step.begins, step.ends, strict=True)):
+        # A slot that no piece before leaves its state in holds one of an earlier pass.
+        depths[end] = depth = 0 if begin is None else depths.get(begin, 0) + 1
+        rounds.setdefault(depth, []).append(number)
+    return [rounds[depth] for depth in sorted(rounds)]
 
 
 def state_bytes(text: Any, layers: int, dtype: torch.dtype) -> int:

@@ -25,7 +25,7 @@ from qwen_vl_sft.inference.engine.cache import KeyValueCache, affordable_slots, 
 from qwen_vl_sft.inference.engine.clock import PROMPTS, READING, TOKENS, TOWER, Clock
 from qwen_vl_sft.inference.engine.decoding import Decoder
 from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
-from qwen_vl_sft.inference.engine.prompts import Group, PackedPrompts, Piece, Prompt, pack
+from qwen_vl_sft.inference.engine.prompts import Group, Head, PackedPrompts, Piece, Prompt, pack, text_before_image
 from qwen_vl_sft.inference.engine.reading import PromptAt, PromptReader
 from qwen_vl_sft.inference.engine.transfer import Arriving, to_device
 from qwen_vl_sft.inference.engine.weights import dequantized_weights
@@ -54,8 +54,10 @@ TOKENS_WORTH_A_GRAPH = 8
 _WIDE, _MLP_WIDE = 8, 3
 # Share of the free memory that a prefill may take.
 _PREFILL_SHARE = 0.2
-# And what states that layers carry from token to token may.
+# And what states that layers carry from token to token may: a row's, and for each row at most one prefix's. Beside them
+# stand that of no row, of a prefix that is being read, and of the head.
 _STATE_SHARE = 0.25
+_MORE_STATES = 3
 
 
 def computes_beside_host(device: torch.device) -> bool:
@@ -157,9 +159,8 @@ class Engine:
         rows = rows or (ROWS_ON_GPU if on_gpu else ROWS_ON_CPU)
         family = self.positions.family
         if state := family.state_bytes(base.config, dtype):
-            # A row's state, and for each row at most one prefix's, of which another is being read.
             affordable = int(free_memory(self.device) * _STATE_SHARE) // state
-            rows = max(1, min(rows, affordable // 2 - 1))
+            rows = max(1, min(rows, (affordable - _MORE_STATES) // 2))
         self.rows = rows
         if prefill_tokens is None:
             per_token = dtype.itemsize * (_WIDE * config.hidden_size + _MLP_WIDE * config.intermediate_size)
@@ -170,9 +171,12 @@ class Engine:
         self.cache = KeyValueCache(
             config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
         )
-        self._states = family.row_states(base, 2 * self.rows + 2, dtype)
-        self._free_states = list(range(self.rows + 1, 2 * self.rows + 2))
+        states = 2 * self.rows + _MORE_STATES
+        self._states = family.row_states(base, states, dtype)
+        self._free_states = list(range(self.rows + 1, states))
         self._free_places: list[int] = []
+        # What prompts begin with before their images; made of the first one with an image.
+        self._head: Head | None = None
         graphs = cuda_graphs and self._overlaps and max_new_tokens >= TOKENS_WORTH_A_GRAPH
         self._decoder = Decoder(base, self.cache, self.rows, self._states, graphs)
         self._ends = set(answer_ends(encoder))
@@ -242,6 +246,7 @@ class Engine:
                     self._release(row)
             for group in waiting:
                 self._release_prefix(group)
+            self._drop_head()
             self._decoder.forget_graphs()
             self.model.train(was_training)
 
@@ -275,23 +280,49 @@ class Engine:
                 waiting.append(next_group)
             group = waiting[0]
             prompt = group.waiting[0]
-            new_tokens = group.missing + len(prompt) - group.shared
+            self._begin_with_head(group)
+            new_tokens = group.missing + len(prompt) - group.known
             if pieces and tokens + new_tokens > self.prefill_tokens:
                 break
             if new_tokens + self.max_new_tokens - 1 > self.cache.free:
+                if self._head is not None and not self._head.users:
+                    self._drop_head()
+                    continue
                 break
             tokens += new_tokens
-            if group.missing:
-                group.prefix, group.state = self.cache.take(group.shared), self._free_states.pop()
-                pieces.append(Piece(prompt, 0, group.shared, group.prefix, (), False, None, group.state))
-            own = self.cache.take(len(prompt) - group.shared + self.max_new_tokens - 1)
+            pieces += self._prefixes(group)
+            own = self.cache.take(len(prompt) - group.known + self.max_new_tokens - 1)
             place = self._free_places.pop()
-            branch = own[: len(prompt) - group.shared]
-            pieces.append(Piece(prompt, group.shared, len(prompt), branch, group.prefix, True, group.state, place))
+            branch = own[: len(prompt) - group.known]
+            pieces.append(Piece(prompt, group.known, len(prompt), branch, group.before, True, group.begin, place))
             rows.append(self._start(group, group.waiting.popleft(), place, own))
             if not group.waiting:
                 waiting.popleft()
         return rows, pieces
+
+    def _begin_with_head(self, group: Group) -> None:
+        """Have a group of which nothing is computed begin with the head, as far as it does."""
+        if self._head is None or group.head is not None or group.prefix:
+            return
+        begun = self._head.in_common(group.waiting[0].row)
+        # A state is that after the whole head.
+        if begun and (self._states is None or begun == len(self._head.tokens)):
+            group.begin_with(self._head, begun)
+
+    def _prefixes(self, group: Group) -> list[Piece]:
+        """Take slots for what the rows of a group begin with and is yet to be computed, and return its pieces."""
+        pieces = []
+        prompt = group.waiting[0]
+        length = text_before_image(prompt.row)
+        if self._head is None and length and not group.prefix and self.rows > 1:
+            self._head = Head(prompt.row.input_ids[:length], self.cache.take(length), self._free_states.pop())
+            pieces.append(Piece(prompt, 0, length, self._head.slots, (), False, None, self._head.state))
+            group.begin_with(self._head, length)
+        if group.missing:
+            before, begin = group.before, group.begin
+            group.prefix, group.state = self.cache.take(group.missing), self._free_states.pop()
+            pieces.append(Piece(prompt, group.begun, group.known, group.prefix, before, False, begin, group.state))
+        return pieces
 
     def _pays(self, reader: PromptReader, waiting: Sequence[Group], running: int) -> bool:
         """Return whether the rows that can be taken now are worth a pass of their own while others are answered."""
@@ -299,7 +330,7 @@ class Engine:
         free = self.cache.free
         for group in waiting:
             for place, prompt in enumerate(group.waiting):
-                new_tokens = len(prompt) - group.shared + (group.missing if place == 0 else 0)
+                new_tokens = len(prompt) - group.known + (group.missing if place == 0 else 0)
                 needed = new_tokens + self.max_new_tokens - 1
                 if rows == len(self._free_places) or needed > free:
                     return rows * _WORTH_A_PASS >= max(1, running)
@@ -322,9 +353,17 @@ class Engine:
             self._release_prefix(row.group)
 
     def _release_prefix(self, group: Group) -> None:
+        if group.head is not None:
+            group.head.users -= 1
         if group.state is not None:
             self.cache.release(group.prefix)
             self._free_states.append(group.state)
+
+    def _drop_head(self) -> None:
+        if self._head is not None:
+            self.cache.release(self._head.slots)
+            self._free_states.append(self._head.state)
+            self._head = None
 
     def _prefill(self, rows: Sequence[Answering], pieces: Sequence[Piece]) -> _Asked:
         packed = pack(pieces)
@@ -332,7 +371,7 @@ class Engine:
             tokens = self._choose(rows, self._prompt_logits(packed))
         self._decoder.begin(
             [row.place for row in rows],
-            [[*row.group.prefix, *row.slots] for row in rows],
+            [[*row.group.before, *row.slots] for row in rows],
             tokens,
             [row.position for row in rows],
             [row.length for row in rows],

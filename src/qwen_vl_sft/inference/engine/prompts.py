@@ -29,28 +29,71 @@ class Prompt:
 
 
 @dataclass
+class Head:
+    """The text before the first image, which prompts on any images begin with: the system message.
+
+    `slots` are those of its `tokens` [T] in the cache, `state` that of what layers carry from its last token on, and
+    `users` counts the groups that begin with it and have not ended.
+    """
+
+    tokens: torch.Tensor
+    slots: Sequence[int]
+    state: int
+    users: int = 0
+
+    def in_common(self, row: Encoded) -> int:
+        """Count the tokens that a row begins with too; its last one is never among them."""
+        length = min(len(self.tokens), len(row.input_ids) - 1)
+        same = self.tokens[:length] == row.input_ids[:length]
+        return int(same.long().cumprod(0).sum())
+
+
+@dataclass
 class Group:
     """Prompts that wait and have their first `shared` tokens in common.
 
-    `prefix` are the slots of these tokens, once they are computed; they are held until the last row of the group has
-    ended, and `users` counts the rows that have not. `state` is the slot of what layers carry from its last token on.
+    The first `begun` tokens are those of `head`. `prefix` are the slots of the others of those in common, once they are
+    computed; they are held until the last row of the group has ended, and `users` counts the rows that have not. `state`
+    is the slot of what layers carry from the last one on.
     """
 
     shared: int
     waiting: deque[Prompt]
     users: int
+    head: Head | None = None
+    begun: int = 0
     prefix: list[int] = field(default_factory=list)
     state: int | None = None
 
+    def begin_with(self, head: Head, begun: int) -> None:
+        """Take the first tokens from a head."""
+        head.users += 1
+        self.head, self.begun = head, begun
+
+    @property
+    def known(self) -> int:
+        """Count the tokens that each row begins with and does not compute itself."""
+        return max(self.shared, self.begun)
+
     @property
     def missing(self) -> int:
-        """Count the tokens of the prefix that have yet to be computed."""
-        return 0 if self.prefix else self.shared
+        """Count the tokens in common that have yet to be computed."""
+        return 0 if self.prefix else self.known - self.begun
+
+    @property
+    def before(self) -> list[int]:
+        """Return the slots of the tokens that each row begins with."""
+        return [*(self.head.slots[: self.begun] if self.head else ()), *self.prefix]
+
+    @property
+    def begin(self) -> int | None:
+        """Return the slot of the state that each row goes on from."""
+        return self.state if self.state is not None or self.head is None else self.head.state
 
     @property
     def tokens(self) -> int:
         """Count the tokens that have yet to be computed."""
-        return self.missing + sum(len(prompt) - self.shared for prompt in self.waiting)
+        return self.missing + sum(len(prompt) - self.known for prompt in self.waiting)
 
 
 @dataclass(frozen=True)
@@ -113,6 +156,12 @@ def group_prompts(numbered: Sequence[tuple[int, Encoded]], positions: Positions)
         Group(prefix_length(prompts[0].row) if len(prompts) > 1 else 0, deque(prompts), len(prompts))
         for prompts in found.values()
     ]
+
+
+def text_before_image(row: Encoded) -> int:
+    """Count the tokens before a row's first image, and of a row without images none."""
+    image = row.mm_token_type_ids.nonzero()
+    return int(image[0]) if len(image) else 0
 
 
 def pack(pieces: Sequence[Piece]) -> PackedPrompts:
