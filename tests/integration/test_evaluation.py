@@ -37,7 +37,7 @@ from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
-from qwen_vl_sft.evaluation.evaluate import answer_all, collect, count_truncated, evaluate
+from qwen_vl_sft.evaluation.evaluate import OwnEngine, collect, count_truncated, evaluate
 from qwen_vl_sft.evaluation.options import Options, Plan
 from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
@@ -752,7 +752,7 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
     arms, files = ("base", "prompted", "tuned"), AnswerFiles(tmp_path)
     ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse(Options, []), tmp_path)
     files.repair(rank=0)
-    answer_all(
+    OwnEngine().answer_all(
         ready, Task(None, [Question(0, "?", ["1"], None)], [[0]], arms, "", None, ""), arms, {}, files, context()
     )
     assert alive == {"base": [], "prompted": ["base"], "tuned": beside_tuned}

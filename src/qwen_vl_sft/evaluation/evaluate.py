@@ -83,8 +83,45 @@ class OwnEngine:
         files: AnswerFiles,
         context: DistributedContext,
     ) -> dict[str, tuple[int, float]]:
-        """Answer this process's share of every arm."""
-        return answer_all(plan, task, arms, answered, files, context)
+        """Answer this process's share of every arm. A model is loaded only where something is left to answer.
+
+        Returns the rows that this process answered for each arm, and the seconds that took, without loading.
+        """
+        model, speed = None, {}
+        seen: FeatureMemory | None = None
+        index_of = {question.row_id: index for index, question in enumerate(task.questions)}
+        shares = {}
+        for arm in arms:
+            done = {index_of[row_id] for row_id in answered.get(arm, {})}
+            if share := deal(task.units, done, context.rank, context.processes):
+                shares[arm] = share
+        for arm, share in shares.items():
+            if arm == "tuned" and plan.tuned and not plan.tuned.is_adapter:
+                # A whole model of its own: with the base still there, the GPU would have to hold both.
+                model = seen = None
+                gc.collect()
+                torch.cuda.empty_cache()
+            model = _load(plan, arm, model, context)
+            if seen is None or changes_tower(model):
+                of_base = not changes_tower(model) and (arm != "tuned" or plan.tuned is None or plan.tuned.is_adapter)
+                # Once more arms follow on the same tower, its features are kept for them.
+                seen = _feature_memory(plan, task, model, context, of_base, more_follow=arm != list(shares)[-1])
+            encoder = make_encoder(plan, arm, task.processor, task.system_message)
+            prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
+            title = arm if context.processes == 1 else f"{arm}, process 0 of {context.processes}"
+            began = time.perf_counter()
+            with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=context.rank > 0) as progress:
+                for finished in _answers(plan, model, prompts, share, seen):
+                    new = {
+                        task.questions[index].row_id: None
+                        if index in prompts.unreadable
+                        else _read(prompts, index, answer)
+                        for index, answer in finished
+                    }
+                    files.append(context.rank, arm, new)
+                    progress.update(len(finished))
+            speed[arm] = sum(map(len, share)), time.perf_counter() - began
+        return speed
 
     def about(
         self, plan: Plan, task: Task, answers: Mapping[str, Mapping[int, GeneratedAnswer | None]]
@@ -143,7 +180,7 @@ def _answer(
     barrier: Callable[[], None],
     answering: Answering,
 ) -> tuple[list[str], list[dict[str, tuple[int, float]]]]:
-    """Answer what is not answered yet; return the arms, and the speed of every process (`answer_all`)."""
+    """Answer what is not answered yet; return the arms, and the speed of every process (`Answering.answer_all`)."""
     arms = _arms_with_previous(plan, task.arms, files, settings)
     barrier()  # nobody writes before everybody has read
     if context.rank == 0:
@@ -175,53 +212,6 @@ def join_processes(context: DistributedContext) -> Any:
         f"{state.num_processes} processes take part, not {context.processes}"
     )
     return state.wait_for_everyone
-
-
-def answer_all(
-    plan: Plan,
-    task: Task,
-    arms: Sequence[str],
-    answered: Mapping[str, Mapping[int, GeneratedAnswer | None]],
-    files: AnswerFiles,
-    context: DistributedContext,
-) -> dict[str, tuple[int, float]]:
-    """Answer this process's share of every arm. A model is loaded only where something is left to answer.
-
-    Returns the rows that this process answered for each arm, and the seconds that took, without loading.
-    """
-    model, speed = None, {}
-    seen: FeatureMemory | None = None
-    index_of = {question.row_id: index for index, question in enumerate(task.questions)}
-    shares = {}
-    for arm in arms:
-        done = {index_of[row_id] for row_id in answered.get(arm, {})}
-        if share := deal(task.units, done, context.rank, context.processes):
-            shares[arm] = share
-    for arm, share in shares.items():
-        if arm == "tuned" and plan.tuned and not plan.tuned.is_adapter:
-            # A whole model of its own: with the base still there, the GPU would have to hold both.
-            model = seen = None
-            gc.collect()
-            torch.cuda.empty_cache()
-        model = _load(plan, arm, model, context)
-        if seen is None or changes_tower(model):
-            of_base = not changes_tower(model) and (arm != "tuned" or plan.tuned is None or plan.tuned.is_adapter)
-            # Once more arms follow on the same tower, its features are kept for them.
-            seen = _feature_memory(plan, task, model, context, of_base, more_follow=arm != list(shares)[-1])
-        encoder = make_encoder(plan, arm, task.processor, task.system_message)
-        prompts = Prompts(task.rows, encoder, plan.recipe.data.bad_rows == "skip")
-        title = arm if context.processes == 1 else f"{arm}, process 0 of {context.processes}"
-        began = time.perf_counter()
-        with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=context.rank > 0) as progress:
-            for finished in _answers(plan, model, prompts, share, seen):
-                new = {
-                    task.questions[index].row_id: None if index in prompts.unreadable else _read(prompts, index, answer)
-                    for index, answer in finished
-                }
-                files.append(context.rank, arm, new)
-                progress.update(len(finished))
-        speed[arm] = sum(map(len, share)), time.perf_counter() - began
-    return speed
 
 
 def _read(prompts: Prompts, index: int, answer: GeneratedAnswer) -> GeneratedAnswer:
