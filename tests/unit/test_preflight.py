@@ -12,6 +12,7 @@ import pytest
 
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.diagnosis.machine import Machine
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.preflight import leftovers
 from qwen_vl_sft.preflight.leftovers import remove_leftovers
 from qwen_vl_sft.preflight.links import adapters
@@ -207,9 +208,27 @@ def test_the_folder_of_the_run_is_that_of_the_job(tmp_path):
     recipe.write_text("output_dir: ~/runs/x\nmax_steps: 3\n")
     assert output_dir_of(PreflightOptions(recipe=recipe)) == Path.home() / "runs/x"
     assert output_dir_of(PreflightOptions(recipe=recipe, output_dir=Path("y"))) == Path("y")
-    recipe.write_text("output_dir: [x\n")
-    assert output_dir_of(PreflightOptions(recipe=recipe)) is None
+    words = {"dry_run": [], "learning_rate": ["1e-4"]}
+    assert output_dir_of(PreflightOptions(recipe=recipe, recipe_keys=words)) == Path.home() / "runs/x"
     assert output_dir_of(PreflightOptions()) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "told"),
+    [
+        ("output_dir: [x\n", {}, "is not valid YAML"),
+        (None, {}, r"recipe .*r.yaml does not exist"),
+        ("max_steps: 3\n", {"verdct": ["x"]}, "unknown option --verdct; did you mean --verdict"),
+        ("max_steps: 3\n", {"learning_rat": ["1"]}, "unknown key learning_rat; did you mean learning_rate"),
+        ("max_stps: 3\n", {}, "unknown key max_stps; did you mean max_steps"),
+    ],
+)
+def test_what_the_job_could_not_read_is_told_before_nodes_are_checked(text, words, told, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    if text is not None:
+        recipe.write_text(text)
+    with pytest.raises(UserError, match=told):
+        output_dir_of(PreflightOptions(recipe=recipe, recipe_keys=words, output_dir=tmp_path))
 
 
 def test_places_of_processes():

@@ -2,7 +2,8 @@
 
     srun python -m qwen_vl_sft.preflight --output_dir runs/x
 
-Exit code 1 when a node is to be left out, or something else is wrong.
+Exit code 1 when a node is to be left out, or something else is wrong; 2 when
+the job's options or its recipe cannot be read.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from qwen_vl_sft.preflight.options import PreflightOptions, output_dir_of, place
 def main() -> None:
     """Check, and end at once: a library may hang in a thread."""
     options = parse(PreflightOptions, usage=__doc__)
+    output_dir = output_dir_of(options)
     place = place_of(os.environ, platform.node(), options.nodes)
 
     from qwen_vl_sft.preflight.run import run_preflight
 
     try:
-        code = run_preflight(place, options.nodes, output_dir_of(options), options.verdict, options.seconds)
+        code = run_preflight(place, options.nodes, output_dir, options.verdict, options.seconds)
     except (OSError, RuntimeError) as error:  # a timeout of the store is one of them
         print(f"preflight   {place.node}, process {place.rank}: {error}", file=sys.stderr)
         code = 1

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from qwen_vl_sft.config.coercion import load_yaml
-from qwen_vl_sft.config.command_line import any_recipe_key, names, option
-from qwen_vl_sft.shipped_files import RECIPES, find_file
+from qwen_vl_sft.config.command_line import any_recipe_key, names, option, recipe_values
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.training.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +26,16 @@ class PreflightOptions:
 
 
 def output_dir_of(options: PreflightOptions) -> Path | None:
-    """Return the job's output_dir; None where neither the command line nor a readable recipe names one.
+    """Return the job's output_dir; None where neither the command line nor the recipe names one.
 
-    What is wrong with a recipe is told by the script that trains on it.
+    Raises `UserError` for an option, a key or a recipe that the script that trains would refuse.
     """
+    of_training = {field.name for field in dataclasses.fields(Options)} | {"config"}
+    words = {name: parts for name, parts in options.recipe_keys.items() if name not in of_training}
+    recipe = read_recipe(options.recipe, recipe_values(words, options))
     if options.output_dir is not None:
         return options.output_dir.expanduser()
-    path = find_file(options.recipe, RECIPES) if options.recipe is not None else None
-    if path is None:
-        return None
-    try:
-        written = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return None
-    named = written.get("output_dir") if isinstance(written, dict) else None
-    return Path(named).expanduser() if isinstance(named, str) and named else None
+    return recipe.output_dir if recipe.training.get("output_dir") else None
 
 
 @dataclass(frozen=True)
