@@ -20,6 +20,7 @@ from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors, leave
 from qwen_vl_sft.evaluation.options import Options, check_options, make_plan
 from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.inference.source import ABOUT_ARMS
+from qwen_vl_sft.serving.environments import python_of
 from qwen_vl_sft.serving.registry import engine_named
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     options = parse(Options, usage=f"{__doc__}\n{ABOUT_ARMS}")
     check_options(options)
     if options.engine:
-        engine_named(options.engine)
+        python_of(engine_named(options.engine))  # told before the run is read, which takes seconds
     if options.predictions:
         score_file(options)
         return

@@ -18,6 +18,7 @@ from qwen_vl_sft.serving.check import format_record
 from qwen_vl_sft.serving.comparison import ArmResult, Difference, Effect, arm_result, as_json, first_difference, judge
 from qwen_vl_sft.serving.engines import compressed
 from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, make_environment, python_of
+from qwen_vl_sft.serving.options import Options, make_plan
 from qwen_vl_sft.serving.own_answers import margin_of
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.record import changes_vision, form_of, read_records, write_record
@@ -86,6 +87,8 @@ def test_an_environment_is_made_first_and_again_for_other_requirements(tmp_path,
     engine = ENGINES["vllm"]
     with pytest.raises(UserError, match=r"vLLM is not installed in .*; make its environment with .* --engine vllm$"):
         python_of(engine)
+    with pytest.raises(UserError, match="vLLM is not installed in"):  # before the run is read, which is not there
+        make_plan(Options(run=tmp_path / "no run", engine="vllm"))
     folder = environment_folder(engine)
     folder.mkdir(parents=True)
     (folder / COMPLETE).touch()

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
 
 REPORT_FILE = "export.json"
-KEYS = ("dataset_name", "dataset_config", "dataset_format", "bad_rows", "max_new_tokens", "use_cpu")
+KEYS = (
+    "dataset_name",
+    "dataset_config",
+    "dataset_revision",
+    "image_folder",
+    "dataset_format",
+    "bad_rows",
+    "max_new_tokens",
+    "use_cpu",
+)
 
 
 @dataclass(frozen=True)

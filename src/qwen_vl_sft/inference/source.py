@@ -31,8 +31,8 @@ ABOUT_ARMS = "Arms\n" + "\n".join(
 RECIPE_KEYS = (
     "model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "load_in_fp8",
     "bnb_4bit_quant_type", "use_bnb_nested_quant", "attn_implementation", "trust_remote_code", "use_safetensors",
-    "dataset_name", "dataset_config", "dataset_format", "box_coordinates", "system_message", "enable_thinking", "min_pixels",
-    "max_pixels", "max_new_tokens", "use_cpu",
+    "dataset_name", "dataset_config", "dataset_revision", "image_folder", "dataset_format", "box_coordinates",
+    "system_message", "enable_thinking", "min_pixels", "max_pixels", "max_new_tokens", "use_cpu",
 )  # fmt: skip
 FULL_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 

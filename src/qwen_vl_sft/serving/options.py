@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Keys of the run's recipe that may be given: where rows and base model are now, and how long answers get.
 KEYS = (
-    "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_format", "bad_rows",
-    "max_new_tokens", "use_cpu",
+    "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_revision", "image_folder",
+    "dataset_format", "bad_rows", "max_new_tokens", "use_cpu",
 )  # fmt: skip
 
 
@@ -106,7 +106,9 @@ def make_plan(options: Options) -> Plan:
     from qwen_vl_sft.serving.environments import python_of
     from qwen_vl_sft.serving.registry import engine_named
 
+    # First: reading the run takes seconds.
     engine = engine_named(options.engine)
+    python = python_of(engine)
     source = read_source(options.run, options.recipe_keys, tuned_needed=True)
     tuned = source.tuned
     assert tuned
@@ -131,7 +133,6 @@ def make_plan(options: Options) -> Plan:
         ),
         output_dir=tuned.home,
     )
-    python = python_of(engine)
     return Plan(options, engine, python, evaluation, what, tuned_settings(reference, tuned), merge, further)
 
 
