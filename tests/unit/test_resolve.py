@@ -10,7 +10,9 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.training import sft
+from qwen_vl_sft.training.plan import warnings
 from qwen_vl_sft.training.resolve import resolve
+from qwen_vl_sft.training.rules import problems_of
 
 
 def resolved(tmp_path, processes=1, **keys):
@@ -62,6 +64,37 @@ def test_a_shipped_recipe_is_set_up_on_a_cpu_with_no_key_changed_but_the_model(p
     args = sft.sft_config(run)
     assert args.use_cpu
     assert not args.tf32
+    assert_read_again(run, tmp_path)
+
+
+def assert_read_again(run, tmp_path):
+    """The file that a run writes of its recipe is one that sft.py takes, without another warning."""
+    (tmp_path / "recipe.yaml").write_text(run.recipe.to_yaml())
+    again = read_recipe(tmp_path / "recipe.yaml", {})
+    assert problems_of(again, run.context) == []
+    assert warnings(again, []) == warnings(run.recipe, [])
+    assert again.values() == run.recipe.values()
+
+
+FULL = {"use_peft": False, "load_in_4bit": False, "init_adapter": None}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        FULL,
+        FULL | {"freeze_vision_tower": True},
+        FULL | {"packing": True, "global_batch_tokens": 9000},
+        {"use_peft": True, "packing": True, "share_prefixes": True},
+        {"use_peft": True, "eval_strategy": "steps", "eval_steps": 5, "dataset_test_split": "val"},
+        {"use_peft": True, "predict_with_generate": True, "eval_strategy": "epoch", "dataset_test_split": "val"},
+        {"use_peft": True, "dataset_streaming": True, "max_steps": 3, "save_strategy": "no"},
+    ],
+    ids=str,
+)
+def test_the_recipe_that_a_run_writes_is_one_to_start_from(keys, tmp_path):
+    _, run = resolved(tmp_path, **keys)
+    assert_read_again(run, tmp_path)
 
 
 @pytest.mark.parametrize("scope", ["language", "all"])

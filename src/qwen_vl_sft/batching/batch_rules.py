@@ -20,7 +20,7 @@ def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
             yield "global_batch_size and global_batch_tokens both say what an optimizer step takes; remove one of the two"
         if not recipe.run.packing:
             yield "global_batch_tokens needs packing: true; set it, or write global_batch_size"
-        if "gradient_accumulation_steps" in recipe.stated:
+        if recipe.sets("gradient_accumulation_steps"):
             yield "gradient_accumulation_steps has no effect with global_batch_tokens; remove one of the two"
     if whole is None or per_device < 1:
         return

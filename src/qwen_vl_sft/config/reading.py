@@ -55,6 +55,10 @@ class Recipe:
         """Return the value of a training key, with TRL's default where the recipe is silent."""
         return self.training[name] if name in self.training else training_default(name)
 
+    def sets(self, name: str) -> bool:
+        """Return whether the user has given a key another value than its default, which the file of a run states too."""
+        return name in self.stated and self.values().get(name) != _default(name)
+
     @property
     def data_seed(self) -> int:
         """Return the seed of shuffling: `data_seed`, else `seed`."""
@@ -102,6 +106,14 @@ def text_keys() -> set[str]:
 def training_default(name: str) -> Any:
     """Return our default of a training key, else TRL's."""
     return TRAINING_DEFAULTS[name] if name in TRAINING_DEFAULTS else TRL_KEYS[name][1]
+
+
+def _default(name: str) -> Any:
+    for group in GROUPS.values():
+        for entry in fields(group):
+            if entry.name == name:
+                return entry.default
+    return training_default(name)
 
 
 def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe:

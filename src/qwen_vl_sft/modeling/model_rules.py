@@ -51,7 +51,7 @@ def _fp8(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     model = recipe.model
     if not model.load_in_fp8:
         for name in FP8_KEYS:
-            if name in recipe.stated and getattr(model, name) != getattr(ModelSettings(), name):
+            if recipe.sets(name):
                 yield f"{name} is set but load_in_fp8 is not, so it has no effect; remove it, or set load_in_fp8: true"
         return
     if problem := problem_of_fp8(model, context.on_cpu):
@@ -69,7 +69,7 @@ def _what_trains(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     model = recipe.model
     if not model.use_peft:
         for name in LORA_KEYS:
-            if name in recipe.stated:
+            if recipe.sets(name):
                 yield f"{name} is set but use_peft is false, so there is no adapter; remove one of the two"
     elif model.freeze_vision_tower:
         yield "freeze_vision_tower is for full fine-tuning: with use_peft the base is frozen, and lora_scope says the rest"

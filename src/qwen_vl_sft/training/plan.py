@@ -133,7 +133,7 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
         skipped = [
             name
             for name in ("eval_steps", "max_eval_samples", "eval_on_start", "predict_with_generate")
-            if name in recipe.stated and values[name]
+            if recipe.sets(name) and values[name]
         ]
         found += [f"{name} has no effect: eval_strategy is no, so nothing is evaluated" for name in skipped]
         if "dataset_test_split" in recipe.stated and recipe.data.dataset_test_split:
@@ -142,14 +142,14 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
                 f" steps to evaluate while training"
             )
     found += _schedule_warnings(recipe)
-    if not recipe.run.predict_with_generate and "max_predict_samples" in recipe.stated:
+    if not recipe.run.predict_with_generate and recipe.sets("max_predict_samples"):
         found.append("max_predict_samples has no effect without predict_with_generate: true")
-    if not recipe.run.packing and "tokens_per_batch" in recipe.stated:
+    if not recipe.run.packing and recipe.sets("tokens_per_batch"):
         found.append("tokens_per_batch has no effect without packing: true; per_device_train_batch_size is the batch")
     if recipe.data.dataset_streaming and recipe.get("dataloader_num_workers") > 1:
         found.append("dataloader_num_workers above 1 has no effect: a stream is read by one worker, in its order")
     if not recipe.run.push_to_hub:
-        idle = [name for name in sorted(recipe.stated) if name.startswith("hub_")]
+        idle = [name for name in sorted(recipe.stated) if name.startswith("hub_") and recipe.sets(name)]
         found += [f"{name} has no effect without push_to_hub: true" for name in idle]
     if _trains_half_precision(recipe) and not _keeps_float32(recipe):
         found.append(
