@@ -6,10 +6,11 @@ import shutil
 import pytest
 
 from fixtures.evaluation import plan, write_charts, write_run
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.answering import Answerer
 from qwen_vl_sft.inference.trained_base import base_of_run, check_trained_base
-from qwen_vl_sft.modeling.base_identity import identity_of_base
+from qwen_vl_sft.modeling.base_identity import digest_of_weights, identity_of_base, weights_of_base
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,58 @@ def test_its_own_base_is_taken_wherever_it_lies(run, tmp_path, capsys):
     shutil.copytree(run.parent / "model", tmp_path / "moved")
     check_trained_base(asked(run, "--model_name_or_path", tmp_path / "moved"))
     assert capsys.readouterr().err == ""
+
+
+def saved_again(model, folder, dtype=None, rename=str):
+    """A model's weights in two files, as another program would write them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {
+        rename(name): value.to(dtype or value.dtype) for name, value in load_file(model / "model.safetensors").items()
+    }
+    names = sorted(tensors)
+    parts = names[: len(names) // 3], names[len(names) // 3 :]
+    files = {f"model-0000{number}-of-00002.safetensors": part for number, part in enumerate(parts, 1)}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "4.0", "dtype": str(dtype or torch.float32)[6:]})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_base_that_was_saved_again_is_the_same(recorded, dtype, run, tmp_path, capsys):
+    """Whether its run has recorded the weights, or the folder that it was trained on is still there to compare."""
+    import torch
+
+    again = saved_again(run.parent / "model", tmp_path / "again", getattr(torch, dtype) if dtype else None)
+    home = tmp_path / "run"
+    shutil.copytree(run, home)
+    if recorded:
+        base = plan("--run", run).recipe.model
+        told = json.loads((run / "environment.json").read_text())
+        weights = digest_of_weights(weights_of_base(base))
+        (home / "environment.json").write_text(json.dumps(told | {"base_weights": weights}))
+    check_trained_base(asked(home, "--model_name_or_path", again))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"another model .*tensors have other values, such as .*--model_name_or_path"):
+        check_trained_base(asked(home, "--model_name_or_path", run.parent / "other"))
+
+
+def test_names_of_tensors_do_not_matter(run, tmp_path):
+    def digest(folder):
+        return digest_of_weights(weights_of_base(ModelSettings(model_name_or_path=str(folder))))
+
+    model = run.parent / "model"
+    renamed = saved_again(model, tmp_path / "renamed", rename=lambda name: f"other.{name}")
+    assert digest(model) == digest(renamed) != digest(run.parent / "other")
 
 
 def test_what_cannot_be_told_is_said(run, tmp_path, capsys):

@@ -28,6 +28,8 @@ EXPERT_LOAD_PLOT = "expert_load.png"
 ENVIRONMENT = "environment.json"
 # The key of the base model's identity in it (`modeling.base_identity`).
 BASE = "base"
+# And of a digest of its tensors, whatever files they lie in.
+BASE_WEIGHTS = "base_weights"
 PACKAGES = (
     "torch",
     "transformers",

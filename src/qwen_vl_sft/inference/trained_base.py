@@ -9,11 +9,11 @@ from typing import Any
 
 from qwen_vl_sft.checkpointing.checkpoints import with_manifest
 from qwen_vl_sft.checkpointing.manifest import read_manifest
-from qwen_vl_sft.checkpointing.run_folder import BASE, ENVIRONMENT, METRICS
+from qwen_vl_sft.checkpointing.run_folder import BASE, BASE_WEIGHTS, ENVIRONMENT, METRICS
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.source import Source
-from qwen_vl_sft.modeling.base_identity import FOLDER, identity_of_base
+from qwen_vl_sft.modeling.base_identity import FOLDER, digest_of_weights, identity_of_base, weights_of_base
 
 
 def check_trained_base(source: Source) -> None:
@@ -48,6 +48,13 @@ def check_same_base(folder: Path, home: Path, name: str | None, asked: ModelSett
     trained, now = base_of_run(home, name), identity_of_base(asked)
     if trained == now:
         return
+    if (same := _same_weights(home, name, trained, asked)) is True:
+        return
+    if same is not None:
+        raise UserError(
+            f"{key}: the adapter in {folder} was trained on {_words(name, trained)}, and {asked.model_name_or_path} is"
+            f" another model ({now}): {same}; {way_out}"
+        )
     if trained is not None and trained.startswith(FOLDER) == now.startswith(FOLDER):
         raise UserError(
             f"{key}: the adapter in {folder} was trained on {_words(name, trained)}, and {asked.model_name_or_path} is"
@@ -61,6 +68,26 @@ def check_same_base(folder: Path, home: Path, name: str | None, asked: ModelSett
             file=sys.stderr,
             flush=True,
         )
+
+
+def _same_weights(home: Path, name: str | None, trained: str | None, asked: ModelSettings) -> bool | str | None:
+    """Compare tensors: True for the same, the difference in words, None where the trained ones are not known any more."""
+    now = weights_of_base(asked)
+    recorded = _json(home / ENVIRONMENT).get(BASE_WEIGHTS)
+    if now is not None and recorded == digest_of_weights(now):
+        return True
+    folder = ModelSettings(model_name_or_path=name)
+    # The folder that was trained on may hold another model by now.
+    there = weights_of_base(folder) if name and Path(name).is_dir() and identity_of_base(folder) == trained else None
+    if now is None or there is None:
+        return f"its weights are others (digest {digest_of_weights(now)})" if now and recorded else None
+    if digest_of_weights(now) == digest_of_weights(there):
+        return True
+    left = sorted(set(now) ^ set(there))
+    if left:
+        return f"{len(left):,} of its tensors are not in both, such as {left[0]}"
+    changed = sorted(tensor for tensor in now if now[tensor] != there[tensor])
+    return f"{len(changed):,} of its {len(now):,} tensors have other values, such as {changed[0]}"
 
 
 def base_of_run(home: Path, name: str | None) -> str | None:
@@ -78,7 +105,9 @@ def base_of_run(home: Path, name: str | None) -> str | None:
     return told
 
 
-def _words(name: str | None, trained: str) -> str:
+def _words(name: str | None, trained: str | None) -> str:
+    if trained is None:
+        return "a base model that its run does not name"
     return f"{name} ({trained})" if trained.startswith(FOLDER) else trained
 
 

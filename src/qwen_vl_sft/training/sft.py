@@ -35,7 +35,7 @@ from qwen_vl_sft.distributed import launch, shared_folder
 from qwen_vl_sft.distributed.folder_claim import FolderClaim, claim_for_all
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.evaluation.metrics import ALL_METRICS
-from qwen_vl_sft.modeling.base_identity import identity_of_base
+from qwen_vl_sft.modeling.base_identity import digest_of_weights, identity_of_base, weights_of_base
 from qwen_vl_sft.modeling.base_model import count_parameters
 from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.lora import lora_config
@@ -268,6 +268,8 @@ def begin_run_folder(run: Run, data: PreparedData) -> None:
     environment["chosen"] = asdict(run.chosen)
     # An adapter of the run answers on this base alone.
     environment[run_folder.BASE] = identity_of_base(recipe.model)
+    if weights := weights_of_base(recipe.model):
+        environment[run_folder.BASE_WEIGHTS] = digest_of_weights(weights)
     message = data.encoder.system_message
     run_folder.begin(run.output_dir, recipe.run.overwrite_output_dir, recipe.to_yaml(), message, environment)
 
