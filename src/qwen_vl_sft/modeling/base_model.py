@@ -277,5 +277,6 @@ def _from_hub(factory: Any, settings: ModelSettings, **arguments: Any) -> Any:
             ) from error
         raise UserError(
             f"model_name_or_path: {settings.model_name_or_path} cannot be loaded: {reason.rstrip('.')}."
-            " Check the name, the revision and the network, or give a local folder."
+            " Check the name, the revision and the network, or give a local folder. An adapter on the Hub is named in"
+            " init_adapter."
         ) from error

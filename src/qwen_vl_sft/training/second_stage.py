@@ -32,6 +32,7 @@ from qwen_vl_sft.modeling.adapter_layout import (
     read_adapter_config,
 )
 from qwen_vl_sft.modeling.lora import EXPERTS
+from qwen_vl_sft.training.hub_adapter import adapter_folder, is_on_hub, pinned
 
 KEY = "init_adapter"
 # Keys of a recipe that an adapter settles, and PEFT's names of them. Dropout is free: it is none of the weights.
@@ -92,14 +93,18 @@ def with_init_adapter(recipe: Recipe) -> Recipe:
             f"use_peft: false with the adapter {model.init_adapter}: full training needs a whole model; merge the adapter"
             f" with scripts/merge.py, and name the merged model in model_name_or_path"
         )
-    start = read_init_adapter(Path(model.init_adapter).expanduser())
+    # Of one on the Hub the commit is named, so that a resumed run starts from the same.
+    model = replace(model, init_adapter=pinned(model.init_adapter))
+    start = read_init_adapter(adapter_folder(str(model.init_adapter)))
     raise_all([*_other_keys(recipe, start)])
     settled: dict[str, Any] = {name: start.config.get(theirs) or None for name, theirs in _SETTLED.items()}
     settled |= {name: bool(settled[name]) for name in ("use_rslora", "use_dora")}
     settled["lora_modules_to_save"] = _saved_modules(start)
     if "lora_scope" not in recipe.stated and (start.recipe or start.config.get("target_parameters")):
         settled["lora_scope"] = start.recipe.model.lora_scope if start.recipe else EXPERTS
-    model = replace(model, **settled, lora_target_modules=_targets(recipe, start), init_adapter=str(start.folder))
+    model = replace(model, **settled, lora_target_modules=_targets(recipe, start))
+    if not is_on_hub(str(model.init_adapter)):
+        model = replace(model, init_adapter=str(start.folder))
     if model.model_name_or_path is None:
         if start.base is None:
             raise UserError(f"{KEY}: {start.folder} does not name its base model; name it in model_name_or_path")
@@ -147,7 +152,7 @@ def check_fits(settings: ModelSettings, targets: tuple[str, ...]) -> None:
     """Raise `UserError` unless the adapter that a run starts from is on exactly the layers `targets`."""
     if not settings.init_adapter:
         return
-    found = adapted_layers(adapter_keys(Path(settings.init_adapter), KEY))
+    found = adapted_layers(adapter_keys(adapter_folder(settings.init_adapter), KEY))
     wanted = {bare(target) for target in targets}
     for left, what in ((found - wanted, "the adapter has"), (wanted - found, "the recipe puts LoRA on")):
         if left:
@@ -164,7 +169,7 @@ def load_init_adapter(model: Any, settings: ModelSettings) -> None:
         return
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    folder = Path(settings.init_adapter)
+    folder = adapter_folder(settings.init_adapter)
     with in_our_layout(folder, model, KEY) as placed:
         saved = load_file(placed / ADAPTER_FILE)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
