@@ -1,9 +1,11 @@
 """Images lie beside rows, in a stated folder, or in archives; what is no image yet is told by its name."""
 
+import io
 import itertools
 import json
 import pickle
 import sys
+import tarfile
 import types
 import zipfile
 
@@ -32,6 +34,15 @@ def write_zip(path, **colors):
         archive.writestr("__MACOSX/._red.png", b"x")
         for name, content in colors.items():
             archive.writestr(name, png(content) if len(content) < 9 else content)
+
+
+def write_tar(path, **colors):
+    with tarfile.open(path, "w") as archive:
+        for name, content in colors.items():
+            data = png(content) if len(content) < 9 else content.encode()
+            entry = tarfile.TarInfo(f"./{name}" if "./" not in name else name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
 
 
 def opened(folder, split="train", streaming=False, **keys):
@@ -89,8 +100,9 @@ def test_an_image_folder_is_not_left_either(tmp_path):
         ("metadata.jsonl", "inside"),
     ],
 )
-def test_zipped_images_are_read_where_they_would_be_unpacked(table, place, streaming, tmp_path):
-    prefix = {"in a folder": "charts/", "own folder": "images/", "named": "images.zip/"}.get(place, "")
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_packed_images_are_read_where_they_would_be_unpacked(table, place, streaming, kind, tmp_path):
+    prefix = {"in a folder": "charts/", "own folder": "images/", "named": f"images.{kind}/"}.get(place, "")
     rows = [
         {"file_name" if "metadata" in table else "image": f"{prefix}{answer}.png", "query": "?", "label": answer}
         for answer in ("red", "blue")
@@ -101,10 +113,39 @@ def test_zipped_images_are_read_where_they_would_be_unpacked(table, place, strea
         text = "\n".join(map(json.dumps, rows))
     inner = "charts/" if place == "in a folder" else ""
     inside = {table: text} if place == "inside" else {}
-    write_zip(tmp_path / "images.zip", **{f"{inner}red.png": "red", f"{inner}blue.png": "blue"}, **inside)
+    write = write_zip if kind == "zip" else write_tar
+    write(tmp_path / f"images.{kind}", **{f"{inner}red.png": "red", f"{inner}blue.png": "blue"}, **inside)
     if not inside:
         (tmp_path / table).write_text(text)
     assert opened(tmp_path, streaming=streaming) == WANTED
+
+
+def test_other_archives_are_told_by_their_names(tmp_path):
+    row = {"image": "charts/red.png", "query": "?", "label": "x"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    for name in ("images.tar.gz", "images.7z", "charts.rar"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(
+            BadRow, match=rf"{name} is an archive that is not read: unpack it, or pack it again as .zip"
+        ):
+            open_rows(str(tmp_path), "train").conversation({"row": 0})
+        (tmp_path / name).unlink()
+    write_tar(tmp_path / "whole.tar", **{"charts/red.png": "red"})
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:600])
+    (tmp_path / "whole.tar").unlink()
+    with pytest.raises(BadRow, match=r"cut.tar (ends before|is no tar archive)"):
+        open_rows(str(tmp_path), "train").conversation({"row": 0})
+
+
+def test_rows_in_tar_archives_are_refused_by_that_word(tmp_path):
+    samples = {"1.png": "red", "1.json": '{"query": "?", "label": "x"}', "2.png": "blue", "2.json": '{"query": "?"}'}
+    write_tar(tmp_path / "train-00000.tar", **samples)
+    with pytest.raises(
+        UserError, match=r"its rows lie in .tar archives \(WebDataset\), which are not read; write a line"
+    ):
+        open_rows(str(tmp_path), "train")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "2.png", "query": "?", "label": "blue"}))
+    assert opened(tmp_path) == WANTED[1:]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

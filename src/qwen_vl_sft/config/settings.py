@@ -37,7 +37,8 @@ class DataSettings:
     image_folder: str | None = key(
         None, "folder that image paths in rows are relative to; default: the folder of the dataset"
     )
-    dataset_config: str | None = key(None, "configuration of the Hub dataset")
+    dataset_config: str | None = key(None, "configuration of the dataset, of those that its README.md names")
+    dataset_revision: str | None = key(None, "branch, tag or commit of the Hub dataset; default: main")
     dataset_train_split: str = key("train", "split to train on; slices such as train[:10%] are allowed")
     dataset_test_split: str | None = key(None, "split to evaluate on while training")
     dataset_streaming: bool = key(False, "read rows one by one; needs max_steps, and cannot be resumed")
@@ -134,8 +135,8 @@ class ModelSettings:
     use_dora: bool = key(False, "weight-decomposed LoRA")
     init_adapter: str | None = key(
         None,
-        "run folder, checkpoint or PEFT adapter whose LoRA weights a new run starts from (a second stage); it settles"
-        " rank, scale and layers, and the base model",
+        "run folder, checkpoint or PEFT adapter, here or on the Hub (NAME or NAME@REVISION), whose LoRA weights a new run"
+        " starts from (a second stage); it settles rank, scale and layers, and the base model",
     )
     freeze_vision_tower: bool = key(False, "full fine-tuning (use_peft: false) does not train the vision tower")
     train_router: bool = key(

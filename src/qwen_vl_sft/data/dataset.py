@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 
+from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import DataSettings
 from qwen_vl_sft.data import row_files
 from qwen_vl_sft.data.boxes import BoxCoordinates
@@ -21,7 +22,7 @@ from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.formats import AUTO, choose_format
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import ReadMedia
-from qwen_vl_sft.data.source import Source, find_source
+from qwen_vl_sft.data.source import FileSource, Source, find_source
 from qwen_vl_sft.errors import BadRow, UserError, shortened
 
 ROW_ID = "row_id"
@@ -49,6 +50,12 @@ class Rows:
     def streamed(self) -> bool:
         """Return whether rows are read in sequence and cannot be looked up."""
         return isinstance(self.dataset, IterableDataset)
+
+    @property
+    def title(self) -> str:
+        """The name for what is shown often: `builtin:NAME` in place of a folder of this package."""
+        source, mark, split = self.name.rpartition(" [")
+        return f"{tiny.builtin_name(source) or source}{mark}{split}"
 
     def __len__(self) -> int:
         assert isinstance(self.dataset, Dataset)
@@ -86,7 +93,7 @@ class Rows:
 
     def name_of(self, row_id: int) -> str:
         """Return the name of a row for messages."""
-        return f"{self.name}, row {row_id}"
+        return f"{self.title}, row {row_id}"
 
 
 def open_rows(
@@ -100,6 +107,7 @@ def open_rows(
     box_coordinates: BoxCoordinates | None = None,
     ignored_columns: Sequence[str] = (),
     image_folder: str | None = None,
+    revision: str | None = None,
 ) -> Rows:
     """Open one split of a dataset.
 
@@ -115,15 +123,19 @@ def open_rows(
         box_coordinates: coordinates of boxes in the rows; see `read_boxes`.
         ignored_columns: columns that are left unread, beside those that the format ignores anyway.
         image_folder: folder that image paths in rows are relative to, by default that of the dataset.
+        revision: branch, tag or commit of a Hub dataset.
 
     Raises `UserError` when the dataset, the split or the format is not there.
     """
     folder = _image_folder(name, image_folder)
     stated = folder if image_folder else None
     if streaming:
-        dataset = _stream(name, split, config, shuffle_seed, stated)
+        source, dataset = _stream(name, split, config, shuffle_seed, stated, revision)
     else:
-        dataset = _load(find_source(name, split, config, stated), f"dataset {name}, split {split}")
+        source = find_source(name, split, config, stated, revision)
+        dataset = _load(source, f"dataset {name}, split {split}")
+    if folder is None and isinstance(source, FileSource):
+        folder = source.fetch_images(dataset)
     where = f"{name} [{split}]"
     if not streaming and shuffle_seed is not None:
         dataset = dataset.shuffle(seed=shuffle_seed)
@@ -157,6 +169,7 @@ def open_split(
         box_coordinates=data.box_coordinates,
         ignored_columns=data.ignored_columns or (),
         image_folder=data.image_folder,
+        revision=data.dataset_revision,
     )
 
 
@@ -232,24 +245,24 @@ def _numbered(dataset: Dataset) -> Dataset:
 
 
 def _stream(
-    name: str, split: str, config: str | None, shuffle_seed: int | None, image_folder: Path | None
-) -> IterableDataset:
+    name: str, split: str, config: str | None, shuffle_seed: int | None, image_folder: Path | None, revision: str | None
+) -> tuple[Source, IterableDataset]:
     base, start, stop = split, 0, None
     if "[" in split:
         match = _SLICE.match(split)
         if not match:
             raise UserError(f"dataset split {split!r}: a streamed dataset takes row slices only, such as train[:1000]")
         base, start, stop = match["split"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-    source = find_source(name, base, config, image_folder)
+    source = find_source(name, base, config, image_folder, revision)
     dataset = source.stream()
 
     if shuffle_seed is not None and dataset.num_shards > 1 and "[" not in split:
         # Files are also mixed with each other, which leaves no row its place.
-        return _with_row_ids(source.in_one_shard(dataset.shuffle(seed=shuffle_seed)))
+        return source, _with_row_ids(source.in_one_shard(dataset.shuffle(seed=shuffle_seed)))
     stream = _with_row_ids(source.in_one_shard(dataset))
     stream = stream.skip(start) if start else stream
     stream = stream.take(stop - start) if stop is not None else stream
-    return stream if shuffle_seed is None else stream.shuffle(seed=shuffle_seed)
+    return source, stream if shuffle_seed is None else stream.shuffle(seed=shuffle_seed)
 
 
 def _with_row_ids(stream: IterableDataset) -> IterableDataset:

@@ -1,23 +1,24 @@
-"""Which files of a local folder make up a split: by their names, as `datasets` finds them."""
+"""Which files of a local folder make up a split, and which of them hold its rows."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
 from qwen_vl_sft.data import git_lfs, row_files
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.row_files import RowFiles
+from qwen_vl_sft.data.split_listing import Stated, list_splits, read_card, read_stated
 from qwen_vl_sft.errors import UserError
 
+logger = logging.getLogger(__name__)
 # Files that hold one split say so by their names, also when they are numbered as on the Hub.
 _NAMED_SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?")
 _METADATA = "metadata"
@@ -53,7 +54,7 @@ def escaped(file: Path) -> str:
     return glob.escape(str(file))
 
 
-def find_split(folder: Path, split: str, image_folder: Path | None = None) -> RowFiles | LoadedFiles:
+def find_split(folder: Path, split: str, image_folder: Path | None, config: str | None) -> RowFiles | LoadedFiles:
     """Return the files of a split in a folder; both folders are absolute paths. Raises `UserError` or `ValueError`.
 
     Tables beside images name them relative to `image_folder`, by default to their own folder. By default `load_dataset`
@@ -62,22 +63,60 @@ def find_split(folder: Path, split: str, image_folder: Path | None = None) -> Ro
     if tables := sorted(folder.rglob("*.parquet")):
         git_lfs.refuse_pointers(tables)
         return _loaded(folder)
-    files = sorted(file for file in folder.iterdir() if row_files.kind_of(file) and not _is_metadata(file))
+    stated = _stated(folder, config)
+    if stated.names_files and split in (listed := _listed(folder, stated)):
+        return split_of_listing(folder, listed, stated, split, image_folder) or _loaded(folder)
+    files = sorted(file for file in folder.iterdir() if row_files.kind_of(file) and not is_metadata(file))
     if files:
-        return RowFiles(_files_of_split(folder, files, split))
-    listed = {name: [*_with_members(files)] for name, files in _listed(folder).items()}
-    own = listed.get(split, [])
-    texts = [file for file in own if row_files.kind_of(file)]
-    if texts and not any(map(_is_metadata, texts)):
-        return RowFiles(tuple(texts))
-    if tables := [file for file in texts if _is_metadata(file)]:
-        return RowFiles(tuple(tables), True, image_folder)
-    if tables := _tables_above(own, folder):
-        others = (str(file) for name, files in listed.items() if name != split for file in files)
-        return RowFiles(tuple(tables), True, image_folder, frozenset(others))
-    if listed and not own:
+        return _as_stated(RowFiles(_files_of_split(folder, files, split)), stated)
+    listed = _listed(folder, replace(stated, data_files=None, data_dir=None))
+    found = split_of_listing(folder, listed, stated, split, image_folder)
+    if found is None and split in listed:
+        refuse_tar(f"dataset {folder}", listed[split])
+    elif found is None and listed:
         raise UserError(f"dataset {folder}: has no split {split!r}; its files give {', '.join(listed)}")
-    return _loaded(folder)
+    return found or _loaded(folder)
+
+
+def split_of_listing(
+    folder: Path, listed: Mapping[str, Sequence[str]], stated: Stated, split: str, image_folder: Path | None = None
+) -> RowFiles | None:
+    """Return the text files of a split in a listing of all splits, None where it has none. Raises `ValueError`."""
+    own = [*_with_members(folder / name for name in listed.get(split, ()))]
+    texts = [file for file in own if row_files.kind_of(file)]
+    if texts and not any(map(is_metadata, texts)):
+        refuse_twice(texts)
+        return _as_stated(RowFiles(tuple(texts)), stated)
+    if tables := [file for file in texts if is_metadata(file)]:
+        return _as_stated(RowFiles(tuple(tables), True, image_folder), stated)
+    if tables := _tables_above(own, folder):
+        others = [folder / file for name, files in listed.items() if name != split for file in files]
+        left_out = frozenset(map(str, _with_members(others)))
+        return _as_stated(RowFiles(tuple(tables), True, image_folder, left_out), stated)
+    return None
+
+
+def is_metadata(file: Path) -> bool:
+    """Return whether a file is a table beside images, by its name."""
+    return row_files.stem_of(file) == _METADATA and row_files.kind_of(file) is not None
+
+
+def _as_stated(files: RowFiles, stated: Stated) -> RowFiles:
+    """Return files that are read as README.md says. Raises `ValueError` for what is not read."""
+    if stated.unread:
+        raise ValueError(
+            f"README.md states {', '.join(stated.unread)} for its files, which is not read; write the rows as JSONL"
+        )
+    return replace(files, separator=stated.separator, classes=stated.classes)
+
+
+def refuse_twice(files: Sequence[Path]) -> None:
+    """Raise `ValueError` for two files in a folder that differ in their kind alone: the same rows twice."""
+    names: dict[Path, Path] = {}
+    for file in filter(row_files.kind_of, files):
+        first = names.setdefault(file.parent / row_files.stem_of(file), file)
+        if first != file:
+            raise ValueError(f"a split has two files of one name, {first.name} and {file.name}; keep one")
 
 
 def saved_split(folder: Path, split: str) -> Path | None:
@@ -108,30 +147,48 @@ def _json_of(file: Path) -> dict[str, Any]:
 def _with_members(files: Iterable[Path]) -> Iterator[Path]:
     """Yield files, and in place of archives what they hold."""
     for file in files:
-        yield from archives.members(file) if file.suffix.lower() == ".zip" else [file]
+        if not archives.is_archive(file):
+            yield file
+            continue
+        # In a tar archive each text belongs to the image of its name, and holds no rows.
+        holds_rows = file.suffix.lower() != ".tar"
+        yield from (found for found in archives.members(file) if holds_rows or not _is_text(found))
 
 
-def _is_metadata(file: Path) -> bool:
-    return row_files.stem_of(file) == _METADATA and row_files.kind_of(file) is not None
+def refuse_tar(where: str, files: Iterable[str]) -> None:
+    """Raise `UserError` for files that are all tar archives: rows in them are not read."""
+    if all(file.lower().endswith(".tar") for file in files):
+        raise UserError(
+            f"{where}: its rows lie in .tar archives (WebDataset), which are not read; write a line for each row into"
+            " metadata.jsonl beside them, with file_name and the columns of a format; images are read from the archives"
+        )
+
+
+def _is_text(file: Path) -> bool:
+    return row_files.kind_of(file) is not None and not is_metadata(file)
 
 
 def _tables_above(files: Sequence[Path], folder: Path) -> list[Path]:
     """Return the tables of the folder that lie above some of these files: one for the images of several splits."""
     above = {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
-    return sorted(file for parent in above if parent.is_dir() for file in parent.iterdir() if _is_metadata(file))
+    return sorted(file for parent in above if parent.is_dir() for file in parent.iterdir() if is_metadata(file))
 
 
-def _listed(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of each split, as `load_dataset` finds them by their names."""
+def _stated(folder: Path, config: str | None) -> Stated:
+    card = read_card(folder)
+    if not card.get("configs") and config not in (None, "default"):
+        logger.warning("dataset_config: %s is not used; no README.md of %s names configurations", config, folder)
+        return read_stated(card, None)
+    return read_stated(card, config)
+
+
+def _listed(folder: Path, stated: Stated) -> dict[str, tuple[str, ...]]:
+    """Return the files of each split, as paths below the folder. Raises `ValueError`."""
     home = folder.resolve()
     try:
-        found = DataFilesDict.from_patterns(get_data_patterns(escaped(home)), escaped(home))
-    except (OSError, EmptyDatasetError):  # told when it is loaded
+        return list_splits(escaped(home), str(home), stated)
+    except OSError:  # told when it is loaded
         return {}
-    return {
-        str(split): [folder / Path(file).relative_to(home) for file in files if Path(file).is_relative_to(home)]
-        for split, files in found.items()
-    }
 
 
 def _state_of(folder: Path) -> str:
@@ -145,8 +202,8 @@ def _loaded(folder: Path) -> LoadedFiles:
     if not glob.has_magic(str(folder.resolve())):
         return LoadedFiles(str(folder))
     found = {
-        split: [escaped(file) for file in files if file.suffix == ".parquet"]
-        for split, files in _listed(folder).items()
+        split: [escaped(folder / file) for file in files if file.endswith(".parquet")]
+        for split, files in _listed(folder, Stated()).items()
     }
     if not any(found.values()):
         raise UserError(f"dataset {folder}: no rows are found in it; rename it without any of the characters [ ] * ?")

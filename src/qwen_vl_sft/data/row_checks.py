@@ -114,7 +114,7 @@ def _check(rows: Rows, places: np.ndarray, checks: Checks, processes: int | None
     every = 0.5 if sys.stderr.isatty() else 15
     try:
         with tqdm(
-            total=len(places), desc=f"Checking {rows.name}", unit=" rows", disable=hidden, mininterval=every
+            total=len(places), desc=f"Checking {rows.title}", unit=" rows", disable=hidden, mininterval=every
         ) as bar:
             for piece in _loaded(pieces, workers) if workers > 1 else map(pieces.__getitem__, range(len(pieces))):
                 if isinstance(piece, UserError):

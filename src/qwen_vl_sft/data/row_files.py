@@ -13,26 +13,31 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets.packaged_modules.generator.generator import Generator
 
 from qwen_vl_sft.data import git_lfs, json_stream
 from qwen_vl_sft.data.media import archives
-from qwen_vl_sft.errors import shortened
+from qwen_vl_sft.data.media.image_file import IMAGE_SUFFIXES
+from qwen_vl_sft.errors import quoted, shortened
 
 _KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv"}
 _OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Columns of a prepared dataset: the text of a row, and the names of its columns as a JSON list.
 TEXT, COLUMNS = "__json_text__", "__json_columns__"
 _FEATURES = Features({TEXT: Value("large_string"), COLUMNS: Value("string")})
+# The text of a name in JSON.
+_IMAGE_NAME = re.compile(rf'"((?:[^"\\]|\\.)*(?:{"|".join(map(re.escape, IMAGE_SUFFIXES))}))"', re.IGNORECASE)
 # Raise it when files are read otherwise than before: prepared rows are then read anew.
-_VERSION = 1
+_VERSION = 2
 
 
 def kind_of(file: Path) -> str | None:
@@ -45,6 +50,11 @@ def stem_of(file: Path) -> str:
     return Path(file.name[: len(file.name) - len(_compression_of(file))]).stem
 
 
+def is_packed_otherwise(file: Path) -> bool:
+    """Return whether a file of text rows is compressed in a way that is not read, by its name."""
+    return kind_of(file) is None and any(f".{suffix}" in _KINDS for suffix in file.name.lower().split(".")[1:-1])
+
+
 @dataclass(frozen=True)
 class RowFiles:
     """The files that hold a split's rows.
@@ -55,12 +65,17 @@ class RowFiles:
             relative to the table.
         image_folder: folder that images are relative to instead.
         left_out: images, as absolute paths, whose rows belong to another split.
+        separator: what stands between the values of tables; default: a comma, or a tab in TSV.
+        classes: names of the numbers in a column, as a list; nested as the column is: `{"list": names}` for a list of
+            them, `{"fields": {field: names}}` for an object.
     """
 
     files: tuple[Path, ...]
     name_images: bool = False
     image_folder: Path | None = None
     left_out: frozenset[str] = frozenset()
+    separator: str | None = None
+    classes: Mapping[str, Any] = field(default_factory=dict)
 
     def prepare(self) -> Dataset:
         """Return the rows as a memory-mapped dataset of texts, cached by the files' names, sizes and times.
@@ -69,11 +84,9 @@ class RowFiles:
         """
         stats = [archives.file_on_disk(file).stat() for file in self.files]
         arguments = {
-            "files": tuple(map(str, self.files)),
-            "stamps": tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
-            "name_images": self.name_images,
-            "image_folder": None if self.image_folder is None else str(self.image_folder),
+            "source": replace(self, left_out=frozenset()),
             "left_out": tuple(sorted(self.left_out)),
+            "stamps": tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
             "version": _VERSION,
         }
         builder = Generator(features=_FEATURES, generator=_entries, gen_kwargs=arguments, split="train")
@@ -88,7 +101,10 @@ class RowFiles:
     def texts_and_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each row's text in JSON, and the row. Raises `ValueError` that names the file, and the place in it."""
         for file in self.files:
-            for text, row in _read(file):
+            for text, row in _read(file, self.separator):
+                if self.classes:
+                    row = _with_class_names(row, self.classes, file)
+                    text = json.dumps(row)
                 if not self.name_images:
                     yield text, row
                     continue
@@ -110,6 +126,22 @@ def columns_of(dataset: Dataset) -> set[str]:
     return {name for found in dataset.data.column(COLUMNS).unique().to_pylist() for name in json.loads(found)}
 
 
+def first_named_image(texts: Iterable[str]) -> str | None:
+    """Return the first name of an image file that stands in a text of rows, None where none does."""
+    for text in texts:
+        for found in _IMAGE_NAME.finditer(text):
+            name: str = json.loads(f'"{found[1]}"')
+            if "://" not in name and not name.startswith("/"):
+                return name
+    return None
+
+
+def texts_that_name_images(dataset: Dataset) -> Iterator[str]:
+    """Yield the texts of rows in which the name of an image file may stand."""
+    for chunk in dataset.data.column(TEXT).chunks:
+        yield from chunk.filter(pc.match_substring_regex(chunk, _IMAGE_NAME.pattern, ignore_case=True)).to_pylist()
+
+
 def parse_texts(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Turn a batch of texts into rows: the transform of a dataset whose column `row_id` is kept."""
     if TEXT not in batch:
@@ -120,16 +152,8 @@ def parse_texts(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {**{name: [row.get(name) for row in rows] for name in names}, **others}
 
 
-def _entries(
-    files: tuple[str, ...],
-    stamps: Any,
-    name_images: bool,
-    image_folder: str | None,
-    left_out: tuple[str, ...],
-    version: int,
-) -> Iterator[dict[str, str]]:
-    folder = None if image_folder is None else Path(image_folder)
-    for text, row in RowFiles(tuple(map(Path, files)), name_images, folder, frozenset(left_out)).texts_and_rows():
+def _entries(source: RowFiles, left_out: tuple[str, ...], stamps: Any, version: int) -> Iterator[dict[str, str]]:
+    for text, row in replace(source, left_out=frozenset(left_out)).texts_and_rows():
         yield _entry(text, row)
 
 
@@ -167,19 +191,47 @@ def _with_images(row: dict[str, Any], table: Path, folder: Path) -> tuple[dict[s
     return named, images
 
 
+def _with_class_names(row: dict[str, Any], classes: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Put names in place of numbers of classes. Raises `ValueError` for a number that has no name."""
+    try:
+        return {name: _named(value, classes[name]) if name in classes else value for name, value in row.items()}
+    except ValueError as error:
+        raise ValueError(f"{file.name} has {error} among its classes, which README.md names otherwise") from None
+
+
+def _named(value: Any, classes: Any) -> Any:
+    if isinstance(value, list) and isinstance(classes, Mapping) and "list" in classes:
+        return [_named(part, classes["list"]) for part in value]
+    if isinstance(value, Mapping) and isinstance(classes, Mapping) and "fields" in classes:
+        fields = classes["fields"]
+        return {name: _named(part, fields[name]) if name in fields else part for name, part in value.items()}
+    # As `datasets`: a name stands for itself, and -1 for a class that is not known.
+    if value is None or not isinstance(classes, list) or value in classes:
+        return value
+    number = str(value)
+    if number == "-1":
+        return None
+    if not number.isdecimal() or int(number) >= len(classes):
+        raise ValueError(quoted(value))
+    return classes[int(number)]
+
+
 def _found(images: Iterable[str], folder: Path) -> Iterator[str]:
     """Yield images where they lie, which may be in an archive."""
     for image in images:
         path = Path(image)
-        yield from [image] if path.exists() else map(str, archives.find(path, folder))
+        # One on the Hub is downloaded later.
+        found = [] if path.exists() else archives.find(path, folder)
+        yield from map(str, found or [path])
 
 
-def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read(file: Path, separator: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     is_empty = True
     git_lfs.refuse_pointers([archives.file_on_disk(file)])
     try:
         with _opened(file) as source:
-            for found in _csv_rows(file, source) if kind_of(file) == "csv" else _json_rows(file, source):
+            is_table = kind_of(file) == "csv"
+            for found in _csv_rows(file, source, separator) if is_table else _json_rows(file, source):
                 is_empty = False
                 yield found
     except UnicodeDecodeError:
@@ -201,14 +253,14 @@ def _opened(file: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
     return opener(raw, "rb") if opener else raw
 
 
-def _csv_rows(file: Path, source: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(file: Path, source: IO[bytes], separator: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the lines of a table under its header; every value is the text that is written."""
     # Images as base64 are longer than the limit of 131,072.
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(source, encoding="utf-8-sig", newline="")
     is_tsv = file.name.lower().removesuffix(_compression_of(file)).endswith(".tsv")
     # Strict: a quote that is left open would swallow the lines after it.
-    reader = csv.reader(lines, delimiter="\t" if is_tsv else ",", strict=True)
+    reader = csv.reader(lines, delimiter=separator or ("\t" if is_tsv else ","), strict=True)
     try:
         names = next(reader, [])
         stated = [name for name in names if name]

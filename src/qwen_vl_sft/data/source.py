@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,24 @@ import numpy as np
 import pyarrow as pa
 from datasets import Audio, ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value, Video
 from datasets.exceptions import DatasetGenerationError
+from datasets.load import infer_module_for_data_files_list
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.table import CastError
 
 from qwen_vl_sft.data import formats, git_lfs, local_files, row_files
+from qwen_vl_sft.data.hub_folder import HubFolder, open_hub_folder
+from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.row_files import RowFiles
+from qwen_vl_sft.data.split_listing import read_card, read_stated
 from qwen_vl_sft.errors import UserError, first_line, shortened
 
 logger = logging.getLogger(__name__)
-# Builders of `datasets` that guess types; of local files they read none.
+# Builders of `datasets` that guess types.
 _GUESSING = {"csv": "CSV", "json": "JSON"}
+# Builders whose files hold typed rows: beside those of any other, text files hold the rows.
+_TYPED = ("parquet", "arrow", "lance", "vortex", "hdf5")
+# First rows of a stream that tell whether images are files.
+_LOOKED_AT = 100
 _SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 
 
@@ -41,7 +51,7 @@ class SplitSource:
             dataset.data.validate(full=True)
         except Exception as error:
             raise self.refusal(error) from error
-        self._tell_guessed_types(dataset)
+        self._refuse_guessed_types(dataset)
         return dataset
 
     def stream(self) -> Any:
@@ -50,7 +60,7 @@ class SplitSource:
             dataset = _undecoded(datasets.load_dataset(**self.arguments, split=self.split, streaming=True))
         except Exception as error:
             raise self.refusal(error) from error
-        self._tell_guessed_types(dataset)
+        self._refuse_guessed_types(dataset)
         return dataset
 
     def in_one_shard(self, stream: IterableDataset) -> IterableDataset:
@@ -61,14 +71,14 @@ class SplitSource:
         """Turn an error of `datasets`, which raises a dozen kinds for a wrong name, split or file, into one for the user."""
         return _refusal(self.name, self.split, error)
 
-    def _tell_guessed_types(self, dataset: Any) -> None:
+    def _refuse_guessed_types(self, dataset: Any) -> None:
+        """Raise `UserError` for text files that `datasets` has read, as an earlier start may have left them in its cache."""
         kind = dataset.info.builder_name
         if kind in _GUESSING:
-            logger.warning(
-                "dataset %s: it is %s on the Hub, where the types of its columns are guessed from its values (00501 becomes"
-                " 501); for every value as it is written, download it with hf download and give the folder as dataset_name",
-                self.name,
-                _GUESSING[kind],
+            raise UserError(
+                f"dataset {self.name}: the cache of datasets has it as {_GUESSING[kind]} whose types were guessed (00501"
+                " becomes 501); start once with a network, or fetch the files with hf download and give the folder as"
+                " dataset_name"
             )
 
     def _read(self, stream: IterableDataset) -> Iterator[dict[str, Any]]:
@@ -83,21 +93,53 @@ class SplitSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """A split, with its slice, that lies in local text files: JSON, JSON lines, CSV or TSV."""
+    """A split, with its slice, that lies in text files: JSON, JSON lines, CSV or TSV; those of `hub` once they are needed."""
 
     name: str
     split: str
     files: RowFiles
+    hub: HubFolder | None = None
 
     def load(self) -> Any:
         """Load the split as a map-style dataset of texts, see `row_files.parse_texts`. Raises `UserError`."""
         try:
+            if self.hub:
+                self.hub.fetch(self.files.files)
             return _sliced(self.files.prepare(), self.split)
         except Exception as error:
             raise self.refusal(error) from error
 
+    def fetch_images(self, rows: Dataset | IterableDataset) -> Path | None:
+        """Download the images that rows of a dataset on the Hub name. Raises `UserError`.
+
+        Returns the folder that they are named relative to, that of the dataset or that of the file that holds the rows;
+        None for local files.
+        """
+        if self.hub is None:
+            return None
+        folder, table = self.hub.folder, self.files.files[0]
+        if self.files.name_images:
+            self.hub.fetch_beside(self.files.files)
+        elif named := self._first_named_image(rows):
+            self.hub.fetch_images()
+            if not _lies_in(folder, named) and _lies_in(table.parent, named):
+                return table.parent
+        return folder
+
+    def _first_named_image(self, rows: Dataset | IterableDataset) -> str | None:
+        if isinstance(rows, Dataset):
+            return row_files.first_named_image(row_files.texts_that_name_images(rows))
+        try:
+            return row_files.first_named_image(
+                text for text, _ in itertools.islice(self.files.texts_and_rows(), _LOOKED_AT)
+            )
+        except (ValueError, OSError) as error:
+            raise self.refusal(error) from error
+
     def stream(self) -> IterableDataset:
         """Open the split as a stream of rows. Raises `UserError` where its files cannot be read any further."""
+        if self.hub:
+            self.hub.fetch(self.files.files[:1])
         return IterableDataset.from_generator(self._read)
 
     def in_one_shard(self, stream: IterableDataset) -> IterableDataset:
@@ -110,7 +152,10 @@ class FileSource:
 
     def _read(self) -> Iterator[dict[str, Any]]:
         try:
-            yield from self.files.read()
+            for file in self.files.files:
+                if self.hub:
+                    self.hub.fetch([file])
+                yield from replace(self.files, files=(file,)).read()
         except (ValueError, OSError) as error:
             raise self.refusal(error) from error
 
@@ -144,24 +189,79 @@ class DiskSource:
 Source = SplitSource | FileSource | DiskSource
 
 
-def find_source(name: str, split: str, config: str | None, image_folder: Path | None = None) -> Source:
+def find_source(
+    name: str, split: str, config: str | None, image_folder: Path | None = None, revision: str | None = None
+) -> Source:
     """Find the split of a Hub dataset, a local folder or a local file. Raises `UserError`.
 
     Tables beside images name them relative to `image_folder`, an absolute path, where it is stated.
     """
     path = Path(name).expanduser().absolute()
-    if not path.exists():
+    try:
+        if path.exists():
+            return _local_source(name, path, split, config, image_folder)
         if name.startswith((".", "/", "~")) or row_files.kind_of(path) or path.suffix == ".parquet":
             raise UserError(
                 f"dataset_name: {shortened(name)} does not exist here; give a local folder or file, or a Hub id"
             )
-        return SplitSource(name, split, {"name": config, "path": name})
-    try:
-        return _local_source(name, path, split, config, image_folder)
+        return _hub_source(name, split, config, image_folder, revision)
     except UserError:
         raise
     except (ValueError, OSError) as error:
         raise _refusal(name, split, error) from error
+
+
+def _hub_source(name: str, split: str, config: str | None, image_folder: Path | None, revision: str | None) -> Source:
+    """Find a split on the Hub: text files are read here, and all others by `datasets`."""
+    by_datasets = SplitSource(
+        name, split, {"name": config, "path": name} | ({"revision": revision} if revision else {})
+    )
+    # The names of its own readers win over the same names on the Hub.
+    hub = None if name in _PACKAGED_DATASETS_MODULES else open_hub_folder(name, revision)
+    if hub is None:
+        return by_datasets
+    stated = read_stated(read_card(hub.folder), config)
+    listed = hub.list_splits(stated)
+    own = listed.get(_base(split), ())
+    if not own:
+        raise UserError(f"dataset {name}: has no split {_base(split)!r}; its files give {', '.join(listed) or 'none'}")
+    reader, _ = infer_module_for_data_files_list([file for file in own if not archives.is_archive(Path(file))])
+    if reader in _TYPED:
+        return by_datasets
+    if reader in _GUESSING:
+        unread = [file for file in own if row_files.is_packed_otherwise(Path(file))]
+        if unread:
+            raise UserError(f"dataset {name}: {shortened(unread[0])} is compressed otherwise than as .gz, .bz2 or .xz")
+        local_files.refuse_twice([hub.folder / file for file in own])
+        # As `datasets`, which reads those of the kind that most files have.
+        others = [file for file in own if row_files.kind_of(Path(file)) not in (reader, None)]
+        if others:
+            logger.warning(
+                "dataset %s: %d of the files of split %s are not read, such as %s; most are %s",
+                name, len(others), _base(split), shortened(others[0]), _GUESSING[reader],
+            )  # fmt: skip
+        listed[_base(split)] = tuple(file for file in own if file not in set(others))
+    _fetch_tables(hub, listed, own)
+    files = local_files.split_of_listing(hub.folder, listed, stated, _base(split), image_folder)
+    if files is None:
+        local_files.refuse_tar(f"dataset {name}", own)
+        return by_datasets
+    return FileSource(name, split, files, hub)
+
+
+def _fetch_tables(hub: HubFolder, listed: Mapping[str, Iterable[str]], own: Iterable[str]) -> None:
+    """Download what tells which rows are a split's: archives, and tables in the folders above images."""
+    paths = [hub.folder / file for file in own]
+    hub.fetch(path for path in paths if archives.is_archive(path))
+    if not any(map(row_files.kind_of, paths)):
+        hub.fetch_tables_above(paths)
+        everyone = [hub.folder / file for files in listed.values() for file in files]
+        hub.fetch(path for path in everyone if archives.is_archive(path))
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    path = folder / name
+    return path.is_file() or bool(archives.find(path, folder))
 
 
 def _local_source(name: str, path: Path, split: str, config: str | None, image_folder: Path | None) -> Source:
@@ -170,7 +270,7 @@ def _local_source(name: str, path: Path, split: str, config: str | None, image_f
     if saved := local_files.saved_split(path, _base(split)):
         git_lfs.refuse_pointers(saved.glob("*.arrow"))
         return DiskSource(name, split, saved)
-    files = local_files.find_split(path, _base(split), image_folder)
+    files = local_files.find_split(path, _base(split), image_folder, config)
     if isinstance(files, RowFiles):
         return FileSource(name, split, files)
     return SplitSource(name, split, {"name": config, **files.arguments})
@@ -215,6 +315,8 @@ def _first_cause(error: BaseException) -> BaseException:
 
 def _refusal(name: str, split: str, error: BaseException) -> UserError:
     error = _first_cause(error)
+    if isinstance(error, UserError):
+        return error
     told = f"in its files {error.details()}" if isinstance(error, CastError) else first_line(error)
     return UserError(f"dataset {name}, split {split}: cannot be loaded: {told}")
 

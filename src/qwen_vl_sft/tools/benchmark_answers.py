@@ -22,7 +22,7 @@ from qwen_vl_sft.batching.collator import pad
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import Recipe, read_recipe
 from qwen_vl_sft.data.conversation import Conversation
-from qwen_vl_sft.data.dataset import Rows, open_rows
+from qwen_vl_sft.data.dataset import Rows, open_split
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.scan import scan
@@ -236,7 +236,7 @@ def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
     data = recipe.data
     if not data.dataset_name:
         raise UserError("dataset_name is not set; name a dataset with --dataset_name")
-    rows = open_rows(data.dataset_name, options.split, data.dataset_config, row_format=data.dataset_format)
+    rows = open_split(data, options.split, streaming=False)
     processor = load_processor(recipe.model, data.min_pixels, data.max_pixels)
     message, chat = rows.format.resolve_system_message(data.system_message), load_family(recipe.model).chat
     # In memory, as they are in an evaluation's second arm; decoding them is part of what is measured.

@@ -1,24 +1,35 @@
-"""Images in zip archives: a path leads into one as if it were a folder (`images.zip/a.png`)."""
+"""Images in zip and tar archives: a path leads into one as if it were a folder (`images.zip/a.png`)."""
 
 from __future__ import annotations
 
 import functools
+import io
 import os
+import posixpath
+import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 from qwen_vl_sft.data import git_lfs
 
+SUFFIXES = (".zip", ".tar")
+# Archives that cannot be read from the middle, or not at all.
+_UNREAD = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
 # What macOS writes beside the files of an archive.
 _NOT_WRITTEN_BY_USERS = "__MACOSX/"
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file is an archive, by its name."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def split_path(path: Path) -> tuple[Path, str] | None:
     """Return the archive that a path leads into, and the name in it; None for a path outside of archives."""
     for parent in path.parents:
-        if parent.suffix.lower() == ".zip" and parent.is_file():
+        if is_archive(parent) and parent.is_file():
             return parent, path.relative_to(parent).as_posix()
     return None
 
@@ -36,6 +47,11 @@ def open_member(path: Path) -> IO[bytes]:
         raise FileNotFoundError(str(path))
     archive, name = found
     try:
+        if _is_tar(archive):
+            begin, size = _tar_of(archive)[name]
+            with archive.open("rb") as file:
+                file.seek(begin)
+                return io.BytesIO(file.read(size))
         return _opened(archive).open(name)
     except KeyError:
         raise FileNotFoundError(str(path)) from None
@@ -68,17 +84,27 @@ def find(path: Path, folder: Path) -> list[Path]:
     return found
 
 
-def _archives_in(folder: Path) -> tuple[Path, ...]:
+def unread_near(path: Path, folder: Path) -> Path | None:
+    """Return an archive that is not read, in a folder that a file would lie in; None where there is none."""
+    for parent in path.parents:
+        if not parent.is_relative_to(folder):
+            break
+        if found := _archives_in(parent, _UNREAD):
+            return found[0]
+    return None
+
+
+def _archives_in(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[Path, ...]:
     try:
-        return _listed(folder, folder.stat().st_mtime_ns)
+        return _listed(folder, folder.stat().st_mtime_ns, suffixes)
     except OSError:
         return ()
 
 
 @functools.lru_cache(maxsize=256)
-def _listed(folder: Path, time: int) -> tuple[Path, ...]:
+def _listed(folder: Path, time: int, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     with os.scandir(folder) as entries:
-        return tuple(sorted(folder / entry.name for entry in entries if entry.name.lower().endswith(".zip")))
+        return tuple(sorted(folder / entry.name for entry in entries if entry.name.lower().endswith(suffixes)))
 
 
 def _names(archive: Path) -> frozenset[str]:
@@ -88,7 +114,7 @@ def _names(archive: Path) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def _read_names(archive: Path, size: int, time: int) -> frozenset[str]:
-    found = _opened(archive).namelist()
+    found = _tar_of(archive) if _is_tar(archive) else _opened(archive).namelist()
     return frozenset(name for name in found if not name.endswith("/") and not name.startswith(_NOT_WRITTEN_BY_USERS))
 
 
@@ -105,3 +131,28 @@ def _opened(archive: Path) -> zipfile.ZipFile:
 @functools.lru_cache(maxsize=64)
 def _open(archive: Path, size: int, time: int, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
+
+
+def _is_tar(archive: Path) -> bool:
+    return archive.suffix.lower() == ".tar"
+
+
+def _tar_of(archive: Path) -> Mapping[str, tuple[int, int]]:
+    """Return where each file lies in a tar archive: its first byte and its size."""
+    stat = archive.stat()
+    try:
+        return _read_tar(archive, stat.st_size, stat.st_mtime_ns)
+    except tarfile.TarError as error:
+        git_lfs.refuse_pointers([archive])
+        raise OSError(f"{archive.name} is no tar archive ({error})") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _read_tar(archive: Path, size: int, time: int) -> Mapping[str, tuple[int, int]]:
+    with tarfile.open(archive, "r:") as tar:
+        # Of files of one name the last one counts. Names often begin with "./".
+        found = {posixpath.normpath(entry.name): (entry.offset_data, entry.size) for entry in tar if entry.isreg()}
+    cut = [name for name, (begin, length) in found.items() if begin + length > size]
+    if cut:
+        raise OSError(f"{archive.name} ends before {cut[0]} does; it was not copied whole")
+    return found

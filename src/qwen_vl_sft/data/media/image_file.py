@@ -30,6 +30,10 @@ MAX_PIXELS_OF_A_FILE = 89_478_485
 MAX_ASPECT_RATIO = 200
 # Orientations of EXIF that swap width and height.
 _SIDEWAYS = (5, 6, 7, 8)
+# By which files are known as images before they are opened.
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2",
+)  # fmt: skip
 WAY_OUT_OF_URLS = "download the images into the data folder and name the files"
 _SCHEME = re.compile(r"(?!file:|data:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # How the text of an encoded PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF or JPEG 2000 begins in base64.
@@ -267,4 +271,9 @@ def _in_archive(path: Path, folder: Path, shown: str) -> Path | None:
     if len(found) > 1:
         both = " and ".join(shortened(str(place.relative_to(folder))) for place in found)
         raise BadRow(f"names the image file {shown}, which is there twice, as {both}; name it so")
+    if not found and (unread := archives.unread_near(path, folder)):
+        raise BadRow(
+            f"names the image file {shown}, which does not exist; {unread.name} is an archive that is not read: unpack it, or"
+            f" pack it again as .zip or .tar"
+        )
     return found[0] if found else None
