@@ -156,6 +156,7 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
     assert full["step"] == one["step"]
     # The run has ended once its one step that counts has come.
     assert (one["settled"], one["counted"], len(one["each_step"])) == (True, [1], 2)
+    assert 0 < one["start"] < 0.1
     assert one["seconds"] == pytest.approx(one["each_step"][1]["seconds"], abs=1e-4)
     assert (one["keys"]["use_peft"], full["keys"]["use_peft"]) == (True, False)
     with pytest.raises(UserError, match="--measure needs --processor"):
@@ -165,7 +166,7 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
 def _steps(seconds, planned=None, driver=None, epoch=100):
     planned, driver = planned or [1.0] * len(seconds), driver or [0] * len(seconds)
     told = zip(seconds, planned, driver, strict=True)
-    return [Step(took, 0.0, plan, held, number % epoch == 0) for number, (took, plan, held) in enumerate(told)]
+    return [Step(took, 0.0, plan, 1e-5, held, number % epoch == 0) for number, (took, plan, held) in enumerate(told)]
 
 
 def test_steps_that_begin_an_epoch_do_not_count():

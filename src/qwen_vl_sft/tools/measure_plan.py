@@ -90,16 +90,16 @@ class Group:
 # The most telling ones first: a run that is cut off has these. The first 14 runs have each model's size, method, budget,
 # checkpointing and sharing.
 GROUPS: tuple[Group, ...] = (
-    Group("Qwen/Qwen2-VL-2B-Instruct", "full", (WIDE, EXPANDABLE, CHECKPOINTED, SHARED, NARROW)),
-    Group("Qwen/Qwen3-VL-2B-Instruct", "LoRA"),
-    Group("Qwen/Qwen2-VL-7B-Instruct", "QLoRA", (WIDE, EXPANDABLE, CHECKPOINTED, SHARED, NARROW)),
+    Group("Qwen/Qwen2-VL-7B-Instruct", "QLoRA"),
     Group("Qwen/Qwen2-VL-7B-Instruct", "LoRA"),
     Group("Qwen/Qwen3-VL-8B-Instruct", "QLoRA"),
-    Group("Qwen/Qwen2-VL-2B-Instruct", "QLoRA"),
-    Group("Qwen/Qwen2.5-VL-7B-Instruct", "QLoRA"),
+    Group("Qwen/Qwen2-VL-2B-Instruct", "full", (CHECKPOINTED, WIDE, EXPANDABLE, SHARED, NARROW)),
+    Group("Qwen/Qwen2-VL-2B-Instruct", "QLoRA", (WIDE, EXPANDABLE, CHECKPOINTED, SHARED, NARROW)),
     Group("Qwen/Qwen3-VL-8B-Instruct", "LoRA"),
-    Group("Qwen/Qwen2-VL-2B-Instruct", "LoRA"),
+    Group("Qwen/Qwen3-VL-2B-Instruct", "LoRA"),
+    Group("Qwen/Qwen2.5-VL-7B-Instruct", "QLoRA"),
     Group("Qwen/Qwen2.5-VL-7B-Instruct", "LoRA"),
+    Group("Qwen/Qwen2-VL-2B-Instruct", "LoRA"),
 )
 
 
@@ -273,8 +273,9 @@ def _measure(prepared: Prepared, setting: Setting, options: CheckPlanOptions) ->
         "settled": have_settled(done, options.warmup, options.steps),
         "counted": last,
         "waited": statistics.fmean(done[number].waited for number in last),
+        "start": statistics.fmean(done[number].start for number in last),
         "each_step": [
-            {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(step).items()}
+            {name: round(value, 7) if isinstance(value, float) else value for name, value in asdict(step).items()}
             for step in done
         ],
         "rows_per_second": rows / seconds,

@@ -24,13 +24,21 @@ WORK = ("tokens", "tokens_squared", "target_tokens", "patches", "patches_squared
 
 @dataclass(frozen=True)
 class Step:
-    """A step as it was: seconds, without those that it waited for data; the plan's for its rows; bytes that the driver
-    had given to the allocator or taken back, all in all; and whether it began an epoch, where workers are started anew.
+    """A step as it was.
+
+    Attributes:
+        seconds: without those that it waited for data.
+        waited: seconds.
+        planned: the plan's seconds for its rows.
+        start: seconds that the host took to start a small kernel just after it; see `seconds_of_a_start`.
+        driver_bytes: what the driver had given to the allocator and taken back, since the process began.
+        began_epoch: workers were started anew.
     """
 
     seconds: float
     waited: float
     planned: float
+    start: float
     driver_bytes: int
     began_epoch: bool
 
@@ -62,8 +70,10 @@ class Steps(TrainerCallback):
         work = Work(*(getattr(sum(batches, BatchStats()), name) for name in WORK))
         planned = step_time(self.plan.training, self.plan.card, work, len(batches), self.checkpointed).seconds
         passed = now - self.ended - (waited - self.waited)
-        self.done.append(Step(passed, waited - self.waited, planned, _driver_bytes(), number % self.epoch == 0))
-        self.ended, self.waited = now, waited
+        start = seconds_of_a_start(args.device)
+        began = number % self.epoch == 0
+        self.done.append(Step(passed, waited - self.waited, planned, start, _driver_bytes(), began))
+        self.ended, self.waited = time.perf_counter(), waited
         control.should_training_stop |= have_settled(self.done, self.warmup, self.counted)
 
 
@@ -92,6 +102,26 @@ def have_settled(steps: Sequence[Step], warmup: int, counted: int) -> bool:
         return not grown
     early, late = statistics.fmean(shares[:half]), statistics.fmean(shares[half:])
     return abs(late / early - 1) < ALIKE
+
+
+def seconds_of_a_start(device: torch.device, times: int = 300) -> float:
+    """Return the seconds that the host takes to start a small kernel, on average over `times`.
+
+    It starts thousands in a step. What else runs on the machine makes it slower, and so do the threads of a data loader.
+    """
+    value = torch.zeros(1, device=device)
+    _finish(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        value.add_(1)
+    passed = time.perf_counter() - began
+    _finish(device)
+    return passed / times
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _driver_bytes() -> int:
