@@ -26,7 +26,7 @@ from qwen_vl_sft.diagnosis.checks import (
     check_versions,
     of_probe,
 )
-from qwen_vl_sft.diagnosis.machine import Gpu, Machine, Probe, Token, _refusal_to_write, run_probes
+from qwen_vl_sft.diagnosis.machine import Gpu, Machine, Probe, Token, _refusal_to_write, run_probes, visible
 from qwen_vl_sft.diagnosis.report import clean, format_end, format_line
 
 GOOD = {package: first for package, (first, _) in TESTED.items()}
@@ -117,8 +117,28 @@ def test_drivers():
     (found,) = problems(check_gpus, gpus=fails)
     assert "version mismatch" in found.text
     assert not problems(check_gpus, gpus=lacks)
-    (found,) = problems(check_gpus, gpus=lambda: [Gpu("NVIDIA L4", "5", 23034, 20), Gpu("NVIDIA L4", "5", 23034, 9000)])
+    (found,) = problems(
+        check_gpus, gpus=lambda: [Gpu("NVIDIA L4", "5", 23034, 20), Gpu("NVIDIA L4", "5", 23034, 9000, 1)]
+    )
     assert found.text == "GPU 1 (8.8 GiB) is in use by others"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "numbers"),
+    [
+        (None, [0, 1, 2]),
+        ("1", [1]),
+        (" 2, 0", [2, 0]),
+        ("1,7,0", [1]),  # CUDA reads no further
+        ("", []),
+        ("-1", []),
+        ("GPU-b4,GPU-a", [1]),
+        ("GPU-a111-22", [0]),
+        ("MIG-c", [0, 1, 2]),
+    ],
+)
+def test_gpus_that_processes_do_not_see_are_not_looked_at(chosen, numbers):
+    assert visible([(0, "GPU-a111-2222"), (1, "GPU-b444-5555"), (2, "GPU-a999-0000")], chosen) == numbers
 
 
 def test_the_hub():

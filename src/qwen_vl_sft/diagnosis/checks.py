@@ -78,7 +78,7 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     names = sorted({gpu.name for gpu in gpus})
     text = f"{len(gpus)} x {', '.join(names)}, {gpus[0].memory / 1024:.1f} GiB, driver {gpus[0].driver}"
     yield Finding("GPUs", OK if len(names) == 1 else NOTE, text)
-    busy = [f"{number} ({gpu.used / 1024:.1f} GiB)" for number, gpu in enumerate(gpus) if gpu.used > 0.05 * gpu.memory]
+    busy = [f"{gpu.number} ({gpu.used / 1024:.1f} GiB)" for gpu in gpus if gpu.used > 0.05 * gpu.memory]
     if busy:
         cure = "end what nvidia-smi lists there, or leave them out with CUDA_VISIBLE_DEVICES"
         yield Finding("GPU memory", PROBLEM, f"GPU {', '.join(busy)} is in use by others", cure)

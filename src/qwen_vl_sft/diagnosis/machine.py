@@ -25,12 +25,13 @@ PROBE_SECONDS = 180.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its driver describes it; memory in MiB."""
+    """A GPU as its driver describes it; `number` is the driver's, memory in MiB."""
 
     name: str
     driver: str
     memory: int
     used: int
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,36 @@ def _version(package: str) -> str | None:
 
 
 def _gpus() -> list[Gpu]:
-    """Ask nvidia-smi. Raises `OSError` where there is none, `ValueError` where it fails."""
-    fields = "name,driver_version,memory.total,memory.used"
+    """Ask nvidia-smi for the GPUs that processes see. Raises `OSError` where there is none, `ValueError` where it fails."""
+    fields = "index,uuid,name,driver_version,memory.total,memory.used"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=30)
     if found.returncode:
         raise ValueError((found.stdout + found.stderr).strip().splitlines()[0] if found.stdout + found.stderr else "")
     lines = [[part.strip() for part in line.split(",")] for line in found.stdout.splitlines() if line.strip()]
-    return [Gpu(name, driver, int(memory), int(used)) for name, driver, memory, used in lines]
+    seen = visible([(int(line[0]), line[1]) for line in lines], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [
+        Gpu(name, driver, int(memory), int(used), int(number))
+        for number, _, name, driver, memory, used in lines
+        if int(number) in seen
+    ]
+
+
+def visible(gpus: Sequence[tuple[int, str]], chosen: str | None) -> list[int]:
+    """Return the numbers of the GPUs, given by number and UUID, that CUDA_VISIBLE_DEVICES leaves: all where it is not set.
+
+    CUDA reads its entries up to the first that names no GPU. A UUID may be cut short; parts of a GPU (MIG) stand for all.
+    """
+    numbers = [number for number, _ in gpus]
+    if chosen is None or "MIG-" in chosen:
+        return numbers
+    found = []
+    for entry in (part.strip() for part in chosen.split(",")):
+        named = [number for number, uuid in gpus if entry == str(number) or (len(entry) > 4 and uuid.startswith(entry))]
+        if len(named) != 1:
+            break
+        found += named
+    return found
 
 
 def _shared_memory() -> tuple[int, int] | None:
