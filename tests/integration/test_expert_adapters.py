@@ -2,17 +2,19 @@
 
 import copy
 import gc
+import shutil
 import sys
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fixtures.models import WideTorch, newer, write_newer
 from fixtures.packed_rows import GROUPS, one_at_a_time, token_losses
 from qwen_vl_sft.batching.packed_collator import join
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat import quantized_experts
 from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
@@ -164,6 +166,39 @@ def test_experts_are_quantized_while_they_are_read(folder, monkeypatch):
     model = load_model(settings_of(folder, load_in_4bit=True), on_cpu=True)
     assert len(most) == 2 * model.config.get_text_config().num_hidden_layers
     assert max(most) <= 2
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_turned_files_are_quantized_a_few_experts_at_a_time(nested, tmp_path, monkeypatch):
+    """Bit for bit as the whole stack at once, of which no turned copy is made."""
+    import bitsandbytes.functional as functional
+
+    straight = write_newer("Qwen3VLMoeConfig", tmp_path / "straight")
+    shutil.copytree(straight, tmp_path / "turned")
+    weights = load_file(straight / "model.safetensors")
+    turned = {name: value.mT.contiguous() if ".mlp.experts." in name else value for name, value in weights.items()}
+    save_file(turned, tmp_path / "turned/model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(quantized_experts, "_AT_ONCE", 4 * 64 * 256)
+    original, sizes = functional.quantize_4bit, []
+
+    def quantize(tensor, *args, **kwargs):
+        sizes.append(tuple(tensor.shape))
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "quantize_4bit", quantize)
+    model = load_model(settings_of(tmp_path / "turned", load_in_4bit=True, use_bnb_nested_quant=nested), on_cpu=True)
+    layers = model.config.get_text_config().num_hidden_layers
+    # Four experts and two, or all six of the narrower stack.
+    assert [size for size in sizes if len(size) == 3] == [(6, 64, 128), (4, 256, 64), (2, 256, 64)] * layers
+    for name, module in family_of(model.config).experts.modules(model).items():
+        for part in PARTS:
+            packed, state = original(
+                weights[f"{name}.{part}"], compress_statistics=nested, quant_type="nf4", quant_storage=torch.uint8
+            )
+            found = module.quant_states[part]
+            assert torch.equal(getattr(module, part), packed)
+            assert (found.nested, found.blocksize, found.shape) == (nested, state.blocksize, state.shape)
+            assert torch.equal(unpacked(packed, found), unpacked(packed, state))
 
 
 def test_peft_loads_a_saved_adapter_by_itself(folder, encoded, tmp_path):

@@ -204,7 +204,12 @@ def test_only_three_kernels_need_liger(monkeypatch):
     ("installed", "on_cpu", "chosen", "told"),
     [
         (True, False, list(kernels.KERNELS), None),
-        (False, False, ["quick_gelu", "patch_embed", "lora"], "with pip install 'qwen_vl_sft[kernels]' also rms_norm"),
+        (
+            False,
+            False,
+            ["quick_gelu", "experts", "patch_embed", "lora"],
+            "with pip install 'qwen_vl_sft[kernels]' also rms_norm",
+        ),
         (True, True, ["patch_embed", "lora"], None),
     ],
 )

@@ -7,6 +7,9 @@ The files that Qwen publishes hold each expert's matrix turned: `gate_up_proj` a
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
@@ -18,6 +21,8 @@ from qwen_vl_sft.compat.registry import Patch
 
 # Models whose files hold their experts turned.
 _TURNED: WeakSet[Any] = WeakSet()
+# Set while what is turned may stay as it lies in memory.
+_WITHOUT_COPIES: ContextVar[bool] = ContextVar("without_copies", default=False)
 
 
 def read_by_whole_shapes() -> None:
@@ -27,19 +32,33 @@ def read_by_whole_shapes() -> None:
         return
 
     @functools.wraps(original)
-    def convert(operation: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        model = kwargs.get("model")
+    def convert(operation: Any, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
+        patterns, model = (source_patterns, target_patterns), kwargs.get("model")
         if model is None or not operation.check_dims:
-            return original(operation, input_dict, *args, **kwargs)
-        found = original(operation, input_dict, *args, **{**kwargs, "model": _Shapes(model)})
-        (before,), (after,) = input_dict.values(), found.values()
-        before = before[0] if isinstance(before, list) else before
-        if before.shape != after.shape:
+            return original(operation, input_dict, *patterns, **kwargs)
+        shapes = _Shapes(model)
+        (tensor,) = input_dict.values()
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        turned = tensor.shape != shapes.get_parameter(kwargs["full_layer_name"]).shape
+        if turned:
             _TURNED.add(model)
-        return found
+            if _WITHOUT_COPIES.get():
+                name = operation.get_target_pattern(input_dict, *patterns)
+                return {name: tensor.transpose(operation.dim0, operation.dim1)}
+        return original(operation, input_dict, *patterns, **{**kwargs, "model": shapes})
 
     convert.by_whole_shapes = True  # type: ignore[attr-defined]
     Transpose.convert = convert  # type: ignore[method-assign, assignment]
+
+
+@contextmanager
+def turned_without_copies() -> Iterator[None]:
+    """Have tensors of files that are turned stay as they lie in memory; they are not contiguous then."""
+    token = _WITHOUT_COPIES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_COPIES.reset(token)
 
 
 def write_as_read(model: Any) -> None:

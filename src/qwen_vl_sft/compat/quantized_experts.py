@@ -1,7 +1,8 @@
 """Have transformers and bitsandbytes quantize the experts of a model to 4 bits while it is read, and PEFT adapt them.
 
 transformers 5.23 quantizes linear layers alone: it would leave the experts, nearly all weights of such a model, in 16 bits.
-Its loader reads a quantized model tensor by tensor, so the largest that is ever whole is one of a layer's two stacks.
+Its loader reads a quantized model tensor by tensor, so the largest that is ever whole is one of a layer's two stacks. Files
+that hold it turned are quantized a few experts at a time, so that no turned copy of it is ever there.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwen_vl_sft.compat.experts_in_files import turned_without_copies
 from qwen_vl_sft.compat.registry import Patch
 from qwen_vl_sft.families.experts import Experts
 
 _METHOD = "bitsandbytes_4bit"
+_BLOCK = 64  # weights of one scale
+# Weights that are quantized at once.
+_AT_ONCE = 2**26
 
 
 @contextmanager
 def quantizing_experts(experts: Experts) -> Iterator[None]:
     """Have `from_pretrained` with bitsandbytes' 4 bits quantize the parameters of experts too."""
-    from bitsandbytes.nn import Params4bit
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -35,15 +39,7 @@ def quantizing_experts(experts: Experts) -> Iterator[None]:
             if others or not experts.is_weight(name):
                 return super().convert(input_dict, **kwargs)
             value = value[0] if isinstance(value, list) else value
-            settings = self.hf_quantizer.quantization_config
-            packed: Any = Params4bit(
-                value,
-                requires_grad=False,
-                compress_statistics=settings.bnb_4bit_use_double_quant,
-                quant_type=settings.bnb_4bit_quant_type,
-                quant_storage=settings.bnb_4bit_quant_storage,
-            )
-            return {name: packed.to(value.device)}
+            return {name: _quantized(value, self.hf_quantizer.quantization_config)}
 
     class Quantizer(original):  # type: ignore[misc]
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -54,9 +50,42 @@ def quantizing_experts(experts: Experts) -> Iterator[None]:
 
     AUTO_QUANTIZER_MAPPING[_METHOD] = Quantizer  # type: ignore[assignment]
     try:
-        yield
+        with turned_without_copies():
+            yield
     finally:
         AUTO_QUANTIZER_MAPPING[_METHOD] = original
+
+
+def _quantized(value: torch.Tensor, settings: Any) -> Any:
+    """Quantize experts [E, out, in], which may be turned and not copied, a few at a time: bit for bit as all at once."""
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+    from bitsandbytes.nn import Params4bit
+
+    kind, storage = settings.bnb_4bit_quant_type, settings.bnb_4bit_quant_storage
+    nested, weights = settings.bnb_4bit_use_double_quant, value[0].numel()
+    known = {"compress_statistics": nested, "quant_type": kind, "quant_storage": storage}
+    if value.device.type == "meta" or weights % _BLOCK:
+        return Params4bit(value.contiguous(), requires_grad=False, **known).to(value.device)
+    packed = torch.empty(value.numel() // 2 // storage.itemsize, 1, dtype=storage, device=value.device)
+    scales, start = [], 0
+    for part in value.split(max(1, _AT_ONCE // weights)):
+        found, state = quantize_4bit(part.contiguous(), blocksize=_BLOCK, quant_type=kind, quant_storage=storage)
+        packed[start : start + len(found)] = found
+        scales.append(state.absmax)
+        start += len(found)
+    nests: dict[str, Any] = {"absmax": torch.cat(scales)}
+    if nested:
+        nests["offset"] = nests["absmax"].mean()
+        nests["absmax"], nests["state2"] = quantize_blockwise(nests["absmax"] - nests["offset"], blocksize=256)
+    state = QuantState(
+        shape=value.shape,
+        dtype=value.dtype,
+        blocksize=_BLOCK,
+        code=get_4bit_type(kind, device=value.device),
+        quant_type=kind,
+        **nests,
+    )
+    return Params4bit(packed, requires_grad=False, quant_state=state, blocksize=_BLOCK, bnb_quantized=True, **known)
 
 
 def adapt_4bit_experts() -> None:
@@ -115,6 +144,10 @@ PATCHES = (
             "transformers.integrations.bitsandbytes.Bnb4bitQuantize.convert": ("input_dict",),
         },
         reads={
+            "bitsandbytes.functional.quantize_4bit": (
+                "offset = _absmax.mean()",
+                "quantize_blockwise(_absmax - offset, blocksize=256)",
+            ),
             "transformers.quantizers.auto": ('"bitsandbytes_4bit": ',),
             # It reads one tensor after the other then, and not in threads ahead of what is quantized.
             "transformers.core_model_loading.convert_and_load_state_dict_in_model": ("or has_on_the_fly_quantization",),

@@ -327,7 +327,10 @@ FUSED_LAYERS: Mapping[str, FusedLayers] = {
     "rope": FusedLayers("Attention", PARTS),
     "quick_gelu": FusedLayers("QuickGELUActivation", ("vision", "merger")),
     "patch_embed": FusedLayers("Conv3d", ("vision",), path="patch_embed.proj"),
+    "experts": FusedLayers("Experts", ("language",), activations=_SILU),
 }
+# Of a family without experts, beside what else does not fit it.
+NO_EXPERTS: Mapping[str, str] = {"experts": "it has none"}
 
 
 @dataclass(frozen=True)
@@ -388,7 +391,7 @@ class ModelFamily:
     feature_output: Callable[[FeatureLayers], Any] = last_layer_output
     count_feature_layers: Callable[[Any], int] = lambda config: 1
     fused_layers: Mapping[str, FusedLayers] = field(default_factory=lambda: FUSED_LAYERS)
-    unfit_kernels: Mapping[str, str] = field(default_factory=dict)
+    unfit_kernels: Mapping[str, str] = field(default_factory=lambda: NO_EXPERTS)
     rope_functions: RopeFunctions = field(default_factory=RopeFunctions)
     # bitsandbytes would quantize the output head too when it is not tied.
     keep_16bit: tuple[str, ...] = ("lm_head",)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.families.base import (
+    NO_EXPERTS,
     ChatFormat,
     ForwardFlops,
     ModelFamily,
@@ -87,6 +88,11 @@ def _adapt_template(template: str) -> str:
     return template if "preserve_thinking" in template else template.replace(_DROPS_THOUGHTS, _MAY_KEEP_THOUGHTS)
 
 
+# Of the mixtures of experts too.
+UNFIT_KERNELS = {
+    "rms_norm": "its norms multiply by weight + 1",
+    "rope": "it rotates a quarter of each head, and the kernel rotates all of it",
+}
 FAMILY = ModelFamily(
     model_type="qwen3_5",
     name="Qwen3.5",
@@ -100,10 +106,7 @@ FAMILY = ModelFamily(
     prepare_packing=lambda model: take_pieces(model, LINEAR_LAYER),
     row_states=lambda model, slots, dtype: DeltaStates(model, LINEAR_LAYER, slots, dtype),
     state_bytes=_state_bytes,
-    unfit_kernels={
-        "rms_norm": "its norms multiply by weight + 1",
-        "rope": "it rotates a quarter of each head, and the kernel rotates all of it",
-    },
+    unfit_kernels={**UNFIT_KERNELS, **NO_EXPERTS},
     # Of these two a head has one output: 4-bit would save nothing, and the decay of its state is an exponential of one.
     keep_16bit=("lm_head", "in_proj_a", "in_proj_b"),
     unloaded_weights=("mtp.",),

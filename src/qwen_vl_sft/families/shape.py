@@ -248,7 +248,8 @@ class ModelShape:
     @property
     def unfit_kernels(self) -> frozenset[str]:
         """Return the fused kernels that do not fit the model's layers; a test compares them with those of its family."""
-        return frozenset(_UNFIT.get(self.model_type, ()))
+        experts = () if self.text.experts else ("experts",)
+        return frozenset({*_UNFIT.get(self.model_type, ()), *experts})
 
     @property
     def embedding_weights(self) -> int:

@@ -2,7 +2,8 @@
 
 transformers multiplies the tokens of all experts of a layer in one grouped product. Here the weights of that product are
 made from their 4 bits just before, again for the gradient, and never kept; and an adapter adds two narrow products to it,
-where PEFT would form B A of all experts in every forward and its gradient in every backward.
+where PEFT would form B A of all experts in every forward and its gradient in every backward. What stands around the
+products (`token_routes`) is computed by kernels where the recipe takes them.
 
 Adapters are PEFT's own for `target_parameters`: a `ParamWrapper` around the experts for each parameter, with all A in one
 matrix [E r, in], expert by expert, and all B in one [out, r E], rank by rank.
@@ -21,9 +22,11 @@ from transformers.integrations.moe import _grouped_linear
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.token_routes import Checked, Gated, Gather, Plain, Route, Spread, route
 
 # Strides of a grouped product on a GPU are multiples of so many bytes.
 _ALIGNED = 16
+_PLAIN, _FUSED = Plain(), Checked()
 
 
 def use_4bit_experts(model: Any) -> int:
@@ -83,6 +86,13 @@ def check_adapted(model: Any) -> int:
     return count * len(layers)
 
 
+def compute_fused(
+    experts: Any, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Compute a layer's experts with the kernels around their products; see `_compute`."""
+    return _compute(experts, hidden_states, chosen, weights, {}, fused=True)
+
+
 def _plain(experts: Any, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return _compute(experts, hidden_states, chosen, weights, {})
 
@@ -93,7 +103,9 @@ def _adapted(outermost: Any, hidden_states: torch.Tensor, chosen: torch.Tensor, 
     for name, wrapper in wrappers.items():
         active = [] if wrapper.disable_adapters or wrapper.merged else wrapper.active_adapters
         pairs[name] = [_pair(wrapper, adapter) for adapter in active if adapter in wrapper.lora_A]
-    return _compute(experts, hidden_states, chosen, weights, pairs)
+    # What computes the experts without their adapter.
+    fused = getattr(experts.forward, "__func__", None) is compute_fused
+    return _compute(experts, hidden_states, chosen, weights, pairs, fused)
 
 
 def _wrappers(module: Any) -> dict[str, Any]:
@@ -118,33 +130,30 @@ def _compute(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     pairs: Mapping[str, list[tuple[torch.Tensor, torch.Tensor, float]]],
+    fused: bool = False,
 ) -> torch.Tensor:
     """Compute tokens [T, H] with the experts chosen for each [T, k], weighed [T, k] -> [T, H]."""
-    count = chosen.shape[-1]
-    numbers, order = chosen.flatten().sort(stable=True)
-    tokens = torch.zeros(experts.num_experts, dtype=torch.int32, device=chosen.device)
-    ends = tokens.index_add_(0, numbers, torch.ones_like(numbers, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
-    selected = hidden_states.index_select(0, order // count)
-    widened = _project(experts, "gate_up_proj", selected, ends, pairs)
-    projected = _project(experts, "down_proj", experts._apply_gate(widened), ends, pairs)
-    weighed = projected * weights.flatten().index_select(0, order)[:, None]
-    back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    summed = weighed.index_select(0, back).view(-1, count, weighed.shape[-1]).sum(1)
-    return summed.to(hidden_states.dtype)
+    way, kernels = route(chosen, experts.num_experts), _FUSED if fused else _PLAIN
+    selected = Spread.apply(hidden_states, way, kernels)
+    widened = _project(experts, "gate_up_proj", selected, way, pairs)
+    weighed = weights.flatten().index_select(0, way.order)
+    activated = Gated.apply(widened, weighed, kernels) if fused else experts._apply_gate(widened) * weighed[:, None]
+    projected = _project(experts, "down_proj", activated, way, pairs)
+    return Gather.apply(projected, way, kernels).to(hidden_states.dtype)
 
 
-def _project(experts: Any, name: str, inputs: torch.Tensor, ends: torch.Tensor, pairs: Mapping[str, Any]) -> Any:
+def _project(experts: Any, name: str, inputs: torch.Tensor, way: Route, pairs: Mapping[str, Any]) -> Any:
     """Multiply inputs [S, in], sorted by expert, with a parameter [E, out, in] and its adapters -> [S, out]."""
     weight, state = getattr(experts, name), getattr(experts, "quant_states", {}).get(name)
     if state is None:
         inputs = inputs.to(weight.dtype)
-        found = grouped(inputs, weight, ends)
+        found = grouped(inputs, weight, way.ends)
     else:
         inputs = inputs.to(state.dtype)
-        found = _Unpacked.apply(inputs, weight, state, ends)
+        found = _Unpacked.apply(inputs, weight, state, way.ends)
     for a, b, scaling in pairs.get(name, ()):
         a, b = _aligned(a.to(inputs.dtype), b.to(inputs.dtype))
-        found = found + grouped(grouped(inputs, a, ends), b, ends) * scaling
+        found = found + grouped(grouped(inputs, a, way.ends) * scaling, b, way.ends)
     return found
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import RopeFunctions
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.experts import compute_fused
 from qwen_vl_sft.modeling.fp8.fused import hands_on_fp8
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ KERNELS = {
     "swiglu": "activation in the language model",
     "rope": "rotary embedding in the language model and the vision tower",
     "quick_gelu": "activation in the vision tower",
+    "experts": "what stands around the products of a mixture of experts",
     "patch_embed": "the vision tower's first layer, as a matrix product",
     LORA: "the adapter's product, scaled and added in one call",
 }
@@ -249,4 +251,5 @@ _FORWARDS: dict[str, Callable[[Any], Any]] = {
     "rope": lambda layer: types.MethodType(_attend, layer),
     "quick_gelu": lambda layer: _quick_gelu,
     "patch_embed": lambda layer: types.MethodType(_patch_embed, layer),
+    "experts": lambda layer: types.MethodType(compute_fused, layer),
 }
