@@ -368,8 +368,8 @@ def _gated_bytes(training: Training, mlp: int) -> float:
 def experts_bytes(training: Training) -> float:
     """Return the bytes a token that a layer's norm, router and experts keep; 0 for a model without experts.
 
-    A token is there once for each of its experts: between its expert's products, and as it comes out, for the gradient
-    of what it is weighed with.
+    A token is there once for each of its experts: between its expert's products, and where transformers computes them,
+    as it comes out, for the gradient of what it is weighed with.
     """
     text, experts, half = training.shape.text, training.shape.text.experts, training.computed
     if experts is None:
@@ -378,7 +378,12 @@ def experts_bytes(training: Training) -> float:
     chosen, value = experts.chosen, training.stream
     # The router's probabilities; the numbers of the chosen, their places before and after sorting, their weights.
     kept = float(_norm_bytes(training, text.hidden)) + _SINGLE * experts.count + _ROUTED * chosen
-    kept += chosen * (3 * experts.mlp + text.hidden) * value
+    if "experts" in training.kernels:
+        kept += chosen * 2 * experts.mlp * value
+    elif training.bits == 4 or training.adapts_experts:
+        kept += chosen * 4 * experts.mlp * value
+    else:
+        kept += chosen * (3 * experts.mlp + text.hidden) * value
     if training.full or training.adapts_experts:
         kept += chosen * (text.hidden + experts.mlp) * value
     if training.adapts_experts:

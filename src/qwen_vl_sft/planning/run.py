@@ -28,7 +28,7 @@ from qwen_vl_sft.planning.memory import (
 from qwen_vl_sft.planning.rows import RowSizes
 from qwen_vl_sft.planning.speed import StepTime, step_time
 
-KERNELS = ("rms_norm", "swiglu", "rope", "quick_gelu", "patch_embed", "lora")
+KERNELS = ("rms_norm", "swiglu", "rope", "quick_gelu", "experts", "patch_embed", "lora")
 # A packed micro-batch is so full on average, and rows of a padded one fill so much of the longest.
 _FILLED = 0.9
 _FEATURE_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}
