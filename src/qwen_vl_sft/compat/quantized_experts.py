@@ -65,7 +65,8 @@ def _quantized(value: torch.Tensor, settings: Any) -> Any:
     nested, weights = settings.bnb_4bit_use_double_quant, value[0].numel()
     known = {"compress_statistics": nested, "quant_type": kind, "quant_storage": storage}
     if value.device.type == "meta" or weights % _BLOCK:
-        return Params4bit(value.contiguous(), requires_grad=False, **known).to(value.device)
+        whole: Any = Params4bit(value.contiguous(), requires_grad=False, **known)
+        return whole.to(value.device)
     packed = torch.empty(value.numel() // 2 // storage.itemsize, 1, dtype=storage, device=value.device)
     scales, start = [], 0
     for part in value.split(max(1, _AT_ONCE // weights)):
