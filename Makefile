@@ -1,13 +1,14 @@
 # make setup       the environment in .venv
 # make quickstart  the main job on the embedded model and charts: train, then base against prompted against tuned
 # make notebook    execute notebooks/chartqa.ipynb and write its outputs into it
+# make serving-table  fill the table of docs/serving.md, by real engines: what benchmarks/serving_cpu.json does not hold yet
 # make test        the tests;  make test-all  the long ones too, as CI does;  make check  linters and types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: setup quickstart notebook test test-all check ci clean
+.PHONY: setup quickstart notebook serving-table test test-all check ci clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +29,9 @@ quickstart: setup
 
 notebook: setup
 	PYTHONPATH=tests $(BIN)/python -m fixtures.notebook
+
+serving-table: setup
+	PYTHONPATH=tests $(BIN)/python -m fixtures.serving_table
 
 # Four files at a time on two cores: many tests wait for a process, a job or a browser.
 # Bytecode is kept whatever the shell says: every process that starts would compile the package anew.

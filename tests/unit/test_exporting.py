@@ -1,19 +1,24 @@
 """Exports of merged models: limits of images, which exports are refused, and what of a run cannot be exported."""
 
+import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fixtures.evaluation import write_charts, write_run
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import Question, score_row
+from qwen_vl_sft.exporting.adapter import problems, write_pairs
 from qwen_vl_sft.exporting.export import judge
 from qwen_vl_sft.exporting.options import Options, make_plan
-from qwen_vl_sft.serving.base import EngineAnswer, Served, Size
+from qwen_vl_sft.families.qwen2_vl import FAMILY as QWEN2_VL
+from qwen_vl_sft.merging.base import Adapter, ExpertsLowRank, LowRank
+from qwen_vl_sft.serving.base import EngineAnswer, Size
 from qwen_vl_sft.serving.check import Asked
-from qwen_vl_sft.serving.engines.llama_cpp import check_arguments, image_tokens
+from qwen_vl_sft.serving.engines.llama_cpp import image_tokens
 
 VISION = {"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}
 
@@ -30,11 +35,6 @@ VISION = {"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}
 )
 def test_limits_in_pixels_are_limits_in_tokens(limits, expected):
     assert image_tokens(VISION, limits) == expected
-
-
-def test_the_context_holds_the_longest_row():
-    served = Served(Path("."), "float32")
-    assert check_arguments(served, Size(257, 1)) == ["--ctx-size", "512"]
 
 
 def judged(right_before, right_after, lengths=None, max_loss=1.0):
@@ -67,8 +67,15 @@ def test_an_export_that_reads_other_prompts_is_refused():
 def test_what_cannot_be_exported_is_told(tmp_path):
     run = write_run(tmp_path, write_charts(tmp_path / "charts"))
     options = Options(run=run, to="gguf", output_dir=tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds an adapter.* merge it first: python scripts/merge\.py --run"):
-        make_plan(options)
+    assert make_plan(options).adapter == run  # llama.cpp takes adapters
+    with pytest.raises(
+        UserError, match=r"holds an adapter, and --to fp8 .* merge it first: python scripts/merge\.py --run"
+    ):
+        make_plan(replace(options, to="fp8"))
+    with pytest.raises(UserError, match="--calibration_samples 0: AWQ needs rows"):
+        make_plan(replace(options, to="awq", calibration_samples=0))
+    with pytest.raises(UserError, match="--calibration_samples 7: is for --to compressed-tensors and awq"):
+        make_plan(replace(options, calibration_samples=7))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/file").touch()
     with pytest.raises(UserError, match="holds files already"):
@@ -82,3 +89,39 @@ def test_what_cannot_be_exported_is_told(tmp_path):
     with pytest.raises(UserError, match="new-failed is there, of an export that failed"):
         make_plan(replace(options, output_dir=tmp_path / "new"))
     assert make_plan(replace(options, output_dir=tmp_path / "other")).engine.name == "llama.cpp"
+
+
+PAIR = LowRank(torch.zeros(2, 4), torch.zeros(4, 2), 2.0)
+LAYER = "model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "whole", "said"),
+    [
+        ({LAYER: PAIR}, {}, None),
+        ({LAYER: PAIR, "model.visual.merger.mlp.0": PAIR}, {}, "reaches model.visual.merger.mlp.0, outside"),
+        ({LAYER: replace(PAIR, magnitude=torch.ones(4))}, {}, "DoRA"),
+        ({LAYER: ExpertsLowRank(torch.zeros(1, 2, 4), torch.zeros(1, 4, 2), 1.0)}, {}, "on the experts of"),
+        ({LAYER.replace("self_attn.q_proj", "linear_attn.out_proj"): PAIR}, {}, "linear attention"),
+        ({}, {"lm_head.weight": torch.zeros(1)}, "lm_head.weight was trained in full"),
+    ],
+    ids=["plain", "vision", "dora", "experts", "linear attention", "saved modules"],
+)
+def test_llama_cpp_takes_adapters_on_layers_of_the_language_model(pairs, whole, said):
+    found = next(problems(Adapter(pairs, whole), QWEN2_VL), None)
+    assert found is None if said is None else said in str(found)
+
+
+def test_the_pairs_of_an_adapter_are_scaled_and_named_as_in_files(tmp_path):
+    run = write_run(tmp_path, write_charts(tmp_path / "charts"))
+    plan = make_plan(Options(run=run, to="gguf", output_dir=tmp_path / "out"))
+    write_pairs(plan.evaluation.recipe.model, plan.model, run, tmp_path / "pairs")
+    found, trained = load_file(tmp_path / "pairs"), load_file(run / "adapter_model.safetensors")
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert len(found) == len(trained)
+    prefix = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    torch.testing.assert_close(found["model.layers.0.self_attn.q_proj.a"], trained[f"{prefix}.lora_A.weight"].float())
+    torch.testing.assert_close(
+        found["model.layers.0.self_attn.q_proj.b"],
+        trained[f"{prefix}.lora_B.weight"].float() * config["lora_alpha"] / config["r"],
+    )

@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fixtures import serving_table
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import REQUIREMENTS, WORKERS, EngineAnswer, Prompt, Served, Size
 from qwen_vl_sft.serving.check import format_record
 from qwen_vl_sft.serving.comparison import ArmResult, Difference, Effect, arm_result, as_json, first_difference, judge
-from qwen_vl_sft.serving.engines import compressed
+from qwen_vl_sft.serving.engines import transformers
 from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, make_environment, python_of
-from qwen_vl_sft.serving.options import Options, make_plan
-from qwen_vl_sft.serving.own_answers import margin_of
+from qwen_vl_sft.serving.exported import Export, read_export
+from qwen_vl_sft.serving.options import Options, check_form, make_plan
+from qwen_vl_sft.serving.own_answers import as_far_as_told, margin_of, round_activations
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.record import changes_vision, form_of, read_records, write_record
 from qwen_vl_sft.serving.registry import ENGINES, engine_named
@@ -78,7 +80,7 @@ def test_vllm_refuses_some_adapters(config, why):
 
 
 def test_an_unknown_engine_names_the_known_ones():
-    with pytest.raises(UserError, match=r"--engine: 'vlm' is none of vllm"):
+    with pytest.raises(UserError, match=r"--engine: 'vlm' is none of vllm, llama\.cpp, transformers"):
         engine_named("vlm")
 
 
@@ -99,12 +101,12 @@ def test_an_environment_is_made_first_and_again_for_other_requirements(tmp_path,
 
 def test_shared_packages_are_those_of_the_training_environment_of_now(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = environment_folder(compressed.ENGINE)
+    folder = environment_folder(transformers.ENGINE)
     packages = folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     packages.mkdir(parents=True)
     (folder / COMPLETE).touch()
     (packages / "training.pth").write_text("/removed/site-packages\n")
-    make_environment(compressed.ENGINE)
+    make_environment(transformers.ENGINE)
     assert (packages / "training.pth").read_text() == sysconfig.get_path("purelib") + "\n"
 
 
@@ -143,6 +145,22 @@ def test_a_margin_counts_in_the_size_of_the_logits():
     size = 3.0**0.5
     assert margin_of(logits, 0, 1) == pytest.approx(2 / size)
     assert margin_of(10 * logits, 0, 1) == pytest.approx(2 / size)
+
+
+def test_tokens_that_an_engine_does_not_tell_are_not_compared():
+    told = EngineAnswer(0, "a", 1, answer_ids=[1, 2], untold=1)
+    assert as_far_as_told([1, 2, 3], told) == [1, 2]
+    assert as_far_as_told([1, 2, 3, 4], told) == [1, 2, 3, 4]
+    assert as_far_as_told([1, 2, 3], replace(told, untold=0)) == [1, 2, 3]
+
+
+def test_inputs_are_rounded_to_fp8_token_by_token():
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
+    round_activations(model, ["1"])
+    # The largest value of a token is kept; of the others three bits of mantissa are.
+    found = model(torch.tensor([[448.0, 17.0], [0.448, 0.01]]))
+    torch.testing.assert_close(found, torch.tensor([[448.0, 16.0], [0.448, 0.01]]))
+    assert model(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
 def counted(arm: str, different: int = 0, ties: int = 0, other_prompts: int = 0, rows: int = 40) -> ArmResult:
@@ -215,3 +233,73 @@ def test_records_are_kept_by_engine_and_form_of_the_model(tmp_path):
     found = list(read_records([tmp_path, tmp_path / "none"]))
     assert [entry | {"finished": 0} for entry in found] == [record | {"finished": 0}]
     assert [form_of(None, True), form_of(None, False), form_of({}, False)] == ["adapter", "full model", "merged model"]
+
+
+def test_exports_are_served_by_the_engines_that_read_them(tmp_path):
+    model, exported = tmp_path / "merged", tmp_path / "exported"
+    model.mkdir()
+    exported.mkdir()
+    assert read_export(exported) is None
+
+    def export(**report) -> Export:
+        (exported / "export.json").write_text(json.dumps({"model": str(model), **report}))
+        found = read_export(exported)
+        assert found
+        return found
+
+    def check(engine: str, found: Export | None, merge: dict | None = None) -> None:
+        check_form(Options(run=tmp_path, engine=engine, model=exported), engine_named(engine), found, merge)
+
+    gguf = export(to="gguf", precision="f16")
+    assert (gguf.form, gguf.dtype, gguf.compressed) == ("GGUF f16 export", "float16", False)
+    check("llama.cpp", gguf)
+    with pytest.raises(UserError, match=r"vLLM is not asked for GGUF; give --engine llama\.cpp"):
+        check("vllm", gguf)
+    (exported / "adapter.gguf").touch()
+    assert gguf.form == "GGUF f16 adapter"
+    awq = export(to="awq", precision="AWQ")
+    assert (awq.form, awq.dtype, awq.compressed) == ("AWQ export", "float32", True)
+    assert export(to="compressed-tensors", precision="W4A16").form == "W4A16 export"
+    assert export(to="fp8", precision="FP8").dtype == "float8"
+    check("vllm", awq)
+    check("transformers", None, {"dtype": "float32"})
+    for wrong in (awq, None):
+        with pytest.raises(UserError, match=r"llama\.cpp serves GGUF alone; export with python scripts/export\.py"):
+            check("llama.cpp", wrong)
+    with pytest.raises(UserError, match=r"holds neither merge\.json nor export\.json"):
+        check("vllm", None)
+    model.rmdir()
+    with pytest.raises(UserError, match="is not there, and answers are compared with it"):
+        read_export(exported)
+    (exported / "export.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_export(exported)
+
+
+def test_llama_cpp_is_told_the_limits_of_images_and_counts_in_the_precision_compared(tmp_path):
+    (tmp_path / "config.json").write_text('{"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}')
+    engine, size = engine_named("llama.cpp"), Size(257, 1)
+    served = Served(tmp_path, "float32", limits={"shortest_edge": 3136, "longest_edge": 12544})
+    assert engine.arguments(served) == ["--image-min-tokens", "4", "--image-max-tokens", "16"]
+    assert engine.check_arguments(served, size)[2:] == [
+        "--cache-type-k",
+        "f32",
+        "--cache-type-v",
+        "f32",
+        "--flash-attn",
+        "off",
+    ]
+    assert engine.check_arguments(replace(served, dtype="float16"), size) == ["--ctx-size", "512"]
+    assert "export first" in str(engine.refuses(served))
+
+
+def test_transformers_is_told_the_limits_of_the_adapters_processor():
+    served = Served(Path("base"), "float32", Path("run"), LORA, limits={"longest_edge": 50176})
+    for name in ("transformers", "transformers-4"):
+        assert engine_named(name).arguments(served) == ["--longest_edge", "50176"]
+        assert engine_named(name).check_arguments(served, Size(1, 1)) == ["--dtype", "float32"]
+
+
+def test_the_table_of_the_page_is_that_of_the_runs():
+    found = json.loads(serving_table.FILE.read_text())
+    assert serving_table.table_of(found) in serving_table.PAGE.read_text()

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,22 @@ from qwen_vl_sft.evaluation.clusters import compare_clustered, number_clusters
 from qwen_vl_sft.evaluation.metrics import Comparison
 from qwen_vl_sft.evaluation.scoring import score_row, summarise
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, prepare
-from qwen_vl_sft.exporting.options import REPORT_FILE, Plan
+from qwen_vl_sft.exporting.adapter import write_pairs
+from qwen_vl_sft.exporting.calibration import write_calibration
+from qwen_vl_sft.exporting.options import Plan
 from qwen_vl_sft.inference.generation import decode_answer
 from qwen_vl_sft.inference.models import load_arm, make_encoder
 from qwen_vl_sft.merging.folder import PROCESSOR_FILES
 from qwen_vl_sft.serving.base import EngineAnswer, Served
 from qwen_vl_sft.serving.check import Asked, ask
-from qwen_vl_sft.serving.engines.llama_cpp import image_tokens
+from qwen_vl_sft.serving.engines.llama_cpp import MODEL_FILE, image_tokens
 from qwen_vl_sft.serving.environments import make_environment
+from qwen_vl_sft.serving.exported import ADAPTER_GGUF, REPORT_FILE
 from qwen_vl_sft.serving.own_answers import own_answers
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused, last_line
 
 CONVERTERS = Path(__file__).parent / "workers"
-SCHEMES = {"compressed-tensors": "W4A16", "fp8": "FP8"}
+SCHEMES = {"compressed-tensors": "W4A16", "awq": "AWQ", "fp8": "FP8"}
 # The exit code of workers/to_gguf.py for a tokenizer whose splits llama.cpp has no name for.
 UNKNOWN_TOKENIZER = 3
 ORIGINAL, EXPORT = "original", "export"
@@ -56,6 +59,15 @@ class Judged:
 def export(plan: Plan, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Export, compare and move to the output folder, or to `failed_folder`; return the report. Raises `UserError`."""
     task = prepare(plan.evaluation)
+    with tempfile.TemporaryDirectory() as place:
+        pairs = Path(place) / "pairs.safetensors"
+        if plan.adapter:
+            write_pairs(plan.evaluation.recipe.model, plan.model, plan.adapter, pairs)
+        return _export(plan, task, pairs if plan.adapter else None, say)
+
+
+def _export(plan: Plan, task: Task, pairs: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Export; `pairs` are the matrices of the adapter, None without one."""
     python = make_environment(plan.engine, say=say)
     output = plan.options.output_dir.resolve()
     with writing_to(output, "nothing was left there. Free space, or name another folder"):
@@ -63,9 +75,12 @@ def export(plan: Plan, say: Callable[[str], None] = tqdm.write) -> dict[str, Any
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-exporting-", dir=output.parent))
     try:
         say(f"converting {plan.model} to {plan.options.to}")
-        convert(plan, python, folder)
+        calibrated = convert(plan, task, python, folder)
+        if pairs:
+            run_converter(plan, python, "adapter_to_gguf.py", [pairs, folder / MODEL_FILE, folder / ADAPTER_GGUF])
         write_companions(plan, folder)
         report, judged = compare(plan, task, python, folder, say)
+        report["calibration_rows"] = calibrated
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         folder.chmod(0o755)
         target = plan.failed_folder if judged.problems else plan.options.output_dir
@@ -76,10 +91,8 @@ def export(plan: Plan, say: Callable[[str], None] = tqdm.write) -> dict[str, Any
     return report | {"folder": str(target)}
 
 
-def convert(plan: Plan, python: Path, folder: Path) -> None:
-    """Run the converter in its own environment. Raises `UserError` with what it said last."""
-    script = "to_gguf.py" if plan.options.to == "gguf" else "compress.py"
-    kind = plan.options.gguf_type if plan.options.to == "gguf" else SCHEMES[plan.options.to]
+def convert(plan: Plan, task: Task, python: Path, folder: Path) -> int:
+    """Convert the model, and return with how many rows it was calibrated. Raises `UserError`."""
     with tempfile.TemporaryDirectory() as place:
         # Without the run's recipe: llm-compressor would take a file of that name for its own.
         source = Path(place) / "model"
@@ -87,42 +100,59 @@ def convert(plan: Plan, python: Path, folder: Path) -> None:
         for path in plan.model.iterdir():
             if path.is_file() and path.name not in (RECIPE, REPORT_FILE):
                 (source / path.name).symlink_to(path.resolve())
+        if plan.options.to == "gguf":
+            run_converter(plan, python, "to_gguf.py", [source, folder, plan.options.gguf_type])
+            return 0
+        rows, written = Path(place) / "rows", 0
+        rows.mkdir()
+        if plan.options.calibrated and plan.options.calibration_samples:
+            encoder = make_encoder(plan.evaluation, "tuned", task.processor, task.system_message)
+            written = write_calibration(plan.evaluation, encoder, plan.options.calibration_samples, rows)
+        run_converter(plan, python, "compress.py", [source, folder, SCHEMES[plan.options.to], rows])
+        return written
+
+
+def run_converter(plan: Plan, python: Path, script: str, words: Sequence[str | Path]) -> None:
+    """Run a converter in its own environment. Raises `UserError` with what it said last."""
+    with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         with log.open("wb") as file:
             done = subprocess.run(
-                [str(python), str(CONVERTERS / script), str(source), str(folder), kind],
+                [str(python), str(CONVERTERS / script), *map(str, words)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**environment, "HF_HUB_OFFLINE": "1"},
                 cwd=place,
                 check=False,
             )
-        if done.returncode == UNKNOWN_TOKENIZER and plan.options.to == "gguf":
+        if done.returncode == UNKNOWN_TOKENIZER and script == "to_gguf.py":
             raise UserError(
                 f"--run: the tokenizer of {plan.model} is not known to llama.cpp's converter, and splits text in another way"
                 f" than Qwen2's; take the tokenizer of a model that llama.cpp knows, or export with --to compressed-tensors"
             )
         if done.returncode:
             raise UserError(
-                f"--to {plan.options.to}: {plan.model} could not be converted: {shortened(last_line(log))}; serve the merged"
-                f" model as it is"
+                f"--to {plan.options.to}: {plan.model} could not be converted: {shortened(last_line(log))}; serve the"
+                f" {'adapter' if plan.adapter else 'merged model'} as it is"
             )
 
 
 def write_companions(plan: Plan, folder: Path) -> None:
     """Write processor, prompt and recipe; for GGUF also the configuration, of which the limits of images are computed."""
-    names = (*COMPANIONS, "config.json") if plan.options.to == "gguf" else COMPANIONS
-    for name in names:
-        if (plan.model / name).is_file():
-            shutil.copyfile(plan.model / name, folder / name)
+    for name in COMPANIONS:
+        if (plan.options.run / name).is_file():
+            shutil.copyfile(plan.options.run / name, folder / name)
+    if plan.options.to == "gguf":
+        shutil.copyfile(plan.model / "config.json", folder / "config.json")
 
 
 def served_by(plan: Plan, folder: Path, processor: Any) -> Served:
     """Return the export as the engine serves it."""
     size = processor.image_processor.size
     limits = {name: int(size[name]) for name in ("shortest_edge", "longest_edge") if size.get(name)}
-    return Served(folder, plan.evaluation.recipe.model.dtype, limits=limits if plan.options.to == "gguf" else {})
+    adapter = folder / ADAPTER_GGUF if plan.adapter else None
+    return Served(folder, plan.evaluation.recipe.model.dtype, adapter, limits=limits if plan.engine.gguf else {})
 
 
 def compare(
@@ -146,7 +176,7 @@ def compare(
                 with tqdm(total=len(asked.prompts), desc=EXPORT, unit="row") as progress:
                     for start in range(0, len(asked.prompts), ROWS_AT_ONCE):
                         batch = asked.prompts[start : start + ROWS_AT_ONCE]
-                        for answer in engine.answer(batch, False, most, encoder.template_options):
+                        for answer in engine.answer(batch, plan.adapter is not None, most, encoder.template_options):
                             theirs[answer.number] = answer
                         progress.update(len(batch))
                 versions = engine.versions
@@ -170,7 +200,8 @@ def compare(
     summary = summarise(rows, [ORIGINAL, EXPORT], images)
     report = {
         "to": plan.options.to,
-        "model": str(plan.model),
+        "model": str(plan.options.run.resolve()),
+        "adapter": plan.adapter is not None,
         "precision": plan.options.gguf_type if plan.options.to == "gguf" else SCHEMES[plan.options.to],
         "original_precision": plan.evaluation.recipe.model.precision,
         "versions": versions,
@@ -180,7 +211,7 @@ def compare(
         "rows": len(rows),
         "same_answers": sum(row["arms"][ORIGINAL]["answer"] == row["arms"][EXPORT]["answer"] for row in rows),
         "same_prompt_lengths": sum(len(asked.prompt_ids[n]) == theirs[n].prompt_tokens for n in theirs),
-        "bytes": {"original": size_of(plan.model), "export": size_of(folder)},
+        "bytes": {"original": size_of(plan.options.run), "export": size_of(folder)},
         "metric": judged.metric,
         "scores": summary["scores"],
         "comparison": asdict(judged.comparison),
@@ -225,8 +256,9 @@ def format_report(report: Mapping[str, Any]) -> str:
     """Format the table that ends an export."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     size, comparison = report["bytes"], report["comparison"]
+    rows = f", calibrated with {report['calibration_rows']} training rows" if report["calibration_rows"] else ""
     lines = [
-        f"export     {report['to']}, {report['precision']} ({versions})",
+        f"export     {report['to']}, {report['precision']}{rows} ({versions})",
         f"size       {size['original'] / 1e6:,.1f} MB, exported {size['export'] / 1e6:,.1f} MB",
         f"prompts    {report['same_prompt_lengths']} of {report['rows']} of the same length",
         f"answers    {report['same_answers']} of {report['rows']} the same",
@@ -241,7 +273,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         f" p = {comparison['p_value']:.3g}; at most {report['max_loss']:g} points may be lost"
     )
     if report["image_tokens"]:
-        options = " ".join(report["arguments"])
+        options = " ".join((["--lora", ADAPTER_GGUF] if report["adapter"] else []) + report["arguments"])
         lines += [
             "",
             "The mmproj file does not hold the limits of image sizes. Give them to llama.cpp:",

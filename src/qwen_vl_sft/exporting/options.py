@@ -14,7 +14,6 @@ from qwen_vl_sft.serving.base import ServingEngine
 if TYPE_CHECKING:
     from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
 
-REPORT_FILE = "export.json"
 KEYS = (
     "dataset_name",
     "dataset_config",
@@ -31,14 +30,21 @@ KEYS = (
 class Options:
     """Command-line options of export.py."""
 
-    run: Path = option(REQUIRED, "folder of scripts/merge.py, or a run that trained the whole model", metavar="folder")
-    to: Literal["gguf", "compressed-tensors", "fp8"] = option(
+    run: Path = option(
+        REQUIRED, "folder of scripts/merge.py, or a run; for one with an adapter --to gguf", metavar="folder"
+    )
+    to: Literal["gguf", "compressed-tensors", "awq", "fp8"] = option(
         REQUIRED,
-        "gguf: for llama.cpp; compressed-tensors: weights of the language model in 4 bits (W4A16); fp8: in FP8, with"
-        " activations in FP8 too",
+        "gguf: for llama.cpp; compressed-tensors: weights of the language model in 4 bits (W4A16, GPTQ); awq: in 4 bits with"
+        " AWQ; fp8: in FP8, with activations in FP8 too",
     )
     output_dir: Path = option(REQUIRED, "a new or empty folder for the export", metavar="folder")
     gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = option("f16", "gguf: precision of the weights")
+    calibration_samples: int = option(
+        128,
+        "compressed-tensors and awq: most training rows to calibrate with; 0 rounds to nearest (compressed-tensors)",
+        at_least=0,
+    )
     split: str = option("test", "split whose rows are answered by both, slices allowed")
     max_samples: int | None = option(
         300, "most rows to answer, evenly spaced over the split", at_least=1, metavar="number"
@@ -48,20 +54,30 @@ class Options:
     )
     recipe_keys: dict[str, str] = recipe_keys(*KEYS)
 
+    @property
+    def calibrated(self) -> bool:
+        """Return whether the format is one that rows calibrate."""
+        return self.to in ("compressed-tensors", "awq")
+
 
 @dataclass(frozen=True)
 class Plan:
-    """An export that is ready to start: `evaluation` reads the rows, `engine` answers with the export."""
+    """An export that is ready to start: `evaluation` reads the rows, `engine` answers with the export.
+
+    `model` is the folder of the whole model that is converted, and `adapter` that of an adapter on it, None without one.
+    """
 
     options: Options
     engine: ServingEngine
     evaluation: EvaluationPlan
-    config: dict[str, Any]
+    model: Path
+    adapter: Path | None
 
     @property
-    def model(self) -> Path:
-        """Return the folder of the model that is exported."""
-        return self.options.run
+    def config(self) -> dict[str, Any]:
+        """Return the configuration of the model that is converted."""
+        found: dict[str, Any] = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        return found
 
     @property
     def failed_folder(self) -> Path:
@@ -75,16 +91,25 @@ def make_plan(options: Options) -> Plan:
     from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
     from qwen_vl_sft.inference.source import read_source
     from qwen_vl_sft.merging.plan import check_output_dir
-    from qwen_vl_sft.serving.engines import compressed, llama_cpp
+    from qwen_vl_sft.serving.engines import llama_cpp, transformers
 
     if options.to != "gguf" and options.gguf_type != "f16":
         raise UserError(f"--gguf_type {options.gguf_type}: is for --to gguf; leave it out, or export with --to gguf")
+    if options.calibration_samples != Options.calibration_samples and not options.calibrated:
+        raise UserError(
+            f"--calibration_samples {options.calibration_samples}: is for --to compressed-tensors and awq; leave it out"
+        )
+    if options.to == "awq" and not options.calibration_samples:
+        raise UserError(
+            "--calibration_samples 0: AWQ needs rows; give 1 or more, or export with --to compressed-tensors"
+        )
     check_output_dir(options.output_dir)
     source = read_source(options.run, options.recipe_keys, tuned_needed=True)
     assert source.tuned
-    if source.tuned.is_adapter:
+    adapter = source.tuned.folder if source.tuned.is_adapter else None
+    if adapter and options.to != "gguf":
         raise UserError(
-            f"--run: {options.run} holds an adapter, and an export needs a whole model; merge it first: python"
+            f"--run: {options.run} holds an adapter, and --to {options.to} needs a whole model; merge it first: python"
             f" scripts/merge.py --run {options.run} --output_dir merged"
         )
     plan = EvaluationPlan(
@@ -94,9 +119,10 @@ def make_plan(options: Options) -> Plan:
         ),
         output_dir=options.output_dir,
     )
-    engine = llama_cpp.ENGINE if options.to == "gguf" else compressed.ENGINE
-    config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
+    engine = llama_cpp.ENGINE if options.to == "gguf" else transformers.ENGINE
     failed = options.output_dir.with_name(f"{options.output_dir.name}-failed")
     if failed.exists():
         raise UserError(f"--output_dir: {failed} is there, of an export that failed; delete it, or name another folder")
-    return Plan(options, engine, plan, config)
+    from qwen_vl_sft.merging.base import download
+
+    return Plan(options, engine, plan, download(source.recipe.model) if adapter else options.run, adapter)

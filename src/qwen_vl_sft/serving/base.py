@@ -39,7 +39,8 @@ class EngineAnswer:
     """What an engine answered to the prompt of the same number.
 
     `prompt_ids` are all tokens of the prompt, those of images included; None where the engine tells their number alone.
-    `answer_ids` are the tokens of the answer, None where it tells its text alone.
+    `answer_ids` are the tokens of the answer, None where it tells its text alone. `untold` counts tokens after them that the
+    engine made and did not tell.
     """
 
     number: int
@@ -47,6 +48,7 @@ class EngineAnswer:
     prompt_tokens: int
     prompt_ids: list[int] | None = None
     answer_ids: list[int] | None = None
+    untold: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class ServingEngine:
         refuses: why the engine cannot take a model, as far as that is known before it is tried; None otherwise.
         after_install: what is done to a new environment, given its folder of packages (site-packages); None for nothing.
         before_use: the same, each time before it is used.
+        gguf: it serves GGUF files and nothing else; those do not hold the limits of image sizes, so it is told them.
     """
 
     name: str
@@ -101,3 +104,4 @@ class ServingEngine:
     refuses: Callable[[Served], str | None]
     after_install: Callable[[Path], None] | None = None
     before_use: Callable[[Path], None] | None = None
+    gguf: bool = False

@@ -6,13 +6,15 @@ import json
 import shlex
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.chat_template import with_system_message
 from qwen_vl_sft.data.conversation import Conversation, prompt_of
 from qwen_vl_sft.data.encoding import Encoder
@@ -38,8 +40,18 @@ from qwen_vl_sft.serving.comparison import (
     format_arms,
     judge,
 )
+from qwen_vl_sft.serving.engines import transformers
+from qwen_vl_sft.serving.environments import make_environment
+from qwen_vl_sft.serving.exported import dequantized, rounded_layers
 from qwen_vl_sft.serving.options import Plan, unquantized
-from qwen_vl_sft.serving.own_answers import answer_tokens, differences, own_answers, silence_vision
+from qwen_vl_sft.serving.own_answers import (
+    answer_tokens,
+    as_far_as_told,
+    differences,
+    own_answers,
+    round_activations,
+    silence_vision,
+)
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.record import AS_TRAINED, changes_vision, stats, write_record
 
@@ -95,7 +107,7 @@ def check(plan: Plan) -> dict[str, Any]:
         "changes_vision": served.changes_vision,
         "other_arguments": plan.further_arguments,
         "other_adapter": str(plan.options.adapter) if plan.options.adapter else None,
-        "reference": plan.reference.precision,
+        "reference": reference_of(plan),
         "trained": plan.evaluation.trained.precision if plan.evaluation.trained else None,
     }
     with tempfile.TemporaryDirectory() as images:
@@ -106,6 +118,12 @@ def check(plan: Plan) -> dict[str, Any]:
         record |= serve_and_compare(plan, task, encoder, prompts, served, asked)
     record["file"] = str(write_record(plan.home, record))
     return record
+
+
+def reference_of(plan: Plan) -> str:
+    """Return how our model computes, as the table says it."""
+    unpacked = "the export's weights, unpacked, in " if plan.export and plan.export.compressed else ""
+    return f"{unpacked}{plan.reference.precision}"
 
 
 def serve_and_compare(
@@ -142,25 +160,28 @@ def what_is_served(plan: Plan, encoder: Encoder) -> Served:
     """Return what the engine gets: the base and its adapter, or the folder of a whole model. Raises `UserError`."""
     tuned = plan.evaluation.tuned
     assert tuned
-    if plan.options.model is not None or not tuned.is_adapter:
-        return Served(plan.options.model or tuned.folder, plan.options.dtype)
-    adapter = plan.options.adapter or tuned.folder
     size = encoder.processor.image_processor.size
+    limits = {name: int(size[name]) for name in ("shortest_edge", "longest_edge") if size.get(name)}
+    if plan.options.model is not None or not tuned.is_adapter:
+        export = plan.export.adapter if plan.export else None
+        folder = plan.options.model or tuned.folder
+        return Served(folder, plan.options.dtype, export, limits=limits if plan.engine.gguf else {})
+    adapter = plan.options.adapter or tuned.folder
     return Served(
         model=download(plan.reference),
         dtype=plan.options.dtype,
         adapter=adapter,
         lora_config=read_adapter_config(adapter, "--adapter" if plan.options.adapter else "--run"),
         changes_vision=changes_vision(adapter / ADAPTER_FILE),
-        limits={name: int(size[name]) for name in ("shortest_edge", "longest_edge") if size.get(name)},
+        limits=limits,
     )
 
 
 def weights_of(plan: Plan, served: Served) -> list[list[Any]]:
     """Return name, size and time of each weight file of what is served in place of the base."""
-    folder = served.adapter or served.model
-    names = [folder / ADAPTER_FILE] if served.adapter else sorted(folder.glob("*.safetensors"))
-    return stats(names)
+    if served.adapter and not plan.export:
+        return stats([served.adapter / ADAPTER_FILE])
+    return stats(sorted(path for path in served.model.iterdir() if path.suffix in (".safetensors", ".gguf")))
 
 
 def ask(task: Task, prompts: Prompts, encoder: Encoder, folder: Path, max_new_tokens: int) -> Asked:
@@ -241,7 +262,9 @@ def compare(
             model, encoder, prompts.encode, arm, ours, theirs[engines], same[engines], plan.dtype_compared
         )
 
-    model = load_model(plan.reference, on_cpu)
+    with reference_settings(plan) as settings:
+        model = load_model(settings, on_cpu)
+        round_activations(model, rounded_layers(settings))
     ours: dict[str, dict[int, list[int]]] = {}
     found: dict[str, list[Difference]] = {}
     if BASE in theirs:
@@ -265,6 +288,16 @@ def compare(
     verdict = judge(plan.engine.title, arms, effect, left_out)
     every = [difference for arm in theirs for difference in found[arm]]
     return Compared(arms, effect, every, verdict, as_trained(plan, answer, encoder, theirs[TUNED]))
+
+
+@contextmanager
+def reference_settings(plan: Plan) -> Iterator[ModelSettings]:
+    """Yield the settings of our model: those of the plan, or of the weights of a compressed export, unpacked."""
+    if plan.export is None or not plan.export.compressed:
+        yield plan.reference
+        return
+    with dequantized(plan.export, plan.reference, make_environment(transformers.ENGINE)) as settings:
+        yield settings
 
 
 def as_trained(
@@ -305,6 +338,7 @@ def effect_of(
 
 
 def _same_answer(encoder: Encoder, ours: Sequence[int], theirs: EngineAnswer) -> bool:
+    ours = as_far_as_told(ours, theirs)
     return first_difference(ours, answer_tokens(encoder, theirs), frozenset(answer_ends(encoder))) is None
 
 

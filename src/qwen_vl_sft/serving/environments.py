@@ -42,7 +42,7 @@ def python_of(engine: ServingEngine) -> Path:
             f"--engine: {engine.title} is not installed in {folder}; make its environment with"
             f" python scripts/engine_environment.py --engine {engine.name}"
         )
-    return folder / "bin/python"
+    return _ready(engine, folder)
 
 
 def make_environment(engine: ServingEngine, say: Callable[[str], None] = lambda text: None) -> Path:
@@ -53,13 +53,17 @@ def make_environment(engine: ServingEngine, say: Callable[[str], None] = lambda 
     folder = environment_folder(engine)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+        with _locked(folder.with_name(f"{folder.name}.lock")):
             if not (folder / COMPLETE).is_file():
                 _make(engine, folder, say)
-            if engine.before_use is not None:
-                engine.before_use(_site_packages(folder))
+            return _ready(engine, folder)
     except OSError as error:
         raise UserError(f"--engine: {folder} cannot be written ({error.strerror or error}); free space") from error
+
+
+def _ready(engine: ServingEngine, folder: Path) -> Path:
+    if engine.before_use is not None:
+        engine.before_use(_site_packages(folder))
     return folder / "bin/python"
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from qwen_vl_sft.config.command_line import REQUIRED, option, recipe_keys
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import ServingEngine
+from qwen_vl_sft.serving.exported import Export, read_export
 from qwen_vl_sft.serving.record import AS_TRAINED, form_of
+from qwen_vl_sft.serving.registry import ENGINES, engine_named
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.settings import ModelSettings
@@ -28,9 +30,11 @@ class Options:
     """Command-line options of serve_check.py."""
 
     run: Path = option(REQUIRED, "run folder of scripts/sft.py, or a checkpoint in it", metavar="folder")
-    engine: str = option(REQUIRED, "the engine: vllm", metavar="name")
+    engine: str = option(REQUIRED, f"the engine: {', '.join(ENGINES)}", metavar="name")
     model: Path | None = option(
-        None, "folder of scripts/merge.py, served in place of the run's adapter on its base", metavar="folder"
+        None,
+        "folder of scripts/merge.py or scripts/export.py, served in place of the run's adapter on its base",
+        metavar="folder",
     )
     adapter: Path | None = option(
         None, "folder of the adapter that the engine loads; default: the run's own", metavar="folder"
@@ -52,14 +56,15 @@ class Options:
 class EnvironmentOptions:
     """Command-line options of engine_environment.py."""
 
-    engine: str = option(REQUIRED, "the engine: vllm", metavar="name")
+    engine: str = option(REQUIRED, f"the engine: {', '.join(ENGINES)}", metavar="name")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A check that is ready to start: `evaluation` reads its rows, `what` is the form of the model that is served.
 
-    `reference` are the settings of our model: of the base for an adapter, else of the whole model. `merge` is merge.json.
+    `reference` are the settings of our model: of the base for an adapter, else of the whole model. `merge` is merge.json,
+    and `export` what export.json says, both of the model that is served; None without them.
     """
 
     options: Options
@@ -69,13 +74,15 @@ class Plan:
     what: str
     reference: ModelSettings
     merge: dict[str, Any] | None
+    export: Export | None
     further_arguments: list[str]
 
     @property
     def has_adapter(self) -> bool:
         """Return whether our side is base and adapter."""
         tuned = self.evaluation.tuned
-        return tuned is not None and tuned.is_adapter
+        whole = self.export is not None and self.export.adapter is None
+        return tuned is not None and tuned.is_adapter and not whole
 
     @property
     def on_cpu(self) -> bool:
@@ -88,7 +95,8 @@ class Plan:
     def dtype_compared(self) -> str:
         """Return the precision that rounds most, of the engine's, ours and that of stored merged weights."""
         used = {self.options.dtype, self.reference.dtype, (self.merge or {}).get("dtype")}
-        return next(dtype for dtype in ("bfloat16", "float16", "float32") if dtype in used)
+        used |= {self.export.dtype} if self.export else set()
+        return next(dtype for dtype in ("float8", "bfloat16", "float16", "float32") if dtype in used)
 
     @property
     def home(self) -> Path:
@@ -104,7 +112,6 @@ def make_plan(options: Options) -> Plan:
     from qwen_vl_sft.inference.source import read_source, tuned_settings
     from qwen_vl_sft.merging.plan import REPORT_FILE
     from qwen_vl_sft.serving.environments import python_of
-    from qwen_vl_sft.serving.registry import engine_named
 
     # First: reading the run takes seconds.
     engine = engine_named(options.engine)
@@ -112,16 +119,20 @@ def make_plan(options: Options) -> Plan:
     source = read_source(options.run, options.recipe_keys, tuned_needed=True)
     tuned = source.tuned
     assert tuned
-    merge = read_merge((options.model or tuned.folder) / REPORT_FILE)
-    if options.model is not None and merge is None:
-        raise UserError(f"--model: {options.model} holds no {REPORT_FILE}; name a folder of scripts/merge.py")
+    export = read_export(options.model) if options.model else None
+    merge = None if export else read_merge((options.model or tuned.folder) / REPORT_FILE)
+    check_form(options, engine, export, merge)
     if (options.model or not tuned.is_adapter) and options.adapter:
         raise UserError("--adapter: a merged or full model is served without one; leave it out")
-    what = form_of(merge, tuned.is_adapter)
+    what = export.form if export else form_of(merge, tuned.is_adapter)
     trained = source.recipe.model
     # A merge onto dequantized weights is compared with what was trained, the quantized base and its adapter.
     keeps_precision = what in AS_TRAINED and tuned.is_adapter
     reference = trained if keeps_precision else replace(trained, **unquantized(trained), dtype=options.dtype)
+    if export and export.adapter is None:
+        reference = replace(reference, model_name_or_path=str(export.original), model_revision="main")
+    else:
+        reference = tuned_settings(reference, tuned)
     try:
         further = shlex.split(options.engine_arguments)
     except ValueError as error:
@@ -133,7 +144,27 @@ def make_plan(options: Options) -> Plan:
         ),
         output_dir=tuned.home,
     )
-    return Plan(options, engine, python, evaluation, what, tuned_settings(reference, tuned), merge, further)
+    return Plan(options, engine, python, evaluation, what, reference, merge, export, further)
+
+
+def check_form(options: Options, engine: ServingEngine, export: Export | None, merge: dict[str, Any] | None) -> None:
+    """Raise `UserError` where the engine does not serve what --model names, or needs one."""
+    from qwen_vl_sft.merging.plan import REPORT_FILE
+    from qwen_vl_sft.serving.exported import REPORT_FILE as EXPORT_FILE
+
+    gguf = export is not None and not export.compressed
+    if engine.gguf and not gguf:
+        raise UserError(
+            f"--engine: {engine.title} serves GGUF alone; export with python scripts/export.py --run"
+            f" {options.model or options.run} --to gguf --output_dir exported, and name that folder with --model"
+        )
+    if gguf and not engine.gguf:
+        raise UserError(f"--engine: {engine.title} is not asked for GGUF; give --engine llama.cpp")
+    if options.model is not None and merge is None and export is None:
+        raise UserError(
+            f"--model: {options.model} holds neither {REPORT_FILE} nor {EXPORT_FILE}; name a folder of scripts/merge.py or"
+            f" scripts/export.py"
+        )
 
 
 def unquantized(settings: ModelSettings) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def differences(
     ends, found = frozenset(answer_ends(encoder)), []
     for number, tokens in ours.items():
         theirs = answer_tokens(encoder, engines[number])
+        tokens = as_far_as_told(tokens, engines[number])
         at = first_difference(tokens, theirs, ends)
         if at is None:
             continue
@@ -71,6 +72,12 @@ def answer_tokens(encoder: Encoder, answer: EngineAnswer) -> list[int]:
         return answer.answer_ids
     ids: list[int] = encoder.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     return [*ids, encoder.end_of_turn_id]
+
+
+def as_far_as_told(ours: Sequence[int], answer: EngineAnswer) -> Sequence[int]:
+    """Return our answer without its end where the engine made as many tokens, and did not tell the last ones."""
+    told = len(answer.answer_ids or ())
+    return ours[:told] if answer.untold and len(ours) == told + answer.untold else ours
 
 
 def next_logits(model: Any, encoder: Encoder, prompt: Encoded, answer: Sequence[int]) -> torch.Tensor:
@@ -93,6 +100,20 @@ def next_logits(model: Any, encoder: Encoder, prompt: Encoded, answer: Sequence[
 def margin_of(logits: torch.Tensor, ours: int, theirs: int) -> float:
     """Return how much one token lies above another, as a share of the root mean square of `logits` [vocabulary]."""
     return float((logits[ours] - logits[theirs]) / logits.square().mean().sqrt())
+
+
+def round_activations(model: Any, layers: Sequence[str]) -> None:
+    """Have layers round their inputs to FP8 (e4m3) and back, each token with its own scale, as a model in FP8 does."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+
+    def rounded(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        scale = inputs[0].float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / most
+        values = (inputs[0].float() / scale).clamp(-most, most).to(torch.float8_e4m3fn)
+        return ((values.float() * scale).to(inputs[0].dtype),)
+
+    modules = dict(model.named_modules())
+    for name in layers:
+        modules[name].register_forward_pre_hook(rounded)
 
 
 def silence_vision(model: Any) -> None:

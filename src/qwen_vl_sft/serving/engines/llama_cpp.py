@@ -36,13 +36,20 @@ def arguments(served: Served) -> list[str]:
 
 
 def check_arguments(served: Served, size: Size) -> list[str]:
-    """Return the options for a check: the context that the longest row needs."""
-    return ["--ctx-size", str(-(-size.tokens // 256) * 256)]
+    """Return the options for a check: the context that the longest row needs, and in float32 nothing rounded to f16.
+
+    Otherwise keys and values are, and with flash attention those of the vision tower too.
+    """
+    context = ["--ctx-size", str(-(-size.tokens // 256) * 256)]
+    exact = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+    return context + (exact if served.dtype == "float32" else [])
 
 
 def refuses(served: Served) -> str | None:
-    """Return that llama.cpp takes a whole model as GGUF alone."""
-    return None if (Path(served.model) / MODEL_FILE).is_file() else f"llama.cpp reads {MODEL_FILE} with {MMPROJ_FILE}."
+    """Return that llama.cpp takes GGUF alone."""
+    if (Path(served.model) / MODEL_FILE).is_file():
+        return None
+    return f"llama.cpp reads {MODEL_FILE} with {MMPROJ_FILE} alone; export first, with scripts/export.py --to gguf."
 
 
 ENGINE = ServingEngine(
@@ -55,4 +62,5 @@ ENGINE = ServingEngine(
     check_arguments=check_arguments,
     refuses=refuses,
     before_use=share_training_packages,
+    gguf=True,
 )

@@ -21,10 +21,13 @@ def reply(value):
 
 def load(start):
     """Return the server of the model in a folder."""
-    from xllamacpp import CommonParams, Server
+    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server, ggml_type, llama_flash_attn_type
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--ctx-size", type=int, default=4096)
+    parser.add_argument("--cache-type-k", default="f16")
+    parser.add_argument("--cache-type-v", default="f16")
+    parser.add_argument("--flash-attn", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--image-min-tokens", type=int)
     parser.add_argument("--image-max-tokens", type=int)
     asked = parser.parse_args(start["arguments"])
@@ -32,11 +35,22 @@ def load(start):
     params.model.path = os.path.join(start["model"], "model.gguf")
     params.mmproj.path = os.path.join(start["model"], "mmproj.gguf")
     params.n_ctx, params.n_parallel, params.use_jinja = asked.ctx_size, 1, True
+    params.cache_type_k = getattr(ggml_type, f"GGML_TYPE_{asked.cache_type_k.upper()}")
+    params.cache_type_v = getattr(ggml_type, f"GGML_TYPE_{asked.cache_type_v.upper()}")
+    kind = {"auto": "AUTO", "on": "ENABLED", "off": "DISABLED"}[asked.flash_attn]
+    params.flash_attn_type = getattr(llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{kind}")
+    if start["adapter"] is not None:
+        params.lora_adapters = [CommonAdapterLoraInfo(start["adapter"], 1.0)]
     if asked.image_min_tokens is not None:
         params.image_min_tokens = asked.image_min_tokens
     if asked.image_max_tokens is not None:
         params.image_max_tokens = asked.image_max_tokens
     return Server(params)
+
+
+def cut(choice):
+    """Return whether an answer ended by its length."""
+    return choice["finish_reason"] == "length"
 
 
 def messages_of(prompt):
@@ -57,7 +71,7 @@ def messages_of(prompt):
     return messages
 
 
-def answer(server, request):
+def answer(server, has_adapter, request):
     """Return the answers to a request's prompts."""
     answers = []
     for prompt in request["prompts"]:
@@ -67,28 +81,43 @@ def answer(server, request):
             "temperature": 0,
             "top_k": 1,
             "cache_prompt": False,
+            # With them come the tokens.
+            "logprobs": True,
+            "top_logprobs": 1,
         }
+        if has_adapter:
+            asked["lora"] = [{"id": 0, "scale": float(request["with_adapter"])}]
         if request["template_options"]:
             asked["chat_template_kwargs"] = request["template_options"]
         found = server.handle_chat_completions(asked)
         if "choices" not in found:
             raise ValueError(json.dumps(found))
-        text = found["choices"][0]["message"]["content"] or ""
-        answers.append({"number": prompt["number"], "text": text, "prompt_tokens": found["usage"]["prompt_tokens"]})
+        [choice] = found["choices"]
+        ids = [token["id"] for token in choice["logprobs"]["content"]]
+        answers.append(
+            {
+                "number": prompt["number"],
+                "text": choice["message"]["content"] or "",
+                "prompt_tokens": found["usage"]["prompt_tokens"],
+                "answer_ids": ids,
+                # The bytes of half a character, where an answer was cut.
+                "untold": max(found["usage"]["completion_tokens"] - len(ids), 0) if cut(choice) else 0,
+            }
+        )
     return answers
 
 
 def main():
     """Load what the first line names, then answer every further line."""
-    server = None
+    server, has_adapter = None, False
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if server is None:
-                server = load(request)
+                server, has_adapter = load(request), request["adapter"] is not None
                 reply({"ready": {"xllamacpp": importlib.metadata.version("xllamacpp")}})
             else:
-                reply({"answers": answer(server, request)})
+                reply({"answers": answer(server, has_adapter, request)})
         except ValueError as error:
             traceback.print_exc()
             reply({"refused": f"ValueError: {error}"})

@@ -10,13 +10,24 @@ import traceback
 # What libraries print must not come between the lines of answers.
 REPLIES = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
-PACKAGES = ("transformers", "compressed-tensors", "llmcompressor", "torch")
+PACKAGES = ("transformers", "peft", "compressed-tensors", "llmcompressor", "torch")
 
 
 def reply(value):
     """Write one line."""
     REPLIES.write(json.dumps(value) + "\n")
     REPLIES.flush()
+
+
+def versions():
+    """Return the versions of the packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def load(start):
@@ -26,7 +37,10 @@ def load(start):
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", default="bfloat16")
-    dtype = getattr(torch, parser.parse_args(start["arguments"]).dtype)
+    parser.add_argument("--shortest_edge", type=int)
+    parser.add_argument("--longest_edge", type=int)
+    asked = parser.parse_args(start["arguments"])
+    dtype = getattr(torch, asked.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = AutoModelForImageTextToText.from_pretrained(
         start["model"], dtype=dtype, device_map=device, output_loading_info=True
@@ -35,11 +49,21 @@ def load(start):
     wrong = {kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
     if wrong:
         raise ValueError(f"weights of the file and of the model differ: {wrong}")
-    return model.eval(), AutoProcessor.from_pretrained(start["model"])
+    if start["adapter"] is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, start["adapter"])
+    processor = AutoProcessor.from_pretrained(start["model"])
+    limits = {"shortest_edge": asked.shortest_edge, "longest_edge": asked.longest_edge}
+    if limits := {name: pixels for name, pixels in limits.items() if pixels is not None}:
+        processor.image_processor.size = limits
+    return model.eval(), processor
 
 
 def answer(model, processor, request):
     """Return the answers to a request's prompts, one at a time and so without padding."""
+    import contextlib
+
     import torch
     from PIL import Image
 
@@ -51,7 +75,8 @@ def answer(model, processor, request):
         )
         inputs = processor(text=[text], images=images or None, return_tensors="pt").to(model.device)
         length = inputs["input_ids"].shape[1]
-        with torch.inference_mode():
+        without = hasattr(model, "disable_adapter") and not request["with_adapter"]
+        with torch.inference_mode(), model.disable_adapter() if without else contextlib.nullcontext():
             tokens = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)[0]
         answers.append(
             {
@@ -73,7 +98,7 @@ def main():
         try:
             if model is None:
                 model, processor = load(request)
-                reply({"ready": {name: importlib.metadata.version(name) for name in PACKAGES}})
+                reply({"ready": versions()})
             else:
                 reply({"answers": answer(model, processor, request)})
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""transformers in the environment of llm-compressor, which reads what that library writes."""
+"""transformers with PEFT, in the environment of llm-compressor and so with compressed-tensors, which reads its exports."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from qwen_vl_sft.serving.engines.shared_packages import share_training_packages
 
 
 def arguments(served: Served) -> list[str]:
-    """Return the precision; limits of image sizes are read from the model's folder."""
-    return ["--dtype", served.dtype]
+    """Return the limits of image sizes that an adapter needs, whose base has others; a whole model's folder has its own."""
+    return [word for name, pixels in served.limits.items() for word in (f"--{name}", str(pixels))]
 
 
 def check_arguments(served: Served, size: Size) -> list[str]:
-    """Return no further options."""
-    return []
+    """Return the precision."""
+    return ["--dtype", served.dtype]
 
 
 def refuses(served: Served) -> str | None:
@@ -22,9 +22,9 @@ def refuses(served: Served) -> str | None:
 
 
 ENGINE = ServingEngine(
-    name="compressed-tensors",
-    title="transformers with compressed-tensors",
-    package="compressed-tensors",
+    name="transformers",
+    title="transformers",
+    package="transformers",
     requirements="llm_compressor.txt",
     worker="transformers_worker.py",
     arguments=arguments,
