@@ -89,7 +89,7 @@ ASSUMED = RowSizes(
     images=1,
     distinct_images=0.6,
     computed=0.62,
-    source="assumed: charts as in ChartQA, 685 tokens a row",
+    source="assumed: charts as in ChartQA",
 )
 
 
@@ -98,8 +98,15 @@ def row_sizes(data: DataSettings, model: str, vision: VisionShape) -> RowSizes:
     found = remembered(data, model) or sample(data, vision)
     if found is None:
         rows = _sliced(ASSUMED.rows, data.dataset_train_split)
-        found = replace(ASSUMED, rows=min(rows, data.max_train_samples or rows))
+        found = replace(assumed(vision), rows=min(rows, data.max_train_samples or rows))
     return found
+
+
+def assumed(vision: VisionShape) -> RowSizes:
+    """Return the sizes of `ASSUMED` rows where patches are larger or smaller than Qwen2-VL's, of 14 pixels."""
+    rows = ASSUMED.with_pixels((14 / vision.patch) ** 2)
+    tokens = round(rows.tokens)
+    return replace(rows, tokens=tokens, source=f"assumed: charts as in ChartQA, {tokens} tokens a row")
 
 
 def remember(data: DataSettings, model: str, found: RowSizes) -> None:

@@ -9,7 +9,7 @@ from qwen_vl_sft.families.released import RELEASED
 from qwen_vl_sft.families.shape_reading import read_shape
 from qwen_vl_sft.planning.cards import CARDS, Card
 from qwen_vl_sft.planning.inputs import Launch
-from qwen_vl_sft.planning.rows import ASSUMED
+from qwen_vl_sft.planning.rows import assumed
 from qwen_vl_sft.planning.run import RunPlan
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,8 @@ def _cell(model: str, method: str, card: Card) -> str:
     for count in _COUNTS:
         strategies = ["single"] if count == 1 else ["fsdp2"] if method != "full" else ["zero2", "fsdp2"]
         for strategy in strategies:
-            plan = RunPlan(recipe, read_shape(RELEASED[model]), ASSUMED, card, Launch(strategy, count))
+            shape = read_shape(RELEASED[model])
+            plan = RunPlan(recipe, shape, assumed(shape.vision), card, Launch(strategy, count))
             if plan.fits:
                 rate = plan.rows_per_step / plan.step.seconds
                 # Of linear attention the time is not known.
