@@ -14,6 +14,7 @@ from qwen_vl_sft.compat.tested_versions import warn_of_untested_versions
 from qwen_vl_sft.config.command_line import parse, recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.console import quiet_libraries
+from qwen_vl_sft.distributed.allocator import use_growing_segments
 from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.resilience.signals import SignalWatcher
@@ -29,6 +30,7 @@ def main() -> None:
     quiet_libraries(rank)
     options = parse(Options, usage=__doc__)
     warn_of_untested_versions(rank)
+    use_growing_segments(os.environ)
     recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))
     # The libraries take seconds to import; a mistyped command line or recipe needs none of them.
     with quick_imports():

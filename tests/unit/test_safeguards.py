@@ -12,6 +12,7 @@ from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.manifest import MANIFEST, read_manifest
 from qwen_vl_sft.checkpointing.run_folder import finish
 from qwen_vl_sft.checkpointing.writer import CheckpointWriter
+from qwen_vl_sft.distributed.allocator import VARIABLES, use_growing_segments
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.resilience.due_evaluation import DueEvaluation
 from qwen_vl_sft.resilience.step_guard import MOST_SKIPPED, StepGuard
@@ -143,3 +144,14 @@ def test_a_checkpoint_of_another_folder_is_none_of_the_run(tmp_path):
         assert (pieces.writer.newest_own_step, pieces.writer.keep) == (own, 2)
         assert (pieces.evaluations.due, pieces.totals) == (True, {"seconds": 2.0})
     assert make_safeguards(args).writer.signature == {"world": {"processes": 1}}
+
+
+@pytest.mark.parametrize("stated", [None, *VARIABLES])
+def test_segments_grow_where_nothing_else_is_said_and_a_driver_is_there(stated, tmp_path):
+    environment = {} if stated is None else {stated: "backend:native"}
+    use_growing_segments(environment, driver=tmp_path / "none")
+    assert environment == ({} if stated is None else {stated: "backend:native"})
+    use_growing_segments(environment, driver=tmp_path)
+    assert environment == {
+        stated or "PYTORCH_CUDA_ALLOC_CONF": "backend:native" if stated else "expandable_segments:True"
+    }
