@@ -544,6 +544,16 @@ def test_adapters_on_experts_take_what_the_recipes_tell():
     assert not {change.text for change in changes(some)} & {"load_in_fp8: true, without load_in_4bit"}
 
 
+def test_adapters_on_a_base_in_fp8_keep_no_input_that_can_be_made_again():
+    found = plan(
+        load_in_4bit=False, load_in_fp8=True, lora_dropout=0.0, lora_target_modules="null", lora_scope="language"
+    )
+    in_fp8, text = found.training, found.training.shape.text
+    plain = replace(in_fp8, fp8=False, bits=16)
+    assert attention_bytes(plain) - attention_bytes(in_fp8) == 2 * text.hidden
+    assert mlp_bytes(plain) - mlp_bytes(in_fp8) == 2 * (text.hidden + text.mlp)
+
+
 def test_eight_bits_are_not_sharded():
     with pytest.raises(UserError, match="cannot be sharded under fsdp2"):
         plan(("num_gpus", 2), ("config_file", "fsdp2"), load_in_4bit=False, load_in_8bit=True)

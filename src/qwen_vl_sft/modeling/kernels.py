@@ -22,6 +22,7 @@ from qwen_vl_sft.families.base import RopeFunctions
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.experts import compute_fused
 from qwen_vl_sft.modeling.fp8.fused import hands_on_fp8
+from qwen_vl_sft.modeling.fp8.linear import INPUTS, LowerProduct
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -194,7 +195,9 @@ def _lora(
     if split or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype):
         return otherwise(x)
     result = layer.base_layer(x)
-    reduced = down(layer.lora_dropout[adapter](x))
+    dropped = layer.lora_dropout[adapter](x)
+    normed = INPUTS.norm_of(dropped)
+    reduced = down(dropped) if normed is None else LowerProduct.apply(dropped, down.weight, *normed)
     product = torch.addmm(result.flatten(0, -2), reduced.flatten(0, -2), up.weight.t(), alpha=layer.scaling[adapter])
     return product.view_as(result)
 

@@ -343,7 +343,7 @@ def attention_bytes(training: Training) -> float:
         kept += text.hidden * half * (3 if wide > half else 1)
     return (
         kept
-        + _adapter_bytes(training, ("q_proj", "k_proj", "v_proj"), text.hidden)
+        + _adapter_bytes(training, ("q_proj", "k_proj", "v_proj"), text.hidden, kept_anyway=training.fp8)
         + _adapter_bytes(training, ("o_proj",), text.queries, kept_anyway=not text.gated)
     )
 
@@ -358,11 +358,15 @@ def _gated_bytes(training: Training, mlp: int) -> float:
     """Return the bytes a token that a gated MLP of some width keeps."""
     text, wide, half = training.shape.text, training.stream, training.computed
     kept = float((2 if "swiglu" in training.kernels else 3) * mlp * half)
-    down = _adapter_bytes(training, ("down_proj",), mlp, kept_anyway=False)
+    # FP8 kernels keep no input that a norm or the activation has made: its gradient needs what they were made of.
+    down = _adapter_bytes(training, ("down_proj",), mlp, kept_anyway=training.fp8)
     if training.full:
         kept += text.hidden * half * (2 if wide > half else 1)
         down = mlp * half
-    return kept + _adapter_bytes(training, ("gate_proj", "up_proj", "shared_expert_gate"), text.hidden) + down
+    inner = _adapter_bytes(
+        training, ("gate_proj", "up_proj", "shared_expert_gate"), text.hidden, kept_anyway=training.fp8
+    )
+    return kept + inner + down
 
 
 def experts_bytes(training: Training) -> float:

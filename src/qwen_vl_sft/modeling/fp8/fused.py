@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear
+from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, Normed
 from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
@@ -69,13 +69,14 @@ class _Norm(_Fused):
         weight = layer.weight
         if weight.requires_grad:
             return type(layer).forward(layer, hidden_states)  # type: ignore[no-any-return]
-        normed, values, scales = NormProduct.apply(hidden_states, weight, layer.variance_epsilon, self.kernels)
-        INPUTS.keep(normed, Quantized(values, scales))
+        normed, values, scales, rstd = NormProduct.apply(hidden_states, weight, layer.variance_epsilon, self.kernels)
+        rows = hidden_states.detach().reshape(-1, hidden_states.shape[-1]).contiguous()
+        INPUTS.keep(normed, Quantized(values, scales), Normed(rows, rstd, weight.detach()))
         return normed  # type: ignore[no-any-return]
 
 
 class NormProduct(torch.autograd.Function):
-    """A norm with a frozen weight, and its output's quantized form."""
+    """A norm with a frozen weight, its output's quantized form, and 1 / the root mean square of its input's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Any) -> Any:
@@ -84,8 +85,8 @@ class NormProduct(torch.autograd.Function):
         normed, quantized, rstd = kernels.rms_norm(rows, weight, epsilon)
         ctx.save_for_backward(rows, weight, rstd)
         ctx.shape, ctx.kernels = x.shape, kernels
-        ctx.mark_non_differentiable(*quantized)
-        return normed.view(x.shape), *quantized
+        ctx.mark_non_differentiable(*quantized, rstd)
+        return normed.view(x.shape), *quantized, rstd
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,16 +43,29 @@ class Computation:
     transpose: Callable[[torch.Tensor], torch.Tensor] = transpose
 
 
+class Normed(NamedTuple):
+    """What a norm made its output of, each row of `rows` [M, K] times its `rstd` [M], each column times its `weight` [K]."""
+
+    rows: torch.Tensor
+    rstd: torch.Tensor
+    weight: torch.Tensor
+
+    def times(self, left: torch.Tensor) -> torch.Tensor:
+        """Return the transpose of `left` [M, r] times the norm's output, [r, K], without that output."""
+        scaled = (left * self.rstd[:, None]).to(left.dtype)
+        return (scaled.t() @ self.rows.to(left.dtype)) * self.weight.to(left.dtype)
+
+
 class QuantizedInput:
     """Remembers the newest input that was quantized: q, k and v have one input, and so have gate and up."""
 
     def __init__(self) -> None:
-        self._newest: tuple[weakref.ref[torch.Tensor], int, Quantized] | None = None
+        self._newest: tuple[weakref.ref[torch.Tensor], int, Quantized, Normed | None] | None = None
 
-    def keep(self, x: torch.Tensor, quantized: Quantized) -> None:
-        """Remember an input's quantized form until it is changed, or gone, or another comes."""
+    def keep(self, x: torch.Tensor, quantized: Quantized, normed: Normed | None = None) -> None:
+        """Remember an input's quantized form, and the norm that made it, until it is changed, or gone, or another comes."""
         if not x.is_inference():
-            self._newest = weakref.ref(x, self._forget), x._version, quantized
+            self._newest = weakref.ref(x, self._forget), x._version, quantized, normed
 
     def of(self, x: torch.Tensor, quantize: Callable[..., Quantized]) -> Quantized:
         """Return the quantized rows of an input [..., K]."""
@@ -62,6 +75,11 @@ class QuantizedInput:
         quantized = quantize(x.detach().reshape(-1, x.shape[-1]))
         self.keep(x, quantized)
         return quantized
+
+    def norm_of(self, x: torch.Tensor) -> Normed | None:
+        """Return what a norm made an input of; None where none did, or it is no longer known."""
+        newest = self._newest
+        return newest[3] if newest is not None and newest[0]() is x and newest[1] == x._version else None
 
     def _forget(self, gone: Any) -> None:
         newest = self._newest
@@ -171,6 +189,34 @@ def input_gradient(
         return grad @ dequantize(values, scales).to(grad.dtype)
     quantized = computation.quantize(grad, scales.view(-1))
     return product(quantized, computation.transpose(values), None, None, computation.emulated)
+
+
+class LowerProduct(torch.autograd.Function):
+    """A x of an adapter for the output x of a norm, and the gradients of both.
+
+    x is not kept: the gradient of A is computed from what the norm's own gradient needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, rows: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute [..., r] from `x` [..., K] and `a` [r, K]."""
+        dtype = computed_type(x)
+        own = a.to(dtype)
+        ctx.save_for_backward(own, rows, rstd, weight)
+        ctx.types = x.dtype, a.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.to(dtype), own)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Compute the gradients of x and A."""
+        a, *normed = ctx.saved_tensors
+        of_x, of_a = ctx.types
+        x_grad = (grads[0] @ a).to(of_x) if ctx.needs_input_grad[0] else None
+        a_grad = Normed(*normed).times(grads[0].flatten(0, -2)).to(of_a) if ctx.needs_input_grad[1] else None
+        return x_grad, a_grad, None, None, None
 
 
 def computed_type(x: torch.Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, computed_type
+from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, Normed, computed_type
 from qwen_vl_sft.modeling.fp8.products import product
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
@@ -26,11 +26,13 @@ class Adapter(NamedTuple):
 def mlp(x: torch.Tensor, layers: Sequence[tuple[FP8Linear, Adapter | None]], kernels: Any) -> torch.Tensor:
     """Compute down(silu(gate(x)) * up(x)) of `x` [..., K] with the FP8 layers gate, up and down and their adapters."""
     first = layers[0][0].computation
-    quantized = INPUTS.of(x, first.quantize)
+    quantized, normed = INPUTS.of(x, first.quantize), INPUTS.norm_of(x)
     frozen = [part for layer, _ in layers for part in (layer.values, layer.scales.view(-1), layer.bias)]
     trained = [part for _, adapter in layers for part in (adapter[:2] if adapter else (None, None))]
     scalings = tuple(adapter.scaling if adapter else 0.0 for _, adapter in layers)
-    return MLPProduct.apply(x, quantized, kernels, first.emulated, scalings, *frozen, *trained)  # type: ignore[no-any-return]
+    return MLPProduct.apply(  # type: ignore[no-any-return]
+        x, quantized, normed, kernels, first.emulated, scalings, *frozen, *trained
+    )
 
 
 class SwiGLUProduct(torch.autograd.Function):
@@ -55,13 +57,17 @@ class SwiGLUProduct(torch.autograd.Function):
 
 
 class MLPProduct(torch.autograd.Function):
-    """A whole MLP. It keeps gate and up, and x where these have adapters; what is between them is computed again."""
+    """A whole MLP; what is between its products is computed again.
+
+    It keeps gate and up and, where these have adapters, x, or what a norm made x of, which its own gradient keeps too.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         quantized: Quantized,
+        normed: Normed | None,
         kernels: Any,
         emulated: bool,
         scalings: tuple[float, float, float],
@@ -87,7 +93,8 @@ class MLPProduct(torch.autograd.Function):
             found = product(kernels.swiglu(gate, up, kept), *down_layer, emulated=emulated).to(dtype)
             in_down = _add(found, kept, a_down, b_down, scalings[2])
         frozen = (*gate_layer[:2], *up_layer[:2], *down_layer[:2])
-        ctx.save_for_backward(rows, gate, up, in_gate, in_up, in_down, *frozen, *adapters)
+        made_of = (rows, None, None) if rows is None or normed is None else normed
+        ctx.save_for_backward(*made_of, gate, up, in_gate, in_up, in_down, *frozen, *adapters)
         ctx.kernels, ctx.emulated, ctx.scalings, ctx.input = kernels, emulated, scalings, (x.shape, x.dtype)
         ctx.trained = [None if part is None else part.dtype for part in parts[9:]]
         return found.view(*x.shape[:-1], -1)
@@ -95,7 +102,7 @@ class MLPProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Compute the gradients of x and of the adapters."""
-        rows, gate, up, in_gate, in_up, in_down, *saved = ctx.saved_tensors
+        rows, rstd, weight, gate, up, in_gate, in_up, in_down, *saved = ctx.saved_tensors
         gate_values, gate_scales, up_values, up_scales, down_values, down_scales = saved[:6]
         a_gate, b_gate, a_up, b_up, a_down, b_down = saved[6:]
         kernels, emulated, scalings = ctx.kernels, ctx.emulated, ctx.scalings
@@ -122,13 +129,14 @@ class MLPProduct(torch.autograd.Function):
                 of_x = product(both, to_x, None, None, emulated, out=x_grad[part])
                 del both
                 if kept is not None:
+                    source = rows[part] if rstd is None else Normed(rows[part], rstd[part], weight)
                     for at, (inside, a, b) in enumerate(((in_gate, a_gate, b_gate), (in_up, a_up, b_up))):
                         if a is not None:
-                            own = _gradients(kept[at], rows[part], inside[part], b, scalings[at], a, of_x)
+                            own = _gradients(kept[at], source, inside[part], b, scalings[at], a, of_x)
                             _accumulate(found, 2 * at, own)
         shape, dtype = ctx.input
         trained = [None if one is None else one.to(kind) for one, kind in zip(found, ctx.trained, strict=True)]
-        return x_grad.to(dtype).view(shape) if ctx.needs_input_grad[0] else None, *(None,) * 13, *trained
+        return x_grad.to(dtype).view(shape) if ctx.needs_input_grad[0] else None, *(None,) * 14, *trained
 
 
 def _add(
@@ -148,7 +156,7 @@ def _add(
 
 def _gradients(
     grad: torch.Tensor,
-    rows: torch.Tensor,
+    rows: torch.Tensor | Normed,
     inside: torch.Tensor,
     b: torch.Tensor,
     scaling: float,
@@ -158,7 +166,8 @@ def _gradients(
     """Return the gradients of A and B from that of a layer's output; add the adapter's part to the gradient of its input."""
     of_inside = (grad @ b) * scaling
     x_grad.addmm_(of_inside, a)
-    return of_inside.t() @ rows, (grad.t() @ inside) * scaling
+    of_a = rows.times(of_inside) if isinstance(rows, Normed) else of_inside.t() @ rows
+    return of_a, (grad.t() @ inside) * scaling
 
 
 def _accumulate(found: list[torch.Tensor | None], at: int, parts: Sequence[torch.Tensor]) -> None:
