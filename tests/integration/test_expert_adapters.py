@@ -4,6 +4,7 @@ import copy
 import gc
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from qwen_vl_sft.inference.models import attach_adapter
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, load_model
 from qwen_vl_sft.modeling.experts import check_adapted, unpacked, use_grouped_lora
+from qwen_vl_sft.modeling.fp8.linear import FP8Linear
+from qwen_vl_sft.modeling.fp8.weights import E4M3, quantize_rows
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.modeling.structure import build_structure
 
@@ -135,6 +138,11 @@ def test_4_bit_experts_are_their_unpacked_weights(scope, folder, encoded):
             model_name_or_path=str(folder), dtype="float32", load_in_4bit=True, lora_scope="language", lora_r=4
         )
     )
+    compare(theirs, ours, keys, encoded)
+
+
+def compare(theirs, ours, keys, encoded):
+    """Compare losses and gradients of adapters on two models of the same weights."""
     theirs, ours = adapted(theirs, keys).train(), adapted(packing(ours), keys).train()
     use_grouped_lora(ours)
     groups = [[encoded[row] for row in group] for group in GROUPS]
@@ -144,6 +152,39 @@ def test_4_bit_experts_are_their_unpacked_weights(scope, folder, encoded):
     assert one.keys() == other.keys()
     one, other = (torch.cat([grad.flatten() for grad in each.values()]) for each in (one, other))
     assert float((one - other).norm() / other.norm()) < 1e-4
+
+
+def test_fp8_experts_are_their_dequantized_weights(folder, encoded):
+    """The same of FP8 whose inputs are not rounded."""
+    settings = settings_of(folder, load_in_fp8="emulation", fp8_forward=False, fp8_backward=False)
+    ours, theirs = load_model(settings, on_cpu=True), load_model(settings_of(folder), on_cpu=True)
+    counts = [{part: count.total for part, count in count_parameters(model).items()} for model in (ours, theirs)]
+    assert counts[0] == counts[1]
+    state, exact = theirs.state_dict(), theirs.state_dict()
+    for name, module in ours.named_modules():
+        if isinstance(module, FP8Linear):
+            state[f"{name}.weight"] = module.dequantized()
+    for name, module in family_of(ours.config).experts.modules(ours).items():
+        for part in PARTS:
+            values, scales = getattr(module, part).view(E4M3), getattr(module, f"{part}_scale").view(torch.float32)
+            key = f"{name}.{part}"
+            for number, weight in enumerate(exact[key]):
+                wanted = quantize_rows(weight)
+                assert torch.equal(values[number].view(torch.uint8), wanted.values.view(torch.uint8))
+                assert torch.equal(scales[number], wanted.scales)
+            state[key] = values.float() * scales
+    theirs.load_state_dict(state)
+    compare(theirs, ours, settings, encoded)
+    # Rounding inputs moves what a layer gives by a few percent.
+    rounding = load_model(replace(settings, fp8_forward=True, fp8_backward=True), on_cpu=True)
+    exact = load_model(settings, on_cpu=True)
+    experts = family_of(exact.config).experts
+    for one, other in zip(*(experts.modules(model).values() for model in (rounding, exact)), strict=True):
+        tokens, chosen = torch.randn(11, one.gate_up_proj.shape[-1]), torch.rand(11, 6).topk(2).indices
+        found, wanted = (
+            part(tokens, chosen, torch.rand(11, 2, generator=torch.Generator().manual_seed(0))) for part in (one, other)
+        )
+        assert 0.005 < float((found - wanted).norm() / wanted.norm()) < 0.08
 
 
 def test_experts_are_quantized_while_they_are_read(folder, monkeypatch):

@@ -16,6 +16,7 @@ from qwen_vl_sft.merging.plan import Options, make_plan
 ROUTED = {"train_router": True, "router_aux_loss_coef": 0.01}
 # QLoRA with experts in 4 bits, and an adapter on each.
 QUANTIZED = {"load_in_4bit": True, "lora_scope": "experts", "lora_r": 4}
+FP8 = {"load_in_fp8": "emulation", "lora_scope": "experts", "lora_r": 4}
 LONG = pytest.mark.long
 
 
@@ -63,9 +64,12 @@ def test_routers_train_when_asked_and_their_load_is_told(trained, model, tmp_pat
     assert merged.keys() == base.keys()
 
 
-def test_adapters_on_4_bit_experts_are_merged(trained, model, tmp_path):
-    """Into the 16-bit experts, and into those that training has quantized."""
-    run = trained(**QUANTIZED)
+@pytest.mark.parametrize(
+    ("keys", "flag", "apart"), [(QUANTIZED, "nf4_aware", 1e-3), (FP8, "fp8_aware", 0.5)], ids=["nf4", "fp8"]
+)
+def test_adapters_on_quantized_experts_are_merged(keys, flag, apart, trained, model, tmp_path):
+    """Into the 16-bit experts, and into those that training has quantized; FP8 rounds the inputs of layers as well."""
+    run = trained(**keys)
     layers = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
     saved = load_file(run / "adapter_model.safetensors")
     assert len([name for name in saved if ".mlp.experts." in name]) == 4 * layers
@@ -73,10 +77,10 @@ def test_adapters_on_4_bit_experts_are_merged(trained, model, tmp_path):
     assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     for aware in (False, True):
         output = tmp_path / f"merged-{aware}"
-        options = Options(run=run, output_dir=output, dtype="float32", samples=2, nf4_aware=aware)
+        options = Options(run=run, output_dir=output, dtype="float32", samples=2, **{flag: aware})
         report = merge(make_plan(options))
-        assert report["against_adapter"]["same_answers"] == 2
-        assert report["against_adapter"]["max"] < 1e-3
+        assert report["against_adapter"]["same_answers"] == 2 or flag == "fp8_aware"
+        assert report["against_adapter"]["max"] < (apart if aware else 1e-3)
         base, merged = (load_file(folder / "model.safetensors") for folder in (model, output))
         assert {name: tensor.shape for name, tensor in merged.items()} == {
             name: tensor.shape for name, tensor in base.items()
@@ -84,7 +88,7 @@ def test_adapters_on_4_bit_experts_are_merged(trained, model, tmp_path):
         assert all(not torch.equal(merged[name], base[name]) for name in base if ".experts.gate_up_proj" in name)
 
 
-@pytest.mark.parametrize("keys", [{}, ROUTED, FULL, QUANTIZED], ids=str)
+@pytest.mark.parametrize("keys", [{}, ROUTED, FULL, QUANTIZED, FP8], ids=str)
 @LONG
 def test_a_resumed_run_ends_as_the_whole_one(keys, model, trained, tmp_path):
     run = trained(**keys)
@@ -136,6 +140,8 @@ def test_a_full_model_is_saved_in_the_form_of_its_base(trained, model):
         ("zero2", QUANTIZED),
         ("zero3", QUANTIZED),
         ("fsdp2", QUANTIZED),
+        ("cpu", FP8),
+        ("fsdp2", FP8),
         ("zero3", {"lora_scope": "experts", "lora_r": 4}),
         ("fsdp2", {"lora_scope": "experts", "lora_r": 4}),
         ("zero3", FULL),
@@ -150,6 +156,7 @@ def test_two_processes_give_the_losses_of_one(config, keys, model, trained, tmp_
     recipe = write_recipe(tmp_path / "recipe.yaml", model, **keys)
     done = launch(config, "scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=2e-5)
+    # Sums in another order round a value the other way now and then, an eighth of it in FP8.
+    assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=2e-3 if "load_in_fp8" in keys else 2e-5)
     balanced = logged(trained(**keys), "aux_loss")
     assert logged(tmp_path / "run", "aux_loss") == pytest.approx(balanced, abs=2e-5)

@@ -15,14 +15,15 @@ from fixtures.processes import launch, run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.merging.merge import merge
+from qwen_vl_sft.merging.base import read_base
+from qwen_vl_sft.merging.merge import merge, prepare
 from qwen_vl_sft.merging.plan import Options, make_plan
-from qwen_vl_sft.modeling.base_model import count_parameters, load_model
+from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, load_model
 from qwen_vl_sft.modeling.fp8 import plain
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.fused import use_fp8_kernels
 from qwen_vl_sft.modeling.fp8.linear import FP8Linear
-from qwen_vl_sft.modeling.fp8.weights import quantize_rows
+from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
 from qwen_vl_sft.modeling.kernels import use_fused_kernels
 
 FP8 = {"load_in_fp8": "emulation"}
@@ -179,10 +180,79 @@ def test_an_official_checkpoint_is_taken_as_it_is_and_trained(tmp_path):
         found, wanted = model(input_ids=tokens).logits, exact(input_ids=tokens).logits
     assert (found - wanted).norm() < 0.06 * wanted.norm()
     keys = {**FP8, "predict_with_generate": False, "max_steps": 2, "eval_strategy": "no"}
+    keys["lora_target_modules"] = ["q_proj", "up_proj"]
     recipe = write_recipe(tmp_path / "recipe.yaml", folder, **keys)
     done = run_process("scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of_rows(tmp_path, keys), rel=0.05)
+    merges_of_an_official_checkpoint(tmp_path, folder, weights)
+
+
+def merges_of_an_official_checkpoint(tmp_path, folder, weights):
+    """Merge a run on FP8 weights of a checkpoint into them, into a copy of them, and into the 16-bit model."""
+
+    def merged(output, **changes):
+        return merge(make_plan(Options(tmp_path / "run", tmp_path / output, dtype="bfloat16", samples=2, **changes)))
+
+    with pytest.raises(
+        UserError, match=r"holds FP8 weights, not the 16-bit ones .* add --fp8_aware to merge into these"
+    ):
+        merged("refused")
+    report = merged("aware", fp8_aware=True)
+    assert report["against_adapter"]["mean"] < 0.1 * report["against_adapter"]["rms"]
+    config = json.loads((tmp_path / "aware/config.json").read_text())
+    assert "quantization_config" not in config
+    tensors = load_file(tmp_path / "aware/model.safetensors")
+    assert tensors.keys() == {key for key in weights if not key.endswith("_scale_inv")}
+    adapted = {name.split(".lora_")[0] for name in load_file(tmp_path / "run/adapter_model.safetensors")}
+    adapted = {name.replace("base_model.model.model.language_model.", "model.") for name in adapted}
+    kept = [key for key in tensors if f"{key}_scale_inv" in weights and key.removesuffix(".weight") not in adapted]
+    assert kept
+    for key in kept:
+        wanted = dequantize(weights[key], weights[f"{key}_scale_inv"].float())
+        assert torch.equal(tensors[key], wanted.bfloat16()), key
+    # In another place it is the same model.
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    again = merged("again", fp8_aware=True, base=str(moved))
+    assert again["against_adapter"] == report["against_adapter"]
+    with pytest.raises(UserError, match=r"was trained on the FP8 weights of .* leave --fp8_aware out"):
+        merged("other", fp8_aware=True, base=str(tiny.MODEL_DIR))
+    original = merged("original", base=str(tiny.MODEL_DIR))
+    assert original["against_training"]["mean"] > original["against_adapter"]["mean"]
+    assert not (tmp_path / "refused").exists()
+    assert not (tmp_path / "other").exists()
+
+
+def test_fp8_weights_of_a_checkpoint_are_not_those_that_training_made(trained, tmp_path):
+    folder, _ = write_official(tmp_path / "official")
+    options = Options(trained(**FP8), tmp_path / "merged", base=str(folder), fp8_aware=True)
+    with pytest.raises(UserError, match="does not tell that it was trained on the FP8 weights of"):
+        prepare(make_plan(options))
+    with pytest.raises(UserError, match="holds FP8 weights, not the 16-bit ones they were made from; add --fp8_aware"):
+        prepare(make_plan(replace(options, fp8_aware=False)))
+
+
+def test_scales_of_an_official_checkpoint_may_be_in_another_file(tmp_path):
+    folder, weights = write_official(tmp_path / "official")
+    settings = ModelSettings(model_name_or_path=str(folder), **FP8)
+    model = build_on_meta(settings)
+    expected = {weight.key: weight.read() for weight in read_base(folder, model)}
+    (folder / "model.safetensors").unlink()
+    scales = {key: tensor for key, tensor in weights.items() if key.endswith("_scale_inv")}
+    files = {"a.safetensors": scales, "b.safetensors": {key: weights[key] for key in weights.keys() - scales.keys()}}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    index = {"weight_map": {key: name for name, tensors in files.items() for key in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = {weight.key: weight.read() for weight in read_base(folder, model)}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    lost = next(iter(scales))
+    save_file({key: scales[key] for key in scales.keys() - {lost}}, folder / "a.safetensors", metadata={"format": "pt"})
+    del index["weight_map"][lost]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"is FP8 without its scales {lost}"):
+        read_base(folder, model)
 
 
 def losses_of_rows(tmp_path, keys):

@@ -1,9 +1,11 @@
 """FP8 layers in the emulation, and their kernels in Triton's interpreter."""
 
+import functools
 import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.fp8 import plain
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
-from qwen_vl_sft.modeling.fp8.fused import NormProduct
-from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, QuantizedInput, packed, transpose
+from qwen_vl_sft.modeling.fp8.experts import expert_product, packed_stack, selected_rows, transposed_stack
+from qwen_vl_sft.modeling.fp8.fused import NormProduct, _base_and_adapter, _Norm
+from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, Normed, QuantizedInput, packed, transpose
 from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, Quantized, dequantize, quantize_rows, scale_of
 from qwen_vl_sft.modeling.kernels import use_fused_lora
@@ -217,7 +220,7 @@ def test_lora_on_fp8_layers_is_the_adapter_beside_them():
 def test_a_norm_hands_on_what_its_output_is_quantized_to():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 32, requires_grad=True), torch.rand(32)
-    normed, values, scales = NormProduct.apply(x, weight, 1e-6, plain)
+    normed, values, scales, _ = NormProduct.apply(x, weight, 1e-6, plain)
     grad = torch.randn(2, 5, 32)
     (found,) = torch.autograd.grad(normed, x, grad)
     wanted = nn.functional.rms_norm(x, (32,), weight, 1e-6)
@@ -226,6 +229,57 @@ def test_a_norm_hands_on_what_its_output_is_quantized_to():
     alone = quantize_rows(normed.detach().view(10, 32))
     assert torch.equal(values.view(torch.uint8), alone.values.view(torch.uint8))
     assert torch.equal(scales, alone.scales)
+
+
+def kept_for_backward(work):
+    """The result of some work, and the storages that autograd keeps for its gradients."""
+    kept = set()
+
+    def keep(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return work(), kept
+
+
+@pytest.mark.parametrize("where", ["attention", "mlp"])
+def test_adapters_behind_a_norm_do_not_keep_its_output(where):
+    torch.manual_seed(0)
+    norm, known = SimpleNamespace(weight=torch.rand(32), variance_epsilon=1e-6), []
+    norm.weight[3] = 40
+    layers = [fp8_layer(48, 32)[0], fp8_layer(48, 32, seed=1)[0], fp8_layer(32, 48, seed=2)[0]]
+    model = get_peft_model(nn.ModuleList(layers), LoraConfig(r=4, lora_alpha=2, target_modules=["0", "1"]))
+    assert use_fused_lora(model) == 2
+    adapted = list(model.base_model.model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def outcome(x):
+        normed = _Norm(plain)(norm, x)
+        known.append(normed.untyped_storage().data_ptr())
+        if not forget:
+            assert INPUTS.norm_of(normed) is not None
+        else:
+            INPUTS.keep(normed, INPUTS.of(normed, quantize_rows))
+        if where == "attention":
+            return adapted[0](normed) * adapted[1](normed)
+        gate, up, down = (_base_and_adapter(layer, normed) for layer in adapted)
+        return mlp(normed, [gate, up, down], plain)
+
+    found = []
+    for forget in (False, True):
+        # As in real models one value is massive.
+        x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+        x[..., 7] = 3000
+        x.requires_grad_()
+        y, kept = kept_for_backward(functools.partial(outcome, x))
+        assert (known[-1] in kept) is forget
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])])
+    for one, other in zip(*found, strict=True):
+        assert distance(one, other) < 1e-5
 
 
 def test_a_fused_mlp_rounds_what_its_layers_would_and_nothing_else():
@@ -279,8 +333,8 @@ def test_layers_that_are_computed_again_give_the_same_gradients():
     first, weight = fp8_layer(32, 32, seed=3)[0], torch.rand(32)
 
     def block(x):
-        normed, values, scales = NormProduct.apply(x, weight, 1e-6, plain)
-        INPUTS.keep(normed, Quantized(values, scales))
+        normed, values, scales, rstd = NormProduct.apply(x, weight, 1e-6, plain)
+        INPUTS.keep(normed, Quantized(values, scales), Normed(x.detach(), rstd, weight))
         return mlp(normed + first(normed), [(layers[0], adapter), (layers[1], None), (layers[2], None)], plain)
 
     def gradients(again):
@@ -343,6 +397,37 @@ def test_blocks_give_output_and_gradient_of_a_reference_that_rounds_the_same(for
     y.backward(grad)
     assert distance(y.detach().view(10, 256), in_parts(x.detach().view(10, 384), forward) @ weight.T + bias) < 1e-6
     assert distance(x.grad.view(10, 384), in_parts(grad.view(10, 256), backward) @ weight) < 1e-6
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(True, True), (False, True), (True, False)])
+def test_experts_give_output_and_gradient_of_a_reference_that_rounds_the_same(forward, backward):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 48, 32) * torch.logspace(-2, 2, 48)[:, None]
+    computation = Computation(forward, backward, emulated=True)
+    parameter, scales = packed_stack(weight, computation, torch.uint8)
+    experts = SimpleNamespace(gate_up_proj=parameter, gate_up_proj_scale=scales)
+    # The second has no rows.
+    numbers, tokens = torch.tensor([0, 0, 2, 2, 2, 3, 3]), torch.randn(5, 32)
+    at, ends = torch.tensor([4, 1, 0, 1, 2, 3, 4]), torch.tensor([2, 2, 5, 7], dtype=torch.int32)
+    x, grad = tokens[at].requires_grad_(), torch.randn(7, 48)
+    known = selected_rows(tokens, at, computation)
+    assert (known is None) is not forward
+    y = expert_product(experts, "gate_up_proj", parameter.quant_state, x, ends, known)
+    y.backward(grad)
+    for row, number in enumerate(numbers):
+        values, row_scales = quantize_rows(weight[number])
+        whole = values.double() * row_scales.double()
+        inputs = rounded(tokens[at[row]][None]) if forward else tokens[at[row]][None].double()
+        assert distance(y[row].detach(), (inputs @ whole.T)[0]) < 1e-6
+        own = grad[row][None]
+        wanted = rounded(own, row_scales.view(-1)) @ values.double() if backward else own.double() @ whole
+        assert distance(x.grad[row], wanted[0]) < 1e-6
+    split, _ = packed_stack(weight, computation, torch.bfloat16)
+    assert split.shape == (4, 48, 16)
+    assert torch.equal(split.view(torch.uint8), parameter)
+    turned = transposed_stack(parameter.view(E4M3), EMULATED)
+    assert turned.stride(-1) == 1
+    assert torch.equal(turned.float(), parameter.view(E4M3).float().mT)
 
 
 def problems(on_cpu=True, strategy="single", **keys):

@@ -524,9 +524,11 @@ def test_a_base_in_fp8_takes_a_byte_a_weight_and_less_time_where_the_card_has_fp
 
 def test_what_the_package_refuses_of_experts_is_not_planned():
     sparse = {"model_name_or_path": "Qwen/Qwen3-VL-30B-A3B-Instruct", "load_in_4bit": False}
-    for name in ("load_in_8bit", "load_in_fp8"):
-        with pytest.raises(UserError, match=f"{name} does not reach experts"):
-            plan(**sparse, **{name: True})
+    with pytest.raises(UserError, match="load_in_8bit does not reach experts"):
+        plan(**sparse, load_in_8bit=True)
+    fp8, half = plan(**sparse, load_in_fp8=True), plan(**sparse)
+    assert 0.5 * half.memory.weights < fp8.memory.weights < 0.55 * half.memory.weights
+    assert 0.7 * half.step.seconds < fp8.step.seconds < 1.05 * half.step.seconds
     with pytest.raises(UserError, match="this model has none; use language"):
         plan(lora_scope="experts", lora_target_modules="null")
 

@@ -90,7 +90,7 @@ def _quantized(value: torch.Tensor, settings: Any) -> Any:
 
 
 def adapt_4bit_experts() -> None:
-    """Have PEFT's LoRA on parameters know the shape of those that are in 4 bits."""
+    """Have PEFT's LoRA on parameters know the shape of those that are in 4 bits, or in FP8 that FSDP2 splits."""
     from peft.tuners.lora.layer import ParamWrapper
 
     original: Any = ParamWrapper._get_in_out_features

@@ -22,12 +22,15 @@ from qwen_vl_sft.merging.places import Place, as_in_model, finder
 from qwen_vl_sft.modeling.adapter_layout import ADAPTER_FILE, PREFIX, in_our_layout, read_adapter_config
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_family, quantization_config
 from qwen_vl_sft.modeling.fp8.layers import fp8_layers
+from qwen_vl_sft.modeling.fp8.weights import dequantize
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+# What follows the key of an FP8 weight in that of its scales.
+SCALES = "_scale_inv"
 WAY_OUT = "name the base model it was trained on with --base"
 # Fields of PEFT's LoraConfig that may differ from their defaults; any other one could change what a merge means.
 READ_FIELDS = {
@@ -44,7 +47,8 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 class Weight:
     """A tensor of the base: its `key` in `file`, its shape there, its place in the model; `written_as` if not its key.
 
-    `whole` is the shape of the parameter that it is, or is a piece of.
+    `whole` is the shape of the parameter that it is, or is a piece of; `scales` where the scales of its blocks are, of an
+    FP8 weight.
     """
 
     key: str
@@ -53,6 +57,7 @@ class Weight:
     shape: tuple[int, ...]
     whole: tuple[int, ...]
     written_as: str | None = None
+    scales: tuple[Path, str] | None = None
 
     @property
     def name(self) -> str:
@@ -75,9 +80,14 @@ class Weight:
         return self.module or self.name
 
     def read(self) -> torch.Tensor:
-        """Read the tensor as the model has it."""
+        """Read the tensor as the model has it; an FP8 weight dequantized, in float32."""
         with open_weights(self.file) as file:
-            return as_in_model(self.place, file.get_tensor(self.key), self.whole)
+            tensor = file.get_tensor(self.key)
+        if self.scales is not None:
+            path, key = self.scales
+            with open_weights(path) as file:
+                tensor = dequantize(tensor, file.get_tensor(key).float())
+        return as_in_model(self.place, tensor, self.whole)
 
     def within(self, whole: torch.Tensor) -> torch.Tensor:
         """Return the part of an experts' parameter [E, out, in] that the tensor is."""
@@ -174,15 +184,25 @@ def download(settings: ModelSettings) -> Path:
         ) from None
 
 
+def holds_fp8(folder: Path) -> bool:
+    """Return whether the files of a model hold FP8 weights, as its configuration says."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    return any((part.get("quantization_config") or {}).get("quant_method") == "fp8" for part in parts)
+
+
 def read_base(folder: Path, model: nn.Module) -> list[Weight]:
     """List the base's tensors in the order of its files, with name and shape in `model` (on the meta device).
 
-    Raises `UserError` for files that do not hold exactly the model, in 16 or 32 bit floating point.
+    Raises `UserError` for files that do not hold exactly the model, in 16 or 32 bit floating point, or in FP8 where its
+    configuration says so.
     """
+    files, fp8 = weight_files(folder), holds_fp8(folder)
+    scales = dict(_scales_of_blocks(files)) if fp8 else {}
     find, unloaded = finder(model), family_of(model.config).unloaded_weights
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights, problems = [], []
-    for path, keys in weight_files(folder).items():
+    for path, keys in files.items():
         with open_weights(path) as file:
             absent = sorted(keys - set(file.keys()))
             if absent:
@@ -190,12 +210,18 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
                     f"base model: {path} lacks {absent[0]}, which its index lists; download the model again"
                 )
             for key in file.keys():  # noqa: SIM118, no dictionary
+                if fp8 and key.endswith(SCALES):
+                    continue
                 part = file.get_slice(key)
                 is_loaded, shape = not key.startswith(unloaded), tuple(part.get_shape())
                 place = find(key) if is_loaded else Place(key)
-                weight = Weight(key, place, path, shape, shapes.get(place.name, shape))
+                weight = Weight(key, place, path, shape, shapes.get(place.name, shape), scales=scales.get(key))
                 weights.append(weight)
-                if part.get_dtype() not in ("F32", "F16", "BF16"):
+                if fp8 and part.get_dtype() == "F8_E4M3" and key not in scales:
+                    problems.append(f"{key} is FP8 without its scales {key}{SCALES}")
+                elif fp8 and part.get_dtype() == "F8_E4M3":
+                    pass
+                elif part.get_dtype() not in ("F32", "F16", "BF16"):
                     problems.append(
                         f"{key} is {part.get_dtype()}; a merge needs 16-bit or 32-bit weights, not quantized: name the 16-bit"
                         " model with --base"
@@ -216,6 +242,15 @@ def read_base(folder: Path, model: nn.Module) -> list[Weight]:
             f"base model {folder}: {problems[0]}{more}; download the model again, or give another with --base"
         )
     return weights
+
+
+def _scales_of_blocks(files: Mapping[Path, set[str]]) -> Iterator[tuple[str, tuple[Path, str]]]:
+    """Yield the key of each FP8 weight with the file and key of its scales, which may be in another file."""
+    for path in files:
+        with open_weights(path) as file:
+            for key in file.keys():  # noqa: SIM118, no dictionary
+                if key.endswith(SCALES):
+                    yield key.removesuffix(SCALES), (path, key)
 
 
 def _pieces_problems(weights: Sequence[Weight]) -> Iterator[str]:
@@ -255,7 +290,8 @@ def open_weights(path: Path) -> Iterator[Any]:
 def quantized_layers(settings: ModelSettings) -> set[str]:
     """Return the names of the layers, and of the experts' parameters, that are quantized under these settings."""
     if settings.load_in_fp8:
-        return set(fp8_layers(build_on_meta(settings), settings))
+        model = build_on_meta(settings)
+        return {*fp8_layers(model, settings), *_stacks(model)}
     from bitsandbytes.nn import Linear4bit
     from transformers.quantizers import AutoHfQuantizer
 
@@ -265,9 +301,13 @@ def quantized_layers(settings: ModelSettings) -> set[str]:
     AutoHfQuantizer.from_config(config, pre_quantized=False).preprocess_model(
         model=model, device_map=None, dtype=getattr(torch, settings.dtype)
     )
-    experts = family_of(model.config).experts
-    stacks = [name for name, _ in model.named_parameters() if experts and experts.is_weight(name)]
-    return {*stacks, *(name for name, module in model.named_modules() if isinstance(module, Linear4bit))}
+    return {*_stacks(model), *(name for name, module in model.named_modules() if isinstance(module, Linear4bit))}
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that hold experts."""
+    experts = family_of(model.config).experts  # type: ignore[arg-type]
+    return [name for name, _ in model.named_parameters() if experts and experts.is_weight(name)]
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:

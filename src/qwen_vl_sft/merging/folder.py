@@ -82,9 +82,10 @@ def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None
 
 
 def merged_config(config: dict[str, Any], dtype: str, unties: bool) -> dict[str, Any]:
-    """Return the base's configuration in the precision of the output, untied where the adapter unties."""
+    """Return the base's configuration in the precision of the output, untied where the adapter unties; nothing quantized."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
+        part.pop("quantization_config", None)
         if unties and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
         part |= rope_of_transformers_4(part)

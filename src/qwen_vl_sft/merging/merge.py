@@ -18,9 +18,10 @@ from qwen_vl_sft.atomic_write import writing_to
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.inference.trained_base import check_same_base
-from qwen_vl_sft.merging.base import HEAD, download, quantized_layers, read_adapter, read_base
+from qwen_vl_sft.merging.base import HEAD, download, holds_fp8, quantized_layers, read_adapter, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights
 from qwen_vl_sft.merging.folder import NOTHING_LEFT, staged, write_companions
+from qwen_vl_sft.merging.fp8_bases import check_fp8_base, of_training
 from qwen_vl_sft.merging.places import Place
 from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
 from qwen_vl_sft.merging.samples import read_samples
@@ -54,9 +55,14 @@ def merge(plan: Plan) -> dict[str, Any]:
 def prepare(plan: Plan) -> Merge:
     """Read the structure of base and adapter, and check that they fit. Raises `UserError`."""
     folder = download(plan.base)
-    named = plan.base
+    named, in_fp8 = plan.base, holds_fp8(folder)
+    if in_fp8:
+        # Read as it is, where training read FP8 weights.
+        plan = replace(plan, base=replace(plan.base, load_in_fp8=plan.trained.load_in_fp8))
+    check_fp8_base(plan, in_fp8)
     check_base(plan)
-    plan = replace(plan, base=stored_in(folder, plan.base), trained=stored_in(folder, plan.trained))
+    trained = of_training(plan, stored_in(folder, plan.trained), in_fp8)
+    plan = replace(plan, base=stored_in(folder, plan.base), trained=trained)
     model = build_on_meta(plan.base)
     weights = read_base(folder, model)
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
@@ -66,7 +72,7 @@ def prepare(plan: Plan) -> Merge:
     if unties and not any(weight.name == HEAD for weight in weights):
         embeddings = next(weight for weight in weights if weight.name == tied[HEAD])
         weights.append(replace(embeddings, place=Place(HEAD), written_as=HEAD))
-    quantized = quantized_layers(plan.trained) if plan.keeps_trained else set()
+    quantized = quantized_layers(plan.trained) if plan.keeps_trained and not in_fp8 else set()
     report = {
         "run": str(plan.tuned.folder),
         "base": named.model_name_or_path,

@@ -83,7 +83,8 @@ def requantized(tensor: torch.Tensor, trained: ModelSettings, device: str) -> to
     """
     if trained.load_in_fp8:
         dtype = getattr(torch, trained.dtype)
-        return dequantize(*quantize_rows(tensor.to(dtype))).to(dtype)
+        rows = tensor.to(dtype).reshape(-1, tensor.shape[-1])
+        return dequantize(*quantize_rows(rows)).to(dtype).view(tensor.shape)
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 

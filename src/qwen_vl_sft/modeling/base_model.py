@@ -23,8 +23,9 @@ from qwen_vl_sft.families.base import PARTS, ModelFamily
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
-from qwen_vl_sft.modeling.experts import use_4bit_experts
+from qwen_vl_sft.modeling.experts import use_quantized_experts
 from qwen_vl_sft.modeling.fp8.computation import use_chosen_fp8_kernels
+from qwen_vl_sft.modeling.fp8.experts import FP8Stack
 from qwen_vl_sft.modeling.fp8.layers import official_problem
 from qwen_vl_sft.modeling.fp8.linear import FP8Linear
 from qwen_vl_sft.modeling.fp8.loading import FP8Config
@@ -96,6 +97,11 @@ def load_config(settings: ModelSettings) -> Any:
         if problem == "holds FP8 weights":
             way_out = f"set load_in_fp8: true to train on them as they are, or {way_out}"
         raise UserError(f"model_name_or_path: {settings.model_name_or_path} {problem}; {way_out}")
+    if stored and family_of(config).experts:
+        raise UserError(
+            f"model_name_or_path: {settings.model_name_or_path} holds experts in FP8, which are not taken as they are; name"
+            f" the 16-bit model that it was made from (load_in_fp8 quantizes it on loading)"
+        )
     return config
 
 
@@ -158,8 +164,8 @@ def load_model(
     check_loaded(loading, f"model_name_or_path: {settings.model_name_or_path}")
     if family.experts:
         write_as_read(model)
-    if family.experts and settings.load_in_4bit:
-        use_4bit_experts(model)
+    if family.experts and (settings.load_in_4bit or settings.load_in_fp8):
+        use_quantized_experts(model, "load_in_4bit" if settings.load_in_4bit else "load_in_fp8")
         adapt_4bit_experts()
     if attention == SDPA:
         use_segmented_vision_attention(model)
@@ -204,6 +210,7 @@ def count_parameters(model: nn.Module) -> dict[str, PartCount]:
     """Count the parameters of each part; a packed 4-bit or FP8 weight counts as the weights it holds."""
     counts, family = {part: [0, 0] for part in PARTS}, family_of(model.config)
     fp8 = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FP8Linear)}
+    fp8 |= {name for name, p in model.named_parameters() if isinstance(getattr(p, "quant_state", None), FP8Stack)}
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
         if name in fp8:

@@ -1,9 +1,9 @@
-"""Compute experts whose weights are in 4 bits, or that each have an adapter: in groups, by expert, as transformers does.
+"""Compute experts whose weights are in 4 bits or FP8, or that each have an adapter: in groups, as transformers does.
 
 transformers multiplies the tokens of all experts of a layer in one grouped product. Here the weights of that product are
-made from their 4 bits just before, again for the gradient, and never kept; and an adapter adds two narrow products to it,
-where PEFT would form B A of all experts in every forward and its gradient in every backward. What stands around the
-products (`token_routes`) is computed by kernels where the recipe takes them.
+made from their 4 bits just before, again for the gradient, and never kept, or are FP8 themselves; and an adapter adds two
+narrow products to it, where PEFT would form B A of all experts in every forward and its gradient in every backward. What
+stands around the products (`token_routes`) is computed by kernels where the recipe takes them.
 
 Adapters are PEFT's own for `target_parameters`: a `ParamWrapper` around the experts for each parameter, with all A in one
 matrix [E r, in], expert by expert, and all B in one [out, r E], rank by rank.
@@ -22,6 +22,9 @@ from transformers.integrations.moe import _grouped_linear
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.fp8.experts import FP8Stack, expert_product, selected_rows
+from qwen_vl_sft.modeling.fp8.linear import computed_type
+from qwen_vl_sft.modeling.fp8.weights import Quantized
 from qwen_vl_sft.modeling.token_routes import Checked, Gated, Gather, Plain, Route, Spread, route
 
 # Strides of a grouped product on a GPU are multiples of so many bytes.
@@ -29,10 +32,10 @@ _ALIGNED = 16
 _PLAIN, _FUSED = Plain(), Checked()
 
 
-def use_4bit_experts(model: Any) -> int:
-    """Have the layers of a loaded model multiply with 4-bit experts; return how many have some.
+def use_quantized_experts(model: Any, key: str) -> int:
+    """Have the layers of a loaded model multiply with experts in 4 bits or FP8; return how many have some.
 
-    Raises `UserError` where 4 bits were asked for and a layer's experts are not in them.
+    Raises `UserError` where `key` asked for these and a layer's experts are not in them.
     """
     experts = family_of(model.config).experts
     assert experts is not None, "a model without experts"
@@ -44,8 +47,8 @@ def use_4bit_experts(model: Any) -> int:
         unquantized = [weight for weight, state in states.items() if state is None]
         if unquantized:
             raise UserError(
-                f"load_in_4bit: {name}.{unquantized[0]} could not be quantized; set load_in_4bit: false, or name a model"
-                " whose experts are in the form that its family has"
+                f"{key}: {name}.{unquantized[0]} could not be quantized; set {key}: false, or name a model whose experts"
+                " are in the form that its family has"
             )
         # Where a strategy gathers split weights, what they are becomes no parameter of bitsandbytes again.
         module.quant_states = states
@@ -135,19 +138,35 @@ def _compute(
     """Compute tokens [T, H] with the experts chosen for each [T, k], weighed [T, k] -> [T, H]."""
     way, kernels = route(chosen, experts.num_experts), _FUSED if fused else _PLAIN
     selected = Spread.apply(hidden_states, way, kernels)
-    widened = _project(experts, "gate_up_proj", selected, way, pairs)
+    state = getattr(experts, "quant_states", {}).get("gate_up_proj")
+    # A token is quantized once, for all experts that it goes to.
+    known = selected_rows(hidden_states, way.tokens, state.computation) if isinstance(state, FP8Stack) else None
+    widened = _project(experts, "gate_up_proj", selected, way, pairs, known)
     weighed = weights.flatten().index_select(0, way.order)
     activated = Gated.apply(widened, weighed, kernels) if fused else experts._apply_gate(widened) * weighed[:, None]
     projected = _project(experts, "down_proj", activated, way, pairs)
     return Gather.apply(projected, way, kernels).to(hidden_states.dtype)
 
 
-def _project(experts: Any, name: str, inputs: torch.Tensor, way: Route, pairs: Mapping[str, Any]) -> Any:
-    """Multiply inputs [S, in], sorted by expert, with a parameter [E, out, in] and its adapters -> [S, out]."""
+def _project(
+    experts: Any,
+    name: str,
+    inputs: torch.Tensor,
+    way: Route,
+    pairs: Mapping[str, Any],
+    known: Quantized | None = None,
+) -> Any:
+    """Multiply inputs [S, in], sorted by expert, with a parameter [E, out, in] and its adapters -> [S, out].
+
+    `known` is the quantized form of the inputs, for experts in FP8.
+    """
     weight, state = getattr(experts, name), getattr(experts, "quant_states", {}).get(name)
     if state is None:
         inputs = inputs.to(weight.dtype)
         found = grouped(inputs, weight, way.ends)
+    elif isinstance(state, FP8Stack):
+        inputs = inputs.to(computed_type(inputs))
+        found = expert_product(experts, name, state, inputs, way.ends, known)
     else:
         inputs = inputs.to(state.dtype)
         found = _Unpacked.apply(inputs, weight, state, way.ends)

@@ -30,8 +30,6 @@ LORA_KEYS = (
     "use_dora",
 )
 QUANTIZED = ("load_in_4bit", "load_in_8bit", "load_in_fp8")
-# Those that quantize linear layers alone.
-_LEAVE_EXPERTS = ("load_in_8bit", "load_in_fp8")
 FP8_KEYS = ("fp8_modules", "fp8_forward", "fp8_backward", "fp8_kernels")
 
 
@@ -130,12 +128,12 @@ def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:
         for name in ("train_router", "router_aux_loss_coef"):
             if getattr(recipe.model, name):
                 yield f"{name} is for mixtures of experts, and {family.name} has no experts; leave it out"
-    for name in _LEAVE_EXPERTS if family.experts else ():
-        if getattr(recipe.model, name):
-            yield (
-                f"{name} does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
-                " weights; use load_in_4bit, which does"
-            )
+    if family.experts and recipe.model.load_in_8bit:
+        # It quantizes linear layers alone.
+        yield (
+            f"load_in_8bit does not reach the experts of {family.name}, which would stay in {recipe.model.dtype}: most of its"
+            " weights; use load_in_4bit or load_in_fp8, which do"
+        )
     if recipe.model.lora_scope == EXPERTS:
         yield from _expert_adapter(recipe.model, family)
     for name in kernels if isinstance(kernels, list) else ():

@@ -12,6 +12,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import PartCount, count_parameters, freeze_for_full_training
+from qwen_vl_sft.modeling.fp8.layers import fp8_layers
 from qwen_vl_sft.modeling.lora import (
     expert_parameters,
     find_targets,
@@ -32,7 +33,7 @@ class ModelStructure:
         adapted_experts: full names of the modules whose experts have LoRA each.
         in_full: full names of the modules that train in full beside an adapter.
         parameters: parameters of each part, in all and trainable.
-        base_bytes: bytes of the base's weights as they are loaded, those of experts in 4 bits too.
+        base_bytes: bytes of the base's weights as they are loaded, those of experts in 4 bits or FP8 too.
     """
 
     family: ModelFamily
@@ -85,10 +86,15 @@ def base_bytes(model: Any, settings: ModelSettings) -> float:
     }
     each = {"float32": 4}.get(settings.dtype, 2)
     narrow = NF4_NESTED_BYTES if settings.use_bnb_nested_quant else NF4_BYTES
+    in_fp8 = {f"{name}.weight" for name in fp8_layers(model, settings)} if settings.load_in_fp8 else set()
     total = 0.0
     for name, parameter in model.named_parameters():
-        four = settings.load_in_4bit and (name in quantized or (family.experts and family.experts.is_weight(name)))
-        total += parameter.numel() * (narrow if four else each)
+        expert, numbers = bool(family.experts and family.experts.is_weight(name)), parameter.numel()
+        if settings.load_in_fp8 and (expert or name in in_fp8):
+            # A byte each, and the scale of a row.
+            total += numbers + 4 * numbers / parameter.shape[-1]
+        else:
+            total += numbers * (narrow if settings.load_in_4bit and (expert or name in quantized) else each)
     return total
 
 

@@ -384,7 +384,7 @@ def experts_bytes(training: Training) -> float:
     kept = float(_norm_bytes(training, text.hidden)) + _SINGLE * experts.count + _ROUTED * chosen
     if "experts" in training.kernels:
         kept += chosen * 2 * experts.mlp * value
-    elif training.bits == 4 or training.adapts_experts:
+    elif training.bits == 4 or training.fp8 or training.adapts_experts:
         kept += chosen * 4 * experts.mlp * value
     else:
         kept += chosen * (3 * experts.mlp + text.hidden) * value

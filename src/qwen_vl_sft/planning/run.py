@@ -285,8 +285,9 @@ def check_launch(plan: RunPlan) -> None:
         raise UserError("load_in_fp8: FP8 weights cannot be split by zero3; use fsdp2, zero2 or ddp")
     if model.load_in_fp8 is True and not plan.card.fp8:
         raise UserError(f"load_in_fp8: {plan.card.name} has no products in FP8; use load_in_4bit, or a base in 16 bits")
-    for name in ("load_in_8bit", "load_in_fp8") if experts else ():
-        if getattr(model, name):
-            raise UserError(f"{name} does not reach experts, most of the model's weights; use load_in_4bit")
+    if model.load_in_8bit and experts:
+        raise UserError(
+            "load_in_8bit does not reach experts, most of the model's weights; use load_in_4bit or load_in_fp8"
+        )
     if model.lora_scope == "experts" and not experts:
         raise UserError("lora_scope: experts is for mixtures of experts, and this model has none; use language")

@@ -72,8 +72,10 @@ def step_time(training: Training, card: Card, work: Work, micro_batches: float, 
     device += _unaligned_flops(training, work) * (1 / UNALIGNED - 1 / PRODUCTS) / card.flops
     device += _expert_flops(training, work, checkpointed) * (1 / GROUPED - 1 / PRODUCTS) / card.flops
     if training.fp8:
-        # The frozen layers' products of the forward pass, of the gradients, and of layers computed again.
-        in_fp8 = 2 * training.quantized_weights * work.tokens * (2 + passes_of(training, checkpointed).recomputed)
+        # The frozen layers' products of the forward pass, of the gradients, and of layers computed again; those of experts
+        # are taken to be as fast as in half precision.
+        layers = training.quantized_weights - training.shape.expert_weights
+        in_fp8 = 2 * layers * work.tokens * (2 + passes_of(training, checkpointed).recomputed)
         device -= in_fp8 * (1 / PRODUCTS - 1 / FP8_PRODUCTS) / card.flops
     device += _traffic(training, work, micro_batches, checkpointed) / (card.bandwidth * BANDWIDTH)
     again = HOST_AGAIN * checkpointed / training.blocks + HOST_FULL * training.full

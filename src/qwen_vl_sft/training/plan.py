@@ -274,8 +274,9 @@ def _expert_lines(settings: ModelSettings, structure: ModelStructure) -> list[st
     trains = "frozen" if settings.use_peft else "trained in full"
     what = "with an adapter each" if structure.adapted_experts else trains
     routers = "trained" if settings.train_router else "frozen"
+    held = ", in 4 bits" if settings.load_in_4bit else ", in FP8" if settings.load_in_fp8 else ""
     return [
-        f"experts     {what}{', in 4 bits' * settings.load_in_4bit}; routers {routers}",
+        f"experts     {what}{held}; routers {routers}",
         f"weights     {structure.base_bytes / 2**30:.1f} GiB as they are loaded (computed)",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from qwen_vl_sft.modeling.fp8.fused import use_fp8_kernels
 from qwen_vl_sft.modeling.fp8.linear import Computation
 from qwen_vl_sft.modeling.fp8.products import problem_of_device
 
-EMULATION = "emulation"
+EMULATION: Final = "emulation"
 KERNELS = {
     "quantize": "scale and values of a row in one pass",
     "transpose": "a weight, for the gradient of its input",

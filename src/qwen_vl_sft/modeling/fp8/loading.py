@@ -11,8 +11,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwen_vl_sft.config.settings import ModelSettings
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.computation import computation_of
+from qwen_vl_sft.modeling.fp8.experts import SCALE, packed_stack
 from qwen_vl_sft.modeling.fp8.layers import fp8_layers, is_left_out
 from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, packed
 from qwen_vl_sft.modeling.fp8.weights import BLOCK, E4M3
@@ -87,8 +89,11 @@ class FP8Quantizer(HfQuantizer):
         return False
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Return whether a weight is one of an FP8 layer."""
+        """Return whether a weight is one of an FP8 layer, or of experts."""
         path, _, name = param_name.rpartition(".")
+        experts = family_of(model.config).experts
+        if experts is not None and experts.is_weight(param_name):
+            return True
         return name == "weight" and isinstance(model.get_submodule(path), FP8Linear)
 
     def get_quantize_ops(self) -> Any:
@@ -96,12 +101,16 @@ class FP8Quantizer(HfQuantizer):
         from transformers.core_model_loading import ConversionOps
 
         storage, official = self.quantization_config.storage, self.quantization_config.official is not None
+        computation = self.quantization_config.computation
 
         class Quantize(ConversionOps):
             def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
                 found: dict[str, Any] = {}
                 for name, value in input_dict.items():
                     given = value[0] if isinstance(value, list) else value
+                    if given.ndim == 3:
+                        found[name], found[name + SCALE] = packed_stack(given, computation, storage)
+                        continue
                     if official:
                         # Given in the type of the other weights, which holds every number of e4m3.
                         same = given.to(E4M3).view(torch.uint8).view(storage)
@@ -131,6 +140,11 @@ class FP8Quantizer(HfQuantizer):
                     config.storage,
                 )
             model.set_submodule(name, made)
+        experts = family_of(model.config).experts
+        for module in experts.modules(model).values() if experts else ():
+            for weight in experts.weights:  # type: ignore[union-attr]
+                rows = getattr(module, weight).shape[:2]
+                module.register_buffer(weight + SCALE, torch.empty(*rows, 4, dtype=torch.uint8, device="meta"))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
