@@ -7,6 +7,8 @@ which may depend on the size of the resized image. Rows are those of ms-swift (C
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +71,9 @@ def read_boxes(conversation: Conversation, objects: Any, coordinates: BoxCoordin
     boxes in texts stay the text that they are, and those of `objects` are pixels. Raises `BadRow`.
     """
     found = conversation
+    if isinstance(objects, str) and objects.lstrip().startswith("{"):  # as tables hold it
+        with contextlib.suppress(ValueError):
+            objects = json.loads(objects)
     if objects is not None:
         found = _with_objects(conversation, objects, coordinates or "pixels")
     else:

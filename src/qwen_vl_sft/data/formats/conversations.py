@@ -10,7 +10,7 @@ from typing import Any
 from qwen_vl_sft.data.conversation import Conversation, Message
 from qwen_vl_sft.data.formats.base import DataFormat, Row, has_value
 from qwen_vl_sft.data.formats.content import number_as_text
-from qwen_vl_sft.data.formats.turns import is_list_of_turns, turns_as_conversation
+from qwen_vl_sft.data.formats.turns import is_list_of_turns, list_of, turns_as_conversation
 from qwen_vl_sft.errors import BadRow, quoted
 
 # Who speaks, and the role that they have in messages.
@@ -30,7 +30,7 @@ def parse(row: Row, folder: Path | None) -> Conversation:
 
     The value of a `function_call` is its JSON text.
     """
-    turns = row.get("conversations")
+    turns = list_of(row.get("conversations"))
     if not turns or not is_list_of_turns(turns):
         raise BadRow("has no conversations, or some that are not a list of turns, each with a from and a value")
     return turns_as_conversation([_turn(turn) for turn in turns], row, folder)

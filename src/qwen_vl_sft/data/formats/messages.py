@@ -6,13 +6,13 @@ from pathlib import Path
 
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.formats.base import DataFormat, Row
-from qwen_vl_sft.data.formats.turns import is_list_of_turns, turns_as_conversation
+from qwen_vl_sft.data.formats.turns import is_list_of_turns, list_of, turns_as_conversation
 from qwen_vl_sft.errors import BadRow
 
 
 def parse(row: Row, folder: Path | None) -> Conversation:
     """Read `messages` (role, content) and `images`, or `image`; see `turns_as_conversation`."""
-    turns = row.get("messages")
+    turns = list_of(row.get("messages"))
     if not turns:
         raise BadRow("has no messages")
     if not is_list_of_turns(turns):

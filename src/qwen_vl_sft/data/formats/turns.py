@@ -113,6 +113,12 @@ def tool_call(name: Any, arguments: Any) -> dict[str, Any]:
     }
 
 
+def list_of(value: Any) -> Any:
+    """Return the list that a text holds as JSON, as tables and some datasets write it, and everything else as it is."""
+    found = _from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    return found if isinstance(found, list) else value
+
+
 def is_list_of_turns(value: Any) -> bool:
     """Tell whether a column holds turns: a list of mappings."""
     return isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
@@ -247,10 +253,11 @@ def _without_nulls(value: Any) -> Any:
 def _values(row: Row, medium: Medium[Any, Any]) -> list[Any]:
     """Return the values of a medium in a row's columns. Raises `BadRow` if two columns have some."""
     one, several = medium.kind, f"{medium.kind}s"
-    values = row.get(several) or []
+    values = list_of(row.get(several)) or []
     values = values if isinstance(values, list) else [values]
     if not has_value(row.get(one)):
         return values
     if values:
         raise BadRow(f"has both a column {one} and a column {several}; keep one")
-    return row[one] if isinstance(row[one], list) else [row[one]]
+    value = list_of(row[one])
+    return value if isinstance(value, list) else [value]

@@ -221,7 +221,7 @@ def _inline(value: str) -> bytes | None:
 def image_file(value: Any, folder: Path | None) -> ImageFile:
     """Return an image column's value as a file that is not decoded yet.
 
-    It is `{"bytes", "path"}`, bytes, a path, a data URI, or base64 text. Raises `BadRow`.
+    It is bytes, a path, a data URI or base64 text, or one of these as `bytes`, `path` or `url` of a mapping. Raises `BadRow`.
 
     A path written in the data is relative to `folder` and may not leave it, as it is written. Links may: whoever keeps the
     folder made them, as the Hub's cache does, and the text of the data can make none.
@@ -229,7 +229,9 @@ def image_file(value: Any, folder: Path | None) -> ImageFile:
     if isinstance(value, Mapping):
         if isinstance(value.get("bytes"), bytes):
             return ImageFile(value["bytes"], value.get("path"))
-        value = value.get("path")
+        if isinstance(value.get("bytes"), str) and (data := _inline(value["bytes"])) is not None:
+            return ImageFile(data, value.get("path"))
+        value = value.get("path") or value.get("url")
     if isinstance(value, bytes):
         return ImageFile(value, None)
     if not isinstance(value, str) or not value:
