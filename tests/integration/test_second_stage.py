@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fixtures.evaluation import write_charts, write_run
+from fixtures.publishing import set_offline, start_hub, take_hub
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
@@ -117,6 +118,44 @@ def test_the_ways_to_name_it_mean_the_same(first, tmp_path):
     run = resolve(asked(first, tmp_path, init_adapter=str(peft)), SINGLE)
     assert run.recipe.model.model_name_or_path == base
     assert run.structure.lora_targets == structure.lora_targets
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    yield from start_hub(tmp_path_factory.mktemp("store"))
+
+
+def test_an_adapter_on_the_hub_is_started_from_at_one_commit(first, hub, tmp_path, monkeypatch):
+    take_hub(hub, tmp_path / "cache", monkeypatch)
+    config = json.loads((first / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(first.parent / "model")
+    files = {"adapter_config.json": json.dumps(config), WEIGHTS: (first / WEIGHTS).read_bytes()}
+    hub.put_files("alice/adapter", files)
+    commit = json.loads(hub.get("/api/models/alice/adapter"))["sha"]
+    run = resolve(asked(first, tmp_path, init_adapter="alice/adapter"), SINGLE)
+    model = run.recipe.model
+    assert (model.model_name_or_path, model.init_adapter) == (str(first.parent / "model"), f"alice/adapter@{commit}")
+    assert (model.lora_r, model.lora_alpha) == (4, 64)
+    hub.put_files("alice/adapter", {"adapter_config.json": "{}"})
+    (tmp_path / "recipe.yaml").write_text(run.recipe.to_yaml())
+    set_offline(True, monkeypatch)
+    again = resolve(read_recipe(tmp_path / "recipe.yaml", {}), SINGLE)
+    trainer = sft.build_trainer(again, sft.sft_config(again), prepare_data(again))
+    saved = load_file(first / WEIGHTS)
+    trained = {name: value for name, value in trainer.model.named_parameters() if "lora_B" in name}
+    assert trained
+    for name, value in trained.items():
+        assert torch.equal(value.detach(), saved[name.replace(".default", "")])
+    set_offline(False, monkeypatch)
+    hub.put_files("bob/private", files, private=True)
+    for name, told in {
+        "alice/adapter": "holds no adapter_model.safetensors",
+        "alice/adapter@v9": "has no such branch, tag or commit on the Hub; check what stands after @",
+        "bob/private": "neither a folder here, nor visible on the Hub; check the name, and log in",
+        "no name/at all": "is not a folder here; name a run folder",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            resolve(asked(first, tmp_path, init_adapter=name), SINGLE)
 
 
 @pytest.mark.parametrize(
