@@ -197,6 +197,17 @@ def test_the_command_line_wins(tmp_path):
     assert recipe.get("seed") == 1
 
 
+def test_a_revision_is_that_of_its_own_dataset(tmp_path):
+    path = write(tmp_path, "dataset_name: me/charts\ndataset_revision: v2\n")
+
+    def revision(**overrides):
+        return read_recipe(path, overrides).data.dataset_revision
+
+    assert revision() == revision(dataset_name="me/charts") == "v2"
+    assert revision(dataset_name="me/others") is None
+    assert revision(dataset_name="me/others", dataset_revision="v3") == "v3"
+
+
 def test_every_problem_at_once(tmp_path):
     path = write(
         tmp_path,

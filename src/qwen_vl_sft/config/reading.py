@@ -125,6 +125,9 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, Any]) -> Recipe
     written = read_file(Path(path)) if path is not None else {}
     sources = dict.fromkeys(written, str(path)) | dict.fromkeys(overrides, "command line")
     merged = {**written, **overrides}
+    if overrides.get("dataset_name", written.get("dataset_name")) != written.get("dataset_name"):
+        # The revision in the file is one of the dataset beside it.
+        merged = {name: value for name, value in merged.items() if name != "dataset_revision" or name in overrides}
     hints, problems, values = key_hints(), [], {}
     for name, value in merged.items():
         if name not in hints:
