@@ -7,9 +7,10 @@ import tarfile
 
 import httpx2
 import pytest
+from datasets import load_dataset_builder
 
 from fixtures.messages import conversation_row, png
-from fixtures.publishing import WRITER, start_hub
+from fixtures.publishing import set_offline, start_hub, take_hub
 from qwen_vl_sft.data.dataset import in_memory, open_rows
 from qwen_vl_sft.errors import UserError
 
@@ -24,32 +25,7 @@ def hub(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def online(hub, tmp_path, monkeypatch):
     """Take the stand-in for the Hub, with an empty cache."""
-    import datasets
-    from huggingface_hub import HfFileSystem, constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
-    monkeypatch.setattr(
-        datasets.config, "HUB_DATASETS_URL", hub.address + "/datasets/{repo_id}/resolve/{revision}/{path}"
-    )
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    HfFileSystem.clear_instance_cache()
-
-
-def go_offline(monkeypatch):
-    import datasets
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    take_hub(hub, tmp_path / "cache", monkeypatch)
 
 
 def table(labels, separator=","):
@@ -108,6 +84,9 @@ def test_images_that_rows_name_are_downloaded(place, streaming, hub):
     found = open_rows("alice/charts", "train", streaming=streaming)
     images = [found.conversation(row).media[0].decode().getpixel((0, 0)) for row in found.dataset]
     assert images == [(255, 0, 0), (0, 0, 255)]
+    hub.log()
+    open_rows("alice/charts", "train", streaming=streaming)
+    assert not [line for line in hub.log() if ".png" in line]
 
 
 def test_more_images_than_rows_do_not_hide_the_rows(hub):
@@ -224,8 +203,11 @@ def test_the_card_says_which_files_make_which_split(hub):
         ({"anything.csv": "1"}, {"train": "1"}),
     ],
 )
-def test_names_say_which_files_make_which_split(files, splits, hub):
+def test_names_say_which_files_make_which_split_as_in_datasets(files, splits, hub):
     hub.put_dataset("alice/names", {name: table([label]) for name, label in files.items()})
+    found = load_dataset_builder("alice/names").config.data_files
+    theirs = {str(split): [files[path.split("/", 5)[-1]] for path in paths] for split, paths in found.items()}
+    assert theirs == {split: [label] for split, label in splits.items()}
     for split, label in splits.items():
         assert [row["completion"] for row in read(open_rows("alice/names", split))] == [label]
     with pytest.raises(UserError, match="has no split 'other'"):
@@ -274,11 +256,12 @@ def test_a_branch_a_commit_and_what_the_cache_holds(hub, monkeypatch):
         return [row["completion"] for row in read(open_rows("alice/moved", "train", revision=revision))]
 
     assert [labels(revision) for revision in (None, old, "v3")] == [["02"], ["01"], ["03"]]
+    assert open_rows("alice/moved", "train[:1]", revision=old).select([0]).commit == old
     with pytest.raises(UserError, match="revision v4: has no such branch, tag or commit; check dataset_revision"):
         labels("v4")
     hub.put_dataset("alice/moved", {"train.csv": table(["04"])})
     hub.log()
-    go_offline(monkeypatch)
+    set_offline(True, monkeypatch)
     assert [labels(revision) for revision in (None, old, "v3")] == [["02"], ["01"], ["03"]]
     assert hub.log() == []
 
@@ -294,7 +277,7 @@ def test_a_hub_out_of_reach_is_replaced_by_the_cache_and_told(hub, monkeypatch, 
         context.setattr("httpx2.Client.send", refuse)
         assert read(open_rows("alice/away", "train"))[0]["completion"] == "007"
     assert "dataset alice/away: the Hub is out of reach; its files in the cache are used, of commit" in caplog.text
-    go_offline(monkeypatch)
+    set_offline(True, monkeypatch)
     with pytest.raises(UserError, match="has no split 'test'; its files give train"):
         open_rows("alice/away", "test")
 
@@ -329,7 +312,7 @@ def test_datasets_that_cannot_be_read_are_told_in_one_message(hub, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             open_rows(name, "train")
         assert "\n" not in str(error.value)
-    go_offline(monkeypatch)
+    set_offline(True, monkeypatch)
     with pytest.raises(UserError, match="dataset alice/never, split train: cannot be loaded"):
         open_rows("alice/never", "train")
 

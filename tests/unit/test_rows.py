@@ -1,3 +1,4 @@
+import base64
 import contextlib
 import json
 
@@ -63,6 +64,33 @@ def test_a_single_image_is_put_before_the_first_question_as_trl_does_it(images, 
     conversation = FORMATS["messages"].read({"messages": PLAIN, **images}, tmp_path)
     assert conversation.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
     assert [image.path for image in conversation.media] == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "a.png",
+        {"url": "a.png"},
+        {"path": "a.png", "bytes": None},
+        {"bytes": base64.b64encode(png("red")).decode(), "path": "elsewhere.png"},
+    ],
+)
+def test_lists_may_be_written_as_json_text_as_tables_hold_them(image, tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "red"}]
+    for name, rows in (("messages", PLAIN), ("conversations", turns)):
+        for images in ([image], json.dumps([image])):
+            conversation = FORMATS[name].read({name: json.dumps(rows), "images": images}, tmp_path)
+            assert conversation.last_answer == "red"
+            assert [file.decode().getpixel((0, 0)) for file in conversation.media] == [(255, 0, 0)]
+
+
+def test_objects_may_be_written_as_json_text(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    objects = {"ref": ["bar"], "bbox": [[1, 2, 3, 4]]}
+    row = conversation_row("<image>Where is <ref-object>?", "<bbox>", images=("a.png",))
+    found = [FORMATS["messages"].read(row | {"objects": entry}, tmp_path) for entry in (objects, json.dumps(objects))]
+    assert found[0].messages == found[1].messages
 
 
 def test_a_single_image_is_shown_where_it_says(tmp_path):
@@ -631,6 +659,24 @@ def test_the_tutorials_system_message():
     assert CHARTQA_SYSTEM_MESSAGE.count("\n") == 3
     assert CHARTQA_SYSTEM_MESSAGE.startswith("You are a Vision Language Model specialized in interpreting")
     assert CHARTQA_SYSTEM_MESSAGE.endswith("Avoid additional explanation unless absolutely necessary.")
+
+
+def test_files_that_are_missing_by_the_names_of_others_are_told(messages_folder, caplog):
+    folder = messages_folder([conversation_row()])
+    rows = (folder / "train.jsonl").rename(folder / "train-00000-of-00003.jsonl").read_text()
+    for count in (1, 2, 3):
+        caplog.clear()
+        (folder / f"train-0000{count - 1}-of-00003.jsonl").write_text(rows)
+        assert len(open_rows(str(folder), "train")) == count
+        assert (f"train-*: {count} of 3 files are there" in caplog.text) is (count < 3)
+
+
+@pytest.mark.parametrize("text", ["---\nlicense: [a\n---\n", "---\nconfigs: 3\n---\n", b"---\nlicense: mit\n---\n\xe9"])
+def test_a_readme_that_cannot_be_read_is_left_aside(text, messages_folder, caplog):
+    folder = messages_folder([conversation_row()])
+    (folder / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert len(open_rows(str(folder), "train")) == 1
+    assert "the metadata of README.md cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("card", [True, False])

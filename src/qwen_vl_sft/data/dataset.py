@@ -37,7 +37,7 @@ class Rows:
 
     `dataset` is a map-style `Dataset`, or an `IterableDataset` when streamed. Every row carries `row_id`, its place in
     the split before any shuffling; in a shuffled stream of several files its place in the order they are mixed in.
-    `ignored_columns` mean nothing to the format.
+    `ignored_columns` mean nothing to the format. `commit` is that of text files on the Hub.
     """
 
     dataset: Dataset | IterableDataset
@@ -45,6 +45,7 @@ class Rows:
     name: str
     folder: Path | None
     ignored_columns: tuple[str, ...] = ()
+    commit: str | None = None
 
     @property
     def streamed(self) -> bool:
@@ -85,7 +86,8 @@ class Rows:
     def select(self, indices: list[int]) -> Rows:
         """Return the rows at `indices` alone, in that order."""
         assert isinstance(self.dataset, Dataset)
-        return Rows(self.dataset.select(indices), self.format, self.name, self.folder, self.ignored_columns)
+        dataset = self.dataset.select(indices)
+        return Rows(dataset, self.format, self.name, self.folder, self.ignored_columns, self.commit)
 
     def without_data(self) -> Rows:
         """Return the format and the name alone, cheap to send to another process."""
@@ -147,7 +149,8 @@ def open_rows(
     found = choose_format(columns, row_format, where).ignoring(ignored_columns)
     if box_coordinates is not None:
         found = replace(found, box_coordinates=box_coordinates)
-    return Rows(dataset, found, where, folder, tuple(found.unread(columns)))
+    commit = source.hub.commit if isinstance(source, FileSource) and source.hub else None
+    return Rows(dataset, found, where, folder, tuple(found.unread(columns)), commit)
 
 
 def open_split(
@@ -202,7 +205,7 @@ def in_memory(rows: Rows) -> Rows:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    return Rows(dataset, rows.format, rows.name, rows.folder, rows.ignored_columns)
+    return replace(rows, dataset=dataset)
 
 
 def _in_memory(rows: Iterator[dict[str, Any]]) -> Dataset:

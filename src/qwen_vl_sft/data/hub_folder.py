@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,27 +53,35 @@ class HubFolder:
     def fetch(self, files: Iterable[Path]) -> None:
         """Download files that are not in the cache yet, named by where they lie in it then."""
         found = map(archives.file_on_disk, files)
-        missing = [file.relative_to(self.folder).as_posix() for file in found if not file.exists()]
-        if missing:
+        if missing := [file.relative_to(self.folder).as_posix() for file in found if not file.exists()]:
             self._fetch([glob.escape(name) for name in missing])
 
     def fetch_images(self) -> None:
         """Download all images, and archives that may hold some."""
         suffixes = (*IMAGE_SUFFIXES, *archives.SUFFIXES)
-        self._fetch([f"*{suffix}" for found in suffixes for suffix in (found, found.upper())])
+        self._fetch_once([f"*{suffix}" for found in suffixes for suffix in (found, found.upper())])
 
     def fetch_beside(self, files: Iterable[Path]) -> None:
         """Download all files of the folders that these lie in, and below."""
-        self._fetch([f"{folder}*" for folder in sorted({self._as_pattern(file.parent) for file in files})])
+        self._fetch_once([f"{folder}*" for folder in sorted({self._as_pattern(file.parent) for file in files})])
 
     def fetch_tables_above(self, files: Iterable[Path]) -> None:
         """Download the tables beside images in all folders above these files."""
         folders = {folder for file in files for folder in file.parents if folder.is_relative_to(self.folder)}
-        self._fetch([f"{folder}metadata.*" for folder in sorted(map(self._as_pattern, folders))])
+        self._fetch_once([f"{folder}metadata.*" for folder in sorted(map(self._as_pattern, folders))])
 
     def _as_pattern(self, folder: Path) -> str:
         below = folder.relative_to(self.folder).as_posix()
         return "" if below == "." else f"{glob.escape(below)}/"
+
+    def _fetch_once(self, patterns: list[str]) -> None:
+        """Download what fits; out of reach of the Hub, a file that is missing is told by the row that names it."""
+        # Looking for each of a million images in the cache would take minutes at every start.
+        done = self.folder / f".fetched-{hashlib.sha256(repr(patterns).encode()).hexdigest()[:16]}"
+        if self.online and not done.exists():
+            self._fetch(patterns)
+            with contextlib.suppress(OSError):  # a cache that others keep
+                done.touch()
 
     def _fetch(self, patterns: list[str]) -> None:
         """Download the files that fit one of the patterns, in which a star goes over slashes too. Raises `UserError`."""

@@ -21,6 +21,7 @@ from qwen_vl_sft.errors import UserError
 logger = logging.getLogger(__name__)
 # Files that hold one split say so by their names, also when they are numbered as on the Hub.
 _NAMED_SPLIT = re.compile(r"(train|test|val|validation)(-\d+-of-\d+)?")
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})(\..+)")
 _METADATA = "metadata"
 
 
@@ -62,11 +63,17 @@ def find_split(folder: Path, split: str, image_folder: Path | None, config: str 
     """
     if tables := sorted(folder.rglob("*.parquet")):
         git_lfs.refuse_pointers(tables)
+        tell_missing_parts(tables)
         return _loaded(folder)
     stated = _stated(folder, config)
     if stated.names_files and split in (listed := _listed(folder, stated)):
         return split_of_listing(folder, listed, stated, split, image_folder) or _loaded(folder)
-    files = sorted(file for file in folder.iterdir() if row_files.kind_of(file) and not is_metadata(file))
+    there = sorted(folder.iterdir())
+    files = [file for file in there if row_files.kind_of(file) and not is_metadata(file)]
+    if packed := [file for file in there if row_files.is_packed_otherwise(file)]:
+        raise UserError(
+            f"dataset {folder}: {packed[0].name} is compressed otherwise than as .gz, .bz2 or .xz; unpack it"
+        )
     if files:
         return _as_stated(RowFiles(_files_of_split(folder, files, split)), stated)
     listed = _listed(folder, replace(stated, data_files=None, data_dir=None))
@@ -108,6 +115,20 @@ def _as_stated(files: RowFiles, stated: Stated) -> RowFiles:
             f"README.md states {', '.join(stated.unread)} for its files, which is not read; write the rows as JSONL"
         )
     return replace(files, separator=stated.separator, classes=stated.classes)
+
+
+def tell_missing_parts(files: Iterable[Path]) -> None:
+    """Warn where the names of numbered files say that there are more of them."""
+    found: dict[tuple[Path, str, int], int] = {}
+    for file in files:
+        if named := _NUMBERED.fullmatch(file.name):
+            key = file.with_name(named[1]), named[3], int(named[2])
+            found[key] = found.get(key, 0) + 1
+    for (name, _, wanted), count in found.items():
+        if count < wanted:
+            logger.warning(
+                "%s-*: %d of %d files are there, by their names; the rows of others are missing", name, count, wanted
+            )
 
 
 def refuse_twice(files: Sequence[Path]) -> None:
@@ -175,7 +196,11 @@ def _tables_above(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _stated(folder: Path, config: str | None) -> Stated:
-    card = read_card(folder)
+    try:
+        card = read_card(folder)
+    except ValueError as error:
+        logger.warning("dataset %s: %s; it is left aside", folder, error)
+        return Stated()
     if not card.get("configs") and config not in (None, "default"):
         logger.warning("dataset_config: %s is not used; no README.md of %s names configurations", config, folder)
         return read_stated(card, None)
@@ -219,6 +244,8 @@ def _files_of_split(folder: Path, files: Sequence[Path], split: str) -> tuple[Pa
     if not own:
         numbered = {file: _NAMED_SPLIT.fullmatch(row_files.stem_of(file)) for file in files}
         own = [file for file, named in numbered.items() if named and named[1] == split]
+        if own:
+            tell_missing_parts(own)
     if not own:
         splits = dict.fromkeys(row_files.stem_of(file) for file in files)
         raise UserError(f"dataset {folder}: has no split {split!r}; its files give {', '.join(splits)}")

@@ -60,10 +60,12 @@ def read_card(folder: Path) -> dict[str, Any]:
     card, extra = (folder / name for name in CARD_FILES)
     try:
         data = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
-        stated = yaml.safe_load(extra.read_text(encoding="utf-8")) if extra.is_file() else None
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        found = {**data, **(yaml.safe_load(extra.read_text(encoding="utf-8")) or {} if extra.is_file() else {})}
+        MetadataConfigs.from_dataset_card_data(DatasetCardData(**found))
+        DatasetInfosDict.from_dataset_card_data(DatasetCardData(**found))
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
         raise ValueError(f"the metadata of README.md cannot be read: {shortened(str(error))}") from None
-    return {**data, **(stated or {})}
+    return found
 
 
 def read_stated(card: Mapping[str, Any], config: str | None) -> Stated:

@@ -47,11 +47,14 @@ class PreparedData:
         """Return names, counts and fingerprints for the run's files."""
         found: dict[str, Any] = {}
         for name, part in (("train", self.train), ("evaluation", self.evaluation)):
+            if part is None:
+                continue
+            rows = part.rows if isinstance(part, Scan) else part
+            about: dict[str, Any] = {"source": rows.name} | ({"commit": rows.commit} if rows.commit else {})
             if isinstance(part, Scan):
-                rows = part.rows
-                found[name] = {"source": rows.name, "fingerprint": rows.dataset._fingerprint, **part.summary()}
-            elif part is not None:
-                found[name] = {"source": part.name, "streamed": True}
+                found[name] = about | {"fingerprint": rows.dataset._fingerprint, **part.summary()}
+            else:
+                found[name] = about | {"streamed": True}
         return found
 
 
