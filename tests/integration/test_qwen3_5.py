@@ -3,6 +3,8 @@
 import copy
 import inspect
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,10 +220,17 @@ def test_pieces_of_a_layout():
     assert found["parents"].tolist() == [1, 1]
     assert found["order"].tolist() == [0, 1, 2, 3, 7, 4, 5, 6]
     assert found["back"].tolist() == [0, 1, 2, 3, 5, 6, 7, 4]
+    # Kernels take the bounds of the pieces, their chunks, and the three inputs before each behind one that is not read.
+    assert found["before"].tolist() == [[-1] * 4, [-1] * 4, [-1, -1, 2, 3], [-1, -1, 2, 3], [-1] * 4]
+    assert [bounds.tolist() for bounds in found["round_bounds"]] == [[0, 2, 4, 5], [0, 1, 3]]
+    assert found["bounds"].tolist() == [0, 2, 4, 5, 7, 8]
+    assert found["chunks"].tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0]]
+    long = pieces_of(PackedLayout([CHUNK, CHUNK + 1], [None, None], torch.zeros(0)), 4)
+    assert long["chunks"].tolist() == long["round_chunks"][0].tolist() == [[0, 0], [1, 0], [1, 1]]
     # Of the convolved sequence, which is three shorter.
     assert [found["history"].tolist()[place + 3] for place in found["positions"]] == found["order"].tolist()
     alone = pieces_of(PackedLayout([2, 1], [None, None], torch.zeros(0)), 4)
-    assert alone.keys() == {"history", "positions", "lengths"}
+    assert not {"parents", "before", "order", "back"} & alone.keys()
 
 
 def test_lora_reaches_the_projections_of_linear_attention(hybrid_model):
@@ -242,16 +251,28 @@ def test_4_bits_leave_the_layers_of_one_value_a_head_alone(hybrid_model):
 
 
 def test_kernels_that_would_compute_something_else_are_left_out(pair, monkeypatch):
-    """Its norms multiply by weight + 1, and a quarter of each head is rotated."""
+    """A quarter of each head is rotated; its norms, which multiply by weight + 1, have a form of their own."""
     model = copy.deepcopy(pair[0])
     rotate = modeling.apply_rotary_pos_emb
     counts = use_fused_kernels(model, [name for name in KERNELS if name != LORA])
-    assert (counts["rms_norm"], counts["rope"]) == (0, 0)
+    layers = model.model.language_model.layers
+    assert counts["rope"] == 0
+    # Two of each layer and of its heads, and the last one; not those of linear attention, which have a gate.
+    full = sum(hasattr(layer, "self_attn") for layer in layers)
+    assert counts["rms_norm"] == 2 * len(layers) + 2 * full + 1
+    assert counts["linear_attention"] == len(layers) - full
     assert counts["patch_embed"] == 1
     assert counts["swiglu"] == len(model.model.language_model.layers)
     assert modeling.apply_rotary_pos_emb is rotate
     changed = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "forward" in vars(module)}
-    assert changed == {"mlp", "proj"}
+    norms = {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}
+    assert changed == {"mlp", "proj", "linear_attn", *norms}
+    assert "forward" not in vars(next(layer for layer in layers if hasattr(layer, "linear_attn")).linear_attn.norm)
+    called = []
+    rms_norm = SimpleNamespace(LigerRMSNormFunction=SimpleNamespace(apply=lambda *args: called.append(args[2:])))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", rms_norm)
+    layers[0].input_layernorm(torch.ones(1, 2, 3))
+    assert called == [(layers[0].input_layernorm.eps, 1.0, "gemma", False)]
 
 
 def test_flops_are_those_that_pytorch_counts():

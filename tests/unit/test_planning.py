@@ -19,6 +19,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import Qwen3_5Config
 
 from fixtures.models import FAMILIES, newer
 from fixtures.repository import REPOSITORY
@@ -696,12 +697,23 @@ def test_a_layer_of_a_hybrid_keeps_what_is_planned(kind, lora):
     assert (sums[1] - sums[0] - 2 * sum(weights)) / tokens == pytest.approx(expected, rel=0.01)
 
 
+def test_kernels_of_linear_attention_keep_a_fraction(tmp_path):
+    """Of the 9B's shape a fifth of what PyTorch's operations keep, at most."""
+    Qwen3_5Config(vision_config={"out_hidden_size": 4096}).save_pretrained(tmp_path)
+    fast, slow = (plan(model_name_or_path=tmp_path, fused_kernels=names) for names in ("[linear_attention]", "[lora]"))
+    assert delta_bytes(fast.training) < delta_bytes(slow.training) / 5
+    assert memory_of(fast.training, BATCH, 0).total < memory_of(slow.training, BATCH, 0).total
+    assert "linear attention" not in describe(fast)
+
+
 def test_a_hybrid_is_planned(tmp_path):
     assert read_shape(newer("Qwen3_5Config").config.to_dict()).unfit_kernels == set(FAMILY.unfit_kernels)
     newer("Qwen3_5Config").config.save_pretrained(tmp_path)
     found = plan(model_name_or_path=tmp_path)
     assert not found.training.kernels & set(FAMILY.unfit_kernels)
-    assert "PyTorch's operations, which take longer" in " ".join(describe(found).split())
+    told = " ".join(describe(found).split())
+    assert "PyTorch's operations, which take longer" in told
+    assert "pip install 'qwen_vl_sft[linear]'" in told
     assert "; more than " in verdict(found)
     memory = [memory_of(found.training, BATCH, count).total for count in (0, found.training.blocks)]
     assert memory[1] < memory[0]

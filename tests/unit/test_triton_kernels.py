@@ -21,6 +21,23 @@ found = rotate(query, key, angles.cos(), angles.sin())
 wanted = apply_rotary_pos_emb_vision(query, key, angles.cos(), angles.sin())
 assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, wanted))
 assert all(one.is_contiguous() for one in found)
+
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated, l2norm
+from qwen_vl_sft.families.delta_norms import gated_norm, normalised
+
+def same(found, wanted, *leaves):
+    grad = torch.randn_like(wanted)
+    found, wanted = ([output, *torch.autograd.grad(output, leaves, grad)] for output in (found, wanted))
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
+
+for tokens, heads, width in ((37, 3, 16), (5, 1, 24)):
+    # A view, as queries are of what was convolved.
+    x = torch.randn(1, tokens, 2 * heads * width)[..., : heads * width].unflatten(-1, (heads, width)).requires_grad_()
+    same(normalised(x), l2norm(x, dim=-1, eps=1e-6), x)
+    norm = Qwen3_5RMSNormGated(width)
+    torch.nn.init.normal_(norm.weight)
+    x, gate = (torch.randn(tokens * heads, width, requires_grad=True) for _ in range(2))
+    same(gated_norm(x, gate, norm.weight, norm.variance_epsilon), norm(x, gate), x, gate, norm.weight)
 print("the same")
 """
 EXPERTS = """

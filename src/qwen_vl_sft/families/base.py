@@ -328,9 +328,11 @@ FUSED_LAYERS: Mapping[str, FusedLayers] = {
     "quick_gelu": FusedLayers("QuickGELUActivation", ("vision", "merger")),
     "patch_embed": FusedLayers("Conv3d", ("vision",), path="patch_embed.proj"),
     "experts": FusedLayers("Experts", ("language",), activations=_SILU),
+    "linear_attention": FusedLayers("GatedDeltaNet", ("language",)),
 }
-# Of a family without experts, beside what else does not fit it.
+# Of a family without experts, and of one without linear attention, beside what else does not fit it.
 NO_EXPERTS: Mapping[str, str] = {"experts": "it has none"}
+NO_LINEAR_ATTENTION: Mapping[str, str] = {"linear_attention": "it has none"}
 
 
 @dataclass(frozen=True)
@@ -360,13 +362,15 @@ class ModelFamily:
         count_feature_layers: gives for a configuration the number of these layers.
         fused_layers: for each fused kernel the layers that it can replace.
         unfit_kernels: for each fused kernel that would compute something else, the reason.
+        norm_offset: what the norms of the language model add to their weight.
         rope_functions: the functions that the kernel for rotary embeddings replaces.
         keep_16bit: modules that are not quantized, by name or by the end of it.
         experts: where the mixtures of experts are; None for a family without.
         unloaded_weights: how the keys of weights begin that lie in a checkpoint's files and that transformers does not
             load, such as those for predicting several tokens at once. A merge and a full fine-tuning keep them as they are.
         adapt_template: changes the text of a processor's chat template so that it takes `chat.template_options`.
-        slow: what runs in PyTorch's own operations although kernels exist, in at most 66 characters; the plan tells it.
+        slow: what runs in PyTorch's own operations without the kernel `linear_attention`, in at most 66 characters; the
+            plan tells it.
         thinking: whether `enable_thinking` chooses between answers with a thought and answers without one.
         packing: whether rows can be packed.
         shared_prefixes: whether packed rows can share their prefix.
@@ -391,7 +395,8 @@ class ModelFamily:
     feature_output: Callable[[FeatureLayers], Any] = last_layer_output
     count_feature_layers: Callable[[Any], int] = lambda config: 1
     fused_layers: Mapping[str, FusedLayers] = field(default_factory=lambda: FUSED_LAYERS)
-    unfit_kernels: Mapping[str, str] = field(default_factory=lambda: NO_EXPERTS)
+    unfit_kernels: Mapping[str, str] = field(default_factory=lambda: {**NO_EXPERTS, **NO_LINEAR_ATTENTION})
+    norm_offset: float = 0.0
     rope_functions: RopeFunctions = field(default_factory=RopeFunctions)
     # bitsandbytes would quantize the output head too when it is not tied.
     keep_16bit: tuple[str, ...] = ("lm_head",)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -26,6 +28,29 @@ PIECES = "delta_pieces"
 # Tokens of a chunk, inside which the rule is computed as attention is; the same in transformers and in its kernels.
 CHUNK = 64
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# Takes `PIECES`, the number of a round, query, key, value, decay and beta of its tokens, and first states or None.
+RoundRule = Callable[
+    [dict[str, Any], int, Sequence[torch.Tensor], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What computes the three parts of a layer that are no linear layers.
+
+    Attributes:
+        convolve: takes a layer, the projected inputs [1, T, C] and `PIECES`; gives [1, T, C] in the order of the rounds.
+        rule: gives the gated delta rule of a layer.
+        norm: takes a layer, attended values and their gate [N, D], and normalises: [N, D].
+    """
+
+    convolve: Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor]
+    rule: Callable[[Any], RoundRule]
+    norm: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+# Gives the operations of a layer for its projected inputs [1, T, C] and `PIECES`.
+Choice = Callable[[Any, torch.Tensor, dict[str, Any]], Operations]
 
 
 def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
@@ -34,8 +59,10 @@ def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
     The rule takes pieces in rounds: those without a parent, then those with one. `history` [T + S * (kernel_size - 1)]
     puts the inputs before each piece in front of it, by their positions, T for one that is zero; `positions` [T] are those
     in the convolved sequence of the tokens in the order of the rounds; `lengths` has the tokens of the pieces of each
-    round. Where some have a parent, `parents` are the numbers of theirs in the first round, `order` [T] the position of
-    each token of the rounds, and `back` [T] its opposite.
+    round. `bounds` [S + 1] int32 and `chunks` [chunks, 2] int32 (the piece, and its chunk) are what kernels take of the
+    sequence, `round_bounds` and `round_chunks` of each round. Where some have a parent, `parents` are the numbers of
+    theirs in the first round, `before` [S, kernel_size] the positions whose inputs stand before a piece, -1 for zero, the
+    first of them always, `order` [T] the position of each token of the rounds, and `back` [T] its opposite.
     """
     width, total = kernel_size - 1, sum(layout.lengths)
     tokens = torch.arange(total).split(list(layout.lengths))
@@ -53,7 +80,11 @@ def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
         "history": torch.cat(history),
         "positions": torch.cat([convolved[number] for number in [*roots, *branches]]),
         "lengths": [[layout.lengths[number] for number in numbers] for numbers in (roots, branches) if numbers],
+        "bounds": _bounds(layout.lengths),
+        "chunks": _chunks(layout.lengths),
     }
+    found["round_bounds"] = [_bounds(lengths) for lengths in found["lengths"]]
+    found["round_chunks"] = [_chunks(lengths) for lengths in found["lengths"]]
     if branches:
         places = {number: place for place, number in enumerate(roots)}
         parents = [layout.parents[number] for number in branches]
@@ -61,18 +92,44 @@ def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
         found["parents"] = torch.tensor([places[parent] for parent in parents if parent is not None])
         found["order"] = torch.cat([tokens[number] for number in [*roots, *branches]])
         found["back"] = found["order"].argsort()
+        inputs = [nothing if parent is None else torch.cat([nothing, tokens[parent]]) for parent in layout.parents]
+        before = torch.stack([torch.cat([nothing, own])[-kernel_size:] for own in inputs])
+        before[:, 0] = total
+        found["before"] = before.where(before < total, -1)
     return found
+
+
+def _bounds(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def _chunks(lengths: Sequence[int]) -> torch.Tensor:
+    counts = (torch.tensor(lengths) + CHUNK - 1) // CHUNK
+    pieces = torch.arange(len(lengths)).repeat_interleave(counts)
+    own = torch.cat([torch.arange(count) for count in counts.tolist()])
+    return torch.stack([pieces, own], dim=1).int()
 
 
 def take_pieces(model: nn.Module, kind: str) -> None:
     """Have the layers whose class name ends in `kind` take `PIECES` of a packed batch; they take others as before."""
     for module in model.modules():
         if type(module).__name__.endswith(kind):
-            # Bound: in a copy of the model it is the copy's.
-            module.forward = MethodType(_forward, module)
+            module.forward = forward_with(lambda layer, projected, pieces: TORCH, module)
 
 
-def _forward(layer: Any, hidden_states: torch.Tensor, delta_pieces: Any = None, **kwargs: Any) -> torch.Tensor:
+def forward_with(choose: Choice, layer: nn.Module) -> Callable[..., torch.Tensor]:
+    """Return the forward of a layer that takes `PIECES`."""
+    # Bound: in a copy of the model it is the copy's.
+    return MethodType(partial(_forward, choose), layer)
+
+
+def _forward(
+    choose: Choice,
+    layer: Any,
+    hidden_states: torch.Tensor,
+    delta_pieces: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """Compute a layer of transformers over the pieces of a packed sequence: [1, T, D] -> [1, T, D]."""
     if delta_pieces is None:
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -81,21 +138,49 @@ def _forward(layer: Any, hidden_states: torch.Tensor, delta_pieces: Any = None, 
         return found
     if kwargs.get("attention_mask") is not None or kwargs.get("cache_params") is not None or len(hidden_states) != 1:
         raise RuntimeError("packed rows take no attention mask and no cache, and batches of one sequence")
-    pieces, tokens = delta_pieces, hidden_states.shape[1]
-    mixed = _convolved(layer, layer.in_proj_qkv(hidden_states), pieces)
-    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    query, key = (part.reshape(1, tokens, -1, layer.head_k_dim) for part in (query, key))
-    value = value.reshape(1, tokens, -1, layer.head_v_dim)
+    projected = layer.in_proj_qkv(hidden_states)
     beta = layer.in_proj_b(hidden_states).sigmoid()
     # float16 does not hold every exponential.
     decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(hidden_states).float() + layer.dt_bias)
+    gate = layer.in_proj_z(hidden_states)
+    operations = choose(layer, projected, delta_pieces)
+    output: torch.Tensor = layer.out_proj(attended(operations, layer, delta_pieces, projected, decay, beta, gate))
+    return output
+
+
+def attended(
+    operations: Operations,
+    layer: Any,
+    pieces: dict[str, Any],
+    projected: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    gate: torch.Tensor,
+) -> torch.Tensor:
+    """Compute what stands between the linear layers of a layer over the pieces of a packed sequence.
+
+    Args:
+        operations: what computes it.
+        layer: gives the sizes of heads, and the weights of convolution and norm.
+        pieces: of `pieces_of`.
+        projected: [1, T, C] queries, keys and values before the convolution.
+        decay: [1, T, heads] float32 logarithms.
+        beta: [1, T, heads].
+        gate: [1, T, heads * values].
+
+    Returns [1, T, heads * values].
+    """
+    tokens = projected.shape[1]
+    mixed = operations.convolve(layer, projected, pieces)
+    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    query, key = (part.reshape(1, tokens, -1, layer.head_k_dim) for part in (query, key))
+    value = value.reshape(1, tokens, -1, layer.head_v_dim)
     if "order" in pieces:
         beta, decay = (part.index_select(1, pieces["order"]) for part in (beta, decay))
-    attended = delta_rule_in_rounds(by_piece(torch_rule(layer)), pieces, query, key, value, decay, beta)
-    gate = layer.in_proj_z(hidden_states).reshape(-1, layer.head_v_dim)
-    normed = layer.norm(attended.reshape(-1, layer.head_v_dim), gate)
-    projected: torch.Tensor = layer.out_proj(normed.reshape(1, tokens, -1))
-    return projected
+    found = delta_rule_in_rounds(operations.rule(layer), pieces, query, key, value, decay, beta)
+    width = layer.head_v_dim
+    normed = operations.norm(layer, found.reshape(-1, width), gate.reshape(-1, width))
+    return normed.reshape(1, tokens, -1)
 
 
 def _convolved(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> torch.Tensor:
@@ -107,15 +192,11 @@ def _convolved(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> t
     return activated.transpose(1, 2).index_select(1, pieces["positions"])
 
 
-def delta_rule_in_rounds(
-    rule: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    pieces: dict[str, Any],
-    *inputs: torch.Tensor,
-) -> torch.Tensor:
+def delta_rule_in_rounds(rule: RoundRule, pieces: dict[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
     """Compute pieces without a parent, then the others from the last states of theirs.
 
     Args:
-        rule: takes the lengths of pieces, their inputs and their first states or None; gives outputs and last states.
+        rule: gives outputs and last states of a round.
         pieces: of `pieces_of`.
         *inputs: query, key, value [1, T, heads, D], decay and beta [1, T, heads], in the order of the rounds.
 
@@ -123,16 +204,18 @@ def delta_rule_in_rounds(
     """
     rounds = pieces["lengths"]
     if "parents" not in pieces:
-        return rule(rounds[0], inputs, None)[0]
+        return rule(pieces, 0, inputs, None)[0]
     totals = [sum(lengths) for lengths in rounds]
     first, second = zip(*(tensor.split(totals, dim=1) for tensor in inputs), strict=True)
-    prefixes, states = rule(rounds[0], first, None)
-    branches, _ = rule(rounds[1], second, states.index_select(0, pieces["parents"]))
+    prefixes, states = rule(pieces, 0, first, None)
+    branches, _ = rule(pieces, 1, second, states.index_select(0, pieces["parents"]))
     return torch.cat([prefixes, branches], dim=1).index_select(1, pieces["back"])
 
 
 def by_piece(rule: Rule) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return a rule for `delta_rule_in_rounds` that calls one for batches: once for all pieces of as many chunks.
+    """Return a rule for pieces of any lengths that calls one for batches: once for all pieces of as many chunks.
+
+    It takes the lengths of the pieces, query, key, value, decay and beta of their tokens, and first states or None.
 
     A shorter piece is filled up with zeros to the chunk it ends in, as `rule` does itself: they leave its state alone.
     """
@@ -174,3 +257,11 @@ def torch_rule(layer: nn.Module) -> Rule:
     # Where flash-linear-attention is installed, transformers has put its kernel around it.
     rule: Rule = inspect.unwrap(sys.modules[type(layer).__module__].torch_chunk_gated_delta_rule)
     return rule
+
+
+def _rounds_in_torch(layer: nn.Module) -> RoundRule:
+    rule = by_piece(torch_rule(layer))
+    return lambda pieces, number, inputs, first: rule(pieces["lengths"][number], inputs, first)
+
+
+TORCH = Operations(_convolved, _rounds_in_torch, lambda layer, attended, gate: layer.norm(attended, gate))

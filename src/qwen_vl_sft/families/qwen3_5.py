@@ -90,7 +90,6 @@ def _adapt_template(template: str) -> str:
 
 # Of the mixtures of experts too.
 UNFIT_KERNELS = {
-    "rms_norm": "its norms multiply by weight + 1",
     "rope": "it rotates a quarter of each head, and the kernel rotates all of it",
 }
 FAMILY = ModelFamily(
@@ -107,6 +106,7 @@ FAMILY = ModelFamily(
     row_states=lambda model, slots, dtype: DeltaStates(model, LINEAR_LAYER, slots, dtype),
     state_bytes=_state_bytes,
     unfit_kernels={**UNFIT_KERNELS, **NO_EXPERTS},
+    norm_offset=1.0,
     # Of these two a head has one output: 4-bit would save nothing, and the decay of its state is an exponential of one.
     keep_16bit=("lm_head", "in_proj_a", "in_proj_b"),
     unloaded_weights=("mtp.",),

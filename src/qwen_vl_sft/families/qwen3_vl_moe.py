@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qwen_vl_sft.families import qwen3_vl
-from qwen_vl_sft.families.base import ForwardFlops, language_flops
+from qwen_vl_sft.families.base import NO_LINEAR_ATTENTION, ForwardFlops, language_flops
 from qwen_vl_sft.families.experts import Experts, sparse_weights
 
 
@@ -27,5 +27,5 @@ FAMILY = replace(
     name="Qwen3-VL-MoE",
     flops=_flops,
     experts=Experts(),
-    unfit_kernels={"swiglu": "its MLPs are experts, which are multiplied in groups"},
+    unfit_kernels={**NO_LINEAR_ATTENTION, "swiglu": "its MLPs are experts, which are multiplied in groups"},
 )

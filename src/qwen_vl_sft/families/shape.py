@@ -10,9 +10,9 @@ from functools import cached_property
 
 # Fused kernels that do not fit a model's layers.
 _UNFIT = {
-    "qwen3_5": ("rms_norm", "rope"),
+    "qwen3_5": ("rope",),
     "qwen3_vl_moe": ("swiglu",),
-    "qwen3_5_moe": ("rms_norm", "rope"),
+    "qwen3_5_moe": ("rope",),
 }
 
 
@@ -249,7 +249,8 @@ class ModelShape:
     def unfit_kernels(self) -> frozenset[str]:
         """Return the fused kernels that do not fit the model's layers; a test compares them with those of its family."""
         experts = () if self.text.experts else ("experts",)
-        return frozenset({*_UNFIT.get(self.model_type, ()), *experts})
+        linear = () if self.text.delta else ("linear_attention",)
+        return frozenset({*_UNFIT.get(self.model_type, ()), *experts, *linear})
 
     @property
     def embedding_weights(self) -> int:

@@ -20,6 +20,7 @@ from torch import nn
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.families.base import RopeFunctions
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.experts import compute_fused
 from qwen_vl_sft.modeling.fp8.fused import hands_on_fp8
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, LowerProduct
@@ -35,6 +36,7 @@ KERNELS = {
     "quick_gelu": "activation in the vision tower",
     "experts": "what stands around the products of a mixture of experts",
     "patch_embed": "the vision tower's first layer, as a matrix product",
+    linear_attention.NAME: "gated delta rule, convolution and norm of linear attention",
     LORA: "the adapter's product, scaled and added in one call",
 }
 FROM_LIGER = ("rms_norm", "swiglu", "rope")
@@ -49,7 +51,10 @@ def chosen_kernels(wanted: str | list[str] | None, on_cpu: bool) -> list[str]:
         return list(wanted or ())
     if on_cpu:
         return list(PLAIN_PYTORCH)
-    return [name for name in KERNELS if name not in FROM_LIGER or _has_liger()]
+    missing = set() if _has_liger() else set(FROM_LIGER)
+    if linear_attention.obstacle():
+        missing.add(linear_attention.NAME)
+    return [name for name in KERNELS if name not in missing]
 
 
 def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
@@ -65,6 +70,8 @@ def problems_of_kernels(wanted: list[str], on_cpu: bool) -> Iterator[str]:
             f"fused_kernels: {', '.join(FROM_LIGER)} need liger-kernel; pip install 'qwen_vl_sft[kernels]', or leave"
             " them out"
         )
+    elif linear_attention.NAME in wanted and (reason := linear_attention.obstacle()):
+        yield f"fused_kernels: {linear_attention.NAME} does not run here: {reason}; or leave it out"
 
 
 def _has_liger() -> bool:
@@ -125,6 +132,13 @@ def _rms_norm(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     # "llama": computed in float32 and rounded before the weight is multiplied, as transformers does. Not in place: the
     # gradient that comes in is also that of the residual.
     return LigerRMSNormFunction.apply(hidden_states, layer.weight, layer.variance_epsilon, 0.0, "llama", False)
+
+
+def _offset_norm(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Compute a norm that multiplies by weight + 1, all of it in float32, as Qwen3.5's are."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return LigerRMSNormFunction.apply(hidden_states, layer.weight, layer.eps, 1.0, "gemma", False)
 
 
 def _swiglu(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -249,10 +263,13 @@ def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: t
 
 # Makes the forward of a layer that a kernel replaces.
 _FORWARDS: dict[str, Callable[[Any], Any]] = {
-    "rms_norm": lambda layer: types.MethodType(_rms_norm, layer),
+    "rms_norm": lambda layer: types.MethodType(
+        _rms_norm if hasattr(layer, "variance_epsilon") else _offset_norm, layer
+    ),
     "swiglu": lambda layer: types.MethodType(_swiglu, layer),
     "rope": lambda layer: types.MethodType(_attend, layer),
     "quick_gelu": lambda layer: _quick_gelu,
     "patch_embed": lambda layer: types.MethodType(_patch_embed, layer),
     "experts": lambda layer: types.MethodType(compute_fused, layer),
+    linear_attention.NAME: linear_attention.kernel_forward,
 }

@@ -35,6 +35,8 @@ _HALF, _SINGLE = 2, 4
 _DELTA_VALUES, _DELTA_KEYS, _DELTA_HEAD, _DELTA_TOKEN = 26, 37, 930, 20
 # Bytes of each of a token's experts: its number, its places before and after sorting, its weight in both precisions.
 _ROUTED = 38
+# The same of a head, in the kernels: decay and beta with what they come from.
+_DELTA_KERNEL = 24
 # The head is computed in tiles of so many tokens and words (TRL's chunked_logprob).
 _TILE = (4096, 8192)
 
@@ -308,19 +310,22 @@ def _moment_width(training: Training) -> float:
 
 
 def delta_bytes(training: Training) -> float:
-    """Return the bytes a token that linear attention keeps, in PyTorch's operations over packed rows.
+    """Return the bytes a token that linear attention keeps over packed rows.
 
-    Counted by autograd itself, in bfloat16 by autocast; a test compares. The rule computes in float32: most is for
-    each head what it has of a chunk (the decay of each pair, two products and the triangular system), and the states
-    at the chunks' beginnings.
+    In PyTorch's operations counted by autograd itself, in bfloat16 by autocast; a test compares. The rule then computes
+    in float32: most is for each head what it has of a chunk (the decay of each pair, two products and the triangular
+    system), and the states at the chunks' beginnings. The kernels keep what they take, and a square of each chunk.
     """
     text, delta = training.shape.text, training.shape.text.delta
     assert delta is not None
     wide, half = training.stream, training.computed
     kept = float(_norm_bytes(training, text.hidden)) + _DELTA_TOKEN
-    kept += 2 * half * delta.mixed + _DELTA_VALUES * delta.values
-    kept += delta.heads * (_DELTA_KEYS * delta.key_width + _DELTA_HEAD * delta.chunk / 64)
-    kept += 2 * _SINGLE * delta.heads * delta.key_width * delta.value_width / delta.chunk
+    if "linear_attention" in training.kernels:
+        kept += 2 * half * (delta.mixed + delta.values) + delta.heads * (half * delta.chunk + _DELTA_KERNEL)
+    else:
+        kept += 2 * half * delta.mixed + _DELTA_VALUES * delta.values
+        kept += delta.heads * (_DELTA_KEYS * delta.key_width + _DELTA_HEAD * delta.chunk / 64)
+        kept += 2 * _SINGLE * delta.heads * delta.key_width * delta.value_width / delta.chunk
     if training.full:
         kept += text.hidden * half * (4 if wide > half else 1)
         kept += delta.values * (_SINGLE + half) + 4 * delta.heads

@@ -35,11 +35,14 @@ def verdict(plan: RunPlan) -> str:
     """Return one line: whether the plan fits, in how much memory, and how long it takes."""
     need, have = plan.memory.total / GIB, plan.card.room / GIB
     if plan.fits:
-        # Of linear attention the time is not known.
-        about = "more than" if plan.shape.text.delta else "about"
+        about = "more than" if _slow_attention(plan) else "about"
         return f"fits: {need:.1f} of {have:.1f} GiB, {_checkpointing(plan)}; {about} {hours(plan.hours)}"
     word = "is too tight" if need <= have else "does not fit"
     return f"{word}: {need:.1f} GiB and {MARGIN:.0%} to spare, of {have:.1f} GiB, {_checkpointing(plan)}"
+
+
+def _slow_attention(plan: RunPlan) -> bool:
+    return plan.shape.text.delta is not None and "linear_attention" not in plan.training.kernels
 
 
 def _checkpointing(plan: RunPlan) -> str:
@@ -123,8 +126,11 @@ def _notes(plan: RunPlan) -> list[str]:
             "experts: an even load; their time is that of the experts a token goes through, at a share of the card's rate"
             " that was fitted to one run of 8 layers"
         )
-    if plan.shape.text.delta:
-        notes.append("linear attention runs in PyTorch's operations, which take longer on a GPU than the plan says")
+    if _slow_attention(plan):
+        notes.append(
+            "linear attention runs in PyTorch's operations, which take longer on a GPU than the plan says:"
+            " pip install 'qwen_vl_sft[linear]', and fused_kernels: auto"
+        )
     return [line for note in notes for line in _wrapped("note", note)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -28,11 +29,16 @@ from qwen_vl_sft.planning.memory import (
 from qwen_vl_sft.planning.rows import RowSizes
 from qwen_vl_sft.planning.speed import StepTime, step_time
 
-KERNELS = ("rms_norm", "swiglu", "rope", "quick_gelu", "experts", "patch_embed", "lora")
+KERNELS = ("rms_norm", "swiglu", "rope", "quick_gelu", "experts", "patch_embed", "linear_attention", "lora")
 # A packed micro-batch is so full on average, and rows of a padded one fill so much of the longest.
 _FILLED = 0.9
 _FEATURE_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}
 _MOST_TOKENS = 1 << 20
+
+
+def _kernels_of_auto() -> tuple[str, ...]:
+    """Return what "auto" is expected to take; of an extra that few models need, what is installed."""
+    return tuple(name for name in KERNELS if name != "linear_attention" or importlib.util.find_spec("fla"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class RunPlan:
         whole = {"all": ("vision", "merger", "language"), "experts": ("language",)}
         parts = whole.get(model.lora_scope, (model.lora_scope,))
         adapted = targets(self.shape, model.lora_target_modules, parts) if model.use_peft else None
-        wanted = KERNELS if model.fused_kernels == "auto" else tuple(model.fused_kernels or ())
+        wanted = _kernels_of_auto() if model.fused_kernels == "auto" else tuple(model.fused_kernels or ())
         optim = str(recipe.get("optim"))
         return Training(
             self.shape,

@@ -16,11 +16,14 @@ from qwen_vl_sft.compat.vision_tower import (
     run_frozen_vision_without_gradients,
     run_vision_in_every_batch,
 )
+from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 from qwen_vl_sft.modeling.base_model import (
     freeze_for_full_training,
     is_vision_frozen,
+    load_config,
     load_model,
     trained_parts,
 )
@@ -37,6 +40,8 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
     if recipe.run.packing and chosen.attention != SDPA:
         varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
     computed_in = getattr(torch, recipe.mixed_precision) if recipe.mixed_precision else None
+    if recipe.run.packing and linear_attention.NAME in chosen.fused_kernels:
+        _tune_linear_attention(run, computed_in or getattr(torch, recipe.model.dtype))
     model = load_model(recipe.model, context.on_cpu, context.local_rank, context.strategy, computed_in)
     if not recipe.model.use_peft:
         freeze_for_full_training(model, recipe.model)
@@ -51,6 +56,20 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
         take_packed_batches(model, spares_last_layer=not recipe.model.router_aux_loss_coef)
     use_fused_kernels(model, chosen.fused_kernels)
     return model
+
+
+def _tune_linear_attention(run: Run, dtype: torch.dtype) -> None:
+    """Have the kernels ready before the weights take the memory; one process of a machine compiles them for all."""
+    if dtype == torch.float32:
+        return
+    recipe, context = run.recipe, run.context
+    with launch.join(context, recipe.get("ddp_backend")).local_main_process_first():
+        device = torch.device("cuda", context.local_rank)
+        seconds = linear_attention.tune(load_config(recipe.model), dtype, device, recipe.run.share_prefixes)
+        if context.rank == 0:
+            print(
+                f"linear      kernels of linear attention compared with float32, ready in {seconds:.0f} s", flush=True
+            )
 
 
 def finish_model(model: Any, accelerator: Any, run: Run) -> None:

@@ -19,6 +19,7 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.evaluation.metrics import headline_in_log
 from qwen_vl_sft.families.base import BoxForm
+from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.base_model import format_parameters
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
 from qwen_vl_sft.modeling.lora import covers_all_linear, outside_scope
@@ -43,6 +44,7 @@ def show(run: Run, data: PreparedData, dry_run: bool) -> None:
     for warning in (
         *warnings(run.recipe, run.structure.lora_parts),
         *(f"{name}: true has no effect on a CPU" for name in idle),
+        *([linear_attention.why_slow()] if _is_slow(run) and not run.context.on_cpu else []),
         *warnings_of_data(run, data),
         *warnings_of_evaluation(data),
     ):
@@ -62,7 +64,7 @@ def describe(run: Run, data: PreparedData) -> str:
         *_kernel_lines(
             recipe.model.fused_kernels, context.on_cpu, chosen.fused_kernels, run.structure.family.unfit_kernels
         ),
-        *([f"slow        {run.structure.family.slow}"] if run.structure.family.slow else []),
+        *([f"slow        {run.structure.family.slow}"] if _is_slow(run) else []),
         f"strategy    {context.strategy}, {context.processes} process(es) on {'CPU' if context.on_cpu else 'GPU'}",
         *_batch_lines(run, data.step_plan),
         f"steps       {data.steps}",
@@ -78,6 +80,11 @@ def describe(run: Run, data: PreparedData) -> str:
         *_trained_lines(recipe.model, run.structure),
     ]
     return "\n".join(lines)
+
+
+def _is_slow(run: Run) -> bool:
+    """Return whether a family's slow part has no kernel in this run."""
+    return run.structure.family.slow is not None and linear_attention.NAME not in run.chosen.fused_kernels
 
 
 def _precision(recipe: Recipe, on_cpu: bool = False) -> str:

@@ -29,7 +29,8 @@ def use_fp8_kernels(model: nn.Module, wanted: list[str], kernels: Any) -> dict[s
     """
     family = family_of(model.config)  # type: ignore[arg-type]
     counts = {"rms_norm": 0, "mlp": 0}
-    norms = "rms_norm" in wanted and "rms_norm" not in family.unfit_kernels
+    # Their kernels multiply by the weight as it is.
+    norms = "rms_norm" in wanted and "rms_norm" not in family.unfit_kernels and not family.norm_offset
     norms = norms and any(type(module) is FP8Linear for module in model.modules())
     for name, module in model.named_modules():
         part = family.part_of(name)

@@ -1,0 +1,88 @@
+"""Gated delta-net layers of packed sequences with the kernels of flash-linear-attention, compared with float32 first.
+
+The rule (`chunk_gated_delta_rule`) and the convolution (`causal_conv1d`) take the bounds of pieces and first states, and
+give gradients for both (https://github.com/fla-org/flash-linear-attention, 0.6.0). They are called so that a change of
+rows is no new call to tune: Triton tunes by heads, by sizes and by which of the states there are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qwen_vl_sft.families import delta_gradient
+from qwen_vl_sft.families.delta_norms import gated_norm, normalised
+from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, RoundRule
+
+
+def fits(projected: torch.Tensor) -> bool:
+    """Return whether the kernels compute such inputs: half precision on a GPU; float32 is for exactness."""
+    return projected.is_cuda and projected.dtype in (torch.bfloat16, torch.float16)
+
+
+def convolve(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> torch.Tensor:
+    """Convolve each piece behind the inputs of its parent: [1, T, C] -> [1, T, C], in the order of the rounds."""
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    if layer.activation not in ("silu", "swish"):
+        return TORCH.convolve(layer, projected, pieces)
+    first = None
+    if "before" in pieces:
+        before = pieces["before"]
+        inputs = projected[0].index_select(0, before.flatten().clamp(min=0)).unflatten(0, before.shape)
+        # [S, C, kernel]; of its first input no output is made.
+        first = inputs.masked_fill((before < 0).unsqueeze(-1), 0).transpose(1, 2).contiguous()
+    weight = layer.conv1d.weight.squeeze(1)
+    mixed, _ = causal_conv1d(
+        projected,
+        weight,
+        layer.conv1d.bias,
+        initial_state=first,
+        activation="silu",
+        cu_seqlens=pieces["bounds"],
+        chunk_indices=pieces["chunks"],
+    )
+    return mixed.index_select(1, pieces["order"]) if "order" in pieces else mixed
+
+
+def rule(layer: Any) -> RoundRule:
+    """Return the gated delta rule of all pieces of a round in one call."""
+    _fill_in_for_triton()
+    return delta_rule
+
+
+@functools.cache
+def _fill_in_for_triton() -> None:
+    delta_gradient.register()
+
+
+def delta_rule(
+    pieces: dict[str, Any], number: int, inputs: Sequence[torch.Tensor], first: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a round; the last states are None where no round goes on from them. See `RoundRule`."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    query, key, value, decay, beta = inputs
+    found: tuple[torch.Tensor, torch.Tensor] = chunk_gated_delta_rule(
+        normalised(query),
+        normalised(key),
+        value,
+        g=decay,
+        beta=beta,
+        initial_state=first,
+        output_final_state=number == 0 and "parents" in pieces,
+        cu_seqlens=pieces["round_bounds"][number],
+        chunk_indices=pieces["round_chunks"][number],
+    )
+    return found
+
+
+def norm(layer: Any, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Normalise attended values and gate them: [N, D], [N, D] -> [N, D]."""
+    return gated_norm(attended, gate, layer.norm.weight, layer.norm.variance_epsilon)
+
+
+KERNELS = Operations(convolve, rule, norm)

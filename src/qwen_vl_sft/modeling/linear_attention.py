@@ -1,0 +1,171 @@
+"""Kernels of linear attention: whether they run here, and have them compiled, tuned and compared before the run needs them.
+
+Which packages a GPU needs depends on its Triton: docs/families.md has the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Timer
+from typing import Any
+
+import torch
+
+from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, attended, forward_with
+
+NAME = "linear_attention"
+INSTALL = "pip install 'qwen_vl_sft[linear]'"
+_LEAST_CAPABILITY = 8
+# Rows of a packed sequence to tune on: the kernels are the same for any others.
+_TUNED_ROWS = (700, 500, 900, 600) * 3
+# After so many seconds something is being compiled.
+_PATIENCE = 4.0
+
+
+def obstacle(capability: int | None = None) -> str | None:
+    """Return why the kernels cannot be used on this machine's GPU, None when they can.
+
+    Asks the GPU itself when the major number of its compute capability is not given.
+    """
+    if importlib.util.find_spec("fla") is None:
+        return f"flash-linear-attention (fla-core) is not installed: {INSTALL}"
+    if capability is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()[0]
+    if capability is not None and capability < _LEAST_CAPABILITY:
+        return "flash-linear-attention needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def why_slow() -> str:
+    """Return one line: linear attention has no kernels in this run, why, and the way out."""
+    reason = obstacle() or f"fused_kernels leaves {NAME} out: set it to auto"
+    return (
+        f"linear attention runs in PyTorch's own operations, which are exact and many times slower on a GPU: {reason}"
+    )
+
+
+def kernel_forward(layer: Any) -> Callable[..., torch.Tensor]:
+    """Return the forward of a gated delta-net layer that computes packed sequences with the kernels, where they fit."""
+    return forward_with(_chosen, layer)
+
+
+def _chosen(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> Operations:
+    # float32 is for exactness.
+    if not projected.is_cuda or projected.dtype not in (torch.bfloat16, torch.float16):
+        return TORCH
+    return _kernels().for_layer(layer, projected.dtype, "parents" in pieces)
+
+
+class CheckedKernels:
+    """Operations that compute a small example first when they meet layers of a new shape.
+
+    Raises `UserError` on that first call when they fail there, or when output or gradients are wrong.
+    """
+
+    def __init__(self, operations: Operations) -> None:
+        self.operations = operations
+        self.checked: set[Any] = set()
+
+    def for_layer(self, layer: Any, dtype: torch.dtype, shared: bool) -> Operations:
+        """Return the operations, once they have been compared for such a layer and such sequences.
+
+        With `shared` prefixes states begin and end inside a sequence, which are kernels of their own.
+        """
+        learns = not torch.is_inference_mode_enabled()
+        key = (*(getattr(layer, name) for name in _SIZES), dtype, layer.conv1d.weight.device, shared, learns)
+        if key not in self.checked:
+            with _saying_that_it_compiles():
+                self._check(layer, dtype, shared, learns)
+            self.checked.add(key)
+        return self.operations
+
+    def _check(self, layer: Any, dtype: torch.dtype, shared: bool, learns: bool) -> None:
+        from qwen_vl_sft.families.delta_check import TOLERANCE, differences
+
+        heads = f"{layer.num_v_heads} heads of {layer.head_v_dim} values"
+        way_out = f"leave {NAME} out of fused_kernels, for PyTorch's own operations"
+        try:
+            # First what Triton tunes on: by the small example it would choose sizes that are slow in training.
+            _run(self.operations, layer, dtype, shared, learns)
+            apart = differences(self.operations, layer, dtype, shared, learns)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever it is that a compiler or a kernel raises.
+            raise UserError(
+                f"fused_kernels: {NAME} does not run here with {heads}: {first_line(error)[:200]}; {way_out}"
+            ) from error
+        name, worst = max(apart.items(), key=lambda one: math.inf if math.isnan(one[1]) else one[1])
+        if not worst <= TOLERANCE:
+            raise UserError(
+                f"fused_kernels: {NAME} computes something else than linear attention with {heads}: its {name} is"
+                f" {worst:.1%} off float32; {way_out}"
+            )
+
+
+_SIZES = ("num_v_heads", "key_dim", "value_dim", "head_k_dim", "head_v_dim", "conv_kernel_size", "activation")
+
+
+@functools.cache
+def _kernels() -> CheckedKernels:
+    from qwen_vl_sft.families.delta_kernels import KERNELS
+
+    return CheckedKernels(KERNELS)
+
+
+def tune(config: Any, dtype: torch.dtype, device: torch.device, shared: bool) -> float:
+    """Compile, tune and compare the kernels for a model's configuration; returns the seconds it took.
+
+    Triton keeps what it has compiled and which sizes were fastest (`TRITON_CACHE_DIR`), so that the next process is ready
+    in seconds.
+    """
+    from qwen_vl_sft.families.delta_check import layer_of
+
+    began = time.perf_counter()
+    _kernels().for_layer(layer_of(config, device), dtype, shared)
+    torch.cuda.empty_cache()
+    return time.perf_counter() - began
+
+
+def _example(shared: bool) -> tuple[list[int], list[int | None]]:
+    """Return lengths and parents of pieces like those of a run."""
+    lengths: list[int] = []
+    parents: list[int | None] = []
+    for length in _TUNED_ROWS:
+        prefix = len(lengths)
+        lengths += [length, 60, 40] if shared else [length]
+        parents += [None, prefix, prefix] if shared else [None]
+    return lengths, parents
+
+
+def _run(operations: Operations, layer: Any, dtype: torch.dtype, shared: bool, learns: bool) -> None:
+    from qwen_vl_sft.families.delta_check import drawn, pieces_on
+
+    device, (lengths, parents) = layer.conv1d.weight.device, _example(shared)
+    numbers = torch.Generator(device).manual_seed(0)
+    example, inputs = drawn(layer, sum(lengths), dtype, numbers)
+    leaves = [tensor.requires_grad_(learns) for tensor in inputs.values()]
+    with torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=False):
+        pieces = pieces_on(device, lengths, parents, layer.conv_kernel_size)
+        output = attended(operations, example, pieces, *leaves)
+        if learns:
+            torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+
+@contextmanager
+def _saying_that_it_compiles() -> Iterator[None]:
+    """Print that kernels are being compiled if that takes long."""
+    line = "linear      compiling and tuning the kernels of linear attention: once on a machine, minutes"
+    timer = Timer(_PATIENCE, functools.partial(print, line, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

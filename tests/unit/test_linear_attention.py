@@ -1,0 +1,250 @@
+"""Kernels of linear attention: how they are called, compared and refused; on a GPU the real ones compare themselves."""
+
+import importlib.util
+import itertools
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.families import delta_kernels
+from qwen_vl_sft.families.delta_check import TOLERANCE, differences
+from qwen_vl_sft.families.delta_gradient import chunk_gradients
+from qwen_vl_sft.families.gated_delta_net import TORCH, Operations
+from qwen_vl_sft.modeling import linear_attention
+from qwen_vl_sft.modeling.kernels import problems_of_kernels
+from qwen_vl_sft.modeling.linear_attention import NAME, CheckedKernels, obstacle
+
+KEYS, VALUES, WIDTH = 2, 4, 16
+
+
+def layer(**changes):
+    sizes = {
+        "num_v_heads": VALUES,
+        "key_dim": KEYS * WIDTH,
+        "value_dim": VALUES * WIDTH,
+        "head_k_dim": WIDTH,
+        "head_v_dim": WIDTH,
+    }
+    sizes |= {"conv_kernel_size": 4, "activation": "silu", "conv1d": SimpleNamespace(weight=torch.zeros(1))}
+    return SimpleNamespace(**sizes | changes)
+
+
+def convolution(x, weight, bias, initial_state, activation, cu_seqlens, chunk_indices):
+    """As fla's `causal_conv1d`: states have as many columns as the kernel, and the first is not read."""
+    assert bias is None
+    assert activation == "silu"
+    assert len(chunk_indices) == int((-(-cu_seqlens.diff() // 64)).sum())
+    found = []
+    for number, part in enumerate(x[0].split(cu_seqlens.diff().tolist())):
+        before = x.new_zeros(3, x.shape[-1]) if initial_state is None else initial_state[number, :, 1:].T
+        inputs = torch.cat([before, part]).T[None]
+        found.append(F.silu(F.conv1d(inputs.float(), weight.float()[:, None], groups=len(weight))).to(x.dtype)[0].T)
+    return torch.cat(found)[None], None
+
+
+def chunk_rule(q, k, v, g, beta, initial_state, output_final_state, cu_seqlens, chunk_indices):
+    """As fla's `chunk_gated_delta_rule`, by transformers' recurrence."""
+    assert chunk_indices[-1].tolist() == [len(cu_seqlens) - 2, (int(cu_seqlens.diff()[-1]) - 1) // 64]
+    outputs, states, tensors = [], [], (q, k, v, g, beta)
+    for number, parts in enumerate(
+        zip(*(one.split(cu_seqlens.diff().tolist(), dim=1) for one in tensors), strict=True)
+    ):
+        first = None if initial_state is None else initial_state[number : number + 1]
+        *inputs, decay, rate = parts
+        out, state = modeling.torch_recurrent_gated_delta_rule(
+            *inputs, g=decay, beta=rate, initial_state=first, output_final_state=True
+        )
+        outputs.append(out)
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
+
+
+def l2norm(x):
+    return (x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def gated_norm(x, gate, weight, epsilon):
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+    return (normed * weight.float() * F.silu(gate.float())).to(gate.dtype)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The operations on flash-linear-attention, with functions that take the same arguments in its place."""
+    for name, functions in {
+        "fla": {},
+        "fla.modules": {},
+        "fla.modules.causal_conv1d": {"causal_conv1d": convolution},
+        "fla.ops": {},
+        "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_rule},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(delta_kernels, "normalised", l2norm)
+    monkeypatch.setattr(delta_kernels, "gated_norm", gated_norm)
+    monkeypatch.setattr(delta_kernels, "_fill_in_for_triton", lambda: None)
+    monkeypatch.setattr(linear_attention, "_TUNED_ROWS", (5, 3))  # every token is a step here
+    return delta_kernels.KERNELS
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, TOLERANCE)])
+def test_the_calls_give_outputs_and_gradients_of_rows_one_at_a_time(shared, dtype, most, kernels):
+    found = differences(kernels, layer(), dtype, shared)
+    assert found.keys() == {"output", "projected", "decay", "beta", "gate"}
+    assert max(found.values()) < most
+    assert differences(kernels, layer(), dtype, shared, learns=False).keys() == {"output"}
+
+
+def test_another_activation_is_left_to_pytorch(kernels):
+    other = layer(activation="gelu")
+    other.conv1d.bias, other.conv1d.weight = None, torch.randn(8, 1, 4)
+    pieces = {"history": torch.tensor([2, 2, 2, 0, 1]), "positions": torch.tensor([0, 1])}
+    assert torch.equal(
+        kernels.convolve(other, torch.ones(1, 2, 8), pieces), TORCH.convolve(other, torch.ones(1, 2, 8), pieces)
+    )
+
+
+def wrong(kernels, what):
+    """Operations with one of the faults that the comparison is there for."""
+
+    def rule(_):
+        def compute(pieces, number, inputs, first):
+            if what == "no first state":
+                first = None
+            if what == "leaks" and number == 0:
+                bounds = pieces["round_bounds"][0][[0, -1]]
+                chunks = torch.tensor([[0, chunk] for chunk in range(-(-int(bounds[-1]) // 64))])
+                pieces = {**pieces, "round_bounds": [bounds], "round_chunks": [chunks]}
+            out, last = delta_kernels.delta_rule(pieces, number, inputs, first)
+            return out, last.detach() if what == "no gradient into the state" and number == 0 else last
+
+        return compute
+
+    def convolve(of, projected, pieces):
+        kept = {name: value for name, value in pieces.items() if name != "before" or what != "no first inputs"}
+        return kernels.convolve(of, projected, kept)
+
+    return Operations(convolve, rule, kernels.norm)
+
+
+@pytest.mark.parametrize("what", ["no first state", "leaks", "no gradient into the state", "no first inputs"])
+def test_the_comparison_notices(what, kernels):
+    shared = what != "leaks"
+    operations = wrong(kernels, what)
+    assert max(differences(operations, layer(), torch.bfloat16, shared).values()) > 2 * TOLERANCE
+    with pytest.raises(UserError, match=r"its \w+ is [\d.]+% off float32; leave linear_attention out of fused_kernels"):
+        CheckedKernels(operations).for_layer(layer(), torch.bfloat16, shared)
+
+
+def test_kernels_are_compared_once_for_each_kind_of_layer(kernels, monkeypatch):
+    compared = []
+    monkeypatch.setattr(CheckedKernels, "_check", lambda self, *args: compared.append(args[1:]))
+    checked = CheckedKernels(kernels)
+    for shared in (False, False, True):
+        assert checked.for_layer(layer(), torch.bfloat16, shared) is kernels
+    checked.for_layer(layer(num_v_heads=8), torch.bfloat16, False)
+    with torch.inference_mode():
+        checked.for_layer(layer(), torch.bfloat16, False)
+    assert [(shared, learns) for _, shared, learns in compared] == [
+        (False, True),
+        (True, True),
+        (False, True),
+        (False, False),
+    ]
+
+
+def test_a_kernel_that_does_not_run_is_told_in_one_message(kernels):
+    def fails(*_):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    with pytest.raises(UserError) as error:
+        CheckedKernels(Operations(kernels.convolve, fails, kernels.norm)).for_layer(layer(), torch.bfloat16, False)
+    assert str(error.value) == (
+        "fused_kernels: linear_attention does not run here with 4 heads of 16 values: no kernel image; leave"
+        " linear_attention out of fused_kernels, for PyTorch's own operations"
+    )
+
+
+def test_float32_and_a_cpu_are_left_to_pytorch():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert linear_attention._chosen(layer(), torch.zeros(1, 2, 3, dtype=dtype), {}) is TORCH
+
+
+def test_what_is_missing_is_told_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'qwen_vl_sft[linear]'" in obstacle()
+    (problem,) = problems_of_kernels([NAME], on_cpu=False)
+    assert problem.startswith("fused_kernels: linear_attention does not run here: flash-linear-attention")
+    assert problem.endswith("pip install 'qwen_vl_sft[linear]'; or leave it out")
+    assert linear_attention.why_slow().endswith("many times slower on a GPU: " + obstacle())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert obstacle(8) is obstacle(9) is obstacle(10) is None
+    assert "compute capability 8.0" in obstacle(7)
+    assert linear_attention.why_slow().endswith("fused_kernels leaves linear_attention out: set it to auto")
+
+
+def chunked_rule(q, k, w, u, g, first, scale, size, bounds):
+    """The chunked rule in float64, piece by piece; keeps every state before and behind a chunk, and new values."""
+    shared = u.shape[2] // q.shape[2]
+    before, behind, values, outputs = [], [], [], []
+    for start, stop in itertools.pairwise(bounds):
+        state = first.clone()
+        for begin in range(start, stop, size):
+            part = slice(begin, min(begin + size, stop))
+            queries, keys = (one[:, part].repeat_interleave(shared, 2) for one in (q, k))
+            decay = g[:, part]
+            before.append(state)
+            new = u[:, part] - torch.einsum("bthk,bhkv->bthv", w[:, part], state)
+            apart = (decay.mT[..., :, None] - decay.mT[..., None, :]).tril().exp2()
+            scores = (torch.einsum("bthk,bshk->bhts", queries, keys) * apart).tril()
+            known = torch.einsum("bthk,bhkv->bthv", queries * decay.exp2()[..., None], state)
+            outputs.append(scale * (known + torch.einsum("bhts,bshv->bthv", scores, new)))
+            rest = (decay[:, -1:] - decay).exp2()[..., None]
+            state = state * decay[:, -1].exp2()[..., None, None] + torch.einsum("bthk,bthv->bhkv", keys * rest, new)
+            values.append(new)
+            behind.append(state)
+    return torch.cat(outputs, 1), before, behind, values
+
+
+@pytest.mark.parametrize("lengths", [(11, 3, 8, 7), None], ids=["pieces", "a batch of rows"])
+def test_the_gradient_in_matrix_products_is_autograds(lengths, monkeypatch):
+    """Of queries, keys, `w` and decay, with a key head for two of values, whole chunks and others, several at once."""
+    monkeypatch.setattr("qwen_vl_sft.families.delta_gradient._AT_ONCE", 2)
+    size, scale, double = 8, 0.3, {"dtype": torch.float64}
+    torch.manual_seed(0)
+    batch, tokens = (1, sum(lengths)) if lengths else (2, 19)
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()] if lengths else [0, tokens]
+    q, k = (torch.randn(batch, tokens, 2, 5, requires_grad=True, **double) for _ in range(2))
+    w, u = (torch.randn(batch, tokens, 4, width, requires_grad=True, **double) for width in (5, 6))
+    g = -torch.rand(batch, tokens, 4, **double).cumsum(1) / 4
+    g.requires_grad_()
+    first = torch.randn(batch, 4, 5, 6, requires_grad=True, **double)
+    out, before, behind, values = chunked_rule(q, k, w, u, g, first, scale, size, bounds)
+    chunks = [[s, c] for s, (a, b) in enumerate(itertools.pairwise(bounds)) for c in range(-(-(b - a) // size))]
+    last = [
+        number
+        for number, (one, other) in enumerate(zip(chunks, [*chunks[1:], [-1]], strict=True))
+        if one[0] != other[0]
+    ]
+    do = torch.randn_like(out)
+    loss = (out * do).sum() + sum((behind[number] * torch.randn_like(first)).sum() for number in last)
+    wanted = torch.autograd.grad(loss, (q, k, w, g), retain_graph=True)
+    dh = torch.autograd.grad(loss, behind, retain_graph=True)
+    dv = torch.autograd.grad(loss, values)
+    found = chunk_gradients(
+        q=q.detach(), k=k.detach(), v=torch.cat(values, 1).detach(), do=do, h=torch.stack(before, 1).detach(),
+        dh=torch.stack(dh, 1), w=w.detach(), g=g.detach(), dv=torch.cat(dv, 1), scale=scale,
+        cu_seqlens=torch.tensor(bounds).int() if lengths else None, chunk_size=size,
+        chunk_indices=torch.tensor(chunks).int() if lengths else None, g_gamma=None,
+    )  # fmt: skip
+    # By the natural logarithm, as the kernels take the decay.
+    for one, other in zip((*found[:3], found[3] * math.log(2)), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
