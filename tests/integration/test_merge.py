@@ -390,6 +390,9 @@ def test_a_base_with_holes_is_refused(run, tmp_path):
     (base / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be read"):
         run_merge(run, tmp_path / "merged", base=str(base))
+    (base / "config.json").write_text("no JSON")
+    with pytest.raises(UserError):
+        run_merge(run, tmp_path / "merged", base=str(base))
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

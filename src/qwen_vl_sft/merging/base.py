@@ -186,7 +186,10 @@ def download(settings: ModelSettings) -> Path:
 
 def holds_fp8(folder: Path) -> bool:
     """Return whether the files of a model hold FP8 weights, as its configuration says."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # told where the model is built
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     return any((part.get("quantization_config") or {}).get("quant_method") == "fp8" for part in parts)
 

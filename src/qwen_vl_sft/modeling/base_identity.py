@@ -68,6 +68,8 @@ def digest_of_weights(weights: Mapping[str, str]) -> str:
 def _tensors(path: Path) -> Iterator[tuple[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path} is no safetensors file")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
     for name, entry in header.items():
