@@ -5,9 +5,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from fixtures.processes import run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 from qwen_vl_sft.exporting.export import export, format_report
 from qwen_vl_sft.exporting.options import Options, make_plan
 
@@ -59,3 +62,26 @@ def test_a_quantized_model_answers_nearly_as_the_model(model, tmp_path, to, leas
     assert report["bytes"]["export"] < 0.8 * report["bytes"]["original"]
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert {"re:.*visual.*", "re:.*lm_head"} <= set(quantization["ignore"])
+
+
+@pytest.mark.long
+def test_a_model_that_4_bits_destroy_fails(model, tmp_path):
+    """The same model with every other channel of values and MLPs written small, so that 4 bits round it to zero."""
+    fragile = tmp_path / "fragile"
+    shutil.copytree(model, fragile)
+    (fragile / "system_message.txt").write_text(CHARTQA_SYSTEM_MESSAGE)
+    weights = load_file(fragile / "model.safetensors")
+    for name in [name for name in weights if "visual" not in name]:
+        if name.endswith(("up_proj.weight", "v_proj.weight", "v_proj.bias")):
+            weights[name][::2] *= 64
+        if name.endswith(("down_proj.weight", "o_proj.weight")):
+            weights[name][:, ::2] /= 64
+    save_file(weights, fragile / "model.safetensors", metadata={"format": "pt"})
+    done = run_process(
+        "scripts/export.py", "--run", fragile, "--to", "compressed-tensors", "--calibration_samples", "0",
+        "--output_dir", tmp_path / "out", "--max_samples", "150",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
+    assert "points lower (p = " in done.stdout
+    assert (tmp_path / "out-failed/export.json").is_file()
+    assert not (tmp_path / "out").exists()

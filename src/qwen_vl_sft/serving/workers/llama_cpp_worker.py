@@ -93,7 +93,9 @@ def answer(server, has_adapter, request):
         if "choices" not in found:
             raise ValueError(json.dumps(found))
         [choice] = found["choices"]
-        ids = [token["id"] for token in choice["logprobs"]["content"]]
+        # None of an empty answer.
+        told = choice.get("logprobs") or {"content": []}
+        ids = [token["id"] for token in told["content"]]
         answers.append(
             {
                 "number": prompt["number"],
