@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.families import delta_kernels
+from qwen_vl_sft.families import delta_gradient, delta_kernels
 from qwen_vl_sft.families.delta_check import TOLERANCE, differences
 from qwen_vl_sft.families.delta_gradient import chunk_gradients
 from qwen_vl_sft.families.gated_delta_net import TORCH, Operations
@@ -89,7 +89,7 @@ def kernels(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(delta_kernels, "normalised", l2norm)
     monkeypatch.setattr(delta_kernels, "gated_norm", gated_norm)
-    monkeypatch.setattr(delta_kernels, "_fill_in_for_triton", lambda: None)
+    monkeypatch.setattr(delta_kernels, "complete", lambda: None)
     monkeypatch.setattr(linear_attention, "_TUNED_ROWS", (5, 3))  # every token is a step here
     return delta_kernels.KERNELS
 
@@ -176,6 +176,40 @@ def test_a_kernel_that_does_not_run_is_told_in_one_message(kernels):
 def test_float32_and_a_cpu_are_left_to_pytorch():
     for dtype in (torch.float32, torch.bfloat16):
         assert linear_attention._chosen(layer(), torch.zeros(1, 2, 3, dtype=dtype), {}) is TORCH
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_installed_library_is_completed_for_padded_batches(installed, monkeypatch):
+    completed = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(delta_kernels, "complete", lambda: completed.append(True))
+    linear_attention.complete_installed()
+    assert completed == [True] * installed
+
+
+def test_the_gradient_is_offered_behind_others_where_triton_is_wrong(monkeypatch):
+    offered = {}
+
+    class Base:
+        pass
+
+    backends = SimpleNamespace(
+        BaseBackend=Base, register=lambda operation: lambda made: offered.update({operation: made})
+    )
+    monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.backends", backends)
+    for hopper, new, mended in itertools.product((True, False), repeat=3):
+        facts = {"IS_NVIDIA_HOPPER": hopper, "TRITON_ABOVE_3_4_0": new, "TRITON_ABOVE_3_7_1": mended}
+        monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(**facts))
+        delta_gradient.register()
+        assert offered["common"].default_enable is (hopper and new and not mended)
+    backend = offered["common"]()
+    assert backend.priority > 5  # tilelang's
+    assert backend.chunk_bwd_dqkwg_verifier(g=1, w=1)[0]
+    assert not backend.chunk_bwd_dqkwg_verifier(g=1, w=1, state_v_first=True)[0]
+    assert not backend.chunk_bwd_dqkwg_verifier(g=1, w=None)[0]
+    monkeypatch.setattr(delta_gradient, "chunk_gradients", lambda **inputs: inputs)
+    assert backend.chunk_bwd_dqkwg(q=torch.zeros(1), k=2) == {"q": torch.zeros(1), "k": 2}
 
 
 def test_what_is_missing_is_told_with_the_way_out(monkeypatch):

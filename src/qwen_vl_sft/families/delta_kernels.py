@@ -50,12 +50,13 @@ def convolve(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> tor
 
 def rule(layer: Any) -> RoundRule:
     """Return the gated delta rule of all pieces of a round in one call."""
-    _fill_in_for_triton()
+    complete()
     return delta_rule
 
 
 @functools.cache
-def _fill_in_for_triton() -> None:
+def complete() -> None:
+    """Have flash-linear-attention compute the gradients that it refuses, also where transformers calls it (padded rows)."""
     delta_gradient.register()
 
 

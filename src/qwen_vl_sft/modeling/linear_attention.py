@@ -42,6 +42,14 @@ def obstacle(capability: int | None = None) -> str | None:
     return None
 
 
+def complete_installed() -> None:
+    """Have an installed flash-linear-attention train on this GPU, whoever calls it: transformers does in padded batches."""
+    if obstacle() is None:
+        from qwen_vl_sft.families.delta_kernels import complete
+
+        complete()
+
+
 def why_slow() -> str:
     """Return one line: linear attention has no kernels in this run, why, and the way out."""
     reason = obstacle() or f"fused_kernels leaves {NAME} out: set it to auto"

@@ -40,6 +40,8 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
     if recipe.run.packing and chosen.attention != SDPA:
         varlen_kernel(chosen.attention)  # what cannot be imported is told before the weights are loaded
     computed_in = getattr(torch, recipe.mixed_precision) if recipe.mixed_precision else None
+    if not context.on_cpu and linear_attention.NAME not in run.structure.family.unfit_kernels:
+        linear_attention.complete_installed()
     if recipe.run.packing and linear_attention.NAME in chosen.fused_kernels:
         _tune_linear_attention(run, computed_in or getattr(torch, recipe.model.dtype))
     model = load_model(recipe.model, context.on_cpu, context.local_rank, context.strategy, computed_in)
