@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 import tarfile
 
 import httpx2
@@ -317,7 +318,7 @@ def test_datasets_that_cannot_be_read_are_told_in_one_message(hub, monkeypatch):
         open_rows("alice/never", "train")
 
 
-def test_parquet_is_left_to_datasets(hub, tmp_path):
+def test_parquet_is_left_to_datasets_and_its_cache(hub, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -325,6 +326,12 @@ def test_parquet_is_left_to_datasets(hub, tmp_path):
     hub.put_dataset(
         "alice/typed", {"data/train-00000-of-00001.parquet": (tmp_path / "a.parquet").read_bytes(), "notes.json": "{}"}
     )
+    assert read(open_rows("alice/typed", "train"))[0]["completion"] == "00501"
+    with pytest.raises(UserError, match=r"BuilderConfig 'old' not found"):  # as datasets tells it
+        open_rows("alice/typed", "train", "old")
+    for snapshot in (tmp_path / "cache/datasets--alice--typed/snapshots").iterdir():
+        shutil.rmtree(snapshot / "data")
+    set_offline(True, monkeypatch)
     assert read(open_rows("alice/typed", "train"))[0]["completion"] == "00501"
 
 

@@ -105,7 +105,10 @@ def open_hub_folder(name: str, revision: str | None) -> HubFolder | None:
     repo_id = name.removeprefix(_PREFIX)
     where = f"dataset {shortened(name)}" + (f", revision {shortened(revision)}" if revision else "")
     try:
-        commit = str(HfApi().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved)
+        resolved = HfApi().resolve_revision(
+            repo_id, repo_type="dataset", revision=revision, local_files_only=constants.is_offline_mode()
+        )
+        commit = str(resolved.resolved)
         online = _fetch_card(repo_id, commit)
     except _UNREACHABLE:
         return None
@@ -116,7 +119,9 @@ def open_hub_folder(name: str, revision: str | None) -> HubFolder | None:
     if not online:
         if not folder.is_dir():
             return None
-        logger.warning("%s: the Hub is out of reach; its files in the cache are used, of commit %s", where, commit)
+        # Where no network is wanted it need not be told.
+        level = logging.INFO if constants.is_offline_mode() else logging.WARNING
+        logger.log(level, "%s: the Hub is out of reach; its files in the cache are used, of commit %s", where, commit)
     return HubFolder(repo_id, commit, folder, online)
 
 

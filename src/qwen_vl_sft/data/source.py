@@ -22,7 +22,7 @@ from qwen_vl_sft.data import formats, git_lfs, local_files, row_files
 from qwen_vl_sft.data.hub_folder import HubFolder, open_hub_folder
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.row_files import RowFiles
-from qwen_vl_sft.data.split_listing import read_card, read_stated
+from qwen_vl_sft.data.split_listing import Stated, read_card, read_stated
 from qwen_vl_sft.errors import UserError, first_line, shortened
 
 logger = logging.getLogger(__name__)
@@ -220,10 +220,18 @@ def _hub_source(name: str, split: str, config: str | None, image_folder: Path | 
     hub = None if name in _PACKAGED_DATASETS_MODULES else open_hub_folder(name, revision)
     if hub is None:
         return by_datasets
-    stated = read_stated(read_card(hub.folder), config)
-    listed = hub.list_splits(stated)
+    try:
+        stated = read_stated(read_card(hub.folder), config)
+        listed = hub.list_splits(stated)
+    except ValueError:
+        # Of what is none of text, `datasets` tells whether it can read it.
+        if _holds_text(hub.list_splits(Stated())):
+            raise
+        return by_datasets
     own = listed.get(_base(split), ())
     if not own:
+        if not hub.online and not _holds_text(listed):
+            return by_datasets  # which may have it in a cache of its own
         raise UserError(f"dataset {name}: has no split {_base(split)!r}; its files give {', '.join(listed) or 'none'}")
     reader, _ = infer_module_for_data_files_list([file for file in own if not archives.is_archive(Path(file))])
     if reader in _TYPED:
@@ -247,6 +255,10 @@ def _hub_source(name: str, split: str, config: str | None, image_folder: Path | 
         local_files.refuse_tar(f"dataset {name}", own)
         return by_datasets
     return FileSource(name, split, files, hub)
+
+
+def _holds_text(listed: Mapping[str, Iterable[str]]) -> bool:
+    return any(row_files.kind_of(Path(file)) for files in listed.values() for file in files)
 
 
 def _fetch_tables(hub: HubFolder, listed: Mapping[str, Iterable[str]], own: Iterable[str]) -> None:
