@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from fixtures.processes import run_process, warm_processes
+from fixtures.processes import Popen, run_process, warm_processes
 from fixtures.publishing import (
     OTHER,
     READER,
@@ -65,20 +65,28 @@ def run(tmp_path_factory):
     return folder
 
 
-def make_worker(hub, tmp_path_factory, xet):
-    worker = Worker(hub_environment(hub, tmp_path_factory.mktemp("home"), xet))
+@pytest.fixture(scope="module")
+def home(hub, tmp_path_factory):
+    """A home of the Hub's client, with processes forked that have it and take the stand-in for the Hub, without Xet."""
+    folder = tmp_path_factory.mktemp("home")
+    with warm_processes(hub_environment(hub, folder, xet=False)):
+        yield folder
+
+
+def make_worker(hub, home, xet):
+    worker = Worker(hub_environment(hub, home, xet))
     yield worker
     worker.close()
 
 
 @pytest.fixture(scope="module")
-def lfs_worker(hub, tmp_path_factory):
-    yield from make_worker(hub, tmp_path_factory, xet=False)
+def lfs_worker(hub, home):
+    yield from make_worker(hub, home, xet=False)
 
 
 @pytest.fixture(scope="module")
 def xet_worker(hub, tmp_path_factory):
-    yield from make_worker(hub, tmp_path_factory, xet=True)
+    yield from make_worker(hub, tmp_path_factory.mktemp("home"), xet=True)
 
 
 @pytest.fixture(params=["lfs", "xet"])
@@ -158,16 +166,16 @@ def test_another_process_loads_nothing_without_the_token(lfs_worker, hub, run, t
     [(False, {"method": "PUT", "path": "/_lfs/", "skip": 1}), (True, {"method": "POST", "path": "/commit/"})],
     ids=["lfs", "xet"],
 )
-def test_a_killed_push_goes_on_when_run_again(xet, fault, hub, repo, tmp_path, request):
+def test_a_killed_push_goes_on_when_run_again(xet, fault, hub, home, repo, tmp_path, request):
     run = write_run(tmp_path / "run", seed=int(xet) + 5)
     # A second large file, so that one is there and one is not.
     # A NUL in its beginning, which the client sends ahead, makes it one.
     (run / "loss.png").write_bytes(b"\0" + os.urandom(1000))
     hub.faults({**fault, "times": 1, "kind": "hang"})
-    process = subprocess.Popen(
+    process = Popen(
         [sys.executable, "scripts/push.py", "--run", run, "--repo_id", repo],
         cwd=REPOSITORY,
-        env=hub_environment(hub, tmp_path / "home", xet),
+        env=hub_environment(hub, tmp_path / "home" if xet else home, xet),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -768,14 +776,6 @@ TRAINING = {
     "hub_strategy": "every_save",
     "hub_always_push": "true",
 }
-
-
-@pytest.fixture(scope="module")
-def home(hub, tmp_path_factory):
-    """A home of the Hub's client, with processes forked that have it and take the stand-in for the Hub."""
-    folder = tmp_path_factory.mktemp("home")
-    with warm_processes(hub_environment(hub, folder, xet=False)):
-        yield folder
 
 
 def train(hub, token, home, *words):
