@@ -17,6 +17,7 @@ from fixtures.models import WideTorch, newer
 from fixtures.packed_rows import one_at_a_time, token_losses
 from qwen_vl_sft.batching.packed_collator import join
 from qwen_vl_sft.batching.positions import Positions
+from qwen_vl_sft.compat.for_transformers import compute_linear_attention_on_cpu
 from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.dataset import open_rows
@@ -196,6 +197,28 @@ def test_an_installed_kernel_that_keeps_no_rows_apart_is_not_called(pair, encode
     monkeypatch.setattr(modeling, "causal_conv1d_fn", kernel)
     found = token_losses(model, packed(model, encoded, groups))
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+
+
+def test_an_installed_kernel_is_not_called_on_a_cpu(pair, monkeypatch):
+    """Not in padded batches either, where transformers would; nor twice around."""
+    words = {"input_ids": torch.arange(7)[None], "use_cache": True}
+    wanted = pair[0](**words).logits
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        original = inspect.unwrap(getattr(modeling, name))
+
+        def kernel(*args, **kwargs):
+            raise AssertionError("the kernel was called")
+
+        kernel.__wrapped__ = original
+        monkeypatch.setattr(modeling, name, kernel)
+    with pytest.raises(AssertionError, match="the kernel was called"):
+        pair[0](**words)
+    compute_linear_attention_on_cpu(pair[0])
+    chosen = modeling.torch_chunk_gated_delta_rule
+    compute_linear_attention_on_cpu(pair[0])
+    assert modeling.torch_chunk_gated_delta_rule is chosen
+    assert inspect.unwrap(modeling.torch_recurrent_gated_delta_rule) is original
+    assert torch.equal(pair[0](**words).logits, wanted)
 
 
 @pytest.mark.parametrize("layers", [4, 5])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from typing import Any
 
 from qwen_vl_sft.compat.registry import Patch, embedded_model, source_of
@@ -39,6 +42,37 @@ def prepare_final_save(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
         plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def compute_linear_attention_on_cpu(model: Any) -> None:
+    """Have linear attention on a CPU run in PyTorch's operations where flash-linear-attention is installed.
+
+    transformers then calls its Triton kernels in all batches that are not packed, on whatever device these are.
+    """
+    modeling = sys.modules[type(model).__module__]
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        function = getattr(modeling, name, None)
+        if function is not None and not hasattr(function, "by_device"):
+            setattr(modeling, name, _by_device(function))
+
+
+def _by_device(function: Any) -> Any:
+    plain = inspect.unwrap(function)
+
+    @functools.wraps(function)
+    def compute(query: Any, *args: Any, **kwargs: Any) -> Any:
+        return (function if query.is_cuda else plain)(query, *args, **kwargs)
+
+    compute.by_device = True  # type: ignore[attr-defined]
+    return compute
+
+
+def _calls_installed_functions_anywhere() -> bool:
+    """Return whether transformers calls the function of an installed package, on whatever device its arguments are."""
+    from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+
+    found = use_kernel_func_from_hub_with_fallback("dedent", "textwrap")(lambda text: "of transformers")
+    return bool(found("of the package") == "of the package")
 
 
 def _saves_no_split_model() -> bool:
@@ -131,6 +165,14 @@ PATCHES = (
         applied_by="checkpointing.writer.CheckpointWriter",
         links=("https://github.com/huggingface/accelerate/issues/3010",),
         still_needed=_looks_for_a_folder_it_does_not_make,
+    ),
+    Patch(
+        name="compute_linear_attention_on_cpu",
+        package="transformers",
+        broken="<=5.23",
+        without="Qwen3.5 does not run on a CPU where flash-linear-attention is installed, for merges on one say.",
+        applied_by="compat.for_transformers.compute_linear_attention_on_cpu",
+        still_needed=_calls_installed_functions_anywhere,
     ),
     Patch(
         name="load_full_weights",

@@ -113,6 +113,7 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
     """Load the merged model with transformers and check that every weight is used. Raises `UserError`."""
     from transformers import AutoModelForImageTextToText
 
+    from qwen_vl_sft.compat.for_transformers import compute_linear_attention_on_cpu
     from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
     from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
     from qwen_vl_sft.modeling.loaded_weights import CHECKED, loading_problems
@@ -131,6 +132,7 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
     problems = loading_problems(loading)
     if problems:
         raise _failed(problems)
+    compute_linear_attention_on_cpu(model)
     if attention == SDPA:
         use_segmented_vision_attention(model)
     return model

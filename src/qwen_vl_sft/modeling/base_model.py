@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from qwen_vl_sft.compat.experts_in_files import read_by_whole_shapes, write_as_read
 from qwen_vl_sft.compat.for_bitsandbytes import keep_4bit_weights_unpacked, unpack_rows_by_blocks
-from qwen_vl_sft.compat.for_transformers import forget_unused_renamings
+from qwen_vl_sft.compat.for_transformers import compute_linear_attention_on_cpu, forget_unused_renamings
 from qwen_vl_sft.compat.quantized_experts import adapt_4bit_experts, quantizing_experts
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
@@ -162,6 +162,7 @@ def load_model(
             **CHECKED,
         )
     check_loaded(loading, f"model_name_or_path: {settings.model_name_or_path}")
+    compute_linear_attention_on_cpu(model)
     if family.experts:
         write_as_read(model)
     if family.experts and (settings.load_in_4bit or settings.load_in_fp8):
