@@ -127,6 +127,30 @@ def test_answers_are_those_of_generate_one_at_a_time(family, chosen, rows, prefi
     assert bool(recorded) <= beside
 
 
+@st.composite
+def questions(draw):
+    """Conversations of any words on up to two of four images, some of them after a turn before."""
+    found = []
+    for text in draw(st.lists(st.text(max_size=30), min_size=1, max_size=4)):
+        images = draw(st.lists(st.sampled_from([SHARED, TALL, WIDE, image(84, 28, 4)]), max_size=2))
+        asked = conversation(text, *images)
+        if draw(st.booleans()):
+            asked = replace(asked, messages=[*asked.messages, *conversation(draw(st.text(max_size=9))).messages])
+        found.append(asked)
+    return found
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(questions(), st.integers(1, 24), st.integers(1, 3), st.sampled_from([1, 120]), st.booleans())
+def test_any_texts_and_images_are_answered_as_by_generate(tiny, asked, new_tokens, rows, prefill_tokens, beside):
+    model, encoder = tiny
+    expected = [alone(model, encoder, encoder.encode_prompt(one), new_tokens) for one in asked]
+    units = plan_units([1] * len(asked), [tuple(file.content_hash for file in one.media) for one in asked])
+    with on_a_device_of_its_own(beside):
+        engine = Engine(model, encoder, new_tokens, rows=rows, prefill_tokens=prefill_tokens)
+        assert answers(engine, asked, units) == expected
+
+
 @pytest.mark.parametrize("rows_at_once", [1, 3, 11])
 def test_rows_are_answered_a_pass_ahead_and_by_recorded_steps(tiny, rows_at_once):
     model, encoder = tiny
