@@ -1,6 +1,7 @@
 """Datasets on the stand-in for the Hub: their text files mean what is written in them, as those of a local folder do."""
 
 import io
+import itertools
 import json
 import logging
 import shutil
@@ -333,6 +334,25 @@ def test_parquet_is_left_to_datasets_and_its_cache(hub, tmp_path, monkeypatch):
         shutil.rmtree(snapshot / "data")
     set_offline(True, monkeypatch)
     assert read(open_rows("alice/typed", "train"))[0]["completion"] == "00501"
+
+
+def test_a_file_whose_name_fits_two_patterns_is_read_once(hub, tmp_path):
+    """By load_dataset its rows come twice."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, answers in (("train/train2017/a", ["1", "2"]), ("val/val2017/a", ["3"])):
+        (tmp_path / "local" / name).parent.mkdir(parents=True)
+        rows = {"prompt": ["?"] * len(answers), "completion": answers}
+        pq.write_table(pa.table(rows), tmp_path / "local" / f"{name}.parquet")
+        (tmp_path / "text" / name).parent.mkdir(parents=True)
+        (tmp_path / "text" / f"{name}.csv").write_text(table(answers))
+    for kind in ("local", "text"):
+        files = [path for path in (tmp_path / kind).rglob("*") if path.is_file()]
+        hub.put_dataset(f"alice/{kind}", {str(path.relative_to(tmp_path / kind)): path.read_bytes() for path in files})
+        for name, streaming in itertools.product((str(tmp_path / kind), f"alice/{kind}"), (False, True)):
+            for split, wanted in (("train", ["1", "2"]), ("validation", ["3"])):
+                assert [row["completion"] for row in read(open_rows(name, split, streaming=streaming))] == wanted
 
 
 def test_a_downloaded_folder_is_read_as_on_the_hub(tmp_path):

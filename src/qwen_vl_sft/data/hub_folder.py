@@ -27,7 +27,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.media.image_file import IMAGE_SUFFIXES
-from qwen_vl_sft.data.split_listing import CARD_FILES, Stated, list_splits
+from qwen_vl_sft.data.split_listing import CARD_FILES, Stated, list_splits, lists_twice
 from qwen_vl_sft.errors import UserError, first_line, shortened
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,22 @@ class HubFolder:
     folder: Path
     online: bool
 
+    @property
+    def address(self) -> str:
+        """Return the address of its files on the Hub, or where they lie in the cache while it is out of reach."""
+        return f"{_PREFIX}{self.repo_id}@{self.commit}" if self.online else str(self.folder)
+
     def list_splits(self, stated: Stated) -> dict[str, tuple[str, ...]]:
         """Return the files of each split, of those in the cache alone where the Hub is out of reach. Raises `ValueError`."""
-        home = str(self.folder)
-        base, root = (f"{_PREFIX}{self.repo_id}@{self.commit}",) * 2 if self.online else (glob.escape(home), home)
-        return list_splits(base, root, stated)
+        return list_splits(self._pattern, self.address, stated)
+
+    def lists_twice(self, stated: Stated) -> bool:
+        """Return whether `datasets` reads a file twice."""
+        return lists_twice(self._pattern, self.address, stated)
+
+    @property
+    def _pattern(self) -> str:
+        return self.address if self.online else glob.escape(self.address)
 
     def fetch(self, files: Iterable[Path]) -> None:
         """Download files that are not in the cache yet, named by where they lie in it then."""

@@ -15,7 +15,7 @@ from typing import Any
 from qwen_vl_sft.data import git_lfs, row_files
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.row_files import RowFiles
-from qwen_vl_sft.data.split_listing import Stated, list_splits, read_card, read_stated
+from qwen_vl_sft.data.split_listing import Stated, list_splits, lists_twice, read_card, read_stated
 from qwen_vl_sft.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -224,15 +224,27 @@ def _state_of(folder: Path) -> str:
 
 
 def _loaded(folder: Path) -> LoadedFiles:
-    if not glob.has_magic(str(folder.resolve())):
+    """Return what `load_dataset` reads: the folder, or its files where it would take it for another, or read files twice."""
+    home = folder.resolve()
+    has_magic = glob.has_magic(str(home))
+    if not has_magic and not _reads_twice(home):
         return LoadedFiles(str(folder))
     found = {
         split: [escaped(folder / file) for file in files if file.endswith(".parquet")]
         for split, files in _listed(folder, Stated()).items()
     }
     if not any(found.values()):
+        if not has_magic:
+            return LoadedFiles(str(folder))
         raise UserError(f"dataset {folder}: no rows are found in it; rename it without any of the characters [ ] * ?")
     return LoadedFiles("parquet", {split: files for split, files in found.items() if files})
+
+
+def _reads_twice(home: Path) -> bool:
+    try:
+        return not read_card(home).get("configs") and lists_twice(escaped(home), str(home), Stated())
+    except (OSError, ValueError):  # told when it is loaded
+        return False
 
 
 def _files_of_split(folder: Path, files: Sequence[Path], split: str) -> tuple[Path, ...]:

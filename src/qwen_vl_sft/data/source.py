@@ -235,6 +235,9 @@ def _hub_source(name: str, split: str, config: str | None, image_folder: Path | 
         raise UserError(f"dataset {name}: has no split {_base(split)!r}; its files give {', '.join(listed) or 'none'}")
     reader, _ = infer_module_for_data_files_list([file for file in own if not archives.is_archive(Path(file))])
     if reader in _TYPED:
+        if reader == "parquet" and hub.lists_twice(stated):
+            files = {_base(split): [f"{hub.address}/{file}" for file in own if file.endswith(".parquet")]}
+            return SplitSource(name, split, {"path": "parquet", "data_files": files})
         return by_datasets
     if reader in _GUESSING:
         unread = [file for file in own if row_files.is_packed_otherwise(Path(file))]
@@ -250,11 +253,11 @@ def _hub_source(name: str, split: str, config: str | None, image_folder: Path | 
             )  # fmt: skip
         listed[_base(split)] = tuple(file for file in own if file not in set(others))
     _fetch_tables(hub, listed, own)
-    files = local_files.split_of_listing(hub.folder, listed, stated, _base(split), image_folder)
-    if files is None:
+    texts = local_files.split_of_listing(hub.folder, listed, stated, _base(split), image_folder)
+    if texts is None:
         local_files.refuse_tar(f"dataset {name}", own)
         return by_datasets
-    return FileSource(name, split, files, hub)
+    return FileSource(name, split, texts, hub)
 
 
 def _holds_text(listed: Mapping[str, Iterable[str]]) -> bool:

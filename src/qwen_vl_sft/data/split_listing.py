@@ -92,14 +92,22 @@ def list_splits(base: str, root: str, stated: Stated) -> dict[str, tuple[str, ..
     `base` is that folder as a pattern; both are `hf://datasets/NAME@COMMIT` for a dataset on the Hub. Raises `ValueError`
     for files that lie elsewhere, and `OSError` for those that are not there.
     """
+    return {split: tuple(dict.fromkeys(files)) for split, files in _matched(base, root, stated).items()}
+
+
+def lists_twice(base: str, root: str, stated: Stated) -> bool:
+    """Return whether `datasets` reads a file twice, as two of its patterns fit the name: train/train2017/a.parquet."""
+    return any(len(set(files)) < len(files) for files in _matched(base, root, stated).values())
+
+
+def _matched(base: str, root: str, stated: Stated) -> dict[str, list[str]]:
     folder = f"{base}/{stated.data_dir.strip('/')}" if stated.data_dir else base
     try:
         patterns = get_data_patterns(folder) if stated.data_files is None else sanitize_patterns(stated.data_files)
         found = DataFilesDict.from_patterns(patterns, folder)
     except EmptyDatasetError:
         return {}
-    # A name that two patterns fit is found twice.
-    return {str(split): tuple(dict.fromkeys(_below(files, f"{root}/"))) for split, files in found.items() if files}
+    return {str(split): _below(files, f"{root}/") for split, files in found.items() if files}
 
 
 def _chosen(configs: MetadataConfigs, config: str | None) -> tuple[str, Mapping[str, Any]]:
