@@ -1,5 +1,6 @@
 """Kernels of linear attention: how they are called, compared and refused; on a GPU the real ones compare themselves."""
 
+import contextlib
 import importlib.util
 import itertools
 import math
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
+from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families import delta_gradient, delta_kernels
 from qwen_vl_sft.families.delta_check import TOLERANCE, differences
@@ -19,6 +21,7 @@ from qwen_vl_sft.families.gated_delta_net import TORCH, Operations
 from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.kernels import problems_of_kernels
 from qwen_vl_sft.modeling.linear_attention import NAME, CheckedKernels, obstacle
+from qwen_vl_sft.training import model_setup
 
 KEYS, VALUES, WIDTH = 2, 4, 16
 
@@ -171,6 +174,46 @@ def test_a_kernel_that_does_not_run_is_told_in_one_message(kernels):
         "fused_kernels: linear_attention does not run here with 4 heads of 16 values: no kernel image; leave"
         " linear_attention out of fused_kernels, for PyTorch's own operations"
     )
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """What of a run decides on its kernels."""
+    monkeypatch.setattr(launch, "join", lambda *_: SimpleNamespace(local_main_process_first=contextlib.nullcontext))
+    monkeypatch.setattr(model_setup, "load_config", lambda settings: "a configuration")
+
+    def build(named, packing=True):
+        model, keys = SimpleNamespace(fused_kernels=named), SimpleNamespace(packing=packing, share_prefixes=True)
+        recipe = SimpleNamespace(model=model, run=keys, get=lambda key: None)
+        context = SimpleNamespace(rank=0, local_rank=0)
+        return SimpleNamespace(recipe=recipe, context=context, chosen=SimpleNamespace(fused_kernels=["lora", NAME]))
+
+    return build
+
+
+def test_kernels_are_ready_before_the_weights_are_loaded(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(linear_attention, "tune", lambda *args: asked.append(args) or 12.3)
+    assert model_setup.ready_kernels(run("auto"), torch.bfloat16) == ["lora", NAME]
+    assert asked == [("a configuration", torch.bfloat16, torch.device("cuda", 0), True)]
+    assert capsys.readouterr().out == "linear      kernels of linear attention compared with float32, ready in 12 s\n"
+    assert model_setup.ready_kernels(run("auto"), torch.float32) == ["lora", NAME]
+    assert model_setup.ready_kernels(run("auto", packing=False), torch.bfloat16) == ["lora", NAME]
+    assert len(asked) == 1
+
+
+def test_kernels_that_are_wrong_are_left_out_by_auto_and_refused_by_name(run, monkeypatch, capsys):
+    def fails(*_):
+        raise UserError("fused_kernels: linear_attention does not run here: this; leave it out")
+
+    monkeypatch.setattr(linear_attention, "tune", fails)
+    assert model_setup.ready_kernels(run("auto"), torch.bfloat16) == ["lora"]
+    told = capsys.readouterr().err
+    assert told == (
+        "warning: fused_kernels: linear_attention does not run here: this; leave it out; this run does so, and is slower\n"
+    )
+    with pytest.raises(UserError, match="does not run here"):
+        model_setup.ready_kernels(run(["lora", NAME]), torch.bfloat16)
 
 
 def test_float32_and_a_cpu_are_left_to_pytorch():

@@ -48,20 +48,22 @@ from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data, with_
 from qwen_vl_sft.training.resolve import resolve
 from qwen_vl_sft.training.throughput import TimedIterator
 
-PACKED = {"packing": True, "gradient_checkpointing": False, "lora_dropout": 0.0}
+NOT_PACKED = {"packing": False, "share_prefixes": False}
+PACKED = {"packing": True, "share_prefixes": False, "gradient_checkpointing": False, "lora_dropout": 0.0}
 KERNELS = {"fused_kernels": "auto"}
 ALL_PROJECTIONS = {"lora_target_modules": None, "lora_scope": "language", "lora_r": 16, "lora_alpha": 32}
 CACHED = {"cache_image_features": "bfloat16"}
 # What each variant changes in the recipe; None is TRL's trainer.
 VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "trl": None,
-    "padded": {"packing": False, "gradient_checkpointing": True},
+    "padded": {**NOT_PACKED, "gradient_checkpointing": True},
     "packed_checkpointing": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 8192},
     "packed_plain": {**PACKED, "tokens_per_batch": 8192},
     "packed": {**PACKED, **KERNELS, "tokens_per_batch": 8192},
     "packed_16k": {**PACKED, **KERNELS, "tokens_per_batch": 16384},
     "packed_32k": {**PACKED, **KERNELS, "tokens_per_batch": 32768},
     "shared": {**PACKED, **KERNELS, "tokens_per_batch": 16384, "share_prefixes": True},
+    "shared_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192, "share_prefixes": True},
     "packed_sdpa": {**PACKED, **KERNELS, "tokens_per_batch": 8192, "attn_implementation": "sdpa"},
     "packed_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 8192},
     "packed_16k_all": {**PACKED, **KERNELS, **ALL_PROJECTIONS, "tokens_per_batch": 16384},
@@ -151,7 +153,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     split = split_name(name)
     assert split is not None, "read_names knows it"
     changed = VARIANTS[split[0]]
-    keys = {**keys, **(changed or {"packing": False}), **(BASES[split[1]] if split[1] else {})}
+    keys = {**keys, **(changed or NOT_PACKED), **(BASES[split[1]] if split[1] else {})}
     if "cache_image_features" in keys:
         keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
     recipe = read_recipe(recipe_file, keys)

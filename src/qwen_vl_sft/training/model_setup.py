@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qwen_vl_sft.compat.vision_tower import (
     run_vision_in_every_batch,
 )
 from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
@@ -42,8 +44,7 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
     computed_in = getattr(torch, recipe.mixed_precision) if recipe.mixed_precision else None
     if not context.on_cpu and linear_attention.NAME not in run.structure.family.unfit_kernels:
         linear_attention.complete_installed()
-    if recipe.run.packing and linear_attention.NAME in chosen.fused_kernels:
-        _tune_linear_attention(run, computed_in or getattr(torch, recipe.model.dtype))
+    kernels = ready_kernels(run, computed_in or getattr(torch, recipe.model.dtype))
     model = load_model(recipe.model, context.on_cpu, context.local_rank, context.strategy, computed_in)
     if not recipe.model.use_peft:
         freeze_for_full_training(model, recipe.model)
@@ -56,22 +57,31 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
         count_no_placeholders_in_training(model)
         # The auxiliary loss is over all tokens of all layers.
         take_packed_batches(model, spares_last_layer=not recipe.model.router_aux_loss_coef)
-    use_fused_kernels(model, chosen.fused_kernels)
+    use_fused_kernels(model, kernels)
     return model
 
 
-def _tune_linear_attention(run: Run, dtype: torch.dtype) -> None:
-    """Have the kernels ready before the weights take the memory; one process of a machine compiles them for all."""
-    if dtype == torch.float32:
-        return
-    recipe, context = run.recipe, run.context
+def ready_kernels(run: Run, dtype: torch.dtype) -> list[str]:
+    """Return the fused kernels of a run. Those of linear attention are tuned and compared before the weights take the memory.
+
+    One process of a machine compiles them for all. Those that do not run, or compute something else, are left out where
+    the recipe says "auto"; where it names them, that is a `UserError`.
+    """
+    recipe, context, names = run.recipe, run.context, run.chosen.fused_kernels
+    if dtype == torch.float32 or not recipe.run.packing or linear_attention.NAME not in names:
+        return names
     with launch.join(context, recipe.get("ddp_backend")).local_main_process_first():
         device = torch.device("cuda", context.local_rank)
-        seconds = linear_attention.tune(load_config(recipe.model), dtype, device, recipe.run.share_prefixes)
-        if context.rank == 0:
-            print(
-                f"linear      kernels of linear attention compared with float32, ready in {seconds:.0f} s", flush=True
-            )
+        try:
+            seconds = linear_attention.tune(load_config(recipe.model), dtype, device, recipe.run.share_prefixes)
+        except UserError as error:
+            if recipe.model.fused_kernels != "auto":
+                raise
+            print(f"warning: {error}; this run does so, and is slower", file=sys.stderr, flush=True)
+            return [name for name in names if name != linear_attention.NAME]
+    if context.rank == 0:
+        print(f"linear      kernels of linear attention compared with float32, ready in {seconds:.0f} s", flush=True)
+    return names
 
 
 def finish_model(model: Any, accelerator: Any, run: Run) -> None:
