@@ -19,7 +19,9 @@ from qwen_vl_sft.planning.options import CheckPlanOptions
 from qwen_vl_sft.tools import measure_plan
 from qwen_vl_sft.tools.benchmark import FEWEST_ROWS, repeated, run_session
 from qwen_vl_sft.tools.benchmark_answers import run_session as answer_session
-from qwen_vl_sft.tools.options import AnswerBenchmarkOptions, BenchmarkOptions
+from qwen_vl_sft.tools.compare_bases import compare, smoothed
+from qwen_vl_sft.tools.compare_bases import run_session as compare_bases
+from qwen_vl_sft.tools.options import AnswerBenchmarkOptions, BenchmarkOptions, CompareBasesOptions
 from qwen_vl_sft.tools.settled_steps import Step, counting, have_settled
 
 
@@ -44,6 +46,48 @@ def test_variants_are_read_before_anything_is_made(names, told, tmp_path):
     with pytest.raises(UserError, match=f"--variants: {told}; known are trl, padded"):
         run_session(options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("bases", "told"), [(("bf16", "fp4"), "'fp4' is unknown"), (("fp8",), "one base has nothing to be compared with")]
+)
+def test_bases_are_read_before_anything_is_made(bases, told, tmp_path):
+    with pytest.raises(UserError, match=f"--bases: {told}; name two or more of bf16, nf4, fp8"):
+        compare_bases(CompareBasesOptions(bases=bases, output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_compared_as_means_of_steps_at_every_tenth():
+    falling = [10.0 - step / 10 for step in range(30)]
+    assert smoothed(falling)[:3] == [10.0, 9.95, 9.9]
+    assert smoothed(falling)[-1] == pytest.approx(sum(falling[10:]) / 20)
+    runs = [{"base": "bf16", "seed": seed, "losses": [2.0] * 30} for seed in (0, 1)]
+    # A loss that is off for one step, then for good.
+    runs.append({"base": "fp8", "seed": 1, "losses": [2.0] * 4 + [8.0] + [2.0] * 15 + [1.9] * 10})
+    *references, found = compare(runs, "bf16")
+    assert all("apart" not in one for one in references)
+    assert (found["at_step"], found["apart"]) == (10, pytest.approx(0.3))
+    assert found["apart_at_the_end"] == pytest.approx(-0.025)
+
+
+def test_bases_are_trained_on_the_same_rows(tmp_path):
+    """On a CPU in bfloat16 and in emulated FP8, from one adapter."""
+    keys = {"per_device_train_batch_size": ["4"], "global_batch_size": ["4"]}
+    options = CompareBasesOptions(
+        recipe=Path("recipes/quickstart.yaml"),
+        bases=("bf16", "emulation"),
+        steps=3,
+        output_dir=tmp_path,
+        recipe_keys=keys,
+    )
+    table = compare_bases(options)
+    assert "emulation" in table
+    written = json.loads((tmp_path / "results.json").read_text())
+    (plain, fp8) = (run["losses"] for run in written["runs"])
+    assert len(plain) == len(fp8) == 3
+    assert fp8 == pytest.approx(plain, rel=0.1)
+    assert fp8 != plain
+    assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
 def test_rows_that_are_repeated_share_no_work(tiny_processor, messages_folder):

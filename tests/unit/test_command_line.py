@@ -149,6 +149,7 @@ WRONG = {
     "benchmark_answers": "--rows many --config x --output_dir x",
     "check_packing": "--rows many --output_dir x",
     "check_plan": "--ponts x",
+    "compare_bases": "--steps many --output_dir x",
     "compare_strategies": "--processes --output_dir x",
     "data_costs": "--rows many --output_dir x",
     "demo": "--rn runs/x",

@@ -102,6 +102,20 @@ class CheckPackingOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareBasesOptions(RecipeOptions):
+    """Command-line options of compare_bases.py."""
+
+    bases: tuple[str, ...] = option(
+        ("bf16", "fp8", "nf4"),
+        "two or more of bf16, fp8, nf4 and emulation (FP8 on any device); the first is what the others are compared with",
+        parse=names,
+        shown="bf16,fp8,nf4",
+    )
+    seeds: tuple[int, ...] = option((0,), "seeds of rows and adapter, e.g. 0,1,2", parse=counts, shown="0")
+    steps: int = option(150, "optimizer steps of each run", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareStrategiesOptions(RecipeOptions):
     """Command-line options of compare_strategies.py."""
 

@@ -1,0 +1,160 @@
+"""Train the same rows with the base in several precisions, and tell how far apart the losses are."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_vl_sft.config.command_line import recipe_values
+from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.distributed.context import read_context
+from qwen_vl_sft.errors import UserError, quoted
+from qwen_vl_sft.tools.measuring import (
+    TEXT,
+    TRAINING_ALONE,
+    format_table,
+    machine_facts,
+    make_output_dir,
+    random_model_of,
+)
+from qwen_vl_sft.tools.options import CompareBasesOptions
+from qwen_vl_sft.training import sft
+from qwen_vl_sft.training.prepared_data import prepare_data
+from qwen_vl_sft.training.resolve import resolve
+
+# What each base sets in place of the recipe's.
+_IN_16_BITS: dict[str, Any] = {"load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
+BASES: dict[str, dict[str, Any]] = {
+    "bf16": _IN_16_BITS,
+    "nf4": {**_IN_16_BITS, "load_in_4bit": True},
+    "fp8": {**_IN_16_BITS, "load_in_fp8": True},
+    "emulation": {**_IN_16_BITS, "load_in_fp8": "emulation"},
+}
+COLUMNS = {
+    "base": ("base", TEXT),
+    "seed": ("seed", "{}"),
+    "steps": ("steps", "{}"),
+    "last": ("loss at the end", "{:.4f}"),
+    "apart": ("apart at most", "{:+.1%}"),
+    "at_step": ("at step", "{}"),
+    "apart_at_the_end": ("at the end", "{:+.1%}"),
+}
+# Losses are compared as means of so many steps, at every so many.
+MEAN_OF, EVERY = 20, 10
+COLORS = ("#374151", "#dc2626", "#2563eb", "#059669")
+
+
+def check_bases(bases: Sequence[str]) -> None:
+    """Raise `UserError` for an unknown base, or fewer than two."""
+    unknown = [quoted(base) for base in bases if base not in BASES]
+    if unknown or len(set(bases)) < 2:
+        what = f"{', '.join(unknown)} is unknown" if unknown else "one base has nothing to be compared with"
+        raise UserError(f"--bases: {what}; name two or more of {', '.join(BASES)}")
+
+
+def run_session(options: CompareBasesOptions) -> str:
+    """Train every base with every seed, write the results after each run; returns the table. Raises `UserError`."""
+    check_bases(options.bases)
+    keys = recipe_values(options.recipe_keys, options)
+    make_output_dir(options.output_dir)
+    own = {"model_name_or_path": str(random_model_of(options))} if options.config else {}
+    runs: list[dict[str, Any]] = []
+    for seed, base in product(options.seeds, options.bases):
+        changed = {**own, **keys, **BASES[base], "seed": seed, "output_dir": str(options.output_dir / "runs")}
+        losses = train(options.recipe, changed, options.steps)
+        runs.append({"base": base, "seed": seed, "losses": losses})
+        results = compare(runs, options.bases[0])
+        print(f"trained: {base}, seed {seed}: loss {results[-1]['last']:.4f} at the end", flush=True)
+        write_results(
+            options.output_dir, runs, results, {"keys": keys, "recipe": str(options.recipe), **machine_facts()}
+        )
+    return format_table(results, COLUMNS)
+
+
+def train(recipe_file: Path, keys: Mapping[str, Any], steps: int) -> list[float]:
+    """Train a recipe with other keys; return the loss of each step. Raises `UserError` for one that cannot work."""
+    alone = {**TRAINING_ALONE, "disable_tqdm": False, "max_steps": steps, "logging_steps": 1}
+    recipe = read_recipe(recipe_file, {**alone, **keys})
+    context = read_context(use_cpu=recipe.get("use_cpu"))
+    run = resolve(recipe, context)
+    launch.start(context)
+    trainer: Any = sft.build_trainer(run, sft.sft_config(run), prepare_data(run))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainer.end_workers()
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return losses
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Return for each step the mean loss of the last `MEAN_OF` steps, of fewer at the beginning."""
+    found = []
+    for step in range(1, len(losses) + 1):
+        last = losses[max(0, step - MEAN_OF) : step]
+        found.append(sum(last) / len(last))
+    return found
+
+
+def compare(runs: Sequence[Mapping[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """Return a row of the table for each run; each is compared with the run of `reference` with the same seed."""
+    of_reference = {run["seed"]: smoothed(run["losses"]) for run in runs if run["base"] == reference}
+    results = []
+    for run in runs:
+        own = smoothed(run["losses"])
+        result: dict[str, Any] = {"base": run["base"], "seed": run["seed"], "steps": len(own), "last": own[-1]}
+        if run["base"] != reference:
+            pairs = zip(own, of_reference[run["seed"]], strict=True)
+            apart = [one / other - 1 for one, other in pairs]
+            steps = range(min(EVERY, len(apart)), len(apart) + 1, EVERY)
+            furthest = max(steps, key=lambda step: abs(apart[step - 1]))
+            result |= {"apart": apart[furthest - 1], "at_step": furthest, "apart_at_the_end": apart[-1]}
+        results.append(result)
+    return results
+
+
+def write_results(
+    folder: Path, runs: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+) -> None:
+    """Write results.json, results.md and loss.png."""
+    text = json.dumps({**facts, "mean_of_steps": MEAN_OF, "results": list(results), "runs": list(runs)}, indent=1)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(format_table(results, COLUMNS) + "\n", encoding="utf-8")
+    plot_losses(runs, folder / "loss.png")
+
+
+def plot_losses(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot the smoothed losses of all runs, and below how far they are from those of the first base, in percent."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    bases = list(dict.fromkeys(run["base"] for run in runs))
+    of_reference = {run["seed"]: smoothed(run["losses"]) for run in runs if run["base"] == bases[0]}
+    for run in runs:
+        own, color = smoothed(run["losses"]), COLORS[bases.index(run["base"]) % len(COLORS)]
+        steps = range(1, len(own) + 1)
+        first = run["seed"] == runs[0]["seed"]
+        upper.plot(steps, own, color=color, linewidth=1.2, label=run["base"] if first else None)
+        if run["base"] != bases[0]:
+            pairs = zip(own, of_reference[run["seed"]], strict=True)
+            lower.plot(steps, [100 * (one / other - 1) for one, other in pairs], color=color, linewidth=1.2)
+    upper.legend()
+    upper.set_ylabel(f"loss, mean of {MEAN_OF} steps (nats)")
+    lower.set_ylabel(f"% above {bases[0]}")
+    lower.set_xlabel("optimizer step")
+    lower.axhline(0, color="#9ca3af", linewidth=0.8)
+    for panel in (upper, lower):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure).print_png(str(path))
