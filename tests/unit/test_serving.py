@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fixtures import serving_table
 from fixtures.repository import REPOSITORY
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import REQUIREMENTS, WORKERS, EngineAnswer, Prompt, Served, Size
 from qwen_vl_sft.serving.check import format_record
@@ -21,7 +23,7 @@ from qwen_vl_sft.serving.engines import transformers
 from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, make_environment, python_of
 from qwen_vl_sft.serving.exported import Export, read_export
 from qwen_vl_sft.serving.options import Options, check_form, make_plan
-from qwen_vl_sft.serving.own_answers import as_far_as_told, margin_of, round_activations
+from qwen_vl_sft.serving.own_answers import bytes_of, ends_within_character, margin_of, round_activations, told_places
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.record import changes_vision, form_of, read_records, write_record
 from qwen_vl_sft.serving.registry import ENGINES, engine_named
@@ -147,11 +149,23 @@ def test_a_margin_counts_in_the_size_of_the_logits():
     assert margin_of(10 * logits, 0, 1) == pytest.approx(2 / size)
 
 
-def test_tokens_that_an_engine_does_not_tell_are_not_compared():
-    told = EngineAnswer(0, "a", 1, answer_ids=[1, 2], untold=1)
-    assert as_far_as_told([1, 2, 3], told) == [1, 2]
-    assert as_far_as_told([1, 2, 3, 4], told) == [1, 2, 3, 4]
-    assert as_far_as_told([1, 2, 3], replace(told, untold=0)) == [1, 2, 3]
+@pytest.mark.parametrize("text", ["a", "é", "€", "😀", "a€"])
+def test_text_ends_within_a_character_before_its_last_byte(text):
+    whole = text.encode()
+    found = [ends_within_character(whole[:end]) for end in range(1, len(whole) + 1)]
+    assert found == [byte >= 0x80 for byte in whole[:-1]] + [False]
+
+
+def test_tokens_within_a_character_are_compared_where_the_engine_tells_them(tiny_processor):
+    encoder = Encoder(tiny_processor)
+    byte = {
+        value: tiny_processor.tokenizer.convert_tokens_to_ids(letter) for value, letter in bytes_to_unicode().items()
+    }
+    ours = [byte[value] for value in "a€b".encode()] + [encoder.end_of_turn_id]
+    assert b"".join(bytes_of(tiny_processor.tokenizer, token) for token in ours) == "a€b".encode()
+    told = EngineAnswer(0, "a€b", 1, answer_ids=[ours[0], ours[3], ours[4]], whole_characters=True)
+    assert told_places(ours, told, encoder) == [0, 3, 4, 5]
+    assert told_places(ours, replace(told, whole_characters=False), encoder) == [0, 1, 2, 3, 4, 5]
 
 
 def test_inputs_are_rounded_to_fp8_token_by_token():

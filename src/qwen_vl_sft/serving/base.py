@@ -39,8 +39,8 @@ class EngineAnswer:
     """What an engine answered to the prompt of the same number.
 
     `prompt_ids` are all tokens of the prompt, those of images included; None where the engine tells their number alone.
-    `answer_ids` are the tokens of the answer, None where it tells its text alone. `untold` counts tokens after them that the
-    engine made and did not tell.
+    `answer_ids` are the tokens of the answer, None where it tells its text alone. With `whole_characters` those after which
+    the text ends within a character are not among them.
     """
 
     number: int
@@ -48,7 +48,7 @@ class EngineAnswer:
     prompt_tokens: int
     prompt_ids: list[int] | None = None
     answer_ids: list[int] | None = None
-    untold: int = 0
+    whole_characters: bool = False
 
 
 @dataclass(frozen=True)

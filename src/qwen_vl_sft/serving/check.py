@@ -46,11 +46,11 @@ from qwen_vl_sft.serving.exported import dequantized, rounded_layers
 from qwen_vl_sft.serving.options import Plan, unquantized
 from qwen_vl_sft.serving.own_answers import (
     answer_tokens,
-    as_far_as_told,
     differences,
     own_answers,
     round_activations,
     silence_vision,
+    told_places,
 )
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.record import AS_TRAINED, changes_vision, stats, write_record
@@ -338,7 +338,7 @@ def effect_of(
 
 
 def _same_answer(encoder: Encoder, ours: Sequence[int], theirs: EngineAnswer) -> bool:
-    ours = as_far_as_told(ours, theirs)
+    ours = [ours[place] for place in told_places(ours, theirs, encoder)]
     return first_difference(ours, answer_tokens(encoder, theirs), frozenset(answer_ends(encoder))) is None
 
 

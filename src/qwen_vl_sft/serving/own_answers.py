@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen_vl_sft.batching.collator import pad
 from qwen_vl_sft.data.encoding import Encoded, Encoder
@@ -52,14 +53,16 @@ def differences(
     ends, found = frozenset(answer_ends(encoder)), []
     for number, tokens in ours.items():
         theirs = answer_tokens(encoder, engines[number])
-        tokens = as_far_as_told(tokens, engines[number])
-        at = first_difference(tokens, theirs, ends)
+        places = told_places(tokens, engines[number], encoder)
+        told = [tokens[place] for place in places]
+        at = first_difference(told, theirs, ends)
         if at is None:
             continue
         margin, tie = None, False
         if same_prompts[number]:
-            logits = next_logits(model, encoder, prompt_at(number), tokens[:at])
-            margin = margin_of(logits, _token_at(tokens, at, encoder), _token_at(theirs, at, encoder))
+            before = places[at] if at < len(places) else len(tokens)
+            logits = next_logits(model, encoder, prompt_at(number), tokens[:before])
+            margin = margin_of(logits, _token_at(told, at, encoder), _token_at(theirs, at, encoder))
             tie = margin <= NEAR_TIE[dtype]
         texts = decode_answer(encoder, tokens), decode_answer(encoder, theirs)
         found.append(Difference(number, arm, *texts, margin, tie))
@@ -74,10 +77,35 @@ def answer_tokens(encoder: Encoder, answer: EngineAnswer) -> list[int]:
     return [*ids, encoder.end_of_turn_id]
 
 
-def as_far_as_told(ours: Sequence[int], answer: EngineAnswer) -> Sequence[int]:
-    """Return our answer without its end where the engine made as many tokens, and did not tell the last ones."""
-    told = len(answer.answer_ids or ())
-    return ours[:told] if answer.untold and len(ours) == told + answer.untold else ours
+def told_places(ours: Sequence[int], answer: EngineAnswer, encoder: Encoder) -> list[int]:
+    """Return the places of our tokens that the engine would tell of the same answer: all, or those of whole characters."""
+    if not answer.whole_characters:
+        return [*range(len(ours))]
+    text, places = b"", []
+    for place, token in enumerate(ours):
+        text += bytes_of(encoder.processor.tokenizer, token)
+        if not ends_within_character(text):
+            places.append(place)
+    return places
+
+
+def bytes_of(tokenizer: Any, token: int) -> bytes:
+    """Return the bytes of a token of a byte-level tokenizer, none for one beside its vocabulary, such as the turn's end."""
+    if token in tokenizer.added_tokens_decoder:
+        return b""
+    letters = bytes_to_unicode()
+    values = {letter: byte for byte, letter in letters.items()}
+    return bytes(values[letter] for letter in tokenizer.convert_ids_to_tokens(token))
+
+
+def ends_within_character(text: bytes) -> bool:
+    """Return whether one of the last bytes begins a character of UTF-8 of more bytes than follow, as llama.cpp finds it."""
+    return any(
+        length > back
+        for back in range(1, min(4, len(text)) + 1)
+        for length, low, high in ((2, 0xC0, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0xF8))
+        if low <= text[-back] < high
+    )
 
 
 def next_logits(model: Any, encoder: Encoder, prompt: Encoded, answer: Sequence[int]) -> torch.Tensor:

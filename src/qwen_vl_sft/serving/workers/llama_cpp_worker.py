@@ -48,11 +48,6 @@ def load(start):
     return Server(params)
 
 
-def cut(choice):
-    """Return whether an answer ended by its length."""
-    return choice["finish_reason"] == "length"
-
-
 def messages_of(prompt):
     """Return the messages as the chat endpoint takes them, images as PNG in a data URL."""
     images = iter(prompt["images"])
@@ -102,8 +97,7 @@ def answer(server, has_adapter, request):
                 "text": choice["message"]["content"] or "",
                 "prompt_tokens": found["usage"]["prompt_tokens"],
                 "answer_ids": ids,
-                # The bytes of half a character, where an answer was cut.
-                "untold": max(found["usage"]["completion_tokens"] - len(ids), 0) if cut(choice) else 0,
+                "whole_characters": True,
             }
         )
     return answers
