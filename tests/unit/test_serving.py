@@ -282,7 +282,7 @@ def test_exports_are_served_by_the_engines_that_read_them(tmp_path):
             check("llama.cpp", wrong)
     with pytest.raises(UserError, match=r"holds neither merge\.json nor export\.json"):
         check("vllm", None)
-    with pytest.raises(UserError, match="--model: .*gone is not there; name a folder of"):
+    with pytest.raises(UserError, match=r"--model: .*gone is not there; name a folder of"):
         check_form(Options(run=tmp_path, engine="vllm", model=tmp_path / "gone"), engine_named("vllm"), None, None)
     model.rmdir()
     with pytest.raises(UserError, match="is not there, and answers are compared with it"):

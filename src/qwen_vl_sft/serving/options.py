@@ -153,7 +153,9 @@ def check_form(options: Options, engine: ServingEngine, export: Export | None, m
     from qwen_vl_sft.serving.exported import REPORT_FILE as EXPORT_FILE
 
     if options.model is not None and not options.model.is_dir():
-        raise UserError(f"--model: {options.model} is not there; name a folder of scripts/merge.py or scripts/export.py")
+        raise UserError(
+            f"--model: {options.model} is not there; name a folder of scripts/merge.py or scripts/export.py"
+        )
     gguf = export is not None and not export.compressed
     if engine.gguf and not gguf:
         raise UserError(
