@@ -194,6 +194,6 @@ PATCHES = (
         kind="extension",
         without="Every process of the run starts one more process per core, each importing PyTorch, to compile a few lines.",
         applied_by="modeling.kernels.use_fused_kernels",
-        reads={"torch._inductor.config.decide_compile_threads": ("sched_getaffinity",)},
+        reads={"torch._inductor.config.decide_compile_threads": ("compile_threads = min(32, cpu_count)",)},
     ),
 )
