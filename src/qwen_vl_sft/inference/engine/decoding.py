@@ -144,7 +144,8 @@ class Decoder:
 
     def _capture(self, count: int, width: int) -> _Graph | None:
         """Record a step. Where that fails, say so once, and record none any more."""
-        # Of rows that stand for none: what is only tried out must not advance those that are answered.
+        # Of rows that stand for none: what is only tried out must not advance those that are answered. Nothing here waits
+        # for the GPU, which meanwhile reads prompts.
         places = torch.full((count,), self.places, device=self.device)
         pool = next((one.graph.pool() for one in self._captured.values()), None)
         try:
@@ -152,8 +153,7 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._compute(places, width, None)  # buffers are made here, which no graph could record
-                torch.cuda.synchronize()
+                self._compute(places, width, None)  # kernels are loaded here, which no graph could record
                 # Not by `torch.cuda.graph`, which gives all of PyTorch's free memory back first. Other threads may go on
                 # pinning memory meanwhile.
                 graph.capture_begin(pool, capture_error_mode="thread_local")
