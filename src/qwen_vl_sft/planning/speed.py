@@ -1,7 +1,8 @@
 """Estimate the seconds of a step from FLOPs, memory traffic and what the host needs to start the work.
 
-The constants were fitted to what was measured on H200s (`benchmarks/plan.json`); another card is taken to reach the same
-shares of its own rates. `tools/check_plan.py` tells how far the estimates are off.
+The constants were fitted to what was measured on H200s (`benchmarks/plan.json`, and half of `plan_settled_h200.json` and
+`plan_alike_h200.json`); another card is taken to reach the same shares of its own rates. `tools/check_plan.py` tells how
+far the estimates are off.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from qwen_vl_sft.planning.cards import Card
 from qwen_vl_sft.planning.memory import NF4_NESTED_BYTES, Training, language_bytes
 
 # Share of the card's dense half-precision peak that large matrix products reach, and share of its bandwidth.
-PRODUCTS, BANDWIDTH = 0.79, 0.7
+PRODUCTS, BANDWIDTH = 0.88, 0.7
 # What products in FP8 reach, as a share of the half-precision peak.
-FP8_PRODUCTS = 1.57
+FP8_PRODUCTS = 1.7
 # The same where a width is no multiple of 8, as the 3,420 inside the MLPs of Qwen2.5-VL's smaller towers: measured alone
 # on an H200, 248 TFLOP/s into that width and 215 out of it, where 3,424 reaches 719 and 761.
 UNALIGNED = 0.24
@@ -24,20 +25,22 @@ UNALIGNED = 0.24
 # one run of 8 layers of Qwen3-VL-30B-A3B (benchmarks/experts_qwen3_vl_moe_h200.json), LoRA on attention.
 GROUPED = 0.21
 # The same share of attention: PyTorch's kernels, and FlashAttention built for the card.
-ATTENTION, FLASH_ATTENTION = 0.17, 0.3
+ATTENTION, FLASH_ATTENTION = 0.17, 0.2
 # How often what a layer keeps is read or written: forward and backward, and once more to compute it again.
-TRAFFIC, TRAFFIC_AGAIN = 9.2, 3.0
+TRAFFIC, TRAFFIC_AGAIN = 7.4, 3.5
+# How often what goes into a layer with LoRA, and what comes out of it, are read or written for the adapter alone.
+ADAPTERS = 1.9
 # Seconds of the host for a layer's forward and backward pass, whose kernels it starts one by one.
 HOST_SECONDS = {
-    "single": 0.0029,
-    "ddp": 0.0029,
+    "single": 0.0027,
+    "ddp": 0.0027,
     "zero1": 0.0047,
     "zero2": 0.0047,
     "fsdp2": 0.0062,
     "zero3": 0.0152,
 }
 # A layer that is computed again, and one whose own weights train, take so much more.
-HOST_AGAIN, HOST_FULL = 0.25, 0.25
+HOST_AGAIN, HOST_FULL = 0.25, 0.26
 # Of the rate of a link, what collectives reach; and what of their time no computation hides.
 LINK, EXPOSED = 0.7, 0.3
 
@@ -108,6 +111,10 @@ def _traffic(training: Training, work: Work, micro_batches: float, checkpointed:
     shape, depth = training.shape, training.blocks - training.shape.text.layers
     again = TRAFFIC_AGAIN * max(0, checkpointed - depth) / shape.text.layers
     language = language_bytes(training) * shape.text.layers * work.tokens * (TRAFFIC + again)
+    adapted = sum(
+        entry.count * (entry.inputs + entry.outputs) for entry in training.adapted or () if entry.part == "language"
+    )
+    language += adapted * training.computed * work.tokens * ADAPTERS
     vision = shape.vision
     patch = training.computed * (12 * vision.width + 3 * vision.mlp) * vision.depth
     tower = 0.0
