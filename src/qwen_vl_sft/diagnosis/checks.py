@@ -13,7 +13,7 @@ from qwen_vl_sft.errors import first_line
 
 GIB = 2**30
 OK, NOTE, PROBLEM = "ok", "note", "problem"
-OPTIONAL = {"deepspeed": "deepspeed", "liger-kernel": "kernels", "flash-attn-4": "flash"}
+OPTIONAL = {"deepspeed": "deepspeed", "liger-kernel": "kernels", "fla-core": "linear", "flash-attn-4": "flash"}
 PYTHONS = ((3, 11), (3, 12))
 # Workers hand batches over in shared memory: some images and their patches, for each worker twice.
 _SHARED_LEAST = GIB

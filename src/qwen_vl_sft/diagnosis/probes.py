@@ -69,13 +69,15 @@ def probe_kernels() -> str:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from qwen_vl_sft import tiny
+    from qwen_vl_sft.families.registry import family_of
     from qwen_vl_sft.modeling.kernels import chosen_kernels, use_fused_kernels
 
     device = _device()
-    names = chosen_kernels("auto", device == "cpu")
+    config = AutoConfig.from_pretrained(tiny.MODEL_DIR)
+    unfit = family_of(config).unfit_kernels
+    names = [name for name in chosen_kernels("auto", device == "cpu") if name not in unfit]
     torch.manual_seed(0)
     # In bfloat16 the order of roundings alone makes a percent.
-    config = AutoConfig.from_pretrained(tiny.MODEL_DIR)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(device)
     words = torch.arange(64, device=device)[None]
     with torch.no_grad():
