@@ -79,7 +79,7 @@ def stub(tmp_path: Path) -> Path:
 
 
 def steps(number: int, seconds: float = 0.1) -> tuple[str, ...]:
-    return ("--output_dir", "run", "--steps", str(number), "--seconds", str(seconds))
+    return ("--output_dir", "run", "--max_steps", str(number), "--seconds", str(seconds))
 
 
 def wait_until(happened: Callable[[], object], project: Path, timeout: float = 120) -> None:
@@ -180,7 +180,9 @@ def side_by_side(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
     path = f"{runtime.parent}:{cluster.environment()['PATH']}"
     env = CHECKED | {"HF_HOME": f"{stub}/hub", "CONTAINER": "image.sif", "PATH": path}
     with cluster.bad_node(SECOND, HF_HOME="/proc/nowhere"):
-        training = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(1), cwd=stub, env=env)
+        # The check of the nodes reads options and recipe as training does.
+        words = ("--recipe", "recipes/quickstart.yaml", "--output_dir", "run", "--max_steps", "1")
+        training = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *words, cwd=stub, env=env)
         evaluation = cluster.submit("slurm/eval.sbatch", "--run", "a b", "--overwrite", cwd=stub, env=ON_CPU)
         wait_until(lambda: "['--run', 'a b', '--overwrite']" in output(stub), stub)
         cluster.run("scancel", "--batch", "--signal=USR1", evaluation)
@@ -282,7 +284,7 @@ def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_goes_on_after_it(c
 def test_without_a_checkpoint_in_time_the_job_is_queued_again_and_a_job_that_may_not_be_is_followed(cluster, stub):
     env = ON_CPU | {"SAVE_SECONDS": "1"}
     job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(10, seconds=60), cwd=stub, env=env)
-    words = ("--no-requeue", "slurm/sft.sbatch", "--output_dir", "other", "--steps", "30", "--seconds", "0.1")
+    words = ("--no-requeue", "slurm/sft.sbatch", "--output_dir", "other", "--max_steps", "30", "--seconds", "0.1")
     once = cluster.submit(*TWO_NODES, *words, cwd=stub, env=ON_CPU)
     wait_until(exists(stub, "run/world-0.json", "run/world-1.json", "other/steps-0", "other/steps-1"), stub)
     for number in (job, once):
