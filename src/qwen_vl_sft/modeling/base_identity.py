@@ -22,6 +22,8 @@ FOLDER = "a folder of weights"
 _PIECES, _PIECE_BYTES = 64, 64 * 1024
 # Of each tensor so many runs of values: a few megabytes of any model.
 _RUNS, _RUN = 4, 512
+# With more tensors one run of each.
+_MANY = 2000
 _FLOATS = {"BF16": None, "F16": np.float16, "F32": np.float32}
 
 
@@ -53,9 +55,10 @@ def weights_of_base(settings: ModelSettings) -> dict[str, str] | None:
         config = try_to_load_from_cache(str(folder), "config.json", revision=settings.model_revision)
         folder = Path(config).parent if isinstance(config, str) else folder
     try:
-        return {
-            name: digest for file in sorted(folder.glob("*.safetensors")) for name, digest in _tensors(file)
-        } or None
+        files = {file: _header(file) for file in sorted(folder.glob("*.safetensors"))}
+        # A mixture of experts may have tens of thousands of tensors, on a slow disk.
+        runs = _RUNS if sum(map(len, files.values())) <= _MANY else 1
+        return {name: digest for file, header in files.items() for name, digest in _tensors(file, header, runs)} or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -65,27 +68,35 @@ def digest_of_weights(weights: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(sorted(set(weights.values()))).encode()).hexdigest()[:16]
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, str]]:
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return type, shape and place of each tensor in a file of safetensors; the place counts from the file's beginning."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError(f"{path} is no safetensors file")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    return {
+        name: entry | {"place": [8 + length + offset for offset in entry["data_offsets"]]}
+        for name, entry in header.items()
+    }
+
+
+def _tensors(path: Path, header: Mapping[str, Mapping[str, Any]], runs: int) -> Iterator[tuple[str, str]]:
+    data = np.memmap(path, mode="r")
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        yield name, _sampled(path, entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
+        begin, end = entry["place"]
+        yield name, _sampled(data[begin:end], entry["dtype"], entry["shape"], runs)
 
 
-def _sampled(path: Path, dtype: str, shape: list[int], begin: int, size: int) -> str:
+def _sampled(data: Any, dtype: str, shape: list[int], runs: int) -> str:
     count = math.prod(shape)
-    width = size // count if count else 1
+    width = len(data) // count if count else 1
     digest = hashlib.sha256(f"{shape} {dtype if dtype not in _FLOATS else 'float'}".encode())
-    run = min(count, _RUN)
-    data = np.memmap(path, mode="r", offset=begin, shape=(size,)) if size else np.empty(0, np.uint8)
-    for number in range(_RUNS):
-        start = number * (count - run) // (_RUNS - 1)
-        values = bytes(data[start * width : (start + run) * width])
+    length = min(count, _RUN)
+    for number in range(runs):
+        start = (number + 1) * (count - length) // (runs + 1)
+        values = bytes(data[start * width : (start + length) * width])
         digest.update(_in_bfloat16(values, dtype) if dtype in _FLOATS else values)
     return digest.hexdigest()[:16]
 
