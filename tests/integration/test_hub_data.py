@@ -7,9 +7,9 @@ import logging
 import shutil
 import tarfile
 
-import httpx2
 import pytest
 from datasets import load_dataset_builder
+from huggingface_hub.utils import httpx
 
 from fixtures.messages import conversation_row, png
 from fixtures.publishing import set_offline, start_hub, take_hub
@@ -273,10 +273,10 @@ def test_a_hub_out_of_reach_is_replaced_by_the_cache_and_told(hub, monkeypatch, 
     assert read(open_rows("alice/away", "train"))[0]["completion"] == "007"
 
     def refuse(*args, **kwargs):
-        raise httpx2.ConnectError("no route")
+        raise httpx.ConnectError("no route")
 
     with monkeypatch.context() as context, caplog.at_level(logging.WARNING):
-        context.setattr("httpx2.Client.send", refuse)
+        context.setattr(httpx.Client, "send", refuse)
         assert read(open_rows("alice/away", "train"))[0]["completion"] == "007"
     assert "dataset alice/away: the Hub is out of reach; its files in the cache are used, of commit" in caplog.text
     set_offline(True, monkeypatch)

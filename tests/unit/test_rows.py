@@ -661,6 +661,13 @@ def test_the_tutorials_system_message():
     assert CHARTQA_SYSTEM_MESSAGE.endswith("Avoid additional explanation unless absolutely necessary.")
 
 
+def test_keys_of_the_hub_that_have_no_effect_on_a_folder_are_told(messages_folder, caplog):
+    folder = messages_folder([conversation_row()])
+    assert len(open_rows(str(folder), "train", config="charts", revision="v2")) == 1
+    assert "dataset_config: charts is not used" in caplog.text
+    assert "dataset_revision: v2 is not used" in caplog.text
+
+
 def test_files_that_are_missing_by_the_names_of_others_are_told(messages_folder, caplog):
     folder = messages_folder([conversation_row()])
     rows = (folder / "train.jsonl").rename(folder / "train-00000-of-00003.jsonl").read_text()

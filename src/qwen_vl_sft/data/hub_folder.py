@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import httpx
 
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.media.image_file import IMAGE_SUFFIXES
@@ -31,7 +31,7 @@ from qwen_vl_sft.data.split_listing import CARD_FILES, Stated, list_splits, list
 from qwen_vl_sft.errors import UserError, first_line, shortened
 
 logger = logging.getLogger(__name__)
-_UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)
+_UNREACHABLE = (httpx.TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)
 _PREFIX = "hf://datasets/"
 
 

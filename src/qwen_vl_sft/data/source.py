@@ -199,6 +199,10 @@ def find_source(
     path = Path(name).expanduser().absolute()
     try:
         if path.exists():
+            if revision:
+                logger.warning(
+                    "dataset_revision: %s is not used: %s lies here, and is no dataset on the Hub", revision, name
+                )
             return _local_source(name, path, split, config, image_folder)
         if name.startswith((".", "/", "~")) or row_files.kind_of(path) or path.suffix == ".parquet":
             raise UserError(
