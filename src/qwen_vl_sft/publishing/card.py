@@ -122,7 +122,7 @@ def _introduction(published: PublishedModel) -> Iterator[str]:
         yield f"A LoRA adapter for {base}, trained on {dataset}."
         yield f"The base model's weights while training: {recipe.model.precision}."
         if recipe.model.load_in_fp8:
-            yield "The libraries below compute the base otherwise; `scripts/merge.py --fp8_aware` makes what was trained."
+            yield "The libraries below compute it otherwise; `scripts/merge.py --fp8_aware` keeps its weights of training."
     elif published.kind == "full model":
         part = " except its vision tower" * recipe.model.freeze_vision_tower
         yield f"{base}{part}, fine-tuned in full on {dataset}."

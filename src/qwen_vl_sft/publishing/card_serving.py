@@ -17,6 +17,8 @@ from qwen_vl_sft.serving.record import ADAPTER, AS_TRAINED, form_of
 from qwen_vl_sft.serving.registry import ENGINES
 
 VLLM = ENGINES["vllm"]
+FP8_AWARE = "--fp8_aware"
+_UNROUNDED = ", but for the rounding of its layers' inputs to FP8"
 _MERGE = "Merge it first, with `scripts/merge.py` of qwen_vl_sft, and serve the merged folder in place of the base:"
 
 
@@ -108,7 +110,11 @@ def _merge_first(published: PublishedModel) -> Iterator[str]:
     yield from _command(["vllm", "serve", "merged", "--generation-config", "vllm"])
     yield ""
     option = f" with `{aware[0]}`" if aware else ""
-    form = f"The merge{option} is the model that was trained." if aware else ""
+    form = (
+        f"The merge{option} is the model that was trained{_UNROUNDED if aware[0] == FP8_AWARE else ''}."
+        if aware
+        else ""
+    )
     proven = [record for record in published.serving if record["engine"] == VLLM.name and record["what"] != ADAPTER]
     seen = next((record for record in proven if record["proven"]), None)
     yield " ".join(filter(None, [form, _proof(seen, "the merged model") if seen else "The merge was not checked."]))
@@ -118,7 +124,7 @@ def _merge_first(published: PublishedModel) -> Iterator[str]:
 
 def _aware(published: PublishedModel) -> tuple[tuple[str, bool], ...]:
     model = published.recipe.model
-    return (("--nf4_aware", model.load_in_4bit), ("--fp8_aware", bool(getattr(model, "load_in_fp8", False))))
+    return (("--nf4_aware", model.load_in_4bit), (FP8_AWARE, bool(model.load_in_fp8)))
 
 
 def _requests(published: PublishedModel) -> str:
@@ -159,7 +165,7 @@ def _other_precision(published: PublishedModel, own: Mapping[str, Any] | None) -
     yield (
         f"vLLM puts the adapter on the 16-bit base, training had it in {bits}, so this is another model than was scored"
         f"{seen}. The one that was scored is the merge with `scripts/merge.py {aware[0]}`"
-        f"{_seen_merge(published)}."
+        f"{_UNROUNDED if aware[0] == FP8_AWARE else ''}{_seen_merge(published)}."
     )
 
 
