@@ -192,6 +192,7 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
     assert not list((tmp_path / "models").glob("Qwen*"))
     one, all_layers, full, _ = stored["points"]
     assert (one["about"], all_layers["about"]) == ("packed 512", "shared 4,096, checkpointed")
+    assert measure_plan.FIXED.about == "packed 16,384, segments of fixed sizes"
     assert (one["checkpointed"], all_layers["checkpointed"], full["checkpointed"]) == (0, 2, 0)
     assert one["rows"] == all_layers["rows"] == 16
     assert max(tokens for tokens, _, _ in one["batches"]) <= 512
