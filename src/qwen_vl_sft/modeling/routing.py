@@ -10,6 +10,8 @@ f_e must be known before the first gradient. Of one micro-batch a step it is; se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -189,3 +191,13 @@ def spread(load: torch.Tensor) -> dict[str, float]:
         "expert_load_min": round(float(shares.min()), 3),
         "idle_experts": int((load == 0).sum()),
     }
+
+
+@contextmanager
+def kept_router_loss(config: Any) -> Iterator[None]:
+    """Restore the weight of the auxiliary loss in a configuration, which TRL sets to that of its arguments."""
+    text, name = config.get_text_config(), "router_aux_loss_coef"
+    before = getattr(text, name, None)
+    yield
+    if before is not None:
+        setattr(text, name, before)

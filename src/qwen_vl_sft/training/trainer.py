@@ -22,6 +22,7 @@ from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PIXEL_DTYPE
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
 from qwen_vl_sft.checkpointing.checkpoints import folder_of
+from qwen_vl_sft.checkpointing.float32_weights import held_by_deepspeed
 from qwen_vl_sft.checkpointing.resumed_state import take_schedule
 from qwen_vl_sft.checkpointing.save_errors import explained_save
 from qwen_vl_sft.compat.for_torch import end_workers
@@ -29,7 +30,7 @@ from qwen_vl_sft.compat.packed_batches import already_training
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.loaded_weights import load_full_weights
-from qwen_vl_sft.modeling.routing import Routing
+from qwen_vl_sft.modeling.routing import Routing, kept_router_loss
 from qwen_vl_sft.random_state import kept_random_state, random_state, set_random_state
 from qwen_vl_sft.resilience.faults import describe_micro_batch, describe_step, explained_out_of_memory
 from qwen_vl_sft.resilience.logger_guard import guard_loggers
@@ -549,33 +550,7 @@ class VisionSFTTrainer(SFTTrainer):
         return self._sampler
 
 
-@contextlib.contextmanager
-def kept_router_loss(config: Any) -> Iterator[None]:
-    """Restore the weight of the auxiliary loss in a configuration, which TRL sets to that of its arguments."""
-    text, name = config.get_text_config(), "router_aux_loss_coef"
-    before = getattr(text, name, None)
-    yield
-    if before is not None:
-        setattr(text, name, before)
-
-
 def _sums(outputs: Any) -> torch.Tensor:
     """Sum up loss, right tokens, learned tokens and entropy of a micro-batch; all are zero where nothing is learned."""
     summed = (-outputs.log_probs, outputs.is_top1, outputs.label_mask, outputs.entropy)
     return torch.stack([values.detach().sum().double() for values in summed])
-
-
-def held_by_deepspeed(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gather the float32 copies that DeepSpeed steps on of what trains in less, by name. All processes must call at once.
-
-    The model itself holds them rounded to bfloat16, and so would a file of it, other than that of DDP.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    held = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            whole = safe_get_full_fp32_param(parameter)
-            if whole is not None:
-                held[name] = whole.detach().cpu()
-    return held
