@@ -116,11 +116,12 @@ def open_hub_folder(name: str, revision: str | None) -> HubFolder | None:
     repo_id = name.removeprefix(_PREFIX)
     where = f"dataset {shortened(name)}" + (f", revision {shortened(revision)}" if revision else "")
     try:
+        online = _is_reachable(repo_id, revision)
         resolved = HfApi().resolve_revision(
-            repo_id, repo_type="dataset", revision=revision, local_files_only=constants.is_offline_mode()
+            repo_id, repo_type="dataset", revision=revision, local_files_only=not online
         )
         commit = str(resolved.resolved)
-        online = _fetch_card(repo_id, commit)
+        online = online and _fetch_card(repo_id, commit)
     except _UNREACHABLE:
         return None
     except Exception as error:
@@ -136,10 +137,19 @@ def open_hub_folder(name: str, revision: str | None) -> HubFolder | None:
     return HubFolder(repo_id, commit, folder, online)
 
 
-def _fetch_card(repo_id: str, commit: str) -> bool:
-    """Download what describes the files; return whether the Hub can be reached. Raises `UserError` for a script."""
+def _is_reachable(repo_id: str, revision: str | None) -> bool:
+    """Ask the Hub of a dataset once: a download tries again for half a minute. Raises what the Hub answers."""
     if constants.is_offline_mode():
         return False
+    try:
+        HfApi().dataset_info(repo_id, revision=revision)
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def _fetch_card(repo_id: str, commit: str) -> bool:
+    """Download what describes the files; return whether the Hub can be reached. Raises `UserError` for a script."""
     script = f"{repo_id.split('/')[-1]}.py"
     for name in (*CARD_FILES, script):
         try:
