@@ -28,6 +28,7 @@ from qwen_vl_sft.modeling.fp8.linear import FP8Linear
 from qwen_vl_sft.modeling.fp8.weights import E4M3, quantize_rows
 from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.modeling.structure import build_structure
+from qwen_vl_sft.training.plan import _trained_lines
 
 MOE = ["Qwen3VLMoeConfig", "Qwen3_5MoeConfig"]
 PARTS = ("gate_up_proj", "down_proj")
@@ -292,6 +293,22 @@ def test_what_trains_is_counted_before_anything_is_loaded(folder):
     model = load_model(settings, on_cpu=True)
     assert structure.parameters == count_parameters(get_peft_model(model, lora_config(model, settings)))
     assert len(structure.adapted_experts) == model.config.get_text_config().num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "frozen; routers frozen"),
+        ({"load_in_4bit": True, "train_router": True}, "frozen, in 4 bits; routers trained"),
+        ({"lora_scope": "experts"}, "with an adapter each; routers frozen"),
+        ({"use_peft": False}, "trained in full; routers frozen"),
+    ],
+)
+def test_the_plan_tells_what_becomes_of_experts(keys, told, folder):
+    """LoRA on linear layers leaves out most of the weights of such a model."""
+    settings = ModelSettings(**{"model_name_or_path": str(folder), "lora_scope": "language", **keys})
+    lines = _trained_lines(settings, build_structure(build_on_meta(settings), settings))
+    assert f"experts     {told}" in lines
 
 
 def test_4_bit_experts_whose_rows_end_inside_a_block_are_unpacked_right(tmp_path):

@@ -12,6 +12,8 @@ from fixtures.packed_rows import losses_of
 from fixtures.processes import launch, run_process
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.publishing.options import Options as PushOptions
+from qwen_vl_sft.publishing.options import run_push
 
 ROUTED = {"train_router": True, "router_aux_loss_coef": 0.01}
 # QLoRA with experts in 4 bits, and an adapter on each.
@@ -100,6 +102,13 @@ def test_a_resumed_run_ends_as_the_whole_one(keys, model, trained, tmp_path):
     whole, resumed = (load_file(folder / name) for folder in (run, tmp_path / "run"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@LONG
+def test_its_card_is_written(trained):
+    text = run_push(PushOptions(trained(**QUANTIZED), "alice/name", base_model="alice/base", dry_run=True))
+    assert "base_model: alice/base\n" in text
+    assert "model = PeftModel.from_pretrained(base, repo, revision=revision)" in text
 
 
 @LONG
