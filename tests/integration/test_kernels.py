@@ -203,17 +203,17 @@ def test_only_three_kernels_need_liger(monkeypatch):
 @pytest.mark.parametrize(
     ("installed", "on_cpu", "chosen", "told"),
     [
-        (True, False, list(kernels.KERNELS), None),
+        (True, False, [name for name in kernels.KERNELS if name != "experts"], None),
         (
             False,
             False,
-            ["quick_gelu", "experts", "patch_embed", "lora"],
+            ["quick_gelu", "patch_embed", "lora"],
             "with pip install 'qwen_vl_sft[kernels]' also rms_norm",
         ),
         (True, True, ["patch_embed", "lora"], None),
     ],
 )
-def test_automatic_kernels_are_all_that_can_run_here_and_the_plan_names_them(
+def test_automatic_kernels_are_all_that_pay_and_can_run_here_and_the_plan_names_them(
     monkeypatch, installed, on_cpu, chosen, told
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)

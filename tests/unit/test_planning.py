@@ -58,7 +58,7 @@ from qwen_vl_sft.planning.memory import (
 )
 from qwen_vl_sft.planning.options import PlanOptions, plan_of, plot_file
 from qwen_vl_sft.planning.report import as_json, describe, verdict
-from qwen_vl_sft.planning.run import KERNELS, RunPlan
+from qwen_vl_sft.planning.run import KERNELS_OF_AUTO, RunPlan
 from qwen_vl_sft.planning.table import plan_table
 
 SEVEN = "Qwen/Qwen2-VL-7B-Instruct"
@@ -742,7 +742,7 @@ def test_a_block_of_a_tower_that_trains_keeps_what_is_planned(name):
 def test_gradients_of_one_micro_batch_a_step_come_as_its_activations_go():
     """As measured: with all weights of a 2B and all layers checkpointed, 36.2 GiB and not 47."""
     shape = read_shape(RELEASED["Qwen/Qwen2-VL-2B-Instruct"])
-    kernels = frozenset(KERNELS)
+    kernels = frozenset(KERNELS_OF_AUTO)
     alone = Training(shape, adapted=None, kernels=kernels, accumulates=False)
     largest = MicroBatch(11679, 68, 38680)
     assert memory_of(alone, largest, 60).total / 2**30 == pytest.approx(36.20, rel=0.02)

@@ -95,8 +95,9 @@ class ModelSettings:
     )
     fused_kernels: Literal["auto"] | list[str] | None = key(
         None,
-        "auto for all that can run here, or a list of rms_norm, swiglu, rope (these need liger-kernel), linear_attention"
-        " (needs fla-core), quick_gelu, experts, patch_embed, lora; all but the last two need CUDA; unset disables them",
+        "auto for all that can run here but experts, or a list of rms_norm, swiglu, rope (these need liger-kernel),"
+        " linear_attention (needs fla-core), quick_gelu, experts, patch_embed, lora; all but the last two"
+        " need CUDA; unset disables them",
     )
     trust_remote_code: bool = key(False, "run model code that comes from the Hub")
     use_safetensors: bool = key(True, "false also loads pickled weights and states, which can run code")

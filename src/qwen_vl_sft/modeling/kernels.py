@@ -41,17 +41,22 @@ KERNELS = {
 }
 FROM_LIGER = ("rms_norm", "swiglu", "rope")
 PLAIN_PYTORCH = ("patch_embed", LORA)
+# What "auto" leaves out: on an H200 steps of Qwen3-VL-30B-A3B were faster without (docs/families.md).
+ASKED_FOR = frozenset({"experts"})
 # Set while an attention layer computes that has the kernel.
 _ROTATES_FUSED: ContextVar[bool] = ContextVar("rotates_fused", default=False)
 
 
 def chosen_kernels(wanted: str | list[str] | None, on_cpu: bool) -> list[str]:
-    """Return the kernels that a recipe names; for "auto" all that can be used with this device and what is installed."""
+    """Return the kernels that a recipe names; for "auto" those that pay and can be used here.
+
+    What can be used is a matter of the device and of what is installed.
+    """
     if wanted != "auto":
         return list(wanted or ())
     if on_cpu:
         return list(PLAIN_PYTORCH)
-    missing = set() if _has_liger() else set(FROM_LIGER)
+    missing = {*ASKED_FOR, *(() if _has_liger() else FROM_LIGER)}
     if linear_attention.obstacle():
         missing.add(linear_attention.NAME)
     return [name for name in KERNELS if name not in missing]

@@ -29,7 +29,7 @@ from qwen_vl_sft.planning.memory import (
 from qwen_vl_sft.planning.rows import RowSizes
 from qwen_vl_sft.planning.speed import StepTime, step_time
 
-KERNELS = ("rms_norm", "swiglu", "rope", "quick_gelu", "experts", "patch_embed", "linear_attention", "lora")
+KERNELS_OF_AUTO = ("rms_norm", "swiglu", "rope", "quick_gelu", "patch_embed", "linear_attention", "lora")
 # A packed micro-batch is so full on average, and rows of a padded one fill so much of the longest.
 _FILLED = 0.9
 _FEATURE_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}
@@ -38,7 +38,7 @@ _MOST_TOKENS = 1 << 20
 
 def _kernels_of_auto() -> tuple[str, ...]:
     """Return what "auto" is expected to take; of an extra that few models need, what is installed."""
-    return tuple(name for name in KERNELS if name != "linear_attention" or importlib.util.find_spec("fla"))
+    return tuple(name for name in KERNELS_OF_AUTO if name != "linear_attention" or importlib.util.find_spec("fla"))
 
 
 @dataclass(frozen=True)
