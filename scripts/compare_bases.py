@@ -1,4 +1,4 @@
-"""Train the same rows with the base in bfloat16, FP8 and NF4, and compare the losses.
+"""Train the same rows on a base in bfloat16, FP8 and NF4; compare the losses.
 
     python scripts/compare_bases.py --recipe recipes/quickstart.yaml \\
         --use_cpu false --dtype bfloat16 --bf16 true \\

@@ -16,6 +16,7 @@ from qwen_vl_sft.distributed.allocator import VARIABLES, use_growing_segments
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.resilience.due_evaluation import DueEvaluation
 from qwen_vl_sft.resilience.step_guard import MOST_SKIPPED, StepGuard
+from qwen_vl_sft.training.plan import outcome
 from qwen_vl_sft.training.safeguards import make_safeguards
 
 CPU = torch.device("cpu")
@@ -155,3 +156,11 @@ def test_segments_grow_where_nothing_else_is_said_and_a_driver_is_there(stated, 
     assert environment == {
         stated or "PYTORCH_CUDA_ALLOC_CONF": "backend:native" if stated else "expandable_segments:True"
     }
+
+
+def test_a_run_whose_steps_were_all_left_out_has_no_loss(tmp_path):
+    none = {"skipped_while_training": 0, "skipped_while_evaluating": 0, "failed_loggers": {}, "data": {"train": {}}}
+    metrics = {**none, "steps": 3, "step_of_weights": 3, "skipped_steps": 3, "train_loss": math.nan}
+    assert outcome(metrics, tmp_path).splitlines()[0] == "finished    3 steps, training loss none (not finite)"
+    metrics["train_loss"] = 1.23456
+    assert outcome(metrics, tmp_path).splitlines()[0] == "finished    3 steps, training loss 1.2346"

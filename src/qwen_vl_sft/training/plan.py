@@ -320,14 +320,19 @@ def _answers_line(recipe: Recipe, evaluation: Scan) -> str:
     return f"answers     {count:,} evaluation rows at every evaluation, {recipe.run.max_new_tokens} tokens at most"
 
 
+def _loss(value: float) -> str:
+    """Write a loss; that of steps that were all left out is none."""
+    return f"{value:.4f}" if math.isfinite(value) else "none (not finite)"
+
+
 def outcome(metrics: dict[str, Any], output_dir: Path) -> str:
     """Describe what a run did, for its last lines."""
-    lines = [f"finished    {metrics['steps']} steps, training loss {metrics['train_loss']:.4f}"]
+    lines = [f"finished    {metrics['steps']} steps, training loss {_loss(metrics['train_loss'])}"]
     if metrics["step_of_weights"] != metrics["steps"]:
         lines.append(f"weights     of step {metrics['step_of_weights']}, the best of the evaluations")
     if "eval_loss" in metrics:
         right = metrics["eval_mean_token_accuracy"]
-        lines.append(f"evaluation  loss {metrics['eval_loss']:.4f}, {right:.1%} of the learned tokens right")
+        lines.append(f"evaluation  loss {_loss(metrics['eval_loss'])}, {right:.1%} of the learned tokens right")
     if answered := headline_in_log(metrics):
         lines.append(f"answers     {answered[0]} {answered[1]:.1%}")
     if "tokens_per_second" in metrics:
