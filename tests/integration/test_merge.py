@@ -595,6 +595,22 @@ def test_the_positions_stand_where_transformers_4_looks_for_them(theta):
     assert merged_config(dict(old), "bfloat16", unties=False) == {**old, "dtype": "bfloat16"}
 
 
+def test_experts_and_head_stand_where_transformers_4_looks_for_them():
+    from transformers import Qwen3VLMoeConfig
+
+    written = Qwen3VLMoeConfig(text_config={"num_experts": 6}).to_dict()
+    assert "num_experts" not in written["text_config"]
+    config = merged_config(json.loads(json.dumps(written)), "bfloat16", unties=False)
+    text = config["text_config"]
+    assert (text["num_experts"], text["num_local_experts"]) == (6, 6)
+    assert (config["tie_word_embeddings"], text["tie_word_embeddings"]) == (False, False)
+    read = Qwen3VLMoeConfig(**config)
+    assert read.text_config.num_experts == 6
+    assert not read.tie_word_embeddings
+    tied = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "num_experts": 6}}
+    assert merged_config(json.loads(json.dumps(tied)), "bfloat16", unties=False) == {**tied, "dtype": "bfloat16"}
+
+
 def test_rows_that_end_inside_a_block_of_4_bits_are_unpacked_right_on_a_cpu():
     """As wide as an MLP of Qwen3-VL's tower; bitsandbytes 0.50.2 alone is 25% off there."""
     torch.manual_seed(0)

@@ -83,12 +83,14 @@ def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None
 
 def merged_config(config: dict[str, Any], dtype: str, unties: bool) -> dict[str, Any]:
     """Return the base's configuration in the precision of the output, untied where the adapter unties; nothing quantized."""
+    # transformers 5 goes by the outer entry, and writes True into the inner one of each Qwen3-VL-MoE; version 4 goes by that.
+    untied = unties or config.get("tie_word_embeddings") is False
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
         part.pop("quantization_config", None)
-        if unties and (part is config or "tie_word_embeddings" in part):
+        if (unties and part is config) or (untied and "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-        part |= rope_of_transformers_4(part)
+        part |= rope_of_transformers_4(part) | experts_of_transformers_4(part)
     return config if "torch_dtype" in config else config | {"dtype": dtype}
 
 
@@ -104,6 +106,17 @@ def rope_of_transformers_4(part: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling} if "rope_theta" in rope else {}
+
+
+def experts_of_transformers_4(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry in which transformers 4 looks for the number of experts, none where it is there or there are none.
+
+    transformers 5 writes `num_local_experts` for a Qwen3-VL-MoE, which version 4 does not know: it takes 60 experts, and
+    sizes do not match (4.57.6). Version 5 reads both.
+    """
+    if "num_experts" in part or "num_local_experts" not in part:
+        return {}
+    return {"num_experts": part["num_local_experts"]}
 
 
 def _copy_first(name: str, folders: Sequence[Path], folder: Path) -> None:
