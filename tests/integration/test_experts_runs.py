@@ -163,7 +163,11 @@ def test_two_processes_give_the_losses_of_one(config, keys, model, trained, tmp_
     recipe = write_recipe(tmp_path / "recipe.yaml", model, **keys)
     done = launch(config, "scripts/sft.py", "--recipe", recipe, "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    # Sums in another order round a value the other way now and then, an eighth of it in FP8.
-    assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=2e-3 if "load_in_fp8" in keys else 2e-5)
+    # Sums in another order round a value the other way now and then, an eighth of it in FP8; once weights differ by that,
+    # a token goes to another expert. The first two steps come before.
+    exact = 2 if "load_in_fp8" in keys else len(losses)
+    found = losses_of(tmp_path / "run")
+    assert found[:exact] == pytest.approx(losses[:exact], abs=2e-5)
+    assert found[exact:] == pytest.approx(losses[exact:], abs=1e-2)
     balanced = logged(trained(**keys), "aux_loss")
     assert logged(tmp_path / "run", "aux_loss") == pytest.approx(balanced, abs=2e-5)
