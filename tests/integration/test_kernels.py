@@ -23,6 +23,7 @@ from qwen_vl_sft.modeling.kernels import (
     use_fused_kernels,
     use_fused_lora,
 )
+from qwen_vl_sft.planning.run import KERNELS_OF_AUTO
 from qwen_vl_sft.training.plan import _kernel_lines
 
 ROPE = RopeFunctions()
@@ -224,6 +225,10 @@ def test_automatic_kernels_are_all_that_pay_and_can_run_here_and_the_plan_names_
     assert max(map(len, lines)) <= 80
     assert " ".join(" ".join(lines).split()).startswith(f"kernels {', '.join(chosen)}")
     assert (told in lines[-1]) if told else "pip install" not in " ".join(lines)
+
+
+def test_plans_expect_the_kernels_that_auto_takes():
+    assert set(KERNELS_OF_AUTO) == set(kernels.KERNELS) - kernels.ASKED_FOR
 
 
 def test_kernels_that_are_named_are_taken_as_they_are():

@@ -72,10 +72,11 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
 }
 # What follows a plus sign in the name of a variant: the precision of its base, in place of the recipe's.
+_IN_16_BITS: Mapping[str, Any] = {"load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
 BASES: dict[str, Mapping[str, Any]] = {
-    "bf16": {"load_in_4bit": False, "load_in_fp8": False},
-    "nf4": {"load_in_4bit": True, "load_in_fp8": False},
-    "fp8": {"load_in_4bit": False, "load_in_fp8": True},
+    "bf16": _IN_16_BITS,
+    "nf4": {**_IN_16_BITS, "load_in_4bit": True},
+    "fp8": {**_IN_16_BITS, "load_in_fp8": True},
 }
 TRL_BATCH = 4
 COLUMNS = {

@@ -16,6 +16,7 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import UserError, quoted
+from qwen_vl_sft.tools.benchmark import BASES as PRECISIONS
 from qwen_vl_sft.tools.measuring import (
     TEXT,
     TRAINING_ALONE,
@@ -29,14 +30,8 @@ from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.prepared_data import prepare_data
 from qwen_vl_sft.training.resolve import resolve
 
-# What each base sets in place of the recipe's.
-_IN_16_BITS: dict[str, Any] = {"load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
-BASES: dict[str, dict[str, Any]] = {
-    "bf16": _IN_16_BITS,
-    "nf4": {**_IN_16_BITS, "load_in_4bit": True},
-    "fp8": {**_IN_16_BITS, "load_in_fp8": True},
-    "emulation": {**_IN_16_BITS, "load_in_fp8": "emulation"},
-}
+# What each base sets in place of the recipe's; one more than in benchmarks, which have no use for the speed of an emulation.
+BASES: dict[str, Mapping[str, Any]] = {**PRECISIONS, "emulation": {**PRECISIONS["bf16"], "load_in_fp8": "emulation"}}
 COLUMNS = {
     "base": ("base", TEXT),
     "seed": ("seed", "{}"),

@@ -26,18 +26,8 @@ class FP8BlockLinear(FP8Linear):
     While a checkpoint is loaded, its scales come as float32 in `weight_scale_inv`, which `finish` takes to bytes.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        computation: Computation,
-        dtype: torch.dtype | None = None,
-        storage: torch.dtype = torch.uint8,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, computation, dtype, storage)
-        del self.weight_scale
-        blocks = -(-out_features // BLOCK), -(-in_features // BLOCK)
+    def _make_scales(self) -> None:
+        blocks = -(-self.out_features // BLOCK), -(-self.in_features // BLOCK)
         self.weight_scale_inv: torch.Tensor
         self.register_buffer("weight_scale_inv", torch.empty(blocks, dtype=torch.float32))
 

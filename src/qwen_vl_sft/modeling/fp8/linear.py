@@ -118,10 +118,13 @@ class FP8Linear(nn.Linear):
         values = torch.empty(out_features, in_features // storage.itemsize, dtype=storage)
         self.weight = nn.Parameter(values, requires_grad=False)
         self.weight_scale: torch.Tensor
-        # As bytes, since strategies cast buffers of floats to the type that they compute in.
-        self.register_buffer("weight_scale", torch.empty(out_features, 4, dtype=torch.uint8))
+        self._make_scales()
         own = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.register_parameter("bias", own)
+
+    def _make_scales(self) -> None:
+        # As bytes, since strategies cast buffers of floats to the type that they compute in.
+        self.register_buffer("weight_scale", torch.empty(self.out_features, 4, dtype=torch.uint8))
 
     @property
     def values(self) -> torch.Tensor:
