@@ -21,7 +21,7 @@ from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
 from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.compat.for_transformers import use_one_gpu
 from qwen_vl_sft.config.command_line import recipe_values
-from qwen_vl_sft.config.reading import Recipe, read_recipe
+from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.media import ReadMedia
@@ -29,7 +29,7 @@ from qwen_vl_sft.data.row_files import parse_texts
 from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.distributed.context import DistributedContext, read_context
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_model import load_family, quantization_config
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
@@ -43,9 +43,9 @@ from qwen_vl_sft.tools.measuring import (
     random_model_of,
 )
 from qwen_vl_sft.tools.options import BenchmarkOptions
+from qwen_vl_sft.tools.prepared_run import IN_16_BITS, set_up
 from qwen_vl_sft.training import precompute_features, sft
-from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data, with_train_rows
-from qwen_vl_sft.training.resolve import resolve
+from qwen_vl_sft.training.prepared_data import PreparedData, with_train_rows
 from qwen_vl_sft.training.throughput import TimedIterator
 
 NOT_PACKED = {"packing": False, "share_prefixes": False}
@@ -72,11 +72,10 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "smallest": {**PACKED, **KERNELS, "gradient_checkpointing": True, "tokens_per_batch": 2816},
 }
 # What follows a plus sign in the name of a variant: the precision of its base, in place of the recipe's.
-_IN_16_BITS: Mapping[str, Any] = {"load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
 BASES: dict[str, Mapping[str, Any]] = {
-    "bf16": _IN_16_BITS,
-    "nf4": {**_IN_16_BITS, "load_in_4bit": True},
-    "fp8": {**_IN_16_BITS, "load_in_fp8": True},
+    "bf16": IN_16_BITS,
+    "nf4": {**IN_16_BITS, "load_in_4bit": True},
+    "fp8": {**IN_16_BITS, "load_in_fp8": True},
 }
 TRL_BATCH = 4
 COLUMNS = {
@@ -157,24 +156,20 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     keys = {**keys, **(changed or NOT_PACKED), **(BASES[split[1]] if split[1] else {})}
     if "cache_image_features" in keys:
         keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
-    recipe = read_recipe(recipe_file, keys)
-    context = read_context(use_cpu=recipe.get("use_cpu"))
-    run = resolve(recipe, context)
-    launch.start(context)
-    data = prepare_data(run)
+    run, data = set_up(recipe_file, keys)
     assert isinstance(data.train, Scan), "rows are looked up"
     data = with_train_rows(run, data, repeated(data.train, repeat))
     scan: Any = data.train
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     if changed is None:
-        trainer, rows = trl_trainer(recipe, context, data), TRL_BATCH
+        trainer, rows = trl_trainer(run.recipe, run.context, data), TRL_BATCH
     else:
         trainer = sft.build_trainer(run, sft.sft_config(run), data)
         rows = math.ceil(len(scan.rows) / run.global_batch.steps(scan.lengths.tokens))
         if data.features:
             precompute_features.fill(trainer, data.features, skip_bad_rows=False)
     after = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    counter = FlopCounter.of(trainer.model.config, peft=True, trained={"language"}, packed=recipe.run.packing)
+    counter = FlopCounter.of(trainer.model.config, peft=True, trained={"language"}, packed=run.recipe.run.packing)
     return Variant(name, trainer, rows, mean_work(scan), float(scan.lengths.tokens.mean()), counter, after - before)
 
 

@@ -16,14 +16,12 @@ from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import UserError, quoted
 from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, random_model_of
 from qwen_vl_sft.tools.options import CheckPackingOptions
+from qwen_vl_sft.tools.prepared_run import IN_16_BITS, set_up
 from qwen_vl_sft.training import sft
-from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data
-from qwen_vl_sft.training.resolve import resolve
+from qwen_vl_sft.training.prepared_data import PreparedData
 
 COLUMNS = {
     "precision": ("precision", TEXT),
@@ -37,7 +35,6 @@ COLUMNS = {
 # What each precision sets. Those that name a base have one of that precision, beside bases in 16 and 32 bits; otherwise
 # the recipe says which base all of them have.
 _BF16 = {"dtype": "bfloat16", "bf16": True}
-_IN_16_BITS = {"load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
 PRECISIONS: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32", "bf16": False}, "bfloat16": _BF16}
 BASES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True},
@@ -97,16 +94,12 @@ def settings_of(precision: str, all_precisions: Collection[str]) -> dict[str, An
     """Return the recipe keys of a precision that is compared with others. Raises `UserError` for an unknown one."""
     if precision not in PRECISIONS | BASES:
         raise UserError(f"--precisions: {quoted(precision)} is unknown; known are {', '.join(PRECISIONS | BASES)}")
-    plain = {} if set(all_precisions) <= PRECISIONS.keys() else _IN_16_BITS
+    plain = {} if set(all_precisions) <= PRECISIONS.keys() else IN_16_BITS
     return {**PRECISIONS.get(precision, _BF16), **plain, **BASES.get(precision, {})}
 
 
 def _load(options: CheckPackingOptions, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
-    recipe = read_recipe(options.recipe, keys)
-    context = read_context(use_cpu=recipe.get("use_cpu"))
-    run = resolve(recipe, context)
-    launch.start(context)
-    data = prepare_data(run)
+    run, data = set_up(options.recipe, keys)
     trainer: Any = sft.build_trainer(run, sft.sft_config(run), data)
     numbers = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():

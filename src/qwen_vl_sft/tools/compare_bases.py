@@ -12,9 +12,6 @@ from typing import Any
 import torch
 
 from qwen_vl_sft.config.command_line import recipe_values
-from qwen_vl_sft.config.reading import read_recipe
-from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import UserError, quoted
 from qwen_vl_sft.tools.benchmark import BASES as PRECISIONS
 from qwen_vl_sft.tools.measuring import (
@@ -26,9 +23,8 @@ from qwen_vl_sft.tools.measuring import (
     random_model_of,
 )
 from qwen_vl_sft.tools.options import CompareBasesOptions
+from qwen_vl_sft.tools.prepared_run import set_up
 from qwen_vl_sft.training import sft
-from qwen_vl_sft.training.prepared_data import prepare_data
-from qwen_vl_sft.training.resolve import resolve
 
 # What each base sets in place of the recipe's; one more than in benchmarks, which have no use for the speed of an emulation.
 BASES: dict[str, Mapping[str, Any]] = {**PRECISIONS, "emulation": {**PRECISIONS["bf16"], "load_in_fp8": "emulation"}}
@@ -76,15 +72,12 @@ def run_session(options: CompareBasesOptions) -> str:
 def train(recipe_file: Path, keys: Mapping[str, Any], steps: int) -> list[float]:
     """Train a recipe with other keys; return the loss of each step. Raises `UserError` for one that cannot work."""
     alone = {**TRAINING_ALONE, "disable_tqdm": False, "max_steps": steps, "logging_steps": 1}
-    recipe = read_recipe(recipe_file, {**alone, **keys})
-    context = read_context(use_cpu=recipe.get("use_cpu"))
-    run = resolve(recipe, context)
-    launch.start(context)
-    trainer: Any = sft.build_trainer(run, sft.sft_config(run), prepare_data(run))
+    run, data = set_up(recipe_file, {**alone, **keys})
+    trainer: Any = sft.build_trainer(run, sft.sft_config(run), data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trainer.end_workers()
-    del trainer
+    del trainer, run, data
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

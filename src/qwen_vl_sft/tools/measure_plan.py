@@ -24,10 +24,8 @@ from transformers import AutoConfig, TrainerCallback
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.command_line import recipe_values
-from qwen_vl_sft.config.reading import read_file, read_recipe
+from qwen_vl_sft.config.reading import read_file
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.distributed import launch
-from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.released import released_config
 from qwen_vl_sft.modeling.attention_kernels import SDPA
@@ -40,12 +38,13 @@ from qwen_vl_sft.planning.options import CheckPlanOptions
 from qwen_vl_sft.planning.run import RunPlan
 from qwen_vl_sft.tools.benchmark import ALL_PROJECTIONS, KERNELS, PACKED, RARELY, watched_fetching
 from qwen_vl_sft.tools.measuring import TRAINING_ALONE, machine_facts
+from qwen_vl_sft.tools.prepared_run import set_up
 from qwen_vl_sft.tools.random_model import make_random_model
 from qwen_vl_sft.tools.settled_steps import ALIKE, WORK, Steps, counting, have_settled
 from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.memory import MemoryProbe, all_layers
-from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data, with_train_rows
-from qwen_vl_sft.training.resolve import Run, resolve
+from qwen_vl_sft.training.prepared_data import PreparedData, with_train_rows
+from qwen_vl_sft.training.resolve import Run
 
 KEYS: dict[str, Any] = {**PACKED, **KERNELS, "bf16": True, "global_batch_size": 16}
 METHODS: dict[str, dict[str, Any]] = {
@@ -223,11 +222,7 @@ def _prepare(folder: Path, method: str, options: CheckPlanOptions, keys: Mapping
     }
     if method == "full":
         values = {name: value for name, value in values.items() if name not in LORA_KEYS}
-    recipe = read_recipe(None, values)
-    context = read_context(use_cpu=recipe.get("use_cpu"))
-    run = resolve(recipe, context)
-    launch.start(context)
-    data = prepare_data(run)
+    run, data = set_up(None, values)
     assert isinstance(data.train, Scan), "rows are looked up"
     data = with_train_rows(run, data, data.train)
     trainer = sft.build_trainer(run, sft.sft_config(run), data)
