@@ -5,12 +5,14 @@
         --bases bf16,fp8,nf4 --seeds 0,1,2 --output_dir bases
     python scripts/compare_bases.py --config Qwen/Qwen2-VL-7B-Instruct \\
         --dataset_name HuggingFaceM4/ChartQA --global_batch_size 4 \\
-        --tokens_per_batch 4096 --steps 300 --output_dir bases
+        --tokens_per_batch 4096 --steps 300 --controls 3 --output_dir bases
 
 Every base is trained with the same seeds, rows and first adapter. The table and
-the plot compare means of 20 steps with those of the first base. --config takes
-random weights of a shape, in place of the recipe's model. Other `--key value`
-go to the recipe; scripts/evaluate.py scores runs of scripts/sft.py.
+the plot compare means of 20 steps with those of the first base. Rounding alone
+takes losses apart with time: --controls trains the first base again from an
+adapter that differs by less than a rounding to bfloat16. --config takes random
+weights of a shape, in place of the recipe's model. Other `--key value` go to
+the recipe; scripts/evaluate.py scores runs of scripts/sft.py.
 """
 
 from __future__ import annotations

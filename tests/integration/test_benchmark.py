@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fixtures.messages import conversation_row
 from fixtures.models import SMALL_SHAPE
@@ -19,7 +20,7 @@ from qwen_vl_sft.planning.options import CheckPlanOptions
 from qwen_vl_sft.tools import measure_plan
 from qwen_vl_sft.tools.benchmark import FEWEST_ROWS, repeated, run_session
 from qwen_vl_sft.tools.benchmark_answers import run_session as answer_session
-from qwen_vl_sft.tools.compare_bases import compare, smoothed
+from qwen_vl_sft.tools.compare_bases import compare, nudge, smoothed
 from qwen_vl_sft.tools.compare_bases import run_session as compare_bases
 from qwen_vl_sft.tools.options import AnswerBenchmarkOptions, BenchmarkOptions, CompareBasesOptions
 from qwen_vl_sft.tools.settled_steps import Step, counting, have_settled
@@ -68,6 +69,34 @@ def test_losses_are_compared_as_means_of_steps_at_every_tenth():
     assert all("apart" not in one for one in references)
     assert (found["at_step"], found["apart"]) == (10, pytest.approx(0.3))
     assert found["apart_at_the_end"] == pytest.approx(-0.025)
+    assert found["apart_at_steps"] == {10: pytest.approx(0.3), 20: pytest.approx(0.15), 30: pytest.approx(-0.025)}
+    assert found["apart_on_average"] == pytest.approx(0.425 / 3)
+
+
+def test_a_control_is_compared_with_the_same_base_not_nudged():
+    runs = [{"base": "bf16", "seed": 0, "losses": [2.0] * 10}, {"base": "fp8", "seed": 0, "losses": [2.2] * 10}]
+    control = {"base": "bf16", "seed": 0, "control": 1, "losses": [1.9] * 10}
+    assert compare([*runs, control], "bf16")[:2] == compare(runs, "bf16")
+    found = compare([runs[0], control, runs[1]], "bf16")[1]
+    assert (found["base"], found["control"], found["apart"]) == ("bf16", 1, pytest.approx(-0.05))
+
+
+def test_a_nudge_moves_trained_weights_alone_and_less_than_a_rounding_to_bfloat16():
+    nudged = []
+    for number in (1, 1, 2):
+        model = torch.nn.Linear(64, 64)
+        model.bias.requires_grad_(False)
+        torch.nn.init.constant_(model.weight, 3.0)
+        before = model.bias.clone()
+        nudge(model, number)
+        assert torch.equal(model.bias, before)
+        nudged.append(model.weight.detach())
+    one, again, two = nudged
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+    apart = (one / 3 - 1).abs()
+    # A bfloat16 has 8 significant bits: rounding to it moves a number by at most 2^-9 of itself.
+    assert 0.9 * 2**-9 < float(apart.max()) <= 1.001 * 2**-9
 
 
 def test_bases_are_trained_on_the_same_rows(tmp_path):
@@ -76,6 +105,7 @@ def test_bases_are_trained_on_the_same_rows(tmp_path):
     options = CompareBasesOptions(
         recipe=Path("recipes/quickstart.yaml"),
         bases=("bf16", "emulation"),
+        controls=1,
         steps=3,
         output_dir=tmp_path,
         recipe_keys=keys,
@@ -83,8 +113,15 @@ def test_bases_are_trained_on_the_same_rows(tmp_path):
     table = compare_bases(options)
     assert "emulation" in table
     written = json.loads((tmp_path / "results.json").read_text())
-    (plain, fp8) = (run["losses"] for run in written["runs"])
-    assert len(plain) == len(fp8) == 3
+    assert [(run["base"], run.get("control")) for run in written["runs"]] == [
+        ("bf16", None), ("bf16", 1), ("emulation", None),
+    ]  # fmt: skip
+    (plain, control, fp8) = (run["losses"] for run in written["runs"])
+    assert len(plain) == len(control) == len(fp8) == 3
+    # The first losses are those of an adapter that adds nothing yet.
+    assert control[0] == plain[0]
+    assert control[1:] != plain[1:]
+    assert control == pytest.approx(plain, rel=0.02)
     assert fp8 == pytest.approx(plain, rel=0.1)
     assert fp8 != plain
     assert (tmp_path / "loss.png").stat().st_size > 5000

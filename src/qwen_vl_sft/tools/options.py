@@ -107,12 +107,19 @@ class CompareBasesOptions(RecipeOptions):
 
     bases: tuple[str, ...] = option(
         ("bf16", "fp8", "nf4"),
-        "two or more of bf16, fp8, nf4 and emulation (FP8 on any device); the first is what the others are compared with",
+        "two or more of bf16, float32, nf4, fp8, emulation (FP8 on any device), and these two with _forward or _backward"
+        " (FP8 in one direction); the first is what the others are compared with",
         parse=names,
         shown="bf16,fp8,nf4",
     )
     seeds: tuple[int, ...] = option((0,), "seeds of rows and adapter, e.g. 0,1,2", parse=counts, shown="0")
     steps: int = option(150, "optimizer steps of each run", at_least=1)
+    controls: int = option(
+        0,
+        "times the first base is trained again, from weights moved as rounding does: how far that takes losses",
+        at_least=0,
+        shown="none",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
