@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.ports import free_port
 from fixtures.repository import REPOSITORY
 
 WITHOUT_PACKAGES = ("--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
@@ -83,7 +84,7 @@ def test_a_shipped_recipe_from_an_empty_folder(command, tmp_path):
 def test_zero_from_an_empty_folder(command, tmp_path):
     """The launcher, the check of what it was asked for, and the JSON that the configuration names."""
     pytest.importorskip("deepspeed")
-    launch = ("--accelerate_config", "zero2", "--num_processes", "2", "--main_process_port", "0")
+    launch = ("--accelerate_config", "zero2", "--num_processes", "2", "--main_process_port", str(free_port()))
     short = "--max_steps 2 --max_train_samples 32 --eval_strategy no --save_strategy no --load_best_model_at_end false"
     words = ("--recipe", "recipes/quickstart.yaml", "--output_dir", "run", *short.split())
     assert "strategy    zero2, 2 process(es) on CPU" in run(command, "sft", *launch, *words, cwd=tmp_path)

@@ -14,6 +14,7 @@ import yaml
 from accelerate.commands.config import config_args
 from torch import nn
 
+from fixtures.ports import free_port
 from fixtures.processes import Popen
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.distributed.context import DistributedContext, read_context
@@ -273,7 +274,7 @@ def test_arguments_of_a_gpu_run_are_left_to_the_recipe():
 
 def launch(folder: Path, *arguments: str, new: bool = True) -> tuple[int, str]:
     """Exit code and output of `accelerate launch ARGUMENTS launched_world.py FOLDER`; no process of it is left."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *arguments]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port()), *arguments]
     env = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     env |= {"PYTHONPATH": str(REPOSITORY / "src"), "CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1"}
     if new:

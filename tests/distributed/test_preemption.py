@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fixtures.processes import Popen, run_process
+from fixtures.processes import Popen, launcher, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.checkpointing import save_errors
 from qwen_vl_sft.checkpointing.manifest import problem_of
@@ -59,8 +59,7 @@ class Running:
     """A run that was started, and everything that it started."""
 
     def __init__(self, config, folder, **keys):
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
-        command = [sys.executable, *(launcher if config else []), SCRIPT]
+        command = [sys.executable, *(launcher(config) if config else []), SCRIPT]
         self.run = folder / "run"
         self.output = folder / "output.txt"
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}

@@ -4,13 +4,13 @@ test_slurm.py has a real cluster.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fixtures.ports import free_port
 from fixtures.processes import Popen
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.distributed.context import read_context
@@ -96,7 +96,7 @@ def test_a_named_checkpoint_is_for_the_first_start_alone(named, last, words_of_j
 def test_processes_of_the_check_meet_and_add_up_and_one_that_does_not_come_is_told(tmp_path):
     def start(rank, processes, *words):
         place = {"SLURM_PROCID": f"{rank}", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": f"{processes}"}
-        place |= {"SLURMD_NODENAME": f"n{rank + 1}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port + processes}"}
+        place |= {"SLURMD_NODENAME": f"n{rank + 1}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{ports[processes]}"}
         command = [
             sys.executable,
             "-m",
@@ -107,9 +107,7 @@ def test_processes_of_the_check_meet_and_add_up_and_one_that_does_not_come_is_to
         ]
         return Popen(command, env=os.environ | place, stdout=-1, stderr=-1, text=True, cwd=tmp_path)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    ports = {2: free_port(), 3: free_port()}
     both = [start(rank, 2, "--nodes", "n1,n2", "--output_dir", "run") for rank in (1, 0)]
     # The one that answers is there before the first begins to wait for another.
     two_of_three = [start(rank, 3, "--nodes", "n1,n2,n3", "--seconds", limit) for rank, limit in ((1, "60"), (0, "2"))]

@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from fixtures.faulty_runs import KEYS
-from fixtures.processes import Popen
+from fixtures.processes import Popen, launcher
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.resilience import watchdog
@@ -169,8 +169,9 @@ def test_without_a_store_the_process_still_ends_and_speaks(watch, monkeypatch):
 def start(folder, fault, config="cpu", **keys):
     """Run scripts/sft.py with a fault on two processes to its end; what it wrote to the standard error."""
     named = {**KEYS, "output_dir": folder / "run", "dataloader_num_workers": 1, "ddp_timeout": TIMEOUT, **keys}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
-    command += [
+    command = [
+        sys.executable,
+        *launcher(config),
         REPOSITORY / "tests/fixtures/faulty_run.py",
         *(word for key in named for word in (f"--{key}", str(named[key]))),
     ]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from PIL import Image
 
 from fixtures.answering import chart, write_builtin_run
 from fixtures.messages import png
+from fixtures.ports import free_port
 from fixtures.processes import Popen
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.config.command_line import parse
@@ -205,12 +205,6 @@ def stop(process, uploads):
         process.kill()
         process.stdout.close()
     assert list(uploads.glob("qwen_vl_sft_demo-*")) == []
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

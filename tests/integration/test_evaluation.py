@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from fixtures.evaluation import SYSTEM_MESSAGE, plan, read_rows, write_charts, write_run
 from fixtures.messages import conversation_row, png, write_messages
-from fixtures.processes import Popen, run_process
+from fixtures.processes import Popen, launcher, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.config.command_line import parse
@@ -637,14 +637,15 @@ def test_what_another_engine_cannot_do_is_told(run, fake_engine, tmp_path, monke
 def start_two_processes(run, folder, *arguments):
     command = [
         sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/cpu.yaml",
-        "--main_process_port",
-        "0",
+        *launcher("cpu"),
+        "scripts/evaluate.py",
+        "--run",
+        str(run),
+        "--output_dir",
+        str(folder),
+        *ASKED,
+        *arguments,
     ]
-    command += ["scripts/evaluate.py", "--run", str(run), "--output_dir", str(folder), *ASKED, *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from fixtures.processes import Popen, run_process, warm_processes
+from fixtures.processes import Popen, launcher, run_process, warm_processes
 from fixtures.publishing import (
     OTHER,
     READER,
@@ -780,10 +780,9 @@ TRAINING = {
 
 def train(hub, token, home, *words):
     """Train on two processes that take the stand-in for the Hub."""
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml")
     env = hub_environment(hub, home, xet=False) | {"HF_TOKEN": token}
     recipe = [word for name, value in TRAINING.items() for word in (f"--{name}", str(value))]
-    return run_process(*launcher, "scripts/sft.py", *recipe, *words, env=env)
+    return run_process(*launcher("cpu"), "scripts/sft.py", *recipe, *words, env=env)
 
 
 def test_training_pushes_and_reports_what_failed_meanwhile(hub, home, tmp_path):

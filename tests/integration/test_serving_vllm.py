@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from fixtures.ports import free_port
 from fixtures.processes import run_process
 from fixtures.serving import write_base, write_served_run
 from qwen_vl_sft.errors import UserError
@@ -125,9 +125,7 @@ def test_the_commands_of_the_card_serve_the_adapter_and_its_merge(run, vllm, tmp
 @contextmanager
 def served(command: list[str], model: str, python: Path, folder: Path) -> Iterator[int]:
     """Run a card's command where its folders stand for repositories of the Hub; yield the port once `model` is served."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # This machine's.
     here = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 1024 --enforce-eager"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -235,7 +235,7 @@ def test_places_of_processes():
     step = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "41234"}
     place = place_of({**step, "SLURMD_NODENAME": "n2"}, "host", ("n1", "n2"))
     assert (place.rank, place.local_rank, place.processes, place.node) == (3, 1, 4, "n2")
-    assert (place.address, place.port) == ("n1", 21234)
+    assert (place.address, place.port) == ("n1", 28466)
     place = place_of({**step, "MASTER_ADDR": "m", "MASTER_PORT": "29500"}, "host", ())
     assert (place.node, place.address, place.port) == ("host", "m", 29500)
     # A shell that salloc has started is in no step.

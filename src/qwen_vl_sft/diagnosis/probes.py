@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 from qwen_vl_sft.compat.for_deepspeed import compile_no_shared_memory_reduce
 from qwen_vl_sft.console import quiet_libraries
+from qwen_vl_sft.distributed.ports import free_port
 from qwen_vl_sft.errors import UserError, first_line
 
 
@@ -116,16 +116,13 @@ def probe_deepspeed() -> str:
     _need("deepspeed")
     import torch
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     device = _device()
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": f"{port}",
+        "MASTER_PORT": f"{free_port()}",
     }
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwen_vl_sft.config.command_line import any_recipe_key, names, option, recipe_values
 from qwen_vl_sft.config.reading import read_recipe
+from qwen_vl_sft.distributed.ports import UNASSIGNED
 from qwen_vl_sft.training.options import Options
 
 
@@ -60,5 +61,5 @@ def place_of(env: Mapping[str, str], hostname: str, nodes: Sequence[str]) -> Pla
         processes=int(env.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_PROCID" in env else 1,
         node=env.get("SLURMD_NODENAME") or hostname,
         address=env.get("MASTER_ADDR") or (nodes[0] if nodes else env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"),
-        port=int(env.get("MASTER_PORT") or 20000 + job % 20000),
+        port=int(env.get("MASTER_PORT") or UNASSIGNED[job % len(UNASSIGNED)]),
     )

@@ -22,6 +22,7 @@ from qwen_vl_sft.checkpointing import checkpoints, manifest, run_folder
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import read_file
+from qwen_vl_sft.distributed.ports import free_port
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
 from qwen_vl_sft.modeling.model_rules import LORA_KEYS
 from qwen_vl_sft.shipped_files import launch_config, script
@@ -230,7 +231,11 @@ class Experiment:
         if self.on_cpu and case.strategy == "single":
             return [sys.executable]
         name = "cpu" if self.on_cpu and case.strategy == "ddp" else STRATEGIES[case.strategy]
-        options = {"config_file": launch_config(name), "num_processes": case.processes, "main_process_port": 0}
+        options = {
+            "config_file": launch_config(name),
+            "num_processes": case.processes,
+            "main_process_port": free_port(),
+        }
         words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         return [sys.executable, "-m", "accelerate.commands.launch", *words]
 

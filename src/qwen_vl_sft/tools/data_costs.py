@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft import tiny
+from qwen_vl_sft.distributed.ports import free_port
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.shipped_files import require_root
 from qwen_vl_sft.tools.made_up_data import chart, conversation, picture, write_charts, write_conversations
@@ -86,7 +87,7 @@ def _large(options: DataCostsOptions) -> Iterator[Result]:
     folder = write_conversations(options.output_dir / "large", options.rows, options.images)
     cache, checkout = options.output_dir / "cache-large", require_root()
     launcher = [_python(checkout), "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
-    launcher += ["--num_processes", str(options.processes), "--main_process_port", "0", "scripts/sft.py"]
+    launcher += ["--num_processes", str(options.processes), "--main_process_port", str(free_port()), "scripts/sft.py"]
     step = ["--max_steps", "1", "--save_strategy", "no", "--overwrite_output_dir", "true"]
     for start in ("first", "second"):
         told = _run([*launcher, *_recipe(folder, cache), *step], checkout, cache)

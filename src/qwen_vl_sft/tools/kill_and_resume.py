@@ -21,6 +21,7 @@ import psutil
 from qwen_vl_sft.checkpointing import checkpoints, manifest
 from qwen_vl_sft.checkpointing.row_log import NAME, read_row_log
 from qwen_vl_sft.checkpointing.run_folder import LOG
+from qwen_vl_sft.distributed.ports import free_port
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.shipped_files import launch_config, script
 
@@ -90,7 +91,7 @@ class Experiment:
 
     def _start(self, folder: Path) -> subprocess.Popen[bytes]:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch_config(self.config))]
-        launcher += ["--num_processes", str(self.processes)]
+        launcher += ["--num_processes", str(self.processes), "--main_process_port", str(free_port())]
         command = [sys.executable, *(launcher if self.processes > 1 else []), str(script("sft")), *self.words]
         command += ["--output_dir", str(folder), "--resume_from_checkpoint", checkpoints.LATEST]
         command += ["--log_row_ids", "true"]
