@@ -31,8 +31,9 @@ OPTIMIZER_BYTES = {
 }
 ADAM_BYTES = 8.0
 _HALF, _SINGLE = 2, 4
-# What linear attention keeps: bytes of a value, of a key repeated for each head of values, of a head, of a token.
-_DELTA_VALUES, _DELTA_KEYS, _DELTA_HEAD, _DELTA_TOKEN = 26, 37, 930, 20
+# What linear attention keeps: bytes of a value, of a key repeated for each head of values (a row's first chunk keeps 4
+# less), of a head, of a token.
+_DELTA_VALUES, _DELTA_KEYS, _DELTA_HEAD, _DELTA_TOKEN = 26, 38, 930, 16
 # Bytes of each of a token's experts: its number, its places before and after sorting, its weight in both precisions.
 _ROUTED = 38
 # The same of a head, in the kernels: decay and beta with what they come from.
@@ -342,7 +343,7 @@ def attention_bytes(training: Training) -> float:
         # The gate, and what it is multiplied with.
         kept += (3 if training.full else 2) * text.queries * half
     if text.head_norms:
-        kept += _norm_bytes(training, text.queries + text.keys, half)
+        kept += _norm_bytes(training, text.queries + text.keys, half, rows=text.heads + text.keys // text.head_width)
     if training.full:
         # Autocast makes the three products' inputs anew, from float32.
         kept += text.hidden * half * (3 if wide > half else 1)
@@ -385,8 +386,8 @@ def experts_bytes(training: Training) -> float:
         return 0.0
     # Autocast leaves their products in the precision of what goes in.
     chosen, value = experts.chosen, training.stream
-    # The router's probabilities; the numbers of the chosen, their places before and after sorting, their weights.
-    kept = float(_norm_bytes(training, text.hidden)) + _SINGLE * experts.count + _ROUTED * chosen
+    # The router's probabilities, and the sum of those chosen; their numbers, places before and after sorting, weights.
+    kept = float(_norm_bytes(training, text.hidden)) + _SINGLE * (experts.count + 1) + _ROUTED * chosen
     if "experts" in training.kernels:
         kept += chosen * 2 * experts.mlp * value
     elif training.bits == 4 or training.fp8 or training.adapts_experts:
@@ -400,8 +401,9 @@ def experts_bytes(training: Training) -> float:
     if training.train_router:
         kept += text.hidden * half
     if experts.shared:
-        # What its gate multiplies, and the gate.
-        kept += _gated_bytes(training, experts.shared) + text.hidden * half + 2 * half
+        # What its gate multiplies, and the gate. Autocast makes the gate's input anew too.
+        kept += _gated_bytes(training, experts.shared) + text.hidden * half + half
+        kept += text.hidden * half if training.full and value > half else 0
     return kept
 
 
@@ -419,14 +421,14 @@ def _last_layer_bytes(training: Training) -> float:
     return attention_bytes(training) + (0.0 if training.packing else _last_behind_bytes(training))
 
 
-def _norm_bytes(training: Training, width: int, dtype: int | None = None) -> int:
-    """Return what a norm keeps: its input with the kernel, else copies in float32."""
-    dtype = training.stream if dtype is None else dtype
+def _norm_bytes(training: Training, width: int, dtype: int | None = None, rows: int = 1) -> int:
+    """Return what a norm of a token's `rows` keeps: its input with the kernel, else copies in float32; their lengths."""
+    dtype, lengths = training.stream if dtype is None else dtype, rows * _SINGLE
     if "rms_norm" in training.kernels:
-        return width * dtype
+        return width * dtype + lengths
     # For the gradient of its weight what it has normed too, in float32 where it multiplies by weight + 1.
     normed = _SINGLE if training.shape.text.delta else dtype
-    return width * (_SINGLE + (normed if training.full else 0))
+    return width * (_SINGLE + (normed if training.full else 0)) + lengths
 
 
 def _adapter_bytes(training: Training, names: tuple[str, ...], width: int, kept_anyway: bool = False) -> float:
