@@ -1,6 +1,7 @@
 """Kernels of linear attention: how they are called, compared and refused; on a GPU the real ones compare themselves."""
 
 import contextlib
+import copy
 import importlib.util
 import itertools
 import math
@@ -12,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
+from fixtures.conversations import conversation, image
+from fixtures.models import newer
+from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families import delta_gradient, delta_kernels
-from qwen_vl_sft.families.delta_check import TOLERANCE, differences
+from qwen_vl_sft.families.delta_check import TOLERANCE, differences, differences_reading
 from qwen_vl_sft.families.delta_gradient import chunk_gradients
-from qwen_vl_sft.families.gated_delta_net import TORCH, Operations
+from qwen_vl_sft.families.gated_delta_net import KEPT, TORCH, Operations, PackedForward
+from qwen_vl_sft.families.qwen3_5 import LINEAR_LAYER
+from qwen_vl_sft.inference.engine.engine import answer_conversations
 from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.kernels import problems_of_kernels
 from qwen_vl_sft.modeling.linear_attention import NAME, CheckedKernels, obstacle
@@ -110,30 +116,61 @@ def test_another_activation_is_left_to_pytorch(kernels):
     other = layer(activation="gelu")
     other.conv1d.bias, other.conv1d.weight = None, torch.randn(8, 1, 4)
     pieces = {"history": torch.tensor([2, 2, 2, 0, 1]), "positions": torch.tensor([0, 1])}
-    assert torch.equal(
-        kernels.convolve(other, torch.ones(1, 2, 8), pieces), TORCH.convolve(other, torch.ones(1, 2, 8), pieces)
-    )
+    taken = (other, torch.ones(1, 2, 8), pieces, None)
+    assert torch.equal(kernels.convolve(*taken), TORCH.convolve(*taken))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, TOLERANCE)])
+def test_prompts_are_read_with_the_same_calls(dtype, most, kernels):
+    """Each after the states that another left, one that another read in the same pass left among them."""
+    found = differences_reading(kernels, layer(), dtype)
+    assert found.keys() == {"output", "state"}
+    assert max(found.values()) < most
+
+
+def test_prompts_are_answered_with_the_operations_that_layers_were_given(kernels, tiny_processor):
+    """Of rows on one image, on another and on none, each twice, at most two at once."""
+    model, encoder = newer("Qwen3_5Config").eval(), Encoder(tiny_processor, system_message="Answer.")
+    asked = [conversation(text, *images) for text in ("Why?", "Bars, then?") for images in ([image(56, 84, 1)], [])]
+    wanted = answer_conversations(model, encoder, asked, 6, rows=2)
+    layers = [module for module in model.modules() if type(module).__name__.endswith(LINEAR_LAYER)]
+    asked_for = []
+
+    def choose(of, projected, pieces):
+        assert pieces[KEPT]
+        asked_for.append(of)
+        return kernels
+
+    for one in layers:
+        one.forward = PackedForward(choose, one)
+        assert copy.deepcopy(one).forward._layer is not one
+    assert answer_conversations(model, encoder, asked, 6, rows=2) == wanted
+    assert set(asked_for) == set(layers)
+    assert len(set(wanted)) > 1
 
 
 def wrong(kernels, what):
     """Operations with one of the faults that the comparison is there for."""
 
     def rule(_):
-        def compute(pieces, number, inputs, first):
+        def compute(pieces, number, inputs, first, keep):
             if what == "no first state":
                 first = None
             if what == "leaks" and number == 0:
                 bounds = pieces["round_bounds"][0][[0, -1]]
                 chunks = torch.tensor([[0, chunk] for chunk in range(-(-int(bounds[-1]) // 64))])
                 pieces = {**pieces, "round_bounds": [bounds], "round_chunks": [chunks]}
-            out, last = delta_kernels.delta_rule(pieces, number, inputs, first)
+            out, last = delta_kernels.delta_rule(pieces, number, inputs, first, keep)
+            if what == "another last state" and KEPT in pieces:
+                last = last.flip(-1)
             return out, last.detach() if what == "no gradient into the state" and number == 0 else last
 
         return compute
 
-    def convolve(of, projected, pieces):
-        kept = {name: value for name, value in pieces.items() if name != "before" or what != "no first inputs"}
-        return kernels.convolve(of, projected, kept)
+    def convolve(of, projected, pieces, before):
+        if what != "no first inputs":
+            return kernels.convolve(of, projected, pieces, before)
+        return kernels.convolve(of, projected, {name: pieces[name] for name in pieces if name != "before"}, None)
 
     return Operations(convolve, rule, kernels.norm)
 
@@ -144,24 +181,33 @@ def test_the_comparison_notices(what, kernels):
     operations = wrong(kernels, what)
     assert max(differences(operations, layer(), torch.bfloat16, shared).values()) > 2 * TOLERANCE
     with pytest.raises(UserError, match=r"its \w+ is [\d.]+% off float32; leave linear_attention out of fused_kernels"):
-        CheckedKernels(operations).for_layer(layer(), torch.bfloat16, shared)
+        CheckedKernels(operations).for_layer(layer(), torch.bfloat16, "shared" if shared else "packed")
+
+
+@pytest.mark.parametrize("what", ["no first state", "another last state", "no first inputs"])
+def test_the_comparison_notices_where_prompts_are_read(what, kernels, caplog):
+    """A run that trains with the kernels goes on: it reads prompts in PyTorch's operations, and tells so once."""
+    checked = CheckedKernels(wrong(kernels, what))
+    assert max(differences_reading(checked.operations, layer(), torch.bfloat16).values()) > 2 * TOLERANCE
+    for _ in range(2):
+        assert checked.for_reading(layer(), torch.bfloat16) is TORCH
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("prompts are read in PyTorch's own operations, which take longer: fused_kernels: linear_att")
 
 
 def test_kernels_are_compared_once_for_each_kind_of_layer(kernels, monkeypatch):
     compared = []
-    monkeypatch.setattr(CheckedKernels, "_check", lambda self, *args: compared.append(args[1:]))
+    monkeypatch.setattr(CheckedKernels, "_check", lambda self, *args: compared.append(args[2:]))
     checked = CheckedKernels(kernels)
-    for shared in (False, False, True):
-        assert checked.for_layer(layer(), torch.bfloat16, shared) is kernels
-    checked.for_layer(layer(num_v_heads=8), torch.bfloat16, False)
+    for kind in ("packed", "packed", "shared"):
+        assert checked.for_layer(layer(), torch.bfloat16, kind) is kernels
+    checked.for_layer(layer(num_v_heads=8), torch.bfloat16, "packed")
+    for _ in range(2):
+        assert checked.for_reading(layer(), torch.bfloat16) is kernels
     with torch.inference_mode():
-        checked.for_layer(layer(), torch.bfloat16, False)
-    assert [(shared, learns) for _, shared, learns in compared] == [
-        (False, True),
-        (True, True),
-        (False, True),
-        (False, False),
-    ]
+        checked.for_layer(layer(), torch.bfloat16, "packed")
+        checked.for_reading(layer(), torch.bfloat16)
+    assert compared == [("packed", True), ("shared", True), ("packed", True), ("read", False), ("packed", False)]
 
 
 def test_a_kernel_that_does_not_run_is_told_in_one_message(kernels):
@@ -169,7 +215,7 @@ def test_a_kernel_that_does_not_run_is_told_in_one_message(kernels):
         raise RuntimeError("no kernel image\nfor this device")
 
     with pytest.raises(UserError) as error:
-        CheckedKernels(Operations(kernels.convolve, fails, kernels.norm)).for_layer(layer(), torch.bfloat16, False)
+        CheckedKernels(Operations(kernels.convolve, fails, kernels.norm)).for_layer(layer(), torch.bfloat16, "packed")
     assert str(error.value) == (
         "fused_kernels: linear_attention does not run here with 4 heads of 16 values: no kernel image; leave"
         " linear_attention out of fused_kernels, for PyTorch's own operations"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,17 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from qwen_vl_sft.families.base import PackedLayout
+from qwen_vl_sft.families.base import PackedLayout, StateStep
 from qwen_vl_sft.families.gated_delta_net import Operations, attended, pieces_of
+from qwen_vl_sft.families.gated_delta_states import read, rounds_of
 
 # Pieces of more than a chunk and of less, one shorter than the convolution. Where they share, the last two go on from the
 # second.
 LENGTHS, PARENTS = (70, 66, 5, 2), (None, None, 1, 1)
+# Where prompts are read one goes on from another that does.
+READ_AFTER = (None, None, 1, 2)
 # |a - b| / |b|. Half precision rounds to 0.4%, and again in each of a chain of products; a piece that goes on from
 # another state is off by far more.
 TOLERANCE = 3e-2
 _ROWS = ((0,), (1, 2), (1, 3))
 _ROWS_APART = ((0,), (1,), (2,), (3,))
+_ROWS_READ = ((0,), (1, 2, 3))
 
 
 def differences(
@@ -42,6 +47,38 @@ def differences(
     with torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=False), on_its_own:
         found = _outcome(lambda *tensors: attended(operations, example, pieces, *tensors), inputs, grad, learns)
         wanted = _outcome(lambda *tensors: _by_row(example, rows, *tensors), inputs, grad, learns)
+    return _apart(found, wanted)
+
+
+def differences_reading(operations: Operations, layer: Any, dtype: torch.dtype) -> dict[str, float]:
+    """Return the same of prompts that are read: of the output, and of the states that are left for the next tokens."""
+    numbers = torch.Generator(layer.conv1d.weight.device).manual_seed(0)
+    example, inputs = drawn(layer, sum(LENGTHS), dtype, numbers)
+    with torch.no_grad(), torch.autocast(numbers.device.type, enabled=False):
+        found = read_example(operations, layer, example, LENGTHS, READ_AFTER, inputs)
+        states: dict[int, torch.Tensor] = {}
+        output = _by_row(example, _ROWS_READ, *inputs.values(), states=states)
+    return _apart(found, {"output": output, "state": torch.stack([states[number] for number in range(len(LENGTHS))])})
+
+
+def read_example(
+    operations: Operations,
+    layer: Any,
+    example: Any,
+    lengths: Sequence[int],
+    after: Sequence[int | None],
+    inputs: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Read pieces of prompts, each `after` another one; return the output, and the state behind each piece."""
+    device, width = layer.conv1d.weight.device, layer.conv_kernel_size - 1
+    rounds = rounds_of(StateStep(lengths, after, range(len(lengths))), layer.conv_kernel_size, device)
+    channels = inputs["projected"].shape[-1]
+    past = torch.zeros(len(lengths), channels, width, dtype=inputs["projected"].dtype, device=device)
+    states = torch.zeros(len(lengths), layer.num_v_heads, layer.head_k_dim, layer.head_v_dim, device=device)
+    return {"output": read(operations, example, rounds, list(inputs.values()), past, states), "state": states}
+
+
+def _apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
     return {
         name: float((one.float() - wanted[name].float()).norm() / wanted[name].float().norm())
         for name, one in found.items()
@@ -110,21 +147,32 @@ def _outcome(
     return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def _by_row(layer: Any, rows: Sequence[Sequence[int]], *inputs: torch.Tensor) -> torch.Tensor:
-    """Compute every row, given by its pieces, by itself and in float32; a shared prefix as often as rows share it."""
+def _by_row(
+    layer: Any, rows: Sequence[Sequence[int]], *inputs: torch.Tensor, states: dict[int, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Compute every row, given by its pieces, by itself and in float32; a shared prefix as often as rows share it.
+
+    Puts the state behind each piece into `states`.
+    """
     parts = [tensor[0].float().split(list(LENGTHS)) for tensor in inputs]
     found: dict[int, torch.Tensor] = {}
     for row in rows:
         whole = [torch.cat([part[number] for number in row]) for part in parts]
-        pieces = _recurrence(layer, *whole).split([LENGTHS[number] for number in row])
-        found |= dict(zip(row, pieces, strict=True))
+        output, behind = _recurrence(layer, *whole)
+        found |= dict(zip(row, output.split([LENGTHS[number] for number in row]), strict=True))
+        if states is not None:
+            ends = itertools.accumulate(LENGTHS[number] for number in row)
+            states |= {number: behind[end - 1] for number, end in zip(row, ends, strict=True)}
     return torch.cat([found[number] for number in range(len(LENGTHS))])[None]
 
 
 def _recurrence(
     layer: Any, projected: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, gate: torch.Tensor
-) -> torch.Tensor:
-    """Compute a row [T, ...] -> [T, heads * values], token by token (https://arxiv.org/abs/2412.06464, equation 10)."""
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Compute a row [T, ...] -> [T, heads * values] and the state behind each token.
+
+    Token by token (https://arxiv.org/abs/2412.06464, equation 10).
+    """
     weight = layer.conv1d.weight.float()
     before = F.pad(projected.T[None], (weight.shape[-1] - 1, 0))
     mixed = F.silu(F.conv1d(before, weight, groups=len(weight)))[0].T
@@ -135,12 +183,14 @@ def _recurrence(
     query, key = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (query, key))
     query = query * layer.head_k_dim**-0.5
     state = value.new_zeros(value.shape[1], layer.head_k_dim, layer.head_v_dim)
-    outputs = []
+    outputs, states = [], []
     for q, k, v, g, b in zip(query, key, value, decay, beta, strict=True):
         state = state * g.exp()[:, None, None]
         written = (v - (state * k[:, :, None]).sum(1)) * b[:, None]
         state = state + k[:, :, None] * written[:, None]
         outputs.append((state * q[:, :, None]).sum(1))
+        states.append(state)
     out = torch.stack(outputs)
     normed = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + layer.norm.variance_epsilon)
-    return (normed * layer.norm.weight.float() * F.silu(gate.unflatten(-1, (-1, layer.head_v_dim)))).flatten(1)
+    gated = normed * layer.norm.weight.float() * F.silu(gate.unflatten(-1, (-1, layer.head_v_dim)))
+    return gated.flatten(1), states

@@ -12,29 +12,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qwen_vl_sft.families import delta_gradient
 from qwen_vl_sft.families.delta_norms import gated_norm, normalised
 from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, RoundRule
 
 
-def fits(projected: torch.Tensor) -> bool:
-    """Return whether the kernels compute such inputs: half precision on a GPU; float32 is for exactness."""
-    return projected.is_cuda and projected.dtype in (torch.bfloat16, torch.float16)
-
-
-def convolve(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> torch.Tensor:
-    """Convolve each piece behind the inputs of its parent: [1, T, C] -> [1, T, C], in the order of the rounds."""
+def convolve(layer: Any, projected: torch.Tensor, pieces: dict[str, Any], before: torch.Tensor | None) -> torch.Tensor:
+    """Convolve each piece behind the inputs before it: [1, T, C] -> [1, T, C], in the order of the rounds."""
     from fla.modules.causal_conv1d import causal_conv1d
 
     if layer.activation not in ("silu", "swish"):
-        return TORCH.convolve(layer, projected, pieces)
+        return TORCH.convolve(layer, projected, pieces, before)
+    # [S, C, kernel]; of its first input no output is made.
     first = None
-    if "before" in pieces:
-        before = pieces["before"]
-        inputs = projected[0].index_select(0, before.flatten().clamp(min=0)).unflatten(0, before.shape)
-        # [S, C, kernel]; of its first input no output is made.
-        first = inputs.masked_fill((before < 0).unsqueeze(-1), 0).transpose(1, 2).contiguous()
+    if before is not None:
+        first = F.pad(before.to(projected.dtype), (1, 0))
+    elif "before" in pieces:
+        places = pieces["before"]
+        inputs = projected[0].index_select(0, places.flatten().clamp(min=0)).unflatten(0, places.shape)
+        first = inputs.masked_fill((places < 0).unsqueeze(-1), 0).transpose(1, 2).contiguous()
     weight = layer.conv1d.weight.squeeze(1)
     mixed, _ = causal_conv1d(
         projected,
@@ -61,9 +59,9 @@ def complete() -> None:
 
 
 def delta_rule(
-    pieces: dict[str, Any], number: int, inputs: Sequence[torch.Tensor], first: torch.Tensor | None
+    pieces: dict[str, Any], number: int, inputs: Sequence[torch.Tensor], first: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute a round; the last states are None where no round goes on from them. See `RoundRule`."""
+    """Compute a round; the last states are None without `keep`. See `RoundRule`."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     query, key, value, decay, beta = inputs
@@ -74,7 +72,7 @@ def delta_rule(
         g=decay,
         beta=beta,
         initial_state=first,
-        output_final_state=number == 0 and "parents" in pieces,
+        output_final_state=keep,
         cu_seqlens=pieces["round_bounds"][number],
         chunk_indices=pieces["round_chunks"][number],
     )

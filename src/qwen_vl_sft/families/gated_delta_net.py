@@ -12,8 +12,6 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,12 +23,15 @@ from transformers.activations import ACT2FN
 from qwen_vl_sft.families.base import PackedLayout
 
 PIECES = "delta_pieces"
+# An entry of `PIECES`: last states are kept behind the sequence, and some pieces may go on from such states.
+KEPT = "kept"
 # Tokens of a chunk, inside which the rule is computed as attention is; the same in transformers and in its kernels.
 CHUNK = 64
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-# Takes `PIECES`, the number of a round, query, key, value, decay and beta of its tokens, and first states or None.
+# Takes `PIECES`, the number of a round, query, key, value, decay and beta of its tokens, first states or None, and whether
+# last states are wanted.
 RoundRule = Callable[
-    [dict[str, Any], int, Sequence[torch.Tensor], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
+    [dict[str, Any], int, Sequence[torch.Tensor], torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]
 ]
 
 
@@ -39,12 +40,13 @@ class Operations:
     """What computes the three parts of a layer that are no linear layers.
 
     Attributes:
-        convolve: takes a layer, the projected inputs [1, T, C] and `PIECES`; gives [1, T, C] in the order of the rounds.
+        convolve: takes a layer, the projected inputs [1, T, C], `PIECES`, and the inputs before each piece [S, C, kernel - 1]
+            where these stand outside of the sequence, else None; gives [1, T, C] in the order of the rounds.
         rule: gives the gated delta rule of a layer.
         norm: takes a layer, attended values and their gate [N, D], and normalises: [N, D].
     """
 
-    convolve: Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor]
+    convolve: Callable[[Any, torch.Tensor, dict[str, Any], torch.Tensor | None], torch.Tensor]
     rule: Callable[[Any], RoundRule]
     norm: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -67,24 +69,10 @@ def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
     width, total = kernel_size - 1, sum(layout.lengths)
     tokens = torch.arange(total).split(list(layout.lengths))
     nothing = torch.full((width,), total)
+    past = [nothing if parent is None else torch.cat([nothing, tokens[parent]])[-width:] for parent in layout.parents]
     roots = [number for number, parent in enumerate(layout.parents) if parent is None]
     branches = [number for number, parent in enumerate(layout.parents) if parent is not None]
-    history = [
-        run
-        for own, parent in zip(tokens, layout.parents, strict=True)
-        for run in (nothing if parent is None else torch.cat([nothing, tokens[parent]])[-width:], own)
-    ]
-    # A convolution without padding gives `width` values less.
-    convolved = [own + number * width for number, own in enumerate(tokens)]
-    found: dict[str, Any] = {
-        "history": torch.cat(history),
-        "positions": torch.cat([convolved[number] for number in [*roots, *branches]]),
-        "lengths": [[layout.lengths[number] for number in numbers] for numbers in (roots, branches) if numbers],
-        "bounds": _bounds(layout.lengths),
-        "chunks": _chunks(layout.lengths),
-    }
-    found["round_bounds"] = [_bounds(lengths) for lengths in found["lengths"]]
-    found["round_chunks"] = [_chunks(lengths) for lengths in found["lengths"]]
+    found = _in_rounds(layout.lengths, past, [numbers for numbers in (roots, branches) if numbers])
     if branches:
         places = {number: place for place, number in enumerate(roots)}
         parents = [layout.parents[number] for number in branches]
@@ -96,6 +84,37 @@ def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
         before = torch.stack([torch.cat([nothing, own])[-kernel_size:] for own in inputs])
         before[:, 0] = total
         found["before"] = before.where(before < total, -1)
+    return found
+
+
+def round_behind_states(lengths: Sequence[int], kernel_size: int, known: bool) -> dict[str, Any]:
+    """Return what `pieces_of` does of a sequence of one round whose pieces leave their states outside of it.
+
+    Inputs before them [S, C, kernel - 1] stand behind the sequence, at T and after it, and with `known` `history` puts
+    them in front of the pieces; else all begin from nothing. `ends` [S, kernel - 1] are the last inputs of each piece.
+    """
+    width, total = kernel_size - 1, sum(lengths)
+    outside = total + torch.arange(len(lengths) * width).view(-1, width)
+    past = list(outside if known else torch.full_like(outside, total))
+    tokens = torch.arange(total).split(list(lengths))
+    ends = [torch.cat(pair)[-width:] for pair in zip(outside, tokens, strict=True)]
+    return {**_in_rounds(lengths, past, [list(range(len(lengths)))]), "ends": torch.stack(ends), KEPT: True}
+
+
+def _in_rounds(lengths: Sequence[int], past: Sequence[torch.Tensor], rounds: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return the entries of `pieces_of` that every sequence has, for the positions of the inputs before each piece."""
+    tokens = torch.arange(sum(lengths)).split(list(lengths))
+    # A convolution without padding gives fewer values for each piece.
+    convolved = [own + number * len(past[0]) for number, own in enumerate(tokens)]
+    found: dict[str, Any] = {
+        "history": torch.cat([run for runs in zip(past, tokens, strict=True) for run in runs]),
+        "positions": torch.cat([convolved[number] for numbers in rounds for number in numbers]),
+        "lengths": [[lengths[number] for number in numbers] for numbers in rounds],
+        "bounds": _bounds(lengths),
+        "chunks": _chunks(lengths),
+    }
+    found["round_bounds"] = [_bounds(own) for own in found["lengths"]]
+    found["round_chunks"] = [_chunks(own) for own in found["lengths"]]
     return found
 
 
@@ -114,38 +133,55 @@ def take_pieces(model: nn.Module, kind: str) -> None:
     """Have the layers whose class name ends in `kind` take `PIECES` of a packed batch; they take others as before."""
     for module in model.modules():
         if type(module).__name__.endswith(kind):
-            module.forward = forward_with(lambda layer, projected, pieces: TORCH, module)
+            module.forward = PackedForward(plain, module)
 
 
-def forward_with(choose: Choice, layer: nn.Module) -> Callable[..., torch.Tensor]:
-    """Return the forward of a layer that takes `PIECES`."""
-    # Bound: in a copy of the model it is the copy's.
-    return MethodType(partial(_forward, choose), layer)
+def plain(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> Operations:
+    """Choose PyTorch's own operations."""
+    return TORCH
 
 
-def _forward(
-    choose: Choice,
-    layer: Any,
-    hidden_states: torch.Tensor,
-    delta_pieces: Any = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Compute a layer of transformers over the pieces of a packed sequence: [1, T, D] -> [1, T, D]."""
-    if delta_pieces is None:
-        if kwargs.get("cu_seq_lens_q") is not None:
-            raise RuntimeError("a packed batch does not tell its pieces: states would run from one row into the next")
-        found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
-        return found
-    if kwargs.get("attention_mask") is not None or kwargs.get("cache_params") is not None or len(hidden_states) != 1:
-        raise RuntimeError("packed rows take no attention mask and no cache, and batches of one sequence")
+class PackedForward:
+    """The forward of a layer that takes `PIECES`, with the operations that `choose` gives.
+
+    It holds its layer: in a copy of the model it is the copy's.
+    """
+
+    def __init__(self, choose: Choice, layer: Any) -> None:
+        self.choose = choose
+        self._layer = layer
+
+    def __call__(self, hidden_states: torch.Tensor, delta_pieces: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Compute a layer of transformers over the pieces of a packed sequence: [1, T, D] -> [1, T, D]."""
+        layer = self._layer
+        if delta_pieces is None:
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise RuntimeError(
+                    "a packed batch does not tell its pieces: states would run from one row into the next"
+                )
+            found: torch.Tensor = type(layer).forward(layer, hidden_states, **kwargs)
+            return found
+        if (
+            kwargs.get("attention_mask") is not None
+            or kwargs.get("cache_params") is not None
+            or len(hidden_states) != 1
+        ):
+            raise RuntimeError("packed rows take no attention mask and no cache, and batches of one sequence")
+        projected, decay, beta, gate = projections(layer, hidden_states)
+        operations = self.choose(layer, projected, delta_pieces)
+        output: torch.Tensor = layer.out_proj(attended(operations, layer, delta_pieces, projected, decay, beta, gate))
+        return output
+
+
+def projections(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a layer makes of hidden states [1, T, D]: queries, keys and values before the convolution [1, T, C], decay
+    and beta [1, T, heads], and the gate [1, T, heads * values].
+    """
     projected = layer.in_proj_qkv(hidden_states)
     beta = layer.in_proj_b(hidden_states).sigmoid()
     # float16 does not hold every exponential.
     decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(hidden_states).float() + layer.dt_bias)
-    gate = layer.in_proj_z(hidden_states)
-    operations = choose(layer, projected, delta_pieces)
-    output: torch.Tensor = layer.out_proj(attended(operations, layer, delta_pieces, projected, decay, beta, gate))
-    return output
+    return projected, decay, beta, layer.in_proj_z(hidden_states)
 
 
 def attended(
@@ -171,10 +207,7 @@ def attended(
     Returns [1, T, heads * values].
     """
     tokens = projected.shape[1]
-    mixed = operations.convolve(layer, projected, pieces)
-    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    query, key = (part.reshape(1, tokens, -1, layer.head_k_dim) for part in (query, key))
-    value = value.reshape(1, tokens, -1, layer.head_v_dim)
+    query, key, value = heads(layer, operations.convolve(layer, projected, pieces, None))
     if "order" in pieces:
         beta, decay = (part.index_select(1, pieces["order"]) for part in (beta, decay))
     found = delta_rule_in_rounds(operations.rule(layer), pieces, query, key, value, decay, beta)
@@ -183,10 +216,26 @@ def attended(
     return normed.reshape(1, tokens, -1)
 
 
-def _convolved(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> torch.Tensor:
-    """Convolve each piece behind the inputs of its parent: [1, T, C] -> [1, T, C], in the order of the rounds."""
+def heads(layer: Any, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split what comes out of the convolution [B, T, C] into query, key and value [B, T, heads, D]."""
+    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    return (
+        query.unflatten(-1, (-1, layer.head_k_dim)),
+        key.unflatten(-1, (-1, layer.head_k_dim)),
+        value.unflatten(-1, (-1, layer.head_v_dim)),
+    )
+
+
+def _convolved(
+    layer: Any, projected: torch.Tensor, pieces: dict[str, Any], before: torch.Tensor | None
+) -> torch.Tensor:
+    """Convolve each piece behind the inputs before it: [1, T, C] -> [1, T, C], in the order of the rounds."""
     weight = layer.conv1d.weight
-    extended = F.pad(projected, (0, 0, 0, 1)).index_select(1, pieces["history"]).transpose(1, 2)
+    if before is None:
+        known = F.pad(projected, (0, 0, 0, 1))
+    else:
+        known = torch.cat([projected, before.transpose(1, 2).flatten(0, 1)[None].to(projected.dtype)], dim=1)
+    extended = known.index_select(1, pieces["history"]).transpose(1, 2)
     convolved = F.conv1d(extended.to(weight.dtype), weight, layer.conv1d.bias, groups=weight.shape[0])
     activated = ACT2FN[layer.activation](convolved).to(projected.dtype)
     return activated.transpose(1, 2).index_select(1, pieces["positions"])
@@ -204,11 +253,11 @@ def delta_rule_in_rounds(rule: RoundRule, pieces: dict[str, Any], *inputs: torch
     """
     rounds = pieces["lengths"]
     if "parents" not in pieces:
-        return rule(pieces, 0, inputs, None)[0]
+        return rule(pieces, 0, inputs, None, False)[0]
     totals = [sum(lengths) for lengths in rounds]
     first, second = zip(*(tensor.split(totals, dim=1) for tensor in inputs), strict=True)
-    prefixes, states = rule(pieces, 0, first, None)
-    branches, _ = rule(pieces, 1, second, states.index_select(0, pieces["parents"]))
+    prefixes, states = rule(pieces, 0, first, None, True)
+    branches, _ = rule(pieces, 1, second, states.index_select(0, pieces["parents"]), False)
     return torch.cat([prefixes, branches], dim=1).index_select(1, pieces["back"])
 
 
@@ -261,7 +310,7 @@ def torch_rule(layer: nn.Module) -> Rule:
 
 def _rounds_in_torch(layer: nn.Module) -> RoundRule:
     rule = by_piece(torch_rule(layer))
-    return lambda pieces, number, inputs, first: rule(pieces["lengths"][number], inputs, first)
+    return lambda pieces, number, inputs, first, keep: rule(pieces["lengths"][number], inputs, first)
 
 
 TORCH = Operations(_convolved, _rounds_in_torch, lambda layer, attended, gate: layer.norm(attended, gate))

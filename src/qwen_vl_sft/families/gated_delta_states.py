@@ -1,15 +1,17 @@
 """Gated delta-net layers while rows are answered: the last inputs of the convolution and the state of each row are kept.
 
 transformers keeps them in a cache of a batch, whose rows all begin and end together. Here they lie in slots: a row that is
-read goes on from the slot of its prefix, or from nothing, and leaves what its next token needs in a slot of its own.
+read goes on from the slot of its prefix, or from nothing, and leaves what its next token needs in a slot of its own. Prompts
+are read with the operations that the layer was given for packed rows; a row's next token takes PyTorch's own.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,95 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from qwen_vl_sft.families.base import StateStep
-from qwen_vl_sft.families.gated_delta_net import Rule, by_piece, torch_rule
+from qwen_vl_sft.families.gated_delta_net import (
+    Choice,
+    Operations,
+    PackedForward,
+    Rule,
+    heads,
+    plain,
+    projections,
+    round_behind_states,
+)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Pieces of packed prompts that are computed together.
+
+    Attributes:
+        pieces: of `round_behind_states`.
+        order: [T] the positions of their tokens in the sequence.
+        begins: [S] the slots that they go on from; None where they begin from nothing.
+        ends: [S] the slots that they leave their states in.
+    """
+
+    pieces: dict[str, Any]
+    order: torch.Tensor
+    begins: torch.Tensor | None
+    ends: torch.Tensor
+
+
+def rounds_of(step: StateStep, kernel_size: int, device: torch.device) -> list[Round]:
+    """Return the pieces of a step in rounds, each of which goes on from states that those before it leave."""
+    tokens = torch.arange(sum(step.lengths)).split(list(step.lengths))
+    found = []
+    for numbers in _in_order(step):
+        begins = [begin for number in numbers if (begin := step.begins[number]) is not None]
+        assert len(begins) in (0, len(numbers))
+        lengths = [step.lengths[number] for number in numbers]
+        found.append(
+            Round(
+                _on(device, round_behind_states(lengths, kernel_size, known=bool(begins))),
+                torch.cat([tokens[number] for number in numbers]).to(device),
+                torch.tensor(begins, device=device) if begins else None,
+                torch.tensor([step.ends[number] for number in numbers], device=device),
+            )
+        )
+    return found
+
+
+def read(
+    operations: Operations,
+    layer: Any,
+    rounds: Sequence[Round],
+    parts: Sequence[torch.Tensor],
+    inputs: torch.Tensor,
+    states: torch.Tensor,
+) -> torch.Tensor:
+    """Compute what stands between the linear layers of a layer over the pieces of packed prompts, and leave their states.
+
+    Args:
+        operations: what computes it.
+        layer: gives the sizes of heads, and the weights of convolution and norm.
+        rounds: of `rounds_of`.
+        parts: of `projections`, for a sequence [1, T].
+        inputs: [slots, C, kernel - 1] of the convolution, read and written.
+        states: [slots, heads, keys, values] float32, read and written.
+
+    Returns [1, T, heads * values].
+    """
+    *known, gate = parts
+    rule, width = operations.rule(layer), inputs.shape[-1]
+    outputs = []
+    for one in rounds:
+        projected, decay, beta = (part.index_select(1, one.order) for part in known)
+        before = first = None
+        if one.begins is not None:
+            before, first = (kept.index_select(0, one.begins) for kept in (inputs, states))
+        mixed = operations.convolve(layer, projected, one.pieces, before)
+        out, last = rule(one.pieces, 0, [*heads(layer, mixed), decay, beta], first, True)
+        past = inputs.new_zeros(len(one.ends), *inputs.shape[1:]) if before is None else before
+        behind = torch.cat([projected[0], past.transpose(1, 2).flatten(0, 1).to(projected.dtype)])
+        ends = behind.index_select(0, one.pieces["ends"].flatten()).view(-1, width, behind.shape[-1])
+        inputs.index_copy_(0, one.ends, ends.transpose(1, 2).to(inputs.dtype))
+        states.index_copy_(0, one.ends, last.to(states.dtype))
+        outputs.append(out[0])
+    order = torch.cat([one.order for one in rounds])
+    attended = torch.cat(outputs).index_select(0, order.argsort())
+    value = layer.head_v_dim
+    normed = operations.norm(layer, attended.reshape(-1, value), gate.reshape(-1, value))
+    return normed.reshape(1, len(order), -1)
 
 
 class DeltaStates:
@@ -42,10 +132,16 @@ class DeltaStates:
     @contextmanager
     def applied(self, step: StateStep) -> Iterator[None]:
         """Have the layers go on from states and leave them as `step` says, in forward passes of one sequence [1, T, D]."""
-        compute = self._read if step.slots is None else self._decode
         before = {layer: vars(layer).get("forward") for layer in self._layers}
+        rounds: dict[Any, list[Round]] = {}
         for layer in self._layers:
-            layer.forward = partial(compute, layer, step)
+            if step.slots is not None:
+                layer.forward = partial(self._decode, layer, step.slots)
+                continue
+            where = (layer.conv_kernel_size, self._inputs[layer].device)
+            if where not in rounds:
+                rounds[where] = rounds_of(step, *where)
+            layer.forward = partial(self._read, layer, _choice(before[layer]), rounds[where])
         try:
             yield
         finally:
@@ -55,56 +151,52 @@ class DeltaStates:
                 else:
                     layer.forward = forward
 
-    def _read(self, layer: Any, step: StateStep, /, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    def _read(
+        self, layer: Any, choose: Choice, rounds: Sequence[Round], /, hidden_states: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
         """Compute the pieces of packed prompts, each after the one that it goes on from."""
-        inputs, states = self._inputs[layer], self._states[layer]
-        projected, *gates = _projected(layer, hidden_states)
-        parts = [tensor.split(list(step.lengths)) for tensor in (projected, *gates)]
-        outputs: dict[int, torch.Tensor] = {}
-        for numbers in _in_order(step):
-            begins = [step.begins[number] for number in numbers]
-            ends = torch.tensor([step.ends[number] for number in numbers], device=inputs.device)
-            if begins[0] is None:
-                history, first = torch.zeros_like(inputs[: len(numbers)]), None
-            else:
-                where = torch.tensor(begins, device=inputs.device)
-                history, first = inputs.index_select(0, where), states.index_select(0, where)
-            extended = [
-                torch.cat([past.T.to(projected.dtype), parts[0][number]])
-                for past, number in zip(history, numbers, strict=True)
-            ]
-            width, lengths = inputs.shape[-1], [step.lengths[number] for number in numbers]
-            inputs.index_copy_(0, ends, torch.stack([run[-width:].T for run in extended]).to(inputs.dtype))
-            mixed = torch.cat([_convolved(layer, run) for run in extended])[None]
-            own = [torch.cat([part[number] for number in numbers])[None] for part in parts[1:]]
-            out, last = by_piece(torch_rule(layer))(lengths, [*_heads(layer, mixed), *own], first)
-            states.index_copy_(0, ends, last.to(states.dtype))
-            outputs |= dict(zip(numbers, out[0].split(lengths), strict=True))
-        attended = torch.cat([outputs[number] for number in range(len(step.lengths))])
-        return _finished(layer, hidden_states, attended)
+        parts = projections(layer, hidden_states)
+        operations = choose(layer, parts[0], rounds[0].pieces)
+        found: torch.Tensor = layer.out_proj(
+            read(operations, layer, rounds, parts, self._inputs[layer], self._states[layer])
+        )
+        return found
 
-    def _decode(self, layer: Any, step: StateStep, /, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    def _decode(self, layer: Any, slots: torch.Tensor, /, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         """Compute one token of each of B rows."""
-        assert step.slots is not None
         inputs, states = self._inputs[layer], self._states[layer]
-        projected, decay, beta = _projected(layer, hidden_states)
-        window = torch.cat(
-            [inputs.index_select(0, step.slots).to(projected.dtype), projected[:, :, None]], dim=-1
-        )  # [B, channels, kernel]
-        inputs.index_copy_(0, step.slots, window[:, :, 1:].to(inputs.dtype))
+        projected, decay, beta, gate = (part[0] for part in projections(layer, hidden_states))
+        window = torch.cat([inputs.index_select(0, slots).to(projected.dtype), projected[:, :, None]], dim=-1)
+        inputs.index_copy_(0, slots, window[:, :, 1:].to(inputs.dtype))
         weight = layer.conv1d.weight
         convolved = F.conv1d(window.to(weight.dtype), weight, layer.conv1d.bias, groups=weight.shape[0])[:, :, 0]
         mixed = ACT2FN[layer.activation](convolved).to(projected.dtype)[:, None]
         out, last = _recurrent_rule(layer)(
-            *_heads(layer, mixed),
+            *heads(layer, mixed),
             g=decay[:, None],
             beta=beta[:, None],
-            initial_state=states.index_select(0, step.slots),
+            initial_state=states.index_select(0, slots),
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
         )
-        states.index_copy_(0, step.slots, last.to(states.dtype))
-        return _finished(layer, hidden_states, out[:, 0])
+        states.index_copy_(0, slots, last.to(states.dtype))
+        width = layer.head_v_dim
+        normed = layer.norm(out.reshape(-1, width), gate.reshape(-1, width))
+        found: torch.Tensor = layer.out_proj(normed.reshape(1, len(slots), -1))
+        return found
+
+
+def _choice(forward: Any) -> Choice:
+    """Return what chose a layer's operations for packed rows; PyTorch's own where none did."""
+    return forward.choose if isinstance(forward, PackedForward) else plain
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _on(device, one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_on(device, one) for one in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _in_order(step: StateStep) -> list[list[int]]:
@@ -124,41 +216,6 @@ def state_bytes(text: Any, layers: int, dtype: torch.dtype) -> int:
     values = text.linear_num_value_heads * text.linear_value_head_dim
     convolution = (2 * keys + values) * (text.linear_conv_kernel_dim - 1) * dtype.itemsize
     return layers * int(convolution + 4 * values * text.linear_key_head_dim)
-
-
-def _projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries, keys and values before the convolution [T, C], and decay and beta [T, heads]."""
-    beta = layer.in_proj_b(hidden_states)[0].sigmoid()
-    # float16 does not hold every exponential.
-    rate = layer.in_proj_a(hidden_states)[0].float()
-    decay = -layer.A_log.float().exp() * F.softplus(rate + layer.dt_bias)
-    return layer.in_proj_qkv(hidden_states)[0], decay, beta
-
-
-def _convolved(layer: Any, run: torch.Tensor) -> torch.Tensor:
-    """Convolve a piece behind the inputs before it: [T + kernel - 1, C] -> [T, C]."""
-    weight = layer.conv1d.weight
-    convolved = F.conv1d(run.T[None].to(weight.dtype), weight, layer.conv1d.bias, groups=weight.shape[0])
-    activated: torch.Tensor = ACT2FN[layer.activation](convolved).to(run.dtype)
-    return activated[0].T
-
-
-def _heads(layer: Any, mixed: torch.Tensor) -> list[torch.Tensor]:
-    """Split [B, T, C] into query, key and value [B, T, heads, D]."""
-    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    return [
-        query.unflatten(-1, (-1, layer.head_k_dim)),
-        key.unflatten(-1, (-1, layer.head_k_dim)),
-        value.unflatten(-1, (-1, layer.head_v_dim)),
-    ]
-
-
-def _finished(layer: Any, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """Gate, normalise and project: hidden states [1, T, D], attended [T, heads, values] -> [1, T, D]."""
-    gate = layer.in_proj_z(hidden_states).reshape(-1, layer.head_v_dim)
-    normed = layer.norm(attended.reshape(-1, layer.head_v_dim), gate)
-    projected: torch.Tensor = layer.out_proj(normed.reshape(1, hidden_states.shape[1], -1))
-    return projected
 
 
 def _recurrent_rule(layer: nn.Module) -> Rule:

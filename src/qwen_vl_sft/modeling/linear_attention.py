@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from qwen_vl_sft.errors import UserError, first_line
-from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, attended, forward_with
+from qwen_vl_sft.families.gated_delta_net import KEPT, TORCH, Operations, PackedForward, attended
 
+logger = logging.getLogger(__name__)
 NAME = "linear_attention"
 INSTALL = "pip install 'qwen_vl_sft[linear]'"
 _LEAST_CAPABILITY = 8
@@ -26,6 +28,9 @@ _LEAST_CAPABILITY = 8
 _TUNED_ROWS = (700, 500, 900, 600) * 3
 # After so many seconds something is being compiled.
 _PATIENCE = 4.0
+# Sequences whose kernels differ: rows from nothing; questions that go on from shared prefixes; prompts that are read, which
+# leave their states to the tokens of their answers.
+Kind = Literal["packed", "shared", "read"]
 
 
 def obstacle(capability: int | None = None) -> str | None:
@@ -60,48 +65,61 @@ def why_slow() -> str:
 
 def kernel_forward(layer: Any) -> Callable[..., torch.Tensor]:
     """Return the forward of a gated delta-net layer that computes packed sequences with the kernels, where they fit."""
-    return forward_with(_chosen, layer)
+    return PackedForward(_chosen, layer)
 
 
 def _chosen(layer: Any, projected: torch.Tensor, pieces: dict[str, Any]) -> Operations:
     # float32 is for exactness.
     if not projected.is_cuda or projected.dtype not in (torch.bfloat16, torch.float16):
         return TORCH
-    return _kernels().for_layer(layer, projected.dtype, "parents" in pieces)
+    if KEPT in pieces:
+        return _kernels().for_reading(layer, projected.dtype)
+    return _kernels().for_layer(layer, projected.dtype, "shared" if "parents" in pieces else "packed")
 
 
 class CheckedKernels:
-    """Operations that compute a small example first when they meet layers of a new shape.
-
-    Raises `UserError` on that first call when they fail there, or when output or gradients are wrong.
-    """
+    """Operations that compute a small example first when they meet layers of a new shape."""
 
     def __init__(self, operations: Operations) -> None:
         self.operations = operations
-        self.checked: set[Any] = set()
+        self.checked: dict[Any, Operations] = {}
 
-    def for_layer(self, layer: Any, dtype: torch.dtype, shared: bool) -> Operations:
+    def for_layer(self, layer: Any, dtype: torch.dtype, kind: Kind) -> Operations:
         """Return the operations, once they have been compared for such a layer and such sequences.
 
-        With `shared` prefixes states begin and end inside a sequence, which are kernels of their own.
+        Raises `UserError` on that first call when they fail there, or when output, gradients or states are wrong.
         """
-        learns = not torch.is_inference_mode_enabled()
-        key = (*(getattr(layer, name) for name in _SIZES), dtype, layer.conv1d.weight.device, shared, learns)
+        key = _key(layer, dtype, kind)
         if key not in self.checked:
             with _saying_that_it_compiles():
-                self._check(layer, dtype, shared, learns)
-            self.checked.add(key)
-        return self.operations
+                self._check(layer, dtype, kind, _learns(kind))
+            self.checked[key] = self.operations
+        return self.checked[key]
 
-    def _check(self, layer: Any, dtype: torch.dtype, shared: bool, learns: bool) -> None:
-        from qwen_vl_sft.families.delta_check import TOLERANCE, differences
+    def for_reading(self, layer: Any, dtype: torch.dtype) -> Operations:
+        """Return the operations for prompts that are read: PyTorch's own, with a warning, where they cannot be used.
+
+        A run that trains with them does not end because of an evaluation.
+        """
+        try:
+            return self.for_layer(layer, dtype, "read")
+        except UserError as error:
+            logger.warning("prompts are read in PyTorch's own operations, which take longer: %s", error)
+            self.checked[_key(layer, dtype, "read")] = TORCH
+            return TORCH
+
+    def _check(self, layer: Any, dtype: torch.dtype, kind: Kind, learns: bool) -> None:
+        from qwen_vl_sft.families.delta_check import TOLERANCE, differences, differences_reading
 
         heads = f"{layer.num_v_heads} heads of {layer.head_v_dim} values"
         way_out = f"leave {NAME} out of fused_kernels, for PyTorch's own operations"
         try:
             # First what Triton tunes on: by the small example it would choose sizes that are slow in training.
-            _run(self.operations, layer, dtype, shared, learns)
-            apart = differences(self.operations, layer, dtype, shared, learns)
+            _run(self.operations, layer, dtype, kind, learns)
+            if kind == "read":
+                apart = differences_reading(self.operations, layer, dtype)
+            else:
+                apart = differences(self.operations, layer, dtype, kind == "shared", learns)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -120,6 +138,14 @@ class CheckedKernels:
 _SIZES = ("num_v_heads", "key_dim", "value_dim", "head_k_dim", "head_v_dim", "conv_kernel_size", "activation")
 
 
+def _key(layer: Any, dtype: torch.dtype, kind: Kind) -> tuple[Any, ...]:
+    return (*(getattr(layer, name) for name in _SIZES), dtype, layer.conv1d.weight.device, kind, _learns(kind))
+
+
+def _learns(kind: Kind) -> bool:
+    return kind != "read" and not torch.is_inference_mode_enabled()
+
+
 @functools.cache
 def _kernels() -> CheckedKernels:
     from qwen_vl_sft.families.delta_kernels import KERNELS
@@ -136,7 +162,7 @@ def tune(config: Any, dtype: torch.dtype, device: torch.device, shared: bool) ->
     from qwen_vl_sft.families.delta_check import layer_of
 
     began = time.perf_counter()
-    _kernels().for_layer(layer_of(config, device), dtype, shared)
+    _kernels().for_layer(layer_of(config, device), dtype, "shared" if shared else "packed")
     torch.cuda.empty_cache()
     return time.perf_counter() - began
 
@@ -152,12 +178,16 @@ def _example(shared: bool) -> tuple[list[int], list[int | None]]:
     return lengths, parents
 
 
-def _run(operations: Operations, layer: Any, dtype: torch.dtype, shared: bool, learns: bool) -> None:
-    from qwen_vl_sft.families.delta_check import drawn, pieces_on
+def _run(operations: Operations, layer: Any, dtype: torch.dtype, kind: Kind, learns: bool) -> None:
+    from qwen_vl_sft.families.delta_check import drawn, pieces_on, read_example
 
-    device, (lengths, parents) = layer.conv1d.weight.device, _example(shared)
+    device, (lengths, parents) = layer.conv1d.weight.device, _example(kind != "packed")
     numbers = torch.Generator(device).manual_seed(0)
     example, inputs = drawn(layer, sum(lengths), dtype, numbers)
+    if kind == "read":
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            read_example(operations, layer, example, lengths, parents, inputs)
+        return
     leaves = [tensor.requires_grad_(learns) for tensor in inputs.values()]
     with torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=False):
         pieces = pieces_on(device, lengths, parents, layer.conv_kernel_size)
