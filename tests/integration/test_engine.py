@@ -253,13 +253,15 @@ def test_what_all_prompts_begin_with_is_computed_once(tiny, monkeypatch):
     assert engine.cache.free == engine.cache.slots
 
 
-def test_the_head_makes_room_for_a_row_that_needs_it(tiny):
+@pytest.mark.parametrize("in_common", [False, True], ids=["nothing in common", "one token in common"])
+def test_the_head_makes_room_for_a_row_that_needs_it(tiny, in_common):
     model = tiny[0]
     encoder = Encoder(tiny[1].processor, system_message="Look closely. " * 4)
     plain = Encoder(tiny[1].processor, system_message=None)
     rows = [encoder.encode_prompt(ASKED[1]), plain.encode_prompt(ASKED[3])]
-    # Its first token is another one, so that nothing is in common.
-    rows[1] = replace(rows[1], input_ids=torch.cat([rows[1].input_ids[1:2], rows[1].input_ids[1:]]))
+    if not in_common:
+        rows[1] = replace(rows[1], input_ids=torch.cat([rows[1].input_ids[1:2], rows[1].input_ids[1:]]))
+    # What the longer one needs; the last token of an answer is not read any more.
     slots = max(len(row.input_ids) for row in rows) + 2
     engine = Engine(model, encoder, 3, rows=2, slots=slots)
     found = {}
@@ -267,6 +269,8 @@ def test_the_head_makes_room_for_a_row_that_needs_it(tiny):
         found.update(done)
     assert [found[number] for number in (0, 1)] == [alone(model, encoder, row, 3) for row in rows]
     assert engine.cache.free == slots
+    with pytest.raises(UserError, match=f"may have {slots} tokens, and the memory that is free holds {slots - 1};"):
+        list(Engine(model, encoder, 3, rows=2, slots=slots - 1).answers(lambda number, read: rows[number], [[0], [1]]))
 
 
 def test_the_tower_sees_each_image_once(tiny, monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vl_sft.evaluation.clusters import compare_clustered, estimate_clustered, flip_test, number_clusters
-from qwen_vl_sft.evaluation.metrics import estimate
+from qwen_vl_sft.evaluation.metrics import Comparison, Estimate, estimate
 from qwen_vl_sft.evaluation.scoring import Question, format_summary, score_row, summarise
 
 
@@ -55,6 +55,22 @@ def test_wins_that_come_by_the_chart_prove_less():
     assert alone.p_value == pytest.approx(2 / 2**12, rel=0.5)
     assert together.p_value == pytest.approx(0.5, abs=0.02)
     assert flip_test(np.zeros(3)) == 1.0
+
+
+def test_one_chart_tells_nothing_of_others():
+    """Resampling one cluster gives it again and again: an interval without width, which would be certainty."""
+    scores, clusters = [1.0, 1.0, 0.0, 1.0], [3] * 4
+    assert estimate_clustered(scores, clusters) == Estimate(0.75, 0.0, 1.0, 4)
+    found = compare_clustered([0.0] * 4, scores, clusters)
+    assert found == Comparison(4, 0, 3, Estimate(0.75, -1.0, 1.0, 4), 1.0)
+    two = estimate_clustered(scores, [0, 0, 1, 1])
+    assert (two.low, two.high) == (0.5, 1.0)
+    rows = [score_row(Question(n, "?", ["1"], "human" if n else "machine"), {"a": "1", "b": "2"}) for n in range(4)]
+    summary = summarise(rows, ["a", "b"], dict.fromkeys(range(4), ("chart",)))
+    lines = format_summary(summary).splitlines()
+    assert sum("100.0 [0.0, 100.0]" in line for line in lines) == 1
+    assert sum("-100.0 [-100.0, +100.0]" in line for line in lines) == 3
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_summary_has_both_where_rows_share_images():

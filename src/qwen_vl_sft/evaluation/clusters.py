@@ -40,12 +40,21 @@ def number_clusters(images: Sequence[Sequence[Hashable]]) -> list[int]:
 
 
 def estimate_clustered(
-    scores: Sequence[float], clusters: Sequence[int], resamples: int = BOOTSTRAP_RESAMPLES
+    scores: Sequence[float],
+    clusters: Sequence[int],
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    limits: tuple[float, float] = (0.0, 1.0),
 ) -> Estimate:
-    """Estimate the mean of N scores with its 95% percentile interval, resampling whole clusters, whatever their order."""
+    """Estimate the mean of N scores with its 95% percentile interval, resampling whole clusters, whatever their order.
+
+    The interval of a single cluster is all that scores can be, from the lower to the upper of `limits`: one draw tells
+    nothing of others.
+    """
     if not len(scores):
         return Estimate(math.nan, math.nan, math.nan, 0)
     sums, counts = _by_cluster(scores, clusters)
+    if len(sums) == 1:
+        return Estimate(math.fsum(scores) / len(scores), *limits, len(scores))
     # A resample is a multinomial draw over the distinct pairs of sum and count: few numbers, and no order to depend on.
     kinds, frequencies = np.unique(np.stack([sums, counts]), axis=1, return_counts=True)
     total = int(frequencies.sum())
@@ -70,7 +79,8 @@ def compare_clustered(first: Sequence[float], second: Sequence[float], clusters:
     first_wins = sum(difference < 0 for difference in differences)
     second_wins = sum(difference > 0 for difference in differences)
     p_value = flip_test(_by_cluster(differences, clusters)[0]) if differences else math.nan
-    return Comparison(len(differences), first_wins, second_wins, estimate_clustered(differences, clusters), p_value)
+    difference = estimate_clustered(differences, clusters, limits=(-1.0, 1.0))
+    return Comparison(len(differences), first_wins, second_wins, difference, p_value)
 
 
 def flip_test(sums: np.ndarray) -> float:

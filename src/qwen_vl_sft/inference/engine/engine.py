@@ -285,8 +285,7 @@ class Engine:
             if pieces and tokens + new_tokens > self.prefill_tokens:
                 break
             if new_tokens + self.max_new_tokens - 1 > self.cache.free:
-                if self._head is not None and not self._head.users:
-                    self._drop_head()
+                if self._drops_head_for(group):
                     continue
                 break
             tokens += new_tokens
@@ -308,6 +307,17 @@ class Engine:
         # A state is that after the whole head.
         if begun and (self._states is None or begun == len(self._head.tokens)):
             group.begin_with(self._head, begun)
+
+    def _drops_head_for(self, group: Group) -> bool:
+        """Drop the head where that makes room for a group and nobody else begins with it; return whether it was dropped."""
+        head = self._head
+        begins_with_it = head is not None and group.head is head
+        if head is None or head.users > begins_with_it or (begins_with_it and not group.can_begin_anew):
+            return False
+        if begins_with_it:
+            group.begin_anew()
+        self._drop_head()
+        return True
 
     def _prefixes(self, group: Group) -> list[Piece]:
         """Take slots for what the rows of a group begin with and is yet to be computed, and return its pieces."""
@@ -451,7 +461,7 @@ class Engine:
         return row.processors(so_far[None], logits[None])  # type: ignore[no-any-return]
 
     def _too_long(self, group: Group) -> UserError:
-        needed = len(group.waiting[0]) + self.max_new_tokens
+        needed = len(group.waiting[0]) + self.max_new_tokens - 1  # the last token is not read any more
         return UserError(
             f"a row's prompt and answer may have {needed:,} tokens, and the memory that is free holds"
             f" {self.cache.slots:,}; give a smaller --max_new_tokens, or reduce the images with --max_pixels"

@@ -71,6 +71,19 @@ class Group:
         self.head, self.begun = head, begun
 
     @property
+    def can_begin_anew(self) -> bool:
+        """Return whether nothing is computed yet, and it begins with a part of its head alone."""
+        computed = bool(self.prefix) or len(self.waiting) < self.users
+        return not computed and self.head is not None and self.begun < len(self.head.slots)
+
+    def begin_anew(self) -> None:
+        """Take nothing from the head."""
+        assert self.can_begin_anew
+        assert self.head is not None
+        self.head.users -= 1
+        self.head, self.begun = None, 0
+
+    @property
     def known(self) -> int:
         """Count the tokens that each row begins with and does not compute itself."""
         return max(self.shared, self.begun)
