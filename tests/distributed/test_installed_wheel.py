@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.ports import free_port
+from fixtures.processes import PROCESS_TIMEOUT
 from fixtures.repository import REPOSITORY
 
 WITHOUT_PACKAGES = ("--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
@@ -26,7 +27,7 @@ def started(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Compl
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", **variables}
     finished = subprocess.run(
-        [str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        [str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=PROCESS_TIMEOUT
     )
     assert finished.returncode == 0, finished.stderr
     return finished

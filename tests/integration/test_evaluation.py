@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,6 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -26,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from fixtures.evaluation import SYSTEM_MESSAGE, plan, read_rows, write_charts, write_run
 from fixtures.messages import conversation_row, png, write_messages
-from fixtures.processes import Popen, launcher, run_process
+from fixtures.processes import PROCESS_TIMEOUT, Popen, launcher, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.config.command_line import parse
@@ -60,6 +58,7 @@ from qwen_vl_sft.serving.base import Served
 from qwen_vl_sft.serving.evaluating import EngineAnswering
 from qwen_vl_sft.serving.registry import ENGINES
 from qwen_vl_sft.tiny import MODEL_DIR
+from qwen_vl_sft.tools.kill_and_resume import kill_family
 from qwen_vl_sft.training import precompute_features
 
 FILES = {"rows.jsonl", "summary.json", "settings.json", "parts"}
@@ -84,7 +83,7 @@ def run_processes(files, units, processes, stop_after=None):
             files.append(rank, "base", {place: fake_answer(place)})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), min_size=1, max_size=30),
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), max_size=3),
@@ -488,7 +487,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted_by_any_number_of_proc
     started = start_two_processes(run, tmp_path / "two", *skipping, "--batch_size", "2")
     alone = evaluate(plan("--run", run, "--output_dir", tmp_path / "one", *ASKED, *skipping, "--batch_size", 2))
     PartialState._reset_state()
-    output, _ = started.communicate(timeout=300)
+    output, _ = started.communicate(timeout=PROCESS_TIMEOUT)
     assert started.returncode == 0, output
     assert "4 rows (skipped 2 that could not be read)" in output
     assert re.search(r"skipped: .*row 1 image .*half\.png cannot be decoded", output)
@@ -650,28 +649,23 @@ def start_two_processes(run, folder, *arguments):
     return Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def kill_all(process):
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        os.kill(victim.pid, signal.SIGKILL)
-    process.communicate()
-
-
 def test_two_processes_killed_and_resumed_give_the_rows_of_one(run, reference, tmp_path):
     folder = tmp_path / "out"
     killed = start_two_processes(run, folder)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PROCESS_TIMEOUT
     while sum(path.stat().st_size for path in folder.glob("parts/*")) < 500:
         assert time.monotonic() < deadline, "nothing was answered in time"
         assert killed.poll() is None, killed.communicate()[0]
         time.sleep(0.02)
-    kill_all(killed)
+    kill_family(killed.pid)
+    killed.communicate()
     assert not (folder / "summary.json").exists(), "it was killed too late to prove anything"
     with open(folder / "parts" / "rank-00001.jsonl", "a") as file:
         file.write('{"arm": "base", "row_')
     survived = AnswerFiles(folder).read()["base"]
 
     resumed = start_two_processes(run, folder, "--resume")
-    output, _ = resumed.communicate(timeout=300)
+    output, _ = resumed.communicate(timeout=PROCESS_TIMEOUT)
     assert resumed.returncode == 0, output
     assert (folder / "rows.jsonl").read_bytes() == (reference[0] / "rows.jsonl").read_bytes()
     written = [json.loads(line) for path in folder.glob("parts/*") for line in path.read_text().splitlines()]

@@ -18,7 +18,9 @@ CONFIGS = REPOSITORY / "accelerate_configs"
 
 
 def run_cli(*words):
-    return subprocess.run([sys.executable, "-m", "qwen_vl_sft.cli", *words], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "qwen_vl_sft.cli", *words], capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize("words", [["-m", "qwen_vl_sft.cli", "--help"], [str(SCRIPTS / "evaluate.py"), "--help"]])
@@ -28,7 +30,7 @@ def test_help_into_a_closed_pipe_ends_without_a_word(words):
     assert process.stderr
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=300) == 1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
