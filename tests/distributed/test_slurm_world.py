@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.ports import free_port
-from fixtures.processes import Popen
+from fixtures.processes import PROCESS_TIMEOUT, Popen
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.distributed.context import read_context
 from qwen_vl_sft.distributed.slurm import unlike_allotted
@@ -110,15 +110,15 @@ def test_processes_of_the_check_meet_and_add_up_and_one_that_does_not_come_is_to
     ports = {2: free_port(), 3: free_port()}
     both = [start(rank, 2, "--nodes", "n1,n2", "--output_dir", "run") for rank in (1, 0)]
     # The one that answers is there before the first begins to wait for another.
-    two_of_three = [start(rank, 3, "--nodes", "n1,n2,n3", "--seconds", limit) for rank, limit in ((1, "60"), (0, "2"))]
-    told = [process.communicate(timeout=60) for process in both]
+    two_of_three = [start(rank, 3, "--nodes", "n1,n2,n3", "--seconds", limit) for rank, limit in ((1, "600"), (0, "8"))]
+    told = [process.communicate(timeout=PROCESS_TIMEOUT) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     page = told[1][0].splitlines()
     assert page[0] == "preflight   2 of 2 nodes are well"
     assert page[1].startswith("            all-reduce over 2 processes: ")
     assert (tmp_path / "verdict-2").read_text() == "pass\n\n"
     assert not (tmp_path / "run").exists()
-    told = [process.communicate(timeout=60) for process in two_of_three]
+    told = [process.communicate(timeout=PROCESS_TIMEOUT) for process in two_of_three]
     assert [process.returncode for process in two_of_three] == [0, 1], told
     assert "! n3: 0 of its 1 processes answered" in told[1][0]
     assert (tmp_path / "verdict-3").read_text() == "exclude n3\n\n"
