@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from fixtures.processes import Popen, launcher, run_process, warm_processes
+from fixtures.processes import PROCESS_TIMEOUT, Popen, launcher, run_process, warm_processes
 from fixtures.publishing import (
     OTHER,
     READER,
@@ -181,11 +181,12 @@ def test_a_killed_push_goes_on_when_run_again(xet, fault, hub, home, repo, tmp_p
     )
     try:
         seen = []
-        until = time.monotonic() + 60
-        while not any(line.endswith(" hangs") for line in seen) and time.monotonic() < until:
+        until = time.monotonic() + PROCESS_TIMEOUT
+        while not any(line.endswith(" hangs") for line in seen):
+            assert process.poll() is None, seen
+            assert time.monotonic() < until, seen
             time.sleep(0.1)
             seen += hub.log()
-        assert seen
         assert seen[-1].endswith(" hangs")
     finally:
         process.send_signal(signal.SIGKILL)

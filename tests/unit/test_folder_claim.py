@@ -88,15 +88,24 @@ def test_the_number_of_a_process_that_ended_may_be_another_ones(tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"host": "node-7"}, {"process_space": "pid:[1]"}, {"boot": "before"}])
-def test_elsewhere_a_claim_is_watched(other, tmp_path, capsys):
+def test_elsewhere_a_claim_is_watched(other, tmp_path, capsys, monkeypatch):
     # The number of this very process says nothing there.
     path = left_by(tmp_path, **other)
-    waker = threading.Timer(0.1, lambda: os.utime(path, ns=(1, 1)))
-    waker.start()
-    with pytest.raises(UserError, match="is being written to by another run"):
-        claim_folder(tmp_path, "output_dir")
-    assert "waiting up to 0 s for a sign that it still runs" in capsys.readouterr().err
-    waker.join()
+    ended = threading.Event()
+
+    def renew():
+        while not ended.wait(0.01):
+            os.utime(path)
+
+    owner = threading.Thread(target=renew)
+    owner.start()
+    with monkeypatch.context() as patient:
+        patient.setattr(folder_claim, "SILENT_SECONDS", 60.0)
+        with pytest.raises(UserError, match="is being written to by another run"):
+            claim_folder(tmp_path, "output_dir")
+    assert "waiting up to 60 s for a sign that it still runs" in capsys.readouterr().err
+    ended.set()
+    owner.join()
     claim_folder(tmp_path, "output_dir").release()
     assert "which has ended" in capsys.readouterr().err
 
