@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from fixtures.processes import warm_processes
 from fixtures.warm_python import fork_workers
+
+# Drawn examples are the same in every session, and none fails for its time; `--hypothesis-profile explore` draws others.
+_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+settings.register_profile("explore", deadline=None, suppress_health_check=_CHECKS)
+settings.load_profile("tests")
 
 pytest_plugins = ["fixtures.browser", "fixtures.messages", "fixtures.models"]
 
 # A file is run by one worker. Those that take longest begin first, so that none of them is left alone at the end; those
 # that mostly wait begin beside those that mostly compute.
 LONGEST_FIRST = (
+    "test_experts_runs.py",
     "test_slurm.py",
     "test_quickstart.py",
     "test_preemption.py",
     "test_push.py",
     "test_mixed_batches.py",
+    "test_notebook.py",
     "test_demo.py",
     "test_sft.py",
     "test_compare_strategies.py",
     "test_launch.py",
+    "test_dense_families_runs.py",
+    "test_serving_vllm.py",
+    "test_serving_engines.py",
     "test_packed.py",
     "test_checkpoints.py",
     "test_engine.py",
@@ -67,6 +80,15 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    # What a test draws, and the fixtures that it is the first to ask for, is the same whatever ran before.
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

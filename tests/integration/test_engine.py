@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.conversations import conversation, image
@@ -104,7 +104,7 @@ def on_a_device_of_its_own(beside: bool):
         yield recorded
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=16)
 @given(
     st.lists(st.integers(0, len(ASKED) - 1), min_size=1, max_size=9),
     st.integers(1, 5),
@@ -140,7 +140,7 @@ def questions(draw):
     return found
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6)
 @given(questions(), st.integers(1, 24), st.integers(1, 3), st.sampled_from([1, 120]), st.booleans())
 def test_any_texts_and_images_are_answered_as_by_generate(tiny, asked, new_tokens, rows, prefill_tokens, beside):
     model, encoder = tiny

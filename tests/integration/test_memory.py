@@ -29,7 +29,7 @@ from qwen_vl_sft.training.memory import MARGIN, Fit, MemoryProbe, all_layers, ch
 HUGE = 10**12
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=80), st.integers(0, 200), st.integers(0, 4000))
 def test_as_many_layers_keep_their_activations_as_fit(growth, start, room):
     peaks = [start, *(start + total for total in itertools.accumulate(growth))]
@@ -124,7 +124,7 @@ def questions_on_images(draw):
     return sizes_of(*(list(column) for column in zip(*draw(st.permutations(rows)), strict=True)))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(
     questions_on_images(),
     st.one_of(

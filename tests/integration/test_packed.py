@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.models import FAMILIES, newer, qwen2_vl
@@ -204,7 +204,7 @@ def test_scanned_prefixes_are_those_of_the_encoded_rows(tiny_processor):
         assert all(torch.equal(pixels(row), pixels(first)) for row in alike)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=6), st.booleans())
 def test_any_mix_of_rows(mixed, picked, share):
     model, encoded = mixed

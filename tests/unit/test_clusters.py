@@ -36,7 +36,7 @@ def test_an_interval_of_single_rows_is_that_of_rows():
     assert math.isnan(estimate_clustered([], []).mean)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 5)), min_size=1, max_size=20), st.randoms())
 def test_order_does_not_matter(rows, rng):
     shuffled = rng.sample(rows, len(rows))

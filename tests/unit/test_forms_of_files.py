@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.messages import BLUE, RED, write_messages
@@ -111,7 +111,7 @@ def write(rows, form, cuts, folder):
 
 
 @pytest.mark.parametrize("of_messages", [False, True])
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 @given(data=st.data())
 def test_rows_are_learned_alike(of_messages, tiny_processor, data):
     encoder = Encoder(tiny_processor)

@@ -43,7 +43,7 @@ def rows_of(step):
     return sorted(row for batches in step for groups in batches for group in groups for row in group)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(any_sizes(), any_batch, st.sampled_from([1, 2, 3, 8]), st.booleans(), st.integers(0, 3))
 def test_an_epoch_visits_each_row_once_within_the_budget(sizes, batch, processes, share, epoch):
     plan = StepPlan(sizes, batch, BUDGET, processes, seed=7, share_prefixes=share)
@@ -59,7 +59,7 @@ def test_an_epoch_visits_each_row_once_within_the_budget(sizes, batch, processes
                     assert len(group) == 1 or (share and len({int(sizes.prefix[row]) for row in group}) == 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(any_sizes(), any_batch, st.booleans())
 def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(sizes, batch, share):
     plans = [StepPlan(sizes, batch, BUDGET, processes, 7, share) for processes in (1, 2, 3, 8)]
@@ -67,7 +67,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(sizes, batc
     assert found[1:] == found[:1] * 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=200), st.integers(200, 2000))
 def test_steps_of_so_many_tokens_are_alike_and_as_many_in_every_epoch(lengths, tokens):
     lengths, batch = np.array(lengths), GlobalBatch(tokens=tokens)
@@ -113,7 +113,7 @@ def plainly_filled(things, bins, most=math.inf, full=math.inf):
     return bins
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(any_sizes(), st.sampled_from([1, 2, 3, 8]), st.booleans())
 def test_a_step_is_split_by_the_rules(sizes, processes, share):
     plan = StepPlan(sizes, GlobalBatch(rows=40), BUDGET, processes, seed=7, share_prefixes=share)

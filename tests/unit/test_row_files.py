@@ -7,7 +7,7 @@ import pickle
 from decimal import Decimal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.messages import RED, conversation_row, png, write_messages
@@ -117,7 +117,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), values, max_size=4), min_size=1, max_size=5),
     indent=st.sampled_from([None, 1]),
