@@ -8,16 +8,21 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fixtures.processes import run_process
+from fixtures.serving import need_engines
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 from qwen_vl_sft.exporting.export import export, format_report
 from qwen_vl_sft.exporting.options import Options, make_plan
 
+# The first of them makes the environments, which takes as long as the network does.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The embedded model as a run that trained the whole model."""
+    """The embedded model as a run that trained the whole model; engines read what it is exported to."""
+    need_engines("llama.cpp", "transformers")
     folder = tmp_path_factory.mktemp("exporting") / "model"
     shutil.copytree(tiny.MODEL_DIR, folder)
     keys = {
@@ -31,7 +36,6 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.long
 def test_a_gguf_file_answers_as_the_model_and_without_its_limits_fails(model, tmp_path):
     plan = make_plan(Options(run=model, to="gguf", output_dir=tmp_path / "gguf", gguf_type="f32", max_samples=24))
     report = export(plan)
@@ -51,7 +55,6 @@ def test_a_gguf_file_answers_as_the_model_and_without_its_limits_fails(model, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again-failed", "gguf"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("to", "least"), [("fp8", 22), ("compressed-tensors", 12)])
 def test_a_quantized_model_answers_nearly_as_the_model(model, tmp_path, to, least):
     options = Options(run=model, to=to, output_dir=tmp_path / "out", max_samples=24, max_loss=100.0)
@@ -64,7 +67,6 @@ def test_a_quantized_model_answers_nearly_as_the_model(model, tmp_path, to, leas
     assert {"re:.*visual.*", "re:.*lm_head"} <= set(quantization["ignore"])
 
 
-@pytest.mark.long
 def test_a_model_that_4_bits_destroy_fails(model, tmp_path):
     """The same model with every other channel of values and MLPs written small, so that 4 bits round it to zero."""
     fragile = tmp_path / "fragile"

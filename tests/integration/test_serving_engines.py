@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fixtures.processes import run_process
-from fixtures.serving import write_served_run
+from fixtures.serving import need_engines, write_served_run
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.exporting import options as export_options
 from qwen_vl_sft.exporting.export import export, format_report
@@ -17,21 +17,15 @@ from qwen_vl_sft.merging import plan as merge_plan
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.serving import check as serving
 from qwen_vl_sft.serving import options as serve_options
-from qwen_vl_sft.serving.environments import make_environment
-from qwen_vl_sft.serving.registry import ENGINES
 
-pytestmark = pytest.mark.long
+# The first of them makes the environments, which takes as long as the network does.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
 ROWS = 12
 
 
 @pytest.fixture(autouse=True, scope="module")
 def engines() -> None:
-    """The environments, made by the project's own files and kept in the user's cache."""
-    try:
-        for name in ("llama.cpp", "transformers", "transformers-4"):
-            make_environment(ENGINES[name])
-    except UserError as error:
-        pytest.skip(str(error))
+    need_engines("llama.cpp", "transformers", "transformers-4")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,26 +21,21 @@ from safetensors.torch import load_file, save_file
 
 from fixtures.ports import free_port
 from fixtures.processes import run_process
-from fixtures.serving import write_base, write_served_run
-from qwen_vl_sft.errors import UserError
+from fixtures.serving import need_engines, write_base, write_served_run
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import Options, make_plan
 from qwen_vl_sft.publishing.card_serving import vllm_command
 from qwen_vl_sft.publishing.published_model import read_published_model
-from qwen_vl_sft.serving.environments import make_environment
-from qwen_vl_sft.serving.registry import ENGINES
 
-pytestmark = pytest.mark.long
+# The first of them makes the environment, which takes as long as the network does.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
 ROWS = 12
 
 
 @pytest.fixture(scope="module")
 def vllm() -> Path:
-    """The Python of vLLM's environment, made by the project's own files and kept in the user's cache."""
-    try:
-        return make_environment(ENGINES["vllm"])
-    except UserError as error:
-        pytest.skip(str(error))
+    """The Python of vLLM's environment."""
+    return need_engines("vllm")[0]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +148,7 @@ def await_server(server: subprocess.Popen[bytes], port: int, model: str, log: Pa
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as reply:
                 assert model in [entry["id"] for entry in json.load(reply)["data"]]
                 return
-        except urllib.error.URLError:
+        except OSError:  # refused, or ended again
             time.sleep(1)
 
 

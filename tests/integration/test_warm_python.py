@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -16,7 +15,7 @@ from fixtures.warm_python import server_for
 
 # Says what a process sees of itself, then does what it is told.
 PROGRAM = """
-import atexit, json, os, signal, subprocess, sys
+import atexit, json, os, signal, subprocess, sys, time
 forked = "numpy" in sys.modules
 seen = {"argv": sys.argv, "folder": os.getcwd(), "own": os.environ.get("OWN"), "name": __name__, "forked": forked}
 seen |= {"path": sys.path[0], "parent": os.getppid(), "session": os.getsid(0) == os.getpid(), "file": __file__}
@@ -108,13 +107,12 @@ def test_it_imports_the_copy_of_the_package_that_a_new_process_would(script, tmp
 
 
 def test_others_see_its_command_line_and_signals_reach_it(script):
-    command = [sys.executable, str(script), "signal.pause()", "with a space"]
+    command = [sys.executable, str(script), "while True: time.sleep(0.01)", "with a space"]
     with Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert json.loads(process.stdout.readline())["forked"]
         shown = psutil.Process(process.pid)
         assert [word for word in shown.cmdline() if word] == command
         assert shown.ppid() == os.getpid()
-        time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         process.stdout.read()
     assert process.returncode == -signal.SIGINT
