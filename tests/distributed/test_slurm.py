@@ -23,10 +23,12 @@ from fixtures.slurm_cluster import (
     SECOND,
     Cluster,
     Job,
+    is_pending,
     left_processes,
     missing,
     running_cluster,
     shells_of_nodes,
+    trainers_of,
 )
 
 FILES = ("slurm/sft.sbatch", "slurm/eval.sbatch")
@@ -34,6 +36,7 @@ REASON = missing()
 # Nodes are checked in the tests of that; it takes some seconds.
 UNCHECKED = {"PREFLIGHT": "0"}
 CHECKED = {"ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml", "PROCESSES_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+CHECKED |= {"PREFLIGHT_SECONDS": "600"}
 ON_CPU = CHECKED | UNCHECKED
 # A node of the cluster has more of them than this machine; jobs of the tests may run side by side.
 TWO_NODES = ("--nodes=2", "--cpus-per-task=2")
@@ -64,7 +67,7 @@ def make_stub(folder: Path) -> Path:
     (folder / "scripts").unlink()
     (folder / "scripts").mkdir()
     shutil.copy(REPOSITORY / "tests/fixtures/slurm_trainer.py", folder / "scripts/sft.py")
-    (folder / "scripts/evaluate.py").write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)")
+    (folder / "scripts/evaluate.py").write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(3600)")
     return folder
 
 
@@ -82,7 +85,7 @@ def steps(number: int, seconds: float = 0.1) -> tuple[str, ...]:
     return ("--output_dir", "run", "--max_steps", str(number), "--seconds", str(seconds))
 
 
-def wait_until(happened: Callable[[], object], project: Path, timeout: float = 120) -> None:
+def wait_until(happened: Callable[[], object], project: Path, timeout: float = 600) -> None:
     end = time.monotonic() + timeout
     while not happened():
         assert time.monotonic() < end, f"not within {timeout} s; {output(project)}"
@@ -231,20 +234,20 @@ def test_an_evaluation_goes_on_and_overwrites_once(side_by_side):
 
 @needs_slurm
 def test_a_failure_is_not_queued_again(cluster, stub):
-    job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(1000), "--fail", "true", cwd=stub, env=ON_CPU)
+    job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(100_000), "--fail", "true", cwd=stub, env=ON_CPU)
     ended = cluster.wait(job)
     assert (ended.state, ended.restarts) == ("FAILED", 0)
     assert "error: no such column" in output(stub)
     assert f"failed with 1, see above and logs/{job}/attempt-0" in output(stub)
-    wait_until(lambda: not left_processes(stub), stub, timeout=30)
+    wait_until(lambda: not left_processes(stub), stub)
 
 
 @needs_slurm
 def test_scancel_is_final(cluster, stub):
-    job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(1000), cwd=stub, env=ON_CPU)
+    job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(100_000), cwd=stub, env=ON_CPU)
     wait_until(exists(stub, "run/steps-0", "run/steps-1"), stub)
     cluster.run("scancel", job)
-    wait_until(lambda: not left_processes(stub), stub, timeout=30)
+    wait_until(lambda: not left_processes(stub), stub)
     ended = cluster.wait(job)
     assert (ended.state, ended.restarts) == ("CANCELLED", 0)
     assert "slurm/sft.sbatch" in output(stub)
@@ -255,7 +258,7 @@ def test_scancel_is_final(cluster, stub):
 def test_a_signal_to_the_nodes_is_a_preemption_and_restarts_are_counted(cluster, stub):
     """As with a grace time, and proctrack/cgroup: only the processes that srun started are signalled."""
     job = cluster.submit(
-        *TWO_NODES, "slurm/sft.sbatch", *steps(1000), cwd=stub, env=ON_CPU | {"MAX_RESTARTS": "0"}
+        *TWO_NODES, "slurm/sft.sbatch", *steps(100_000), cwd=stub, env=ON_CPU | {"MAX_RESTARTS": "0"}
     )  # fmt: skip
     wait_until(exists(stub, "run/steps-0", "run/steps-1"), stub)
     for process in shells_of_nodes(stub):
@@ -269,10 +272,12 @@ def test_a_signal_to_the_nodes_is_a_preemption_and_restarts_are_counted(cluster,
 
 @needs_slurm
 def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_goes_on_after_it(cluster, stub):
-    job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(60), cwd=stub, env=ON_CPU)
+    words = (*steps(100_000), "--until", "enough")
+    job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *words, cwd=stub, env=ON_CPU)
     wait_until(exists(stub, "run/steps-0", "run/steps-1"), stub)
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=stub)
     assert cluster.wait(urgent).state == "COMPLETED"
+    (stub / "enough").touch()
     ended = cluster.wait(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1)
     assert "DUE TO PREEMPTION" in output(stub)
@@ -284,7 +289,7 @@ def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_goes_on_after_it(c
 def test_without_a_checkpoint_in_time_the_job_is_queued_again_and_a_job_that_may_not_be_is_followed(cluster, stub):
     env = ON_CPU | {"SAVE_SECONDS": "1"}
     job = cluster.submit(*TWO_NODES, "slurm/sft.sbatch", *steps(10, seconds=60), cwd=stub, env=env)
-    words = ("--no-requeue", "slurm/sft.sbatch", "--output_dir", "other", "--max_steps", "30", "--seconds", "0.1")
+    words = ("--no-requeue", "slurm/sft.sbatch", "--output_dir", "other", "--max_steps", "100000", "--seconds", "0.1")
     once = cluster.submit(*TWO_NODES, *words, cwd=stub, env=ON_CPU)
     wait_until(exists(stub, "run/world-0.json", "run/world-1.json", "other/steps-0", "other/steps-1"), stub)
     for number in (job, once):
@@ -326,7 +331,14 @@ def test_preempted_on_two_nodes_the_run_ends_as_without_slurm_and_is_evaluated(c
         "--max_samples", "8", cwd=project, env=ON_CPU,
     )  # fmt: skip
     wait_until(exists(project, "run/checkpoint-4/trainer_state.json"), project)
+    # However late the signal comes, the run is not over by then.
+    trainers = trainers_of(project)
+    for trainer in trainers:
+        trainer.suspend()
     cluster.run("scancel", "--batch", "--signal=USR1", training)
+    wait_until(lambda: all(is_pending(trainer, signal.SIGUSR1) for trainer in trainers), project)
+    for trainer in trainers:
+        trainer.resume()
     wait_until(lambda: cluster.job(training).restarts, project)
     assert (project / "run/preempted.json").is_file()
 
