@@ -337,7 +337,9 @@ def test_the_run_folder_holds_what_the_readme_says(launched_run):
     from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 
     run, _ = launched_run
-    assert (run / "adapter_model.safetensors").stat().st_mode & 0o044
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (run / "adapter_model.safetensors").stat().st_mode & 0o044 == 0o044 & ~umask
     assert (run / "system_message.txt").read_text() == CHARTQA_SYSTEM_MESSAGE
     processor = AutoProcessor.from_pretrained(run)
     assert processor.image_processor.size["longest_edge"] == 28 * 28 * 12
