@@ -62,6 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("QWEN_VL_SFT_EXPECTED_PROCESSES", "any")
     if hasattr(config, "workerinput"):
         return
+    # A proxy of this machine is none for servers of the tests.
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     # What `datasets` caches stays out of the user's home; it and the processes of tests read this when they start.
     cache = tempfile.TemporaryDirectory(prefix="datasets-of-tests-")
     config.add_cleanup(cache.cleanup)

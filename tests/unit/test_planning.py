@@ -341,6 +341,7 @@ def test_dimensions_are_fetched_from_the_hub(monkeypatch):
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         find_shape("me/mine")
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("qwen_vl_sft.planning.inputs._SECONDS", 60)
     with HTTPServer(("127.0.0.1", 0), Hub) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
