@@ -31,6 +31,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.base import PackedLayout
 from qwen_vl_sft.families.experts import Experts
 from qwen_vl_sft.families.qwen3_5 import FAMILY
+from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.families.released import RELEASED, released_config
 from qwen_vl_sft.families.shape import Passes, Work, training_flops
 from qwen_vl_sft.families.shape_reading import read_shape
@@ -146,6 +147,62 @@ def test_models_are_made_in_the_shape_of_released_ones(name):
     rope = made.text_config.rope_parameters
     width = read_shape(RELEASED[name]).text.head_width * rope.get("partial_rotary_factor", 1)
     assert 2 * sum(rope["mrope_section"]) == width
+
+
+# Fields and values of published files that transformers' own configurations do not write, or write otherwise.
+PUBLISHED = {
+    "Qwen/Qwen3.8-27B": {
+        "language_model_only": False,
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "attn_output_gate": True,
+            "dtype": "bfloat16",
+            "full_attention_interval": 4,
+            "mamba_ssm_dtype": "float32",
+            "mlp_only_layers": [],
+            "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False,
+            "output_gate_type": "swish",
+            "partial_rotary_factor": 0.25,
+        },
+        "vision_config": {"deepstack_visual_indexes": [], "model_type": "qwen3_5"},
+    },
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": {
+        "text_config": {
+            "model_type": "qwen3_vl_moe_text",
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "rope_parameters": None,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+        },
+        "vision_config": {"model_type": "qwen3_vl_moe"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_are_read_as_they_are_published(name, tmp_path):
+    values, published = released_config(name), PUBLISHED[name]
+    for part in ("text_config", "vision_config"):
+        values[part] = {key: value for key, value in {**values[part], **published[part]}.items() if value is not None}
+    values |= {key: value for key, value in published.items() if not key.endswith("_config")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    made = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert find_shape(str(tmp_path)) == read_shape(made.to_dict()) == read_shape(RELEASED[name])
+    rope = made.text_config.rope_parameters
+    assert rope == {"rope_type": "default", **released_config(name)["text_config"]["rope_parameters"]}
+    assert family_of(made) is family_of(transformers.AutoConfig.for_model(values["model_type"]))
+
+
+def test_the_recipe_of_a_hybrid_tells_the_memory_that_is_planned():
+    path = REPOSITORY / "recipes/qwen3_5_qlora.yaml"
+    found = plan_of(PlanOptions(recipe=path))
+    assert found.memory.weights / 2**30 == pytest.approx(3.5 + 3.8, abs=0.06)
+    assert found.memory.adapters + found.memory.gradients + found.memory.optimizer == pytest.approx(
+        0.7 * 2**30, rel=0.1
+    )
+    assert "3.5 GiB of weights in NF4, 3.8 GiB in 16 bits" in path.read_text()
 
 
 def test_a_model_of_another_kind_is_refused():

@@ -25,17 +25,20 @@ _TOWER_2_5 = {"hidden_size": 1280}
 _LARGE_3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": (8, 16, 24)}
 _SMALL_3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": (5, 11, 17)}
 _SPARSE_3 = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8}
-_SPARSE_3_5 = {
+_HYBRID = {
     "head_dim": 256,
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
+}
+_SPARSE_3_5 = {
+    **_HYBRID,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
 }
 
 RELEASED: dict[str, dict[str, Any]] = {
@@ -64,22 +67,30 @@ RELEASED: dict[str, dict[str, Any]] = {
         **_SPARSE_3,
         "moe_intermediate_size": 1536,
     },
+    "Qwen/Qwen3.5-9B": {**_released("qwen3_5", 4096, 12288, 32, 16, 4, 248320, False), **_HYBRID},
+    "Qwen/Qwen3.8-27B": {
+        **_released("qwen3_5", 5120, 17408, 64, 24, 4, 248320, False),
+        **_HYBRID,
+        "linear_num_value_heads": 48,
+    },
     # Its MLPs are experts alone.
     "Qwen/Qwen3.5-35B-A3B": {**_released("qwen3_5_moe", 2048, 0, 40, 16, 2, 248320, False), **_SPARSE_3_5},
 }
 
+_ROTATED_3_5 = {
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [11, 11, 10],
+    "mrope_interleaved": True,
+}
 # Of a head's rotated values, those that turn with time, height and width, and how fast.
 _ROTATED: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     "qwen2_5_vl": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     "qwen3_vl": {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
     "qwen3_vl_moe": {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-    "qwen3_5_moe": {
-        "rope_theta": 1e7,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": [11, 11, 10],
-        "mrope_interleaved": True,
-    },
+    "qwen3_5": _ROTATED_3_5,
+    "qwen3_5_moe": _ROTATED_3_5,
 }
 
 
