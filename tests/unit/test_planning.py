@@ -44,23 +44,20 @@ from qwen_vl_sft.planning.advice import changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
 from qwen_vl_sft.planning.check import compare_all, format_table
 from qwen_vl_sft.planning.inputs import Launch, find_shape, read_launch
-from qwen_vl_sft.planning.memory import (
-    MicroBatch,
-    Training,
-    _vision_block_bytes,
+from qwen_vl_sft.planning.layer_memory import (
     attention_bytes,
     delta_bytes,
     experts_bytes,
-    keep_as_many,
     language_bytes,
-    memory_of,
     mlp_bytes,
-    targets,
+    vision_block_bytes,
 )
+from qwen_vl_sft.planning.memory import MicroBatch, keep_as_many, memory_of
 from qwen_vl_sft.planning.options import PlanOptions, plan_of, plot_file
 from qwen_vl_sft.planning.report import as_json, describe, verdict
 from qwen_vl_sft.planning.run import KERNELS_OF_AUTO, RunPlan
 from qwen_vl_sft.planning.table import plan_table
+from qwen_vl_sft.planning.training_setup import Training, layers_named
 
 SEVEN = "Qwen/Qwen2-VL-7B-Instruct"
 BATCH = MicroBatch(8192, 60, 26000)
@@ -68,7 +65,7 @@ BATCH = MicroBatch(8192, 60, 26000)
 
 def training(**changed):
     shape = read_shape(RELEASED[SEVEN])
-    adapted = targets(shape, ["q_proj", "v_proj"], ())
+    adapted = layers_named(shape, ["q_proj", "v_proj"], ())
     return replace(Training(shape, bits=4, adapted=adapted, rank=8), **changed)
 
 
@@ -248,9 +245,9 @@ def test_the_table_of_the_documentation_is_current():
 def test_lora_parameters_are_those_of_the_recipe():
     assert training().adapter_weights == 2_523_136
     shape = read_shape(RELEASED[SEVEN])
-    assert len(targets(shape, None, ("language",))) == 7
-    assert [linear.part for linear in targets(shape, ["qkv"], ())] == ["vision"]
-    assert not targets(shape, ["proj_q"], ())
+    assert len(layers_named(shape, None, ("language",))) == 7
+    assert [linear.part for linear in layers_named(shape, ["qkv"], ())] == ["vision"]
+    assert not layers_named(shape, ["proj_q"], ())
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
@@ -691,7 +688,7 @@ def test_a_layer_keeps_what_is_planned(name, lora):
             base.model.language_model(inputs_embeds=embedded, use_cache=False)
             sums[layers] = sum(size for size, _ in kept.values())
     full = lora is None
-    adapted = None if full else targets(shape, lora if isinstance(lora, list) else None, ("language",))
+    adapted = None if full else layers_named(shape, lora if isinstance(lora, list) else None, ("language",))
     planned = Training(shape, bits=32 if full else 16, stored=4 if full else 2, adapted=adapted, rank=8)
     copies = sum(linear.inputs * linear.outputs for linear in shape.linears if linear.part == "language")
     copies = 2 * (copies if full else planned.adapter_weights / shape.text.layers)
@@ -720,7 +717,7 @@ def test_a_layer_with_experts_keeps_what_is_planned(fused, name, lora, monkeypat
         sums.append(sum(size for size, _ in kept.values()))
         shape = read_shape(base.config.to_dict())
     full = lora is None
-    adapted = None if full else targets(shape, lora if isinstance(lora, list) else None, ("language",))
+    adapted = None if full else layers_named(shape, lora if isinstance(lora, list) else None, ("language",))
     planned = Training(shape, bits=32 if full else 16, stored=4 if full else 2, adapted=adapted, rank=8)
     planned = replace(planned, adapts_experts=lora == "experts", kernels=frozenset(["experts"] * fused))
     linears = sum(linear.weights for linear in shape.linears if linear.part == "language")
@@ -749,7 +746,7 @@ def test_a_layer_of_a_hybrid_keeps_what_is_planned(kind, lora):
         sums.append(sum(size for size, _ in kept.values()))
         shape = read_shape(base.config.to_dict())
     full, delta = lora is None, kind == "linear_attention"
-    adapted = None if full else targets(shape, lora if isinstance(lora, list) else None, ("language",))
+    adapted = None if full else layers_named(shape, lora if isinstance(lora, list) else None, ("language",))
     planned = Training(shape, bits=32 if full else 16, stored=4 if full else 2, adapted=adapted, rank=8)
     names = ("linear_attn.", "mlp.") if delta else ("self_attn.", "mlp.")
     linears = [entry for entry in (shape.linears if full else adapted) if entry.part == "language"]
@@ -797,7 +794,7 @@ def test_a_block_of_a_tower_that_trains_keeps_what_is_planned(name):
         with kept_by_autograd(model) as kept:
             model.model.visual(pixels, torch.tensor([[1, 16, 16]]))
         sums[depth] = sum(size for size, _ in kept.values())
-    planned = _vision_block_bytes(Training(shape, adapted=None, strategy="zero2"))
+    planned = vision_block_bytes(Training(shape, adapted=None, strategy="zero2"))
     assert (sums[2] - sums[1]) / patches == pytest.approx(planned, rel=0.01)
 
 

@@ -20,7 +20,7 @@ from qwen_vl_sft.modeling.lora import (
     modules_in_full,
     trained_in_full,
 )
-from qwen_vl_sft.planning.memory import NF4_BYTES, NF4_NESTED_BYTES
+from qwen_vl_sft.planning.training_setup import NF4_BYTES, NF4_NESTED_BYTES
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,10 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.shape import ModelShape, Work
 from qwen_vl_sft.planning.cards import Card
 from qwen_vl_sft.planning.inputs import Launch
-from qwen_vl_sft.planning.memory import (
-    ADAM_BYTES,
-    MARGIN,
-    OPTIMIZER_BYTES,
-    MemorySplit,
-    MicroBatch,
-    Training,
-    keep_as_many,
-    memory_of,
-    targets,
-)
+from qwen_vl_sft.planning.memory import MARGIN, MemorySplit, MicroBatch, keep_as_many, memory_of
 from qwen_vl_sft.planning.rows import RowSizes
 from qwen_vl_sft.planning.speed import StepTime, step_time
+from qwen_vl_sft.planning.training_setup import ADAM_BYTES, OPTIMIZER_BYTES, Training, layers_named
 
 KERNELS_OF_AUTO = ("rms_norm", "swiglu", "rope", "quick_gelu", "patch_embed", "linear_attention", "lora")
 # A packed micro-batch is so full on average, and rows of a padded one fill so much of the longest.
@@ -67,7 +58,7 @@ class RunPlan:
         model, run, recipe = self.recipe.model, self.recipe.run, self.recipe
         whole = {"all": ("vision", "merger", "language"), "experts": ("language",)}
         parts = whole.get(model.lora_scope, (model.lora_scope,))
-        adapted = targets(self.shape, model.lora_target_modules, parts) if model.use_peft else None
+        adapted = layers_named(self.shape, model.lora_target_modules, parts) if model.use_peft else None
         wanted = _kernels_of_auto() if model.fused_kernels == "auto" else tuple(model.fused_kernels or ())
         optim = str(recipe.get("optim"))
         return Training(
@@ -105,7 +96,7 @@ class RunPlan:
         for name in self.recipe.model.lora_modules_to_save or ():
             if name.endswith(("embed_tokens", "lm_head")):
                 count += self.shape.embedding_weights
-            count += sum(linear.weights for linear in targets(self.shape, [name], ()))
+            count += sum(linear.weights for linear in layers_named(self.shape, [name], ()))
         return count
 
     @property

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from qwen_vl_sft.families.shape import Passes, Work, training_flops
 from qwen_vl_sft.planning.cards import Card
-from qwen_vl_sft.planning.memory import NF4_NESTED_BYTES, Training, language_bytes
+from qwen_vl_sft.planning.layer_memory import language_bytes
+from qwen_vl_sft.planning.training_setup import NF4_NESTED_BYTES, Training
 
 # Share of the card's dense half-precision peak that large matrix products reach, and share of its bandwidth.
 PRODUCTS, BANDWIDTH = 0.88, 0.7
