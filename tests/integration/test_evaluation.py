@@ -587,7 +587,7 @@ def test_another_engine_answers_and_a_sample_is_compared(run, fake_engine, tmp_p
             "base": words, "prompted": words, "tuned": f"{words} with it",
         }  # fmt: skip
     told = summary["engine"]
-    assert (told["title"], told["versions"]) == ("Fake", {"fake": "1.2"})
+    assert (told["title"], told["versions"]) == ("Fake", {"pytest": pytest.__version__})
     assert {arm: (found["rows"], found["same"]) for arm, found in told["compared"].items()} == dict.fromkeys(
         ("base", "prompted", "tuned"), (32, 0)
     )

@@ -1,7 +1,7 @@
 """What an engine declares, what it is asked, and what it answers.
 
 An engine runs in a Python environment of its own and in a process of its own: its worker, a script that imports nothing of
-this package. Both sides write one JSON value a line:
+this package but `worker_protocol.py` beside it. Both sides write one JSON value a line:
 
     to the worker                                            from it
     {"model", "adapter", "arguments"}                        {"ready": {name: version}}, {"refused": why} or {"failed": why}

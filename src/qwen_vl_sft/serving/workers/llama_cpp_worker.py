@@ -2,25 +2,15 @@
 
 import argparse
 import base64
-import importlib.metadata
+import functools
 import json
 import os
-import sys
-import traceback
 
-# What llama.cpp prints must not come between the lines of answers.
-REPLIES = os.fdopen(os.dup(1), "w", encoding="utf-8")
-os.dup2(2, 1)
-
-
-def reply(value):
-    """Write one line."""
-    REPLIES.write(json.dumps(value) + "\n")
-    REPLIES.flush()
+from worker_protocol import chat_messages, serve
 
 
 def load(start):
-    """Return the server of the model in a folder."""
+    """Return what answers with the model in a folder."""
     from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server, ggml_type, llama_flash_attn_type
 
     parser = argparse.ArgumentParser()
@@ -45,25 +35,14 @@ def load(start):
         params.image_min_tokens = asked.image_min_tokens
     if asked.image_max_tokens is not None:
         params.image_max_tokens = asked.image_max_tokens
-    return Server(params)
+    return functools.partial(answer, Server(params), start["adapter"] is not None)
 
 
-def messages_of(prompt):
-    """Return the messages as the chat endpoint takes them, images as PNG in a data URL."""
-    images = iter(prompt["images"])
-    messages = []
-    for message in prompt["messages"]:
-        parts = []
-        for part in message["content"]:
-            if part["type"] == "image":
-                with open(next(images), "rb") as file:
-                    url = "data:image/png;base64," + base64.b64encode(file.read()).decode()
-                parts.append({"type": "image_url", "image_url": {"url": url}})
-            else:
-                parts.append(part)
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        messages.append({**message, "content": "".join(map(str, texts)) if message["role"] != "user" else parts})
-    return messages
+def image_part(file):
+    """Return an image as PNG in a data URL."""
+    with open(file, "rb") as content:
+        url = "data:image/png;base64," + base64.b64encode(content.read()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def answer(server, has_adapter, request):
@@ -71,7 +50,7 @@ def answer(server, has_adapter, request):
     answers = []
     for prompt in request["prompts"]:
         asked = {
-            "messages": messages_of(prompt),
+            "messages": chat_messages(prompt, image_part),
             "max_tokens": request["max_new_tokens"],
             "temperature": 0,
             "top_k": 1,
@@ -103,25 +82,5 @@ def answer(server, has_adapter, request):
     return answers
 
 
-def main():
-    """Load what the first line names, then answer every further line."""
-    server, has_adapter = None, False
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if server is None:
-                server, has_adapter = load(request), request["adapter"] is not None
-                reply({"ready": {"xllamacpp": importlib.metadata.version("xllamacpp")}})
-            else:
-                reply({"answers": answer(server, has_adapter, request)})
-        except ValueError as error:
-            traceback.print_exc()
-            reply({"refused": f"ValueError: {error}"})
-        except Exception as error:
-            traceback.print_exc()
-            reply({"failed": f"{type(error).__name__}: {error}"})
-            return
-
-
 if __name__ == "__main__":
-    main()
+    serve(["xllamacpp"], load)

