@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,6 +35,7 @@ from qwen_vl_sft.resilience.logger_guard import guard_loggers
 from qwen_vl_sft.resilience.stopping import EvaluationStopped, RunStopper
 from qwen_vl_sft.resilience.watchdog import Stage
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
+from qwen_vl_sft.training.run_totals import RunTotals, last_log, mean_loss
 from qwen_vl_sft.training.safeguards import Safeguards, make_safeguards
 from qwen_vl_sft.training.throughput import ThroughputMeter, TimedIterator
 
@@ -94,9 +93,7 @@ class VisionSFTTrainer(SFTTrainer):
         pieces = safeguards or make_safeguards(self.args)
         self.writer, self.guard, self.evaluations = pieces.writer, pieces.guard, pieces.evaluations
         self.watchdog = pieces.watchdog
-        self._before = dict(pieces.totals)
-        if "meter" in self._before:
-            throughput.restore(self._before["meter"])
+        self._totals = RunTotals(pieces.totals, self.guard, throughput)
         # The Trainer would delete old checkpoints before the new one is complete, and at the end before the model is
         # saved; the writer does it instead.
         self.args.save_total_limit = None
@@ -107,8 +104,7 @@ class VisionSFTTrainer(SFTTrainer):
         self._eval_sums = torch.zeros_like(self._train_sums)
         # Rows of an evaluation that this process has read, and that it could not read.
         self._eval_rows = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self._began = time.monotonic()
-        self._after_loss: tuple[Any, ...] | None = None
+        self._after_loss: tuple[str, Stage, int] | None = None
         self._logged_step = 0
         self._held: dict[str, torch.Tensor] = {}
         # Qwen2.5-VL and Qwen3-VL declare that they take no loss arguments, and the Trainer would then average the means
@@ -116,25 +112,19 @@ class VisionSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
 
     def totals(self) -> dict[str, Any]:
-        """Return what the whole run has come to, also before it was resumed. All processes must call at once.
-
-        `loss_sum` is the sum of the losses of all steps but the first `steps_unknown`, which the checkpoint that the run
-        was resumed from did not tell, and but the `steps_skipped` (`nonfinite: skip`); `seconds` are those of training,
-        evaluations and saves; `meter` is what `throughput` has counted. Call it while training.
-        """
-        unknown = 0 if "loss_sum" in self._before else self._initial_global_step
+        """Return what the whole run has come to (`RunTotals.so_far`). All processes must call at once, while training."""
         # Since the last log; each process has its own.
         unlogged = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean").item()
-        return {
-            "loss_sum": self._before.get("loss_sum", 0.0)
-            + self._total_loss_scalar
-            + unlogged
-            - self.guard.skipped_loss,
-            "steps_skipped": self._before.get("steps_skipped", 0) + len(self.guard.skipped),
-            "steps_unknown": self._before.get("steps_unknown", unknown),
-            "seconds": self._before.get("seconds", 0.0) + time.monotonic() - self._began,
-            "meter": self.throughput.totals(self.accelerator),
-        }
+        return self._totals.so_far(self.accelerator, self._total_loss_scalar + unlogged, self._initial_global_step)
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of the finished run over its steps that were not skipped and whose loss is known."""
+        return mean_loss(self.finished, self.state.global_step)
+
+    def _report(self, doing: str, stage: Stage, *number: int) -> None:
+        """Tell the watchdog what this process does next in the step that it trains."""
+        step = self.state.global_step + 1
+        self.watchdog.report_progress(f"step {step}, {doing}", step, stage, *number)
 
     # A step
 
@@ -143,8 +133,7 @@ class VisionSFTTrainer(SFTTrainer):
 
         Overridden because packed steps bring their micro-batches in one, whose learned tokens the workers have counted.
         """
-        step = self.state.global_step + 1
-        self.watchdog.report_progress(f"step {step}, waiting for its data", step, Stage.DATA)
+        self._report("waiting for its data", Stage.DATA)
         self.throughput.resume()
         timed = TimedIterator(epoch_iterator)
         steps, count = super().get_batch_samples(timed, num_batches, device)
@@ -173,9 +162,7 @@ class VisionSFTTrainer(SFTTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _report_counting(self, rows: list[int], batches: list[dict[str, Any]]) -> None:
-        step, batch = self.state.global_step + 1, describe_step(rows, batches)
-        doing = f"step {step}, adding up the learned tokens of all processes: {batch}"
-        self.watchdog.report_progress(doing, step, Stage.TOKENS)
+        self._report(f"adding up the learned tokens of all processes: {describe_step(rows, batches)}", Stage.TOKENS)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward over a micro-batch, or over all packed micro-batches of an optimizer step."""
@@ -204,12 +191,10 @@ class VisionSFTTrainer(SFTTrainer):
         self.routing.begin_step()
         if not self.routing.balances or len(batches) == 1:
             return
-        step = self.state.global_step + 1
         model.train()
         with torch.no_grad(), kept_random_state():
             for number, batch in enumerate(batches, start=1):
-                doing = f"step {step}, routing of micro-batch {number} of {len(batches)}"
-                self.watchdog.report_progress(doing, step, Stage.TOKENS, number)
+                self._report(f"routing of micro-batch {number} of {len(batches)}", Stage.TOKENS, number)
                 inputs = self._prepare_inputs(dict(batch))
                 rows = inputs.pop("stats")["rows"]
                 self.routing.survey(inputs, rows)
@@ -220,11 +205,9 @@ class VisionSFTTrainer(SFTTrainer):
     def _micro_batch_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         place = len(self.guard.record.losses)
         batch = describe_micro_batch(self.guard.next_rows(), inputs)
-        step, number = self.state.global_step + 1, f"{place + 1} of {len(self.guard.record.rows)}"
-        doing = f"step {step}, forward of micro-batch {number}: {batch}"
-        self.watchdog.report_progress(doing, step, Stage.MICRO_BATCHES, 2 * place)
-        backward = f"step {step}, backward of micro-batch {number}: {batch}"
-        self._after_loss = (backward, step, Stage.MICRO_BATCHES, 2 * place + 1)
+        named = f"micro-batch {place + 1} of {len(self.guard.record.rows)}: {batch}"
+        self._report(f"forward of {named}", Stage.MICRO_BATCHES, 2 * place)
+        self._after_loss = (f"backward of {named}", Stage.MICRO_BATCHES, 2 * place + 1)
         packing = "cu_seq_lens_q" in inputs
         with explained_out_of_memory(batch, packing, bool(self.args.activation_checkpointing)):
             loss = super().training_step(model, inputs, *args, **kwargs)
@@ -236,16 +219,15 @@ class VisionSFTTrainer(SFTTrainer):
         """Report the end of the forward pass of a step: next is the backward pass, in which processes wait."""
         stack = super().compute_loss_context_manager()
         if self._after_loss:
-            stack.callback(self.watchdog.report_progress, *self._after_loss)
+            stack.callback(self._report, *self._after_loss)
             self._after_loss = None
         return stack
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Overridden to look at the gradient before the optimizer takes it.
-        step = self.state.global_step + 1
-        self.watchdog.report_progress(f"step {step}, norm of its gradient", step, Stage.GRADIENT)
+        self._report("norm of its gradient", Stage.GRADIENT)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.guard.should_skip(step, norm, self.accelerator):
+        if self.guard.should_skip(self.state.global_step + 1, norm, self.accelerator):
             # Without gradients the optimizer changes neither weights nor its own state.
             model.zero_grad(set_to_none=True)
         return norm
@@ -293,23 +275,8 @@ class VisionSFTTrainer(SFTTrainer):
             if self.routing is not None:
                 logs.update(self.routing.measure(self.accelerator))
         if "train_loss" in logs and self.finished:
-            logs.update(self._whole_run())
+            logs.update(last_log(self.finished, self.state.global_step))
         super().log(logs, start_time)
-
-    def _whole_run(self) -> dict[str, float]:
-        """Return the Trainer's last log for the whole run; its own is of the steps since a resume, and counts fillers."""
-        seconds, rows = self.finished["seconds"], self.finished["meter"]["work"]["rows"]
-        return {
-            "train_loss": self.mean_loss(),
-            "train_runtime": round(seconds, 4),
-            "train_samples_per_second": round(rows / seconds, 3),
-            "train_steps_per_second": round((self.state.global_step - self.finished["steps_unknown"]) / seconds, 3),
-        }
-
-    def mean_loss(self) -> float:
-        """Return the mean loss of the finished run over its steps that were not skipped and whose loss is known."""
-        steps = self.state.global_step - self.finished["steps_unknown"] - self.finished["steps_skipped"]
-        return self.finished["loss_sum"] / steps if steps else math.nan
 
     def compute_loss(
         self,
@@ -489,7 +456,7 @@ class VisionSFTTrainer(SFTTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Overridden to start the clock.
-        self._began = time.monotonic()
+        self._totals.start()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
