@@ -35,8 +35,9 @@ from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
-from qwen_vl_sft.evaluation.evaluate import OwnEngine, collect, count_truncated, evaluate
+from qwen_vl_sft.evaluation.evaluate import collect, count_truncated, evaluate
 from qwen_vl_sft.evaluation.options import Options, Plan
+from qwen_vl_sft.evaluation.own_engine import OwnEngine
 from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import (
@@ -690,7 +691,7 @@ def test_an_arm_can_be_added_and_nothing_is_answered_again(run, tmp_path, monkey
     evaluate(plan(*asked, "--arms", "base"))
     summary = evaluate(plan(*asked, "--arms", "tuned", "--resume"))
     assert list(summary["scores"]) == ["base", "tuned"]
-    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.load_arm", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("qwen_vl_sft.evaluation.own_engine.load_arm", lambda *_: pytest.fail("a model was loaded"))
     assert evaluate(plan(*asked, "--arms", "base", "--resume"))["scores"] == summary["scores"]
 
 
@@ -741,9 +742,9 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
         assert isinstance(model, Model)
         yield [(0, GeneratedAnswer("1", ended=True))]
 
-    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.load_arm", load)
-    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate._answers", answer)
-    monkeypatch.setattr("qwen_vl_sft.evaluation.evaluate.make_encoder", lambda *_: None)
+    monkeypatch.setattr("qwen_vl_sft.evaluation.own_engine.load_arm", load)
+    monkeypatch.setattr("qwen_vl_sft.evaluation.own_engine._answers", answer)
+    monkeypatch.setattr("qwen_vl_sft.evaluation.own_engine.make_encoder", lambda *_: None)
     arms, files = ("base", "prompted", "tuned"), AnswerFiles(tmp_path)
     ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse(Options, []), tmp_path)
     files.repair(rank=0)
@@ -764,7 +765,7 @@ def test_too_little_memory_names_the_way_out(where, rows, told, run, tmp_path, m
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"qwen_vl_sft.evaluation.evaluate.{where}", fail)
+    monkeypatch.setattr(f"qwen_vl_sft.evaluation.own_engine.{where}", fail)
     with pytest.raises(UserError, match=told):
         evaluate(plan("--run", run, "--output_dir", tmp_path, "--arms", "base", "--max_samples", rows))
 

@@ -14,6 +14,8 @@ from qwen_vl_sft.errors import UserError, shortened
 from qwen_vl_sft.evaluation.scoring import REPORT_FILE, ROWS_FILE, SUMMARY_FILE
 from qwen_vl_sft.inference.generation import GeneratedAnswer
 
+# By arm and `row_id`; None for a row that could not be read.
+Answers = Mapping[str, Mapping[int, GeneratedAnswer | None]]
 PARTS_FOLDER = "parts"
 SETTINGS_FILE = "settings.json"
 

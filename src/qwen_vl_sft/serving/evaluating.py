@@ -19,7 +19,7 @@ from qwen_vl_sft.data.dataset import even_indices
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.context import DistributedContext, read_context
 from qwen_vl_sft.errors import BadRow, UserError, shortened
-from qwen_vl_sft.evaluation.answer_files import AnswerFiles
+from qwen_vl_sft.evaluation.answer_files import AnswerFiles, Answers
 from qwen_vl_sft.evaluation.options import Plan
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task
 from qwen_vl_sft.inference.engine.engine import Engine
@@ -60,7 +60,7 @@ class EngineAnswering:
         plan: Plan,
         task: Task,
         arms: Sequence[str],
-        answered: Mapping[str, Mapping[int, GeneratedAnswer | None]],
+        answered: Answers,
         files: AnswerFiles,
         context: DistributedContext,
     ) -> dict[str, tuple[int, float]]:
@@ -81,9 +81,7 @@ class EngineAnswering:
                 ) from None
         return speed
 
-    def about(
-        self, plan: Plan, task: Task, answers: Mapping[str, Mapping[int, GeneratedAnswer | None]]
-    ) -> dict[str, Any]:
+    def about(self, plan: Plan, task: Task, answers: Answers) -> dict[str, Any]:
         """Have this package's engine answer a sample of the rows, and return how many answers agree, arm by arm."""
         arms = {}
         for arm, ours in _own_answers(plan, task, list(answers)):
