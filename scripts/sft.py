@@ -57,6 +57,7 @@ def main() -> None:
     with quick_imports():
         from qwen_vl_sft.training import sft
         from qwen_vl_sft.training.run_signature import run_signature
+        from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
 
     with sft.claim_output_dir(run, watcher):
         # Data and plan
@@ -64,11 +65,11 @@ def main() -> None:
         plan.show(run, data, dry_run=False)
 
         # Trainer and training
-        args = sft.sft_config(run)
+        args = sft_config(run)
         signature = run_signature(run, data)
         resume = sft.find_resume(run, signature)
         callbacks = [publisher] if publisher else []
-        trainer = sft.build_trainer(run, args, data, resume, watcher, signature, callbacks)
+        trainer = build_trainer(run, args, data, resume, watcher, signature, callbacks)
         sft.train(run, data, trainer, resume, watcher)
 
         # Publishing: the run folder is complete, and no process waits for this one any more.

@@ -24,6 +24,7 @@ from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.resolve import resolve
 from qwen_vl_sft.training.trainer import VisionSFTTrainer
+from qwen_vl_sft.training.trainer_setup import sft_config
 
 KEYS = {
     "recipe": "recipes/quickstart.yaml",
@@ -127,7 +128,7 @@ def test_float32_is_float32_in_convolutions_too(tf32, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     keys = {"model_name_or_path": str(tiny.MODEL_DIR), "dataset_name": "data", "use_cpu": True, "bf16": False}
     recipe = read_recipe(None, {**keys, "output_dir": str(tmp_path), **({} if tf32 is None else {"tf32": tf32})})
-    sft.sft_config(resolve(recipe, DistributedContext("single", 1, 0, 0, on_cpu=True)))
+    sft_config(resolve(recipe, DistributedContext("single", 1, 0, 0, on_cpu=True)))
     assert torch.backends.cudnn.allow_tf32 == (tf32 is None)
 
 

@@ -14,10 +14,10 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.base_identity import identity_of_base
-from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.prepared_data import prepare_data
 from qwen_vl_sft.training.resolve import resolve
 from qwen_vl_sft.training.second_stage import problems_of_init_adapter, with_init_adapter
+from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
 
 SINGLE = DistributedContext("single", 1, 0, 0, on_cpu=True)
 WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +58,7 @@ def test_a_second_stage_starts_from_the_adapter_and_trains_it_further(first, tmp
     model = run.recipe.model
     assert (model.model_name_or_path, model.init_adapter) == (str(first.parent / "model"), str(first))
     assert (model.lora_r, model.lora_alpha, model.lora_target_modules) == (4, 64, ["q_proj", "v_proj"])
-    trainer = sft.build_trainer(run, sft.sft_config(run), prepare_data(run))
+    trainer = build_trainer(run, sft_config(run), prepare_data(run))
     saved = load_file(first / WEIGHTS)
 
     def now():
@@ -89,7 +89,7 @@ def test_it_starts_from_the_adapter_of_another_trainer(first, tmp_path):
         run.structure.lora_targets
         == resolve(asked(first, tmp_path, init_adapter=str(first)), SINGLE).structure.lora_targets
     )
-    trainer = sft.build_trainer(run, sft.sft_config(run), prepare_data(run))
+    trainer = build_trainer(run, sft_config(run), prepare_data(run))
     now = {name.replace(".default", ""): value for name, value in trainer.model.state_dict().items()}
     assert all(torch.equal(now[name], tensor) for name, tensor in saved.items())
 
@@ -140,7 +140,7 @@ def test_an_adapter_on_the_hub_is_started_from_at_one_commit(first, hub, tmp_pat
     (tmp_path / "recipe.yaml").write_text(run.recipe.to_yaml())
     set_offline(True, monkeypatch)
     again = resolve(read_recipe(tmp_path / "recipe.yaml", {}), SINGLE)
-    trainer = sft.build_trainer(again, sft.sft_config(again), prepare_data(again))
+    trainer = build_trainer(again, sft_config(again), prepare_data(again))
     saved = load_file(first / WEIGHTS)
     trained = {name: value for name, value in trainer.model.named_parameters() if "lora_B" in name}
     assert trained

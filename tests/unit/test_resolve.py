@@ -9,10 +9,10 @@ from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.plan import warnings
 from qwen_vl_sft.training.resolve import resolve
 from qwen_vl_sft.training.rules import problems_of
+from qwen_vl_sft.training.trainer_setup import sft_config
 
 
 def resolved(tmp_path, processes=1, **keys):
@@ -61,7 +61,7 @@ def test_nothing_of_a_run_can_be_changed(tmp_path):
 def test_a_shipped_recipe_is_set_up_on_a_cpu_with_no_key_changed_but_the_model(path, tmp_path):
     recipe = read_recipe(path, {"model_name_or_path": "builtin:tiny-qwen2-vl", "output_dir": str(tmp_path / "run")})
     run = resolve(recipe, DistributedContext("single", 1, 0, 0, on_cpu=True))
-    args = sft.sft_config(run)
+    args = sft_config(run)
     assert args.use_cpu
     assert not args.tf32
     assert_read_again(run, tmp_path)

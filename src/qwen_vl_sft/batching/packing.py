@@ -249,6 +249,15 @@ class StepSampler(Sampler[list[int]]):
         """Choose the epoch whose steps are given next."""
         self.epoch = epoch
 
+    def take(self, plan: StepPlan) -> None:
+        """Give the steps of another plan from now on."""
+        self.plan = plan
+
+    def reseed(self, seed: int) -> None:
+        """Give the orders of another seed from now on."""
+        plan = self.plan
+        self.take(StepPlan(plan.sizes, plan.batch, plan.tokens_per_batch, plan.processes, seed, plan.share_prefixes))
+
 
 class MicroBatches(Dataset[MicroBatch]):
     """Plans the step that is asked for, in the worker that reads its rows: hundreds of processes take a while to plan.

@@ -49,6 +49,10 @@ class EpochSampler(Sampler[int]):
         """Choose the epoch whose order is given next."""
         self.epoch = epoch
 
+    def reseed(self, seed: int) -> None:
+        """Give the orders of another seed from now on."""
+        self.seed = seed
+
 
 def step_loader(sampler: StepSampler, collate: Callable[..., Any], args: TrainingArguments) -> DataLoader[Any]:
     """Return the data loader of one process's packed steps."""

@@ -18,7 +18,6 @@ import torch
 from transformers import TrainerCallback
 
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES
-from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.compat.for_transformers import use_one_gpu
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import Recipe
@@ -44,9 +43,11 @@ from qwen_vl_sft.tools.measuring import (
 )
 from qwen_vl_sft.tools.options import BenchmarkOptions
 from qwen_vl_sft.tools.prepared_run import IN_16_BITS, set_up
-from qwen_vl_sft.training import precompute_features, sft
+from qwen_vl_sft.training import precompute_features
 from qwen_vl_sft.training.prepared_data import PreparedData, with_train_rows
 from qwen_vl_sft.training.throughput import TimedIterator
+from qwen_vl_sft.training.trainer import VisionSFTTrainer
+from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
 
 NOT_PACKED = {"packing": False, "share_prefixes": False}
 PACKED = {"packing": True, "share_prefixes": False, "gradient_checkpointing": False, "lora_dropout": 0.0}
@@ -116,11 +117,8 @@ class Variant:
 
     def reorder(self, seed: int) -> None:
         """Make the next run use another order of rows, as a few steps of one order are not a fair sample."""
-        sampler = getattr(self.trainer, "_sampler", None)
-        if isinstance(sampler, StepSampler):
-            sampler.plan.seed = seed
-        elif sampler is not None:
-            sampler.seed = seed
+        if isinstance(self.trainer, VisionSFTTrainer):
+            self.trainer.sampler.reseed(seed)
         else:
             self.trainer.args.data_seed = seed
 
@@ -164,7 +162,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     if changed is None:
         trainer, rows = trl_trainer(run.recipe, run.context, data), TRL_BATCH
     else:
-        trainer = sft.build_trainer(run, sft.sft_config(run), data)
+        trainer = build_trainer(run, sft_config(run), data)
         rows = math.ceil(len(scan.rows) / run.global_batch.steps(scan.lengths.tokens))
         if data.features:
             precompute_features.fill(trainer, data.features, skip_bad_rows=False)

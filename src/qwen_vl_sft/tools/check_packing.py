@@ -20,8 +20,8 @@ from qwen_vl_sft.errors import UserError, quoted
 from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, random_model_of
 from qwen_vl_sft.tools.options import CheckPackingOptions
 from qwen_vl_sft.tools.prepared_run import IN_16_BITS, set_up
-from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.prepared_data import PreparedData
+from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
 
 COLUMNS = {
     "precision": ("precision", TEXT),
@@ -100,7 +100,7 @@ def settings_of(precision: str, all_precisions: Collection[str]) -> dict[str, An
 
 def _load(options: CheckPackingOptions, keys: dict[str, Any]) -> tuple[Any, PreparedData]:
     run, data = set_up(options.recipe, keys)
-    trainer: Any = sft.build_trainer(run, sft.sft_config(run), data)
+    trainer: Any = build_trainer(run, sft_config(run), data)
     numbers = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:

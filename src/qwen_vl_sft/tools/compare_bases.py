@@ -25,7 +25,7 @@ from qwen_vl_sft.tools.measuring import (
 )
 from qwen_vl_sft.tools.options import CompareBasesOptions
 from qwen_vl_sft.tools.prepared_run import set_up
-from qwen_vl_sft.training import sft
+from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
 
 _EMULATION = {**PRECISIONS["bf16"], "load_in_fp8": "emulation"}
 # What each base sets in place of the recipe's; more than in benchmarks, which have no use for the speed of an emulation.
@@ -94,7 +94,7 @@ def train(recipe_file: Path, keys: Mapping[str, Any], steps: int, control: int |
     """
     alone = {**TRAINING_ALONE, "disable_tqdm": False, "max_steps": steps, "logging_steps": 1}
     run, data = set_up(recipe_file, {**alone, **keys})
-    trainer: Any = sft.build_trainer(run, sft.sft_config(run), data)
+    trainer: Any = build_trainer(run, sft_config(run), data)
     if control:
         nudge(trainer.model, control)
     trainer.train()

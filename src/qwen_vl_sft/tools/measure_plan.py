@@ -41,10 +41,10 @@ from qwen_vl_sft.tools.measuring import TRAINING_ALONE, machine_facts
 from qwen_vl_sft.tools.prepared_run import set_up
 from qwen_vl_sft.tools.random_model import make_random_model
 from qwen_vl_sft.tools.settled_steps import ALIKE, WORK, Steps, counting, have_settled
-from qwen_vl_sft.training import sft
 from qwen_vl_sft.training.memory import MemoryProbe, all_layers
 from qwen_vl_sft.training.prepared_data import PreparedData, with_train_rows
 from qwen_vl_sft.training.resolve import Run
+from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
 
 KEYS: dict[str, Any] = {**PACKED, **KERNELS, "bf16": True, "global_batch_size": 16}
 METHODS: dict[str, dict[str, Any]] = {
@@ -225,7 +225,7 @@ def _prepare(folder: Path, method: str, options: CheckPlanOptions, keys: Mapping
     run, data = set_up(None, values)
     assert isinstance(data.train, Scan), "rows are looked up"
     data = with_train_rows(run, data, data.train)
-    trainer = sft.build_trainer(run, sft.sft_config(run), data)
+    trainer = build_trainer(run, sft_config(run), data)
     trainer.remove_callback(MemoryProbe)  # what is checkpointed is stated here
     return Prepared(run, data, trainer, before)
 
@@ -237,7 +237,7 @@ def _measure(prepared: Prepared, setting: Setting, options: CheckPlanOptions) ->
     assert plan is not None, "rows are packed"
     plan = StepPlan(plan.sizes, plan.batch, setting.tokens_per_batch, plan.processes, plan.seed, setting.share_prefixes)
     layers = Checkpointed(trainer, setting.checkpointed)
-    trainer._sampler.plan = plan
+    trainer.sampler.take(plan)
     trainer.args.max_steps = options.most_steps
     with _segments(setting.expandable), watched_fetching(trainer) as fetched:
         steps = Steps(fetched, _planned(run), layers.count, len(plan), options.warmup, options.steps)

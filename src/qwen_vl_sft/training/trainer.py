@@ -78,7 +78,7 @@ class VisionSFTTrainer(SFTTrainer):
         router_aux_loss_coef: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        self._sampler = sampler
+        self.sampler = sampler
         self._complete_saved = complete_saved
         self.throughput = throughput
         self.eval_collator = eval_collator
@@ -258,9 +258,9 @@ class VisionSFTTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of training rows; the loader of packed steps already gives each process its share."""
-        if not isinstance(self._sampler, StepSampler):
+        if not isinstance(self.sampler, StepSampler):
             return super().get_train_dataloader()
-        return step_loader(self._sampler, self.data_collator, self.args)
+        return step_loader(self.sampler, self.data_collator, self.args)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add to a training log the share of right tokens, their entropy, and the speed of all processes."""
@@ -514,7 +514,7 @@ class VisionSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Overridden because the order of an epoch is ours.
-        return self._sampler
+        return self.sampler
 
 
 def _sums(outputs: Any) -> torch.Tensor:
