@@ -89,10 +89,6 @@ class Rows:
         dataset = self.dataset.select(indices)
         return Rows(dataset, self.format, self.name, self.folder, self.ignored_columns, self.commit)
 
-    def without_data(self) -> Rows:
-        """Return the format and the name alone, cheap to send to another process."""
-        return Rows(Dataset.from_dict({}), self.format, self.name, self.folder)
-
     def name_of(self, row_id: int) -> str:
         """Return the name of a row for messages."""
         return f"{self.title}, row {row_id}"

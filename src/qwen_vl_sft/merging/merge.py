@@ -32,24 +32,24 @@ from qwen_vl_sft.modeling.base_model import build_on_meta
 def merge(plan: Plan) -> dict[str, Any]:
     """Merge, check and move to the output folder; return the report. Raises `UserError`, and then leaves nothing."""
     task, samples = prepare(plan), read_samples(plan)
-    output = plan.options.output_dir
+    output, report = plan.options.output_dir, {**task.report, "bytes": size_of(task)}
     with staged(output, size_of(task)) as folder:
         with writing_to(output, NOTHING_LEFT):
-            task.report["shards"] = write_weights(task, folder)
+            report["shards"] = write_weights(task, folder)
             write_companions(plan, task.folder, task.unties, folder)
-        task.report["peak_memory_writing"] = peak_memory()
+        report["peak_memory_writing"] = peak_memory()
         check_weights(task, folder)
         try:
-            task.report |= check_model(task, folder, samples)
+            report |= check_model(task, folder, samples)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"--samples: the GPU's memory does not hold the model that is compared ({first_line(error)}); hide"
                 f" the GPU with CUDA_VISIBLE_DEVICES='', or give --samples 0 to merge without comparing logits"
             ) from error
-        task.report["peak_memory"] = peak_memory()
+        report["peak_memory"] = peak_memory()
         with writing_to(output, NOTHING_LEFT):
-            (folder / REPORT_FILE).write_text(json.dumps(task.report, indent=2) + "\n", encoding="utf-8")
-    return task.report
+            (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
 
 
 def prepare(plan: Plan) -> Merge:
@@ -87,9 +87,7 @@ def prepare(plan: Plan) -> Merge:
         "replaced": sorted(adapter.whole),
         "tensors": len(weights),
     }
-    task = Merge(plan, folder, weights, adapter, quantized, unties, report)
-    task.report["bytes"] = size_of(task)
-    return task
+    return Merge(plan, folder, weights, adapter, quantized, unties, report)
 
 
 def check_base(plan: Plan) -> None:

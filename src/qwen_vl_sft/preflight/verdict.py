@@ -27,8 +27,13 @@ class AddedUp:
 class Verdict:
     """What is wrong with which nodes, and with the job as a whole."""
 
-    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    faults: dict[str, list[str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+
+    def blame(self, node: str, *faults: str) -> None:
+        """Add faults of a node, if there are any."""
+        if faults:
+            self.faults.setdefault(node, []).extend(faults)
 
     def line(self) -> str:
         """Return "pass", "exclude NODE,NODE" or "fail", which the job's script reads."""
@@ -50,14 +55,13 @@ def judge_nodes(found: Sequence[Facts], nodes: Sequence[str], processes: int) ->
     for node in nodes:
         answered = sum(facts.node == node for facts in found)
         if answered < wanted:
-            verdict.faults[node].append(f"{answered} of its {wanted} processes answered")
+            verdict.blame(node, f"{answered} of its {wanted} processes answered")
     if not nodes and len(found) < processes:
         verdict.failures.append(f"{len(found)} of {processes} processes answered")
     for facts in found:
-        verdict.faults[facts.node] += facts.faults
+        verdict.blame(facts.node, *facts.faults)
     _judge_speed(found, verdict)
     _judge_folders([facts for facts in found if facts.local_rank == 0], verdict)
-    verdict.faults = {node: faults for node, faults in verdict.faults.items() if faults}
     return verdict
 
 
@@ -69,9 +73,10 @@ def _judge_speed(found: Sequence[Facts], verdict: Verdict) -> None:
             continue
         median = statistics.median(others)
         if facts.product < SLOW * median:
-            verdict.faults[facts.node].append(
+            verdict.blame(
+                facts.node,
                 f"GPU {facts.local_rank} ({facts.device}): {facts.product / 1e12:.0f} TFLOP/s, where the others reach"
-                f" {median / 1e12:.0f}"
+                f" {median / 1e12:.0f}",
             )
 
 
@@ -82,7 +87,7 @@ def _judge_folders(first: Sequence[Facts], verdict: Verdict) -> None:
         refused = [facts for facts in first if name in facts.refused]
         if able:
             for facts in refused:
-                verdict.faults[facts.node].append(f"{name}: {facts.refused[name]}; it can on {able[0]}")
+                verdict.blame(facts.node, f"{name}: {facts.refused[name]}; it can on {able[0]}")
         elif refused and name == "output_dir":
             verdict.failures.append(f"output_dir: {refused[0].refused[name]}, on any node; name another folder")
     filled = next((facts for facts in first if facts.cached), None)
@@ -90,22 +95,23 @@ def _judge_folders(first: Sequence[Facts], verdict: Verdict) -> None:
         # Some names may be too new to be seen on every node yet, but not all of them.
         if filled is not None and not facts.cached and "HF_HOME" not in facts.refused:
             shown = shortened(", ".join(filled.cached[:MOST_NAMES]))
-            verdict.faults[facts.node].append(f"HF_HOME: shows no models or data, where {filled.node} shows {shown}")
+            verdict.blame(facts.node, f"HF_HOME: shows no models or data, where {filled.node} shows {shown}")
 
 
 def judge_sight(found: Sequence[Facts], sees: Mapping[int, bool], output_dir: str, verdict: Verdict) -> None:
     """Judge whether nodes see what the first process wrote to output_dir; `sees` is by rank, for those that looked."""
     for rank, seen in sees.items():
         if not seen:
-            verdict.faults.setdefault(found[rank].node, []).append(
-                f"output_dir: what {found[0].node} writes to {output_dir} is not seen; it must be on shared storage"
+            verdict.blame(
+                found[rank].node,
+                f"output_dir: what {found[0].node} writes to {output_dir} is not seen; it must be on shared storage",
             )
 
 
 def judge_all_reduce(found: Sequence[Facts], added_up: AddedUp, verdict: Verdict) -> None:
     """Judge the all-reduce: a node whose process fails by itself is to blame, a timeout of all is nobody's."""
     for rank, reason in added_up.failed.items():
-        verdict.faults.setdefault(found[rank].node, []).append(f"all-reduce: {shortened(reason)}")
+        verdict.blame(found[rank].node, f"all-reduce: {shortened(reason)}")
     if not added_up.failed and added_up.bandwidth is None:
         verdict.failures.append(
             "the all-reduce did not end, and no node failed by itself: set NCCL_DEBUG=INFO to see why; NCCL_SOCKET_IFNAME"
