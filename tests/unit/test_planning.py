@@ -39,7 +39,7 @@ from qwen_vl_sft.modeling import experts, token_routes
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.experts import use_grouped_lora
 from qwen_vl_sft.modeling.kernels import use_fused_kernels
-from qwen_vl_sft.planning import rows as planned_rows
+from qwen_vl_sft.planning import find_rows
 from qwen_vl_sft.planning.advice import changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
 from qwen_vl_sft.planning.check import compare_all, format_table
@@ -55,6 +55,7 @@ from qwen_vl_sft.planning.layer_memory import (
 from qwen_vl_sft.planning.memory import MicroBatch, keep_as_many, memory_of
 from qwen_vl_sft.planning.options import PlanOptions, plan_of, plot_file
 from qwen_vl_sft.planning.report import as_json, describe, verdict
+from qwen_vl_sft.planning.rows import measured_sizes
 from qwen_vl_sft.planning.run import KERNELS_OF_AUTO, RunPlan
 from qwen_vl_sft.planning.table import plan_table
 from qwen_vl_sft.planning.training_setup import Training, layers_named
@@ -420,7 +421,7 @@ def test_rows_of_jsonl_are_sampled(tmp_path):
         lines.append(json.dumps({"messages": turns, "images": ["a.png" if number < 8 else "b.png"]}))
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     vision = find_shape(SEVEN).vision
-    found = planned_rows.sample(DataSettings(dataset_name=str(tmp_path)), vision)
+    found = find_rows.sample(DataSettings(dataset_name=str(tmp_path)), vision)
     assert found.rows == 10
     # 10 x 20 merged tokens of 4 patches, and the smallest image of 2 x 2 of them.
     assert found.patches == (8 * 800 + 2 * 16) / 10
@@ -428,13 +429,13 @@ def test_rows_of_jsonl_are_sampled(tmp_path):
     assert found.images == 1
     assert found.distinct_images == 0.2
     assert found.computed == pytest.approx(1 - (7 * 200 + 4) / 2078)
-    sliced = planned_rows.sample(DataSettings(dataset_name=str(tmp_path), dataset_train_split="train[:50%]"), vision)
+    sliced = find_rows.sample(DataSettings(dataset_name=str(tmp_path), dataset_train_split="train[:50%]"), vision)
     assert sliced.rows == 5
 
 
 def test_rows_of_parquet_are_sampled():
     vision = find_shape(SEVEN).vision
-    found = planned_rows.sample(DataSettings(dataset_name=str(tiny.DATA_DIR)), vision)
+    found = find_rows.sample(DataSettings(dataset_name=str(tiny.DATA_DIR)), vision)
     assert found.source == f"estimated from 200 of {found.rows} rows"
     assert found.images == 1
     assert 0 < found.patches < 1000
@@ -449,14 +450,14 @@ def test_sizes_of_images_are_the_processors():
             continue
         for least, most in ((3136, 12845056), (200704, 1003520)):
             high, wide = smart_resize(height, width, 28, least, most)
-            assert planned_rows.patches_of(width, height, 28, least, most) == high * wide // 784
+            assert find_rows.patches_of(width, height, 28, least, most) == high * wide // 784
 
 
 def test_unreadable_data_is_assumed_and_says_so(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"image": "gone.png", "query": "?", "label": "1"}\n')
-    found = planned_rows.row_sizes(DataSettings(dataset_name=str(tmp_path)), SEVEN, find_shape(SEVEN).vision)
+    found = find_rows.row_sizes(DataSettings(dataset_name=str(tmp_path)), SEVEN, find_shape(SEVEN).vision)
     assert found.source.startswith("assumed")
-    part = planned_rows.row_sizes(DataSettings(dataset_train_split="train[:10%]"), SEVEN, find_shape(SEVEN).vision)
+    part = find_rows.row_sizes(DataSettings(dataset_train_split="train[:10%]"), SEVEN, find_shape(SEVEN).vision)
     assert part.rows == 2830
 
 
@@ -473,16 +474,16 @@ def test_what_a_check_measured_is_used_until_the_data_changes(tmp_path):
         prefix_tokens=np.array([80, 80, 160, 0]),
         prefix_patches=np.array([320, 320, 640, 0]),
     )
-    found = planned_rows.measured(lengths)
+    found = measured_sizes(lengths)
     assert (found.rows, found.tokens, found.longest, found.images) == (4, 112.5, 200, 1)
     assert found.computed == 1 - 80 / 450
     assert found.patches_squared == (320**2 * 2 + 640**2 / 2) / 4
-    planned_rows.remember(data, SEVEN, found)
-    kept = planned_rows.row_sizes(data, SEVEN, find_shape(SEVEN).vision)
+    find_rows.remember_sizes(data, SEVEN, found)
+    kept = find_rows.row_sizes(data, SEVEN, find_shape(SEVEN).vision)
     assert replace(kept, source=found.source) == found
-    assert planned_rows.remembered(data, "another model") is None
+    assert find_rows.remembered_sizes(data, "another model") is None
     (tmp_path / "train.jsonl").write_text("{}\n{}\n")
-    assert planned_rows.remembered(data, SEVEN) is None
+    assert find_rows.remembered_sizes(data, SEVEN) is None
 
 
 def test_stated_rows_win():

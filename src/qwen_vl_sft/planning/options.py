@@ -10,8 +10,9 @@ from qwen_vl_sft.config.command_line import any_recipe_key, names, option, recip
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.planning.cards import find_card
+from qwen_vl_sft.planning.find_rows import row_sizes
 from qwen_vl_sft.planning.inputs import find_shape, read_launch
-from qwen_vl_sft.planning.rows import RowSizes, row_sizes
+from qwen_vl_sft.planning.rows import RowSizes
 from qwen_vl_sft.planning.run import RunPlan, check_launch
 
 # Cards that FlashAttention 3 or 4 runs on, for packed rows.

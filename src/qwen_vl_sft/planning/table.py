@@ -9,7 +9,7 @@ from qwen_vl_sft.families.released import RELEASED
 from qwen_vl_sft.families.shape_reading import read_shape
 from qwen_vl_sft.planning.cards import CARDS, Card
 from qwen_vl_sft.planning.inputs import Launch
-from qwen_vl_sft.planning.rows import assumed
+from qwen_vl_sft.planning.rows import assumed_sizes
 from qwen_vl_sft.planning.run import RunPlan
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def _cell(model: str, method: str, card: Card) -> str:
         strategies = ["single"] if count == 1 else ["fsdp2"] if method != "full" else ["zero2", "fsdp2"]
         for strategy in strategies:
             shape = read_shape(RELEASED[model])
-            plan = RunPlan(recipe, shape, assumed(shape.vision), card, Launch(strategy, count))
+            plan = RunPlan(recipe, shape, assumed_sizes(shape.vision), card, Launch(strategy, count))
             if plan.fits:
                 rate = plan.rows_per_step / plan.step.seconds
                 # Of linear attention the time is not known.

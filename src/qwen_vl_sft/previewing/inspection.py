@@ -15,7 +15,8 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.row_checks import Checks, check_rows
 from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.modeling.base_model import load_processor
-from qwen_vl_sft.planning import rows as row_sizes
+from qwen_vl_sft.planning.find_rows import remember_sizes
+from qwen_vl_sft.planning.rows import measured_sizes
 from qwen_vl_sft.previewing.checked_split import CheckedSplit
 from qwen_vl_sft.previewing.findings import Finding, notes_of, notes_of_equal_rows, problems_of
 from qwen_vl_sft.previewing.statistics import (
@@ -85,7 +86,7 @@ def inspect(recipe: Recipe) -> Inspection:
     overlap = find_overlap(identities[0], identities[1]) if len(identities) > 1 else None
     summaries = tuple(summarise(split, known) for split, known in zip(splits, identities, strict=True))
     if train.is_good.any() and not recipe.data.dataset_streaming:
-        row_sizes.remember(data, str(recipe.model.model_name_or_path), row_sizes.measured(train.lengths))
+        remember_sizes(data, str(recipe.model.model_name_or_path), measured_sizes(train.lengths))
     return Inspection(
         recipe,
         encoder,

@@ -31,16 +31,17 @@ from qwen_vl_sft.families.released import released_config
 from qwen_vl_sft.modeling.attention_kernels import SDPA
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.model_rules import LORA_KEYS
-from qwen_vl_sft.planning import rows as row_sizes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device
 from qwen_vl_sft.planning.inputs import Launch, find_shape
 from qwen_vl_sft.planning.options import CheckPlanOptions
+from qwen_vl_sft.planning.rows import ASSUMED, measured_sizes
 from qwen_vl_sft.planning.run import RunPlan
-from qwen_vl_sft.tools.benchmark import ALL_PROJECTIONS, KERNELS, PACKED, RARELY, watched_fetching
+from qwen_vl_sft.tools.benchmark import ALL_PROJECTIONS, KERNELS, PACKED, RARELY
 from qwen_vl_sft.tools.measuring import TRAINING_ALONE, machine_facts
 from qwen_vl_sft.tools.prepared_run import set_up
 from qwen_vl_sft.tools.random_model import make_random_model
 from qwen_vl_sft.tools.settled_steps import ALIKE, WORK, Steps, counting, have_settled
+from qwen_vl_sft.tools.timed_steps import watched_fetching
 from qwen_vl_sft.training.memory import MemoryProbe, all_layers
 from qwen_vl_sft.training.prepared_data import PreparedData, with_train_rows
 from qwen_vl_sft.training.resolve import Run
@@ -158,7 +159,7 @@ def measure_points(options: CheckPlanOptions, groups: Sequence[Group] = GROUPS) 
             folder = _made(model, options.model_dir, options.processor)
             prepared = _prepare(folder, method, options, keys)
             assert isinstance(prepared.data.train, Scan)
-            stored["row_sizes"].setdefault(model, asdict(row_sizes.measured(prepared.data.train.lengths)))
+            stored["row_sizes"].setdefault(model, asdict(measured_sizes(prepared.data.train.lengths)))
             for setting in group.settings:
                 name = f"{model}, {method}, {setting.about}"
                 if time.monotonic() - began < options.seconds:
@@ -283,7 +284,7 @@ def _planned(run: Run) -> RunPlan:
     card = card_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     shape = find_shape(str(run.recipe.model.model_name_or_path))
     flash = run.chosen.attention != SDPA
-    return RunPlan(run.recipe, shape, row_sizes.ASSUMED, card or CARDS["h200"], Launch("single", 1), flash)
+    return RunPlan(run.recipe, shape, ASSUMED, card or CARDS["h200"], Launch("single", 1), flash)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from qwen_vl_sft.families.shape import Work
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.planning.run import RunPlan
 from qwen_vl_sft.planning.speed import step_time
-from qwen_vl_sft.tools.benchmark import Fetched
+from qwen_vl_sft.tools.timed_steps import Fetched
 
 # Steps are alike when the times of the later half of those that count differ by less than this from the earlier half's.
 ALIKE = 0.05

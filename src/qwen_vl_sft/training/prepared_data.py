@@ -18,7 +18,8 @@ from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.modeling.base_model import load_family, load_processor
-from qwen_vl_sft.planning import rows as row_sizes
+from qwen_vl_sft.planning.find_rows import remember_sizes
+from qwen_vl_sft.planning.rows import measured_sizes
 from qwen_vl_sft.training.image_features import ImageFeatures, plan_features
 from qwen_vl_sft.training.resolve import Run
 
@@ -77,7 +78,7 @@ def prepare_data(run: Run) -> PreparedData:
         return PreparedData(encoder, train, evaluation, None, None, recipe.get("max_steps"))
     raise_all([*problems_of_lengths(train.rows, train.lengths, recipe.run, context.processes)])
     if context.rank == 0:
-        row_sizes.remember(data, str(recipe.model.model_name_or_path), row_sizes.measured(train.lengths))
+        remember_sizes(data, str(recipe.model.model_name_or_path), measured_sizes(train.lengths))
     features = plan_features(recipe, run.structure, train, encoder)
     return PreparedData(encoder, train, evaluation, features, *_plan_steps(run, train, features is not None))
 
