@@ -13,7 +13,7 @@ from fixtures.processes import launch, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import errors, tiny
 from qwen_vl_sft.config.settings import DataSettings
-from qwen_vl_sft.planning.rows import remembered
+from qwen_vl_sft.planning.find_rows import remembered
 from qwen_vl_sft.resilience import signals
 
 SCRIPT = "scripts/sft.py"

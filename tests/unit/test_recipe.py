@@ -23,7 +23,7 @@ from qwen_vl_sft.config.trl_keys import TRL_KEYS
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.training import plan, rules
+from qwen_vl_sft.training import plan, plan_warnings, rules
 from qwen_vl_sft.training.options import Options
 
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
@@ -59,7 +59,7 @@ def write(tmp_path: Path, text: str) -> Path:
 )
 def test_keys_without_an_effect_are_told(keys, told):
     others = {"model_name_or_path": "some/model", "dataset_name": "data", "use_peft": False, "dtype": "float32"}
-    found = plan.warnings(read_recipe(None, {**others, **keys}), [])
+    found = plan_warnings.warnings(read_recipe(None, {**others, **keys}), [])
     assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
 
 
@@ -98,7 +98,7 @@ def test_a_cpu_does_not_compute_in_float16():
     ],
 )
 def test_settings_that_cannot_mean_what_they_say_are_told(keys, told):
-    found = plan.warnings(read_recipe(None, {"dtype": "float32", **keys}), [])
+    found = plan_warnings.warnings(read_recipe(None, {"dtype": "float32", **keys}), [])
     assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
 
 
@@ -121,14 +121,14 @@ def test_settings_that_cannot_mean_what_they_say_are_told(keys, told):
 def test_settings_that_do_not_fit_the_rows_are_told(batch, keys, told):
     rows = Scan(range(4), np.arange(4), SimpleNamespace(tokens=np.full(4, 10)), [], [])
     run = SimpleNamespace(recipe=read_recipe(None, keys), global_batch=GlobalBatch(**batch))
-    found = plan.warnings_of_data(run, SimpleNamespace(train=rows, steps=6))
+    found = plan_warnings.warnings_of_data(run, SimpleNamespace(train=rows, steps=6))
     assert [text[: len(start)] for text, start in zip(found, told, strict=True)] == told
 
 
 def test_what_a_cpu_has_nothing_for_is_idle():
     recipe = read_recipe(None, {"tf32": True, "activation_offloading": True, "bf16": True})
-    assert plan.idle_on_cpu(recipe) == ["tf32", "activation_offloading"]
-    assert plan.idle_on_cpu(read_recipe(None, {"tf32": False})) == []
+    assert plan_warnings.idle_on_cpu(recipe) == ["tf32", "activation_offloading"]
+    assert plan_warnings.idle_on_cpu(read_recipe(None, {"tf32": False})) == []
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):

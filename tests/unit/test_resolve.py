@@ -9,7 +9,7 @@ from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.training.plan import warnings
+from qwen_vl_sft.training.plan_warnings import warnings
 from qwen_vl_sft.training.resolve import resolve
 from qwen_vl_sft.training.rules import problems_of
 from qwen_vl_sft.training.trainer_setup import sft_config

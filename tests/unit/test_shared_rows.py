@@ -9,7 +9,7 @@ from fixtures.messages import BLUE, RED, conversation_row, write_messages
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.scan import scan
-from qwen_vl_sft.training import plan, shared_rows
+from qwen_vl_sft.training import plan_warnings, shared_rows
 from qwen_vl_sft.training.shared_rows import count_shared_rows
 
 OTHER = "images/a_copy.png"
@@ -38,8 +38,8 @@ def test_rows_are_equal_by_what_they_say_and_show(scanned):
     assert count_shared_rows(train, scanned("all", [*again, *new])) == (2, 6)
     assert count_shared_rows(train, scanned("new", new)) == (0, 4)
     data = SimpleNamespace(train=train, evaluation=scanned("all", [*again, *new]))
-    assert [text[:15] for text in plan.warnings_of_evaluation(data)] == ["2 of 6 evaluati"]
-    assert plan.warnings_of_evaluation(SimpleNamespace(train=train, evaluation=None)) == []
+    assert [text[:15] for text in plan_warnings.warnings_of_evaluation(data)] == ["2 of 6 evaluati"]
+    assert plan_warnings.warnings_of_evaluation(SimpleNamespace(train=train, evaluation=None)) == []
 
 
 def test_no_more_rows_are_read_than_that(scanned, monkeypatch):

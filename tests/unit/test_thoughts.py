@@ -17,7 +17,7 @@ from qwen_vl_sft.evaluation.scoring import Question, score_row
 from qwen_vl_sft.families import qwen2_vl, qwen3_5
 from qwen_vl_sft.inference.generation import decode_answer
 from qwen_vl_sft.modeling.model_rules import problems_of_family
-from qwen_vl_sft.training.plan import warnings
+from qwen_vl_sft.training.plan_warnings import warnings
 
 TEMPLATES = ["qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8"]
 EMPTY, THOUGHT = "<think>\n\n</think>\n\n", "<think>\nIt looks red.\n</think>\n\n"

@@ -21,7 +21,7 @@ from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError, quoted, raise_all
 from qwen_vl_sft.inference.source import FULL_MODEL_FILES
 from qwen_vl_sft.inference.trained_base import check_same_base
-from qwen_vl_sft.merging.base import adapter_config
+from qwen_vl_sft.merging.adapter import adapter_config
 from qwen_vl_sft.modeling.adapter_layout import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,

@@ -32,11 +32,11 @@ from qwen_vl_sft.resilience.deadline import Deadline, parse_duration
 from qwen_vl_sft.resilience.signals import SignalWatcher
 from qwen_vl_sft.resilience.step_log import StepLog
 from qwen_vl_sft.resilience.stopping import RunStopper
-from qwen_vl_sft.training import plan
 from qwen_vl_sft.training.callbacks import CheckWorld, EpochOrder, Progress
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
 from qwen_vl_sft.training.memory import MemoryProbe, largest_batch
 from qwen_vl_sft.training.model_setup import finish_model, prepare_model
+from qwen_vl_sft.training.plan_warnings import idle_on_cpu
 from qwen_vl_sft.training.planned_memory import expected_bytes
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
@@ -52,7 +52,7 @@ def sft_config(run: Run) -> SFTConfig:
     arguments["resume_from_checkpoint"] = None
     if context.on_cpu:
         # The plan tells that these have no effect there; the libraries would end with an error.
-        for name in plan.idle_on_cpu(recipe):
+        for name in idle_on_cpu(recipe):
             del arguments[name]
     if recipe.run.packing:
         # The Trainer's batch is then a whole optimizer step; its micro-batches are planned by their tokens.
