@@ -208,7 +208,7 @@ def moe_on_meta(name):
 )
 def test_experts_in_every_form_of_files(name, form, tmp_path):
     """Read as the model has them, merged, and written as the files have them."""
-    from qwen_vl_sft.merging.base import Adapter, ExpertsLowRank
+    from qwen_vl_sft.merging.adapter import Adapter, ExpertsLowRank
 
     model = moe_on_meta(name)
     torch.manual_seed(0)

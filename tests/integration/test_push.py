@@ -36,7 +36,8 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.publishing import access, push_while_training
 from qwen_vl_sft.publishing.access import Target, check_access, redact
-from qwen_vl_sft.publishing.card import make_card, python_code, training_lines
+from qwen_vl_sft.publishing.card import make_card, training_lines
+from qwen_vl_sft.publishing.card_code import python_code
 from qwen_vl_sft.publishing.comparison import stale_files
 from qwen_vl_sft.publishing.files import collect_files
 from qwen_vl_sft.publishing.names import public_name, without_paths

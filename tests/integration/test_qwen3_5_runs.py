@@ -14,7 +14,7 @@ from fixtures.processes import launch, run_process
 from qwen_vl_sft.inference.source import read_source
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import Options, make_plan
-from qwen_vl_sft.publishing.card import python_code
+from qwen_vl_sft.publishing.card_code import python_code
 from qwen_vl_sft.publishing.card_serving import serving_lines
 from qwen_vl_sft.publishing.published_model import read_published_model
 

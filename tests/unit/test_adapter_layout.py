@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.merging.base import read_adapter
+from qwen_vl_sft.merging.adapter import read_adapter
 from qwen_vl_sft.modeling.adapter_layout import adapted_layers, bare, in_our_layout, place
 from qwen_vl_sft.modeling.base_model import build_on_meta
 

@@ -15,7 +15,7 @@ from qwen_vl_sft.exporting.adapter import problems, write_pairs
 from qwen_vl_sft.exporting.export import judge
 from qwen_vl_sft.exporting.options import Options, make_plan
 from qwen_vl_sft.families.qwen2_vl import FAMILY as QWEN2_VL
-from qwen_vl_sft.merging.base import Adapter, ExpertsLowRank, LowRank
+from qwen_vl_sft.merging.adapter import Adapter, ExpertsLowRank, LowRank
 from qwen_vl_sft.serving.base import EngineAnswer, Size
 from qwen_vl_sft.serving.check import Asked
 from qwen_vl_sft.serving.engines.llama_cpp import image_tokens

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
-from datasets import Audio, ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value, Video
+from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.load import infer_module_for_data_files_list
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.table import CastError
 
-from qwen_vl_sft.data import formats, git_lfs, local_files, row_files
+from qwen_vl_sft.data import git_lfs, local_files, row_files
 from qwen_vl_sft.data.hub_folder import HubFolder, open_hub_folder
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.row_files import RowFiles
 from qwen_vl_sft.data.split_listing import Stated, read_card, read_stated
+from qwen_vl_sft.data.undecoded import undecoded
 from qwen_vl_sft.errors import UserError, first_line, shortened
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ _GUESSING = {"csv": "CSV", "json": "JSON"}
 _TYPED = ("parquet", "arrow", "lance", "vortex", "hdf5")
 # First rows of a stream that tell whether images are files.
 _LOOKED_AT = 100
-_SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class SplitSource:
     def load(self) -> Any:
         """Load the split as a map-style dataset, undecoded. Raises `UserError`."""
         try:
-            dataset = _undecoded(datasets.load_dataset(**self.arguments, split=self.split))
+            dataset = undecoded(datasets.load_dataset(**self.arguments, split=self.split))
             # Arrow does not check that text is UTF-8; Python would fail later, when the row is read.
             dataset.data.validate(full=True)
         except Exception as error:
@@ -57,7 +56,7 @@ class SplitSource:
     def stream(self) -> Any:
         """Open the split as a stream, undecoded, to be read by `in_one_shard`. Raises `UserError`."""
         try:
-            dataset = _undecoded(datasets.load_dataset(**self.arguments, split=self.split, streaming=True))
+            dataset = undecoded(datasets.load_dataset(**self.arguments, split=self.split, streaming=True))
         except Exception as error:
             raise self.refusal(error) from error
         self._refuse_guessed_types(dataset)
@@ -173,7 +172,7 @@ class DiskSource:
         try:
             dataset = datasets.load_from_disk(str(self.folder))
             dataset.data.validate(full=True)
-            return _sliced(_undecoded(dataset), self.split)
+            return _sliced(undecoded(dataset), self.split)
         except Exception as error:
             raise _refusal(self.name, self.split, error) from error
 
@@ -338,71 +337,3 @@ def _refusal(name: str, split: str, error: BaseException) -> UserError:
         return error
     told = f"in its files {error.details()}" if isinstance(error, CastError) else first_line(error)
     return UserError(f"dataset {name}, split {split}: cannot be loaded: {told}")
-
-
-def _undecoded(dataset: Any) -> Any:
-    """Keep images as bytes and paths, which workers decode, and others' videos and sounds, which nobody reads.
-
-    In columns that a format reads, classes get their names in place of their numbers, and numbers of 16 or 32 bits the
-    value that their shortest text has: 0.1 and not 0.10000000149011612. All of that wherever they stand in a column.
-    """
-    read = {name for found in formats.FORMATS.values() for name in found.columns | found.optional}
-    for column, feature in (dataset.features or {}).items():
-        kept = _converted(feature, _without_decoding)
-        if kept != feature:
-            dataset = dataset.cast_column(column, kept)
-        written = _converted(kept, _as_written)
-        if written != kept and column in read:
-            dataset = _with_values_as_written(dataset, column, kept, written)
-    return dataset
-
-
-def _converted(feature: Any, convert: Callable[[Any], Any]) -> Any:
-    """Return a feature with all that it holds converted."""
-    if isinstance(feature, Mapping):
-        return {name: _converted(inner, convert) for name, inner in feature.items()}
-    if isinstance(feature, List | LargeList):
-        return replace(feature, feature=_converted(feature.feature, convert))
-    return convert(feature)
-
-
-def _without_decoding(feature: Any) -> Any:
-    return type(feature)(decode=False) if isinstance(feature, Image | Video | Audio) else feature
-
-
-def _as_written(feature: Any) -> Any:
-    if isinstance(feature, ClassLabel):
-        return Value("string")
-    return Value("float64") if _is_short_float(feature) else feature
-
-
-def _is_short_float(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype in _SHORT_FLOATS
-
-
-def _with_values_as_written(dataset: Any, column: str, feature: Any, written: Any) -> Any:
-    if isinstance(dataset, IterableDataset):
-
-        def convert(row: dict[str, Any]) -> dict[str, Any]:
-            return {column: _value_as_written(row[column], feature)}
-
-        return dataset.map(convert, features=Features({**dataset.features, column: written}))
-    values = [_value_as_written(value, feature) for value in dataset.with_format(None)[column]]
-    order, added = dataset.column_names, f"{column} as written"
-    with_both = dataset.add_column(added, values, feature=written)
-    return with_both.remove_columns(column).rename_column(added, column).select_columns(order)
-
-
-def _value_as_written(value: Any, feature: Any) -> Any:
-    if value is None:
-        return None
-    if isinstance(feature, Mapping):
-        return {name: _value_as_written(value.get(name), inner) for name, inner in feature.items()}
-    if isinstance(feature, List | LargeList):
-        return [_value_as_written(part, feature.feature) for part in value]
-    if _is_short_float(feature):
-        return float(str(_SHORT_FLOATS[feature.dtype](value)))
-    if not isinstance(feature, ClassLabel):
-        return value
-    # A class that is not known has the number -1.
-    return feature.names[value] if value >= 0 else None

@@ -10,7 +10,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.base import ModelFamily
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.merging.base import Adapter, LowRank, read_adapter
+from qwen_vl_sft.merging.adapter import Adapter, LowRank, read_adapter
 from qwen_vl_sft.modeling.base_model import build_on_meta
 
 

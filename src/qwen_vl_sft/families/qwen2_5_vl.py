@@ -7,15 +7,8 @@ from typing import Any
 import torch
 from transformers.vision_utils import get_vision_window_index
 
-from qwen_vl_sft.families.base import (
-    ChatFormat,
-    ForwardFlops,
-    ModelFamily,
-    dense_language_flops,
-    image_inputs,
-    plain_boxes,
-    vision_flops,
-)
+from qwen_vl_sft.families.base import ChatFormat, ModelFamily, image_inputs, plain_boxes
+from qwen_vl_sft.families.flops import ForwardFlops, dense_language_flops, vision_flops
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:

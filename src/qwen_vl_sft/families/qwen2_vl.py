@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_vl_sft.families.base import ForwardFlops, ModelFamily, dense_language_flops, vision_flops
+from qwen_vl_sft.families.base import ModelFamily
+from qwen_vl_sft.families.flops import ForwardFlops, dense_language_flops, vision_flops
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:

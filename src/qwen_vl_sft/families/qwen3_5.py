@@ -13,13 +13,12 @@ import torch
 from qwen_vl_sft.families.base import (
     NO_EXPERTS,
     ChatFormat,
-    ForwardFlops,
     ModelFamily,
     PackedLayout,
     interpolated_image_inputs,
     plain_boxes,
-    vision_flops,
 )
+from qwen_vl_sft.families.flops import ForwardFlops, vision_flops
 from qwen_vl_sft.families.gated_delta_net import CHUNK, PIECES, pieces_of, take_pieces
 from qwen_vl_sft.families.gated_delta_states import DeltaStates, state_bytes
 

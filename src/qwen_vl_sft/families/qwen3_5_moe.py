@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from qwen_vl_sft.families import qwen3_5
-from qwen_vl_sft.families.base import ForwardFlops
 from qwen_vl_sft.families.experts import Experts, sparse_weights
+from qwen_vl_sft.families.flops import ForwardFlops
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:

@@ -15,14 +15,12 @@ from torch import nn
 from qwen_vl_sft.families.base import (
     ChatFormat,
     FeatureLayers,
-    ForwardFlops,
     ModelFamily,
     PackedLayout,
-    dense_language_flops,
     interpolated_image_inputs,
     plain_boxes,
-    vision_flops,
 )
+from qwen_vl_sft.families.flops import ForwardFlops, dense_language_flops, vision_flops
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:

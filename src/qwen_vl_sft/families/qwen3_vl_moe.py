@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from qwen_vl_sft.families import qwen3_vl
-from qwen_vl_sft.families.base import NO_LINEAR_ATTENTION, ForwardFlops, language_flops
+from qwen_vl_sft.families.base import NO_LINEAR_ATTENTION
 from qwen_vl_sft.families.experts import Experts, sparse_weights
+from qwen_vl_sft.families.flops import ForwardFlops, language_flops
 
 
 def _flops(config: Any, packed: bool) -> ForwardFlops:

@@ -18,7 +18,8 @@ from qwen_vl_sft.atomic_write import writing_to
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.inference.trained_base import check_same_base
-from qwen_vl_sft.merging.base import HEAD, download, holds_fp8, quantized_layers, read_adapter, read_base
+from qwen_vl_sft.merging.adapter import read_adapter
+from qwen_vl_sft.merging.base import HEAD, download, holds_fp8, quantized_layers, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights
 from qwen_vl_sft.merging.folder import NOTHING_LEFT, staged, write_companions
 from qwen_vl_sft.merging.fp8_bases import check_fp8_base, of_training

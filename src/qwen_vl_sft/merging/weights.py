@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from qwen_vl_sft.compat.for_bitsandbytes import unpack_rows_by_blocks
 from qwen_vl_sft.config.settings import ModelSettings
-from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Adapter, Weight
+from qwen_vl_sft.merging.adapter import Adapter
+from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Weight
 from qwen_vl_sft.merging.plan import Plan
 from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qwen_vl_sft.families.base import ForwardFlops
+from qwen_vl_sft.families.flops import ForwardFlops
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.planning.cards import card_of_device
 
