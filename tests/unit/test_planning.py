@@ -52,7 +52,7 @@ from qwen_vl_sft.planning.layer_memory import (
     mlp_bytes,
     vision_block_bytes,
 )
-from qwen_vl_sft.planning.memory import MicroBatch, keep_as_many, memory_of
+from qwen_vl_sft.planning.memory import BatchSizes, keep_as_many, memory_of
 from qwen_vl_sft.planning.options import PlanOptions, plan_of, plot_file
 from qwen_vl_sft.planning.report import as_json, describe, verdict
 from qwen_vl_sft.planning.rows import measured_sizes
@@ -61,7 +61,7 @@ from qwen_vl_sft.planning.table import plan_table
 from qwen_vl_sft.planning.training_setup import Training, layers_named
 
 SEVEN = "Qwen/Qwen2-VL-7B-Instruct"
-BATCH = MicroBatch(8192, 60, 26000)
+BATCH = BatchSizes(8192, 60, 26000)
 
 
 def training(**changed):
@@ -261,7 +261,7 @@ def test_memory_falls_with_checkpointing_and_grows_with_tokens(strategy, adapted
     # The first layer of the language model that is checkpointed needs room to be computed again.
     assert sum(after > before for before, after in pairwise(totals)) <= 1
     assert totals[-1] < 0.7 * totals[0]
-    assert memory_of(some, MicroBatch(4096, 30, 13000), 0).total < totals[0]
+    assert memory_of(some, BatchSizes(4096, 30, 13000), 0).total < totals[0]
     kept = keep_as_many(some, BATCH, totals[-1] + (totals[2] - totals[-1]) / 2)
     assert 2 < kept < some.blocks
     assert keep_as_many(some, BATCH, 0) == some.blocks
@@ -552,9 +552,9 @@ def test_the_largest_micro_batch_that_fits_fits():
     for count in (0, found.training.blocks):
         tokens = found.fitting_tokens(count)
         share = found.largest()
-        batch = MicroBatch(tokens, tokens * share.target_tokens / share.tokens, tokens * share.patches / share.tokens)
+        batch = BatchSizes(tokens, tokens * share.target_tokens / share.tokens, tokens * share.patches / share.tokens)
         assert memory_of(found.training, batch, count).total <= found.room
-        more = MicroBatch(tokens + 512, batch.target_tokens, batch.patches)
+        more = BatchSizes(tokens + 512, batch.target_tokens, batch.patches)
         assert memory_of(found.training, more, count).total > found.room - 2**26
 
 
@@ -804,7 +804,7 @@ def test_gradients_of_one_micro_batch_a_step_come_as_its_activations_go():
     shape = read_shape(RELEASED["Qwen/Qwen2-VL-2B-Instruct"])
     kernels = frozenset(KERNELS_OF_AUTO)
     alone = Training(shape, adapted=None, kernels=kernels, accumulates=False)
-    largest = MicroBatch(11679, 68, 38680)
+    largest = BatchSizes(11679, 68, 38680)
     assert memory_of(alone, largest, 60).total / 2**30 == pytest.approx(36.20, rel=0.02)
     assert memory_of(alone, largest, 0).total / 2**30 == pytest.approx(115.83, rel=0.02)
     every = replace(alone, accumulates=True)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.data.row_lengths import RowLengths
 
+STATS_OF_STEPS = 50
 # Rows that share one copy of their prefix; without sharing a single row.
 PrefixGroup = list[int]
 MicroBatch = list[PrefixGroup]
@@ -91,10 +92,10 @@ class StepPlan:
         """Return the steps of an epoch, each as micro-batches by process; every process gets the same number."""
         return map(self.split, self.rows_of_steps(epoch))
 
-    def packing_stats(self, steps: int = 50) -> PackingStats:
-        """Return statistics of the first steps of a run."""
+    def packing_stats(self) -> PackingStats:
+        """Return statistics of the first steps of a run, at most `STATS_OF_STEPS`."""
         found, tokens, rows, rows_alone = [], 0.0, 0, 0
-        for step in itertools.islice(self.steps(0), steps):
+        for step in itertools.islice(self.steps(0), STATS_OF_STEPS):
             found.append(len(step[0]))
             groups = [group for batches in step for batch in batches for group in batch]
             tokens += float(self.sizes.of_each(groups)[:, 0].sum())

@@ -13,7 +13,7 @@ from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.shape import Work
 from qwen_vl_sft.planning.cards import find_card
 from qwen_vl_sft.planning.inputs import Launch, find_shape
-from qwen_vl_sft.planning.memory import MARGIN, MicroBatch, keep_as_many, memory_of
+from qwen_vl_sft.planning.memory import MARGIN, BatchSizes, keep_as_many, memory_of
 from qwen_vl_sft.planning.rows import ASSUMED
 from qwen_vl_sft.planning.run import RunPlan
 from qwen_vl_sft.planning.speed import step_time
@@ -58,7 +58,7 @@ def _compare(stored: Mapping[str, Any], point: Mapping[str, Any]) -> Compared:
     plan = RunPlan(recipe, find_shape(point["model"]), ASSUMED, card, launch, point["attention"] != "PyTorch")
     training = replace(plan.training, packing=point["last_mlp_spared"])
     training = replace(training, accumulates=point["micro_batches"] > 1)
-    batches = [MicroBatch(*sizes) for sizes in point.get("batches") or [point["largest"]]]
+    batches = [BatchSizes(*sizes) for sizes in point.get("batches") or [point["largest"]]]
     checkpointed = point["checkpointed"]
     if checkpointed == "auto":
         room = card.room * (1 - MARGIN)

@@ -25,7 +25,7 @@ _TILE = (4096, 8192)
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class BatchSizes:
     """Sizes of a micro-batch on one GPU: tokens, those that predict a target, vision patches, keys and values gathered
     for shared prefixes as a share of the tokens.
     """
@@ -73,7 +73,7 @@ class MemorySplit:
         return self.total - self.activations - self.vision - self.logits
 
 
-def memory_of(training: Training, batch: MicroBatch, checkpointed: int) -> MemorySplit:
+def memory_of(training: Training, batch: BatchSizes, checkpointed: int) -> MemorySplit:
     """Return the memory of a step whose largest micro-batch is `batch`, with so many of `training.blocks` checkpointed.
 
     The vision tower's layers are checkpointed first, those of the language model after them.
@@ -194,7 +194,7 @@ def _buffer_bytes(training: Training, base: float) -> float:
     return gathered + (layer * SINGLE if training.full else 0.0)
 
 
-def _vision(training: Training, batch: MicroBatch, checkpointed: int) -> tuple[float, float]:
+def _vision(training: Training, batch: BatchSizes, checkpointed: int) -> tuple[float, float]:
     """Return the bytes of the tower that stay until the backward pass, and those of a moment of its forward pass."""
     vision, half = training.shape.vision, training.computed
     if training.cached_features or not batch.patches:
@@ -214,7 +214,7 @@ def _vision(training: Training, batch: MicroBatch, checkpointed: int) -> tuple[f
     return pixels + features + blocks, layer + moment if checkpointed else moment
 
 
-def _vision_end(training: Training, batch: MicroBatch) -> float:
+def _vision_end(training: Training, batch: BatchSizes) -> float:
     """Return the bytes of the tower at the end of the backward pass, in its first block, and the gradients of its stream."""
     vision = training.shape.vision
     if training.cached_features or "vision" not in training.trained_parts:
@@ -223,7 +223,7 @@ def _vision_end(training: Training, batch: MicroBatch) -> float:
     return batch.patches * (vision.pixels * training.computed + vision_block_bytes(training)) + gradients
 
 
-def keep_as_many(training: Training, batch: MicroBatch, room: float) -> int:
+def keep_as_many(training: Training, batch: BatchSizes, room: float) -> int:
     """Return how many layers `gradient_checkpointing: auto` would checkpoint: as few as `room` bytes allow, or all."""
     low, high = 0, training.blocks
     while low < high:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.planning.advice import Change, changes
-from qwen_vl_sft.planning.memory import MARGIN, MicroBatch, memory_of
+from qwen_vl_sft.planning.memory import MARGIN, BatchSizes, memory_of
 from qwen_vl_sft.planning.run import RunPlan
 from qwen_vl_sft.tiny import builtin_name
 
@@ -259,7 +259,7 @@ def plot_memory(plan: RunPlan, path: Path) -> None:
         totals = []
         for size in sizes:
             share = size / batch.tokens
-            scaled = MicroBatch(size, batch.target_tokens * share, batch.patches * share)
+            scaled = BatchSizes(size, batch.target_tokens * share, batch.patches * share)
             totals.append(memory_of(plan.training, scaled, count).total / GIB)
         axes.plot(sizes, totals, label=label)
     axes.axhline(plan.room / GIB, color="black", linestyle="--", label=f"{plan.card.name}, {MARGIN:.0%} to spare")

@@ -15,7 +15,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.shape import ModelShape, Work
 from qwen_vl_sft.planning.cards import Card
 from qwen_vl_sft.planning.inputs import Launch
-from qwen_vl_sft.planning.memory import MARGIN, MemorySplit, MicroBatch, keep_as_many, memory_of
+from qwen_vl_sft.planning.memory import MARGIN, BatchSizes, MemorySplit, keep_as_many, memory_of
 from qwen_vl_sft.planning.rows import RowSizes
 from qwen_vl_sft.planning.speed import StepTime, step_time
 from qwen_vl_sft.planning.training_setup import ADAM_BYTES, OPTIMIZER_BYTES, Training, layers_named
@@ -125,12 +125,11 @@ class RunPlan:
         tokens = self.rows_per_step * self.rows.tokens * self.computed_share / self.launch.processes
         return max(1, math.ceil(tokens / (self.recipe.run.tokens_per_batch * _FILLED)))
 
-    def largest(self, tokens_per_batch: int | None = None) -> MicroBatch:
+    def largest(self) -> BatchSizes:
         """Return the micro-batch that is tried before the first step: full, as far as a step has rows for it."""
         rows, run = self.rows, self.recipe.run
         if run.packing:
-            budget = tokens_per_batch or run.tokens_per_batch
-            tokens = min(budget, max(self.rows_per_step * self.computed_share, 1.0) * rows.longest)
+            tokens = min(run.tokens_per_batch, max(self.rows_per_step * self.computed_share, 1.0) * rows.longest)
             count = tokens / (rows.tokens * self.computed_share)
             patches = tokens * rows.patches / rows.tokens
         else:
@@ -139,7 +138,7 @@ class RunPlan:
         if run.packing and self.computed_share < 1:
             # What shares a prefix is nearly all image.
             patches = min(tokens * 4, patches)
-        return MicroBatch(tokens, count * rows.target_tokens, patches)
+        return BatchSizes(tokens, count * rows.target_tokens, patches)
 
     @property
     def work(self) -> Work:
@@ -187,7 +186,7 @@ class RunPlan:
         per_token = self._per_token()
 
         def total(tokens: int) -> float:
-            batch = MicroBatch(tokens, tokens * per_token.target_tokens, tokens * per_token.patches)
+            batch = BatchSizes(tokens, tokens * per_token.target_tokens, tokens * per_token.patches)
             return memory_of(self.training, batch, checkpointed).total
 
         low, high = 0, _MOST_TOKENS // 256
@@ -196,9 +195,9 @@ class RunPlan:
             low, high = (middle, high) if total(middle * 256) <= self.room else (low, middle - 1)
         return low * 256
 
-    def _per_token(self) -> MicroBatch:
+    def _per_token(self) -> BatchSizes:
         batch = self.largest()
-        return MicroBatch(1.0, batch.target_tokens / batch.tokens, batch.patches / batch.tokens)
+        return BatchSizes(1.0, batch.target_tokens / batch.tokens, batch.patches / batch.tokens)
 
     @cached_property
     def step(self) -> StepTime:

@@ -17,6 +17,8 @@ _BINS = 30
 # A histogram ends where few rows are longer: its last bar counts all of these.
 _TAIL = 0.995
 _MOST_LIMITS = 8
+# Pairs of rows and places of images that are told of each finding.
+_TOLD = 5
 # Tokens of an image that limits are tried at.
 _LADDER = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
@@ -93,7 +95,7 @@ class Repeats:
     pairs: list[tuple[int, int, bool]]
 
 
-def find_repeats(questions: np.ndarray, answers: np.ndarray, row_ids: np.ndarray, most_pairs: int = 5) -> Repeats:
+def find_repeats(questions: np.ndarray, answers: np.ndarray, row_ids: np.ndarray) -> Repeats:
     """Find rows with equal digests of their questions; an empty one is equal to none."""
     asked = (np.char.str_len(questions) > 0).nonzero()[0]
     _, first, number = np.unique(questions[asked], return_index=True, return_inverse=True)
@@ -103,7 +105,7 @@ def find_repeats(questions: np.ndarray, answers: np.ndarray, row_ids: np.ndarray
     told, known = len(first), both.shape[1]
     contradicted = int((np.bincount(both[0], minlength=told) > 1).sum()) if told else 0
     pairs = []
-    for place in later.nonzero()[0][:most_pairs]:
+    for place in later.nonzero()[0][:_TOLD]:
         original = first[number[place]]
         same = bool(answer[place] == answer[original])
         pairs.append((int(row_ids[asked[place]]), int(row_ids[asked[original]]), same))
@@ -141,13 +143,13 @@ class Identities:
     image_rows: np.ndarray
 
 
-def find_overlap(train: Identities, evaluation: Identities, most_pairs: int = 5) -> Overlap:
+def find_overlap(train: Identities, evaluation: Identities) -> Overlap:
     """Find evaluation rows among training rows, by image content and text."""
     seen = np.isin(evaluation.questions, train.questions) & (np.char.str_len(evaluation.questions) > 0)
     answered = np.char.add(evaluation.questions, evaluation.answers)
     known = np.char.add(train.questions, train.answers)
     pairs = []
-    for place in seen.nonzero()[0][:most_pairs]:
+    for place in seen.nonzero()[0][:_TOLD]:
         original = int((train.questions == evaluation.questions[place]).argmax())
         pairs.append((int(evaluation.row_ids[place]), int(train.row_ids[original])))
     shown = np.zeros(len(seen), dtype=bool)
@@ -307,14 +309,13 @@ class OddImages:
     places: list[int]
 
 
-def odd_images(sides: np.ndarray, resized: np.ndarray, distinct: np.ndarray, most_places: int = 5) -> list[OddImages]:
+def odd_images(sides: np.ndarray, resized: np.ndarray, distinct: np.ndarray) -> list[OddImages]:
     """Find images that resizing changes much, and long narrow ones.
 
     Args:
         sides: width and height of each, [I, 2].
         resized: its width and height as the model sees it, [I, 2].
         distinct: the places of images that show something for the first time.
-        most_places: of each kind that are told.
     """
     sides, resized = sides[distinct], resized[distinct]
     ratio = np.sqrt(resized.prod(axis=1) / np.maximum(sides.prod(axis=1), 1))
@@ -324,6 +325,4 @@ def odd_images(sides: np.ndarray, resized: np.ndarray, distinct: np.ndarray, mos
         "more than 10 times as long as wide": lambda: sides.max(axis=1) > 10 * sides.min(axis=1),
     }
     found = {what: np.sort(distinct[test()]) for what, test in kinds.items()}
-    return [
-        OddImages(what, len(places), places[:most_places].tolist()) for what, places in found.items() if len(places)
-    ]
+    return [OddImages(what, len(places), places[:_TOLD].tolist()) for what, places in found.items() if len(places)]

@@ -113,8 +113,9 @@ class Variant:
 
     def reorder(self, seed: int) -> None:
         """Make the next run use another order of rows, as a few steps of one order are not a fair sample."""
-        if isinstance(self.trainer, VisionSFTTrainer):
-            self.trainer.sampler.reseed(seed)
+        sampler = self.trainer.sampler if isinstance(self.trainer, VisionSFTTrainer) else None
+        if sampler is not None:
+            sampler.reseed(seed)
         else:
             self.trainer.args.data_seed = seed
 

@@ -19,6 +19,7 @@ from qwen_vl_sft.tools.timed_steps import Fetched
 
 # Steps are alike when the times of the later half of those that count differ by less than this from the earlier half's.
 ALIKE = 0.05
+STARTS = 300
 WORK = ("tokens", "tokens_squared", "target_tokens", "patches", "patches_squared")
 
 
@@ -104,19 +105,19 @@ def have_settled(steps: Sequence[Step], warmup: int, counted: int) -> bool:
     return abs(late / early - 1) < ALIKE
 
 
-def seconds_of_a_start(device: torch.device, times: int = 300) -> float:
-    """Return the seconds that the host takes to start a small kernel, on average over `times`.
+def seconds_of_a_start(device: torch.device) -> float:
+    """Return the seconds that the host takes to start a small kernel, on average over `STARTS`.
 
     It starts thousands in a step. What else runs on the machine makes it slower, and so do the threads of a data loader.
     """
     value = torch.zeros(1, device=device)
     _finish(device)
     began = time.perf_counter()
-    for _ in range(times):
+    for _ in range(STARTS):
         value.add_(1)
     passed = time.perf_counter() - began
     _finish(device)
-    return passed / times
+    return passed / STARTS
 
 
 def _finish(device: torch.device) -> None:

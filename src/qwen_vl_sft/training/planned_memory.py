@@ -15,7 +15,7 @@ from qwen_vl_sft.planning.cards import Card, card_of_device
 from qwen_vl_sft.planning.inputs import Launch
 from qwen_vl_sft.planning.memory import memory_of
 from qwen_vl_sft.planning.report import verdict
-from qwen_vl_sft.planning.rows import measured
+from qwen_vl_sft.planning.rows import measured_sizes
 from qwen_vl_sft.planning.run import RunPlan
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
@@ -31,7 +31,7 @@ def planned_run(run: Run, data: PreparedData, card: Card) -> RunPlan | None:
         shape = read_shape(load_config(run.recipe.model).to_dict())
     except UserError:
         return None
-    rows = measured(data.train.lengths, data.train.content_hashes)
+    rows = measured_sizes(data.train.lengths, data.train.content_hashes)
     launch = Launch(run.context.strategy, run.context.processes)
     flash = run.chosen.attention not in (SDPA, "flash_attention_2")
     return RunPlan(run.recipe, shape, rows, card, launch, flash)
