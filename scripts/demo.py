@@ -12,7 +12,7 @@ otherwise. --export_space writes the same page as a Hugging Face Space. Needs
 
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
-from qwen_vl_sft.demo.options import Options, check_options
+from qwen_vl_sft.demo.options import DemoOptions, check_options
 from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.imports import quick_imports
 
@@ -21,7 +21,7 @@ from qwen_vl_sft.imports import quick_imports
 def main() -> None:
     """Serve the page, or write it as a Space."""
     quiet_libraries(rank=0)
-    options = parse(Options, usage=__doc__)
+    options = parse(DemoOptions, usage=__doc__)
     check_options(options)
     if options.export_space:
         from qwen_vl_sft.demo.space import export_space

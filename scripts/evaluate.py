@@ -17,7 +17,7 @@ import os
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors, leave
-from qwen_vl_sft.evaluation.options import Options, check_options, make_plan
+from qwen_vl_sft.evaluation.options import EvaluateOptions, check_options, make_plan
 from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.inference.source import ABOUT_ARMS
 from qwen_vl_sft.serving.environments import python_of
@@ -29,7 +29,7 @@ def main() -> None:
     """Score a model, or a file of predictions."""
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries(rank)
-    options = parse(Options, usage=f"{__doc__}\n{ABOUT_ARMS}")
+    options = parse(EvaluateOptions, usage=f"{__doc__}\n{ABOUT_ARMS}")
     check_options(options)
     if options.engine:
         python_of(engine_named(options.engine))  # told before the run is read, which takes seconds
@@ -46,9 +46,9 @@ def main() -> None:
 
     answering = None
     if options.engine:
-        from qwen_vl_sft.serving.evaluating import EngineAnswering
+        from qwen_vl_sft.serving.evaluating import EngineAnswerer
 
-        answering = EngineAnswering(options.engine)
+        answering = EngineAnswerer(options.engine)
     try:
         summary = evaluate(plan, report=True, answering=answering)
     except KeyboardInterrupt:
@@ -69,7 +69,7 @@ def main() -> None:
         print(f"{format_summary(summary)}\n\nwritten to {plan.output_dir}\nreport     {plan.output_dir / REPORT_FILE}")
 
 
-def score_file(options: Options) -> None:
+def score_file(options: EvaluateOptions) -> None:
     """Score a file of predictions; files are written only where --output_dir says."""
     from qwen_vl_sft.evaluation.answer_files import check_output_dir
     from qwen_vl_sft.evaluation.prediction_files import score_predictions

@@ -15,14 +15,14 @@ import sys
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors
-from qwen_vl_sft.exporting.options import Options, make_plan
+from qwen_vl_sft.exporting.options import ExportOptions, make_plan
 
 
 @exits_with_user_errors
 def main() -> None:
     """Read the command line, export, print what came out."""
     quiet_libraries(rank=0)
-    options = parse(Options, usage=__doc__)
+    options = parse(ExportOptions, usage=__doc__)
     # A scheduler's signal must clean up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan = make_plan(options)

@@ -23,7 +23,7 @@ from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, UserError, exits_with_user_errors, format_error
 from qwen_vl_sft.imports import quick_imports
-from qwen_vl_sft.inference.options import Options, check_options, choose_arms, read_questions
+from qwen_vl_sft.inference.options import GenerateOptions, check_options, choose_arms, read_questions
 from qwen_vl_sft.inference.source import ABOUT_ARMS, read_source
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Check everything, load the models once, answer question after question."""
     quiet_libraries(rank=0)
-    options = parse(Options, usage=f"{__doc__}\n{ABOUT_ARMS}")
+    options = parse(GenerateOptions, usage=f"{__doc__}\n{ABOUT_ARMS}")
     check_options(options)
     tuned_needed = options.arms is None or "tuned" in options.arms
     source = read_source(options.run, options.recipe_keys, tuned_needed)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def answer(
-    options: Options, answerer: Answerer, arms: Sequence[str], question: str, conversation: Conversation
+    options: GenerateOptions, answerer: Answerer, arms: Sequence[str], question: str, conversation: Conversation
 ) -> None:
     """Answer one question with every arm, and print it."""
     from qwen_vl_sft.inference.answer_lines import describe, format_table, print_stream, to_json

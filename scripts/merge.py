@@ -16,14 +16,14 @@ from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.imports import quick_imports
-from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.merging.plan import MergeOptions, make_plan
 
 
 @exits_with_user_errors
 def main() -> None:
     """Read the command line, merge, print what came out."""
     quiet_libraries(rank=0)
-    options = parse(Options, usage=__doc__)
+    options = parse(MergeOptions, usage=__doc__)
     # A scheduler's signal must clean up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

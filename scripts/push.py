@@ -18,14 +18,14 @@ import sys
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import exits_with_user_errors
-from qwen_vl_sft.publishing.options import Options, check_options, run_push
+from qwen_vl_sft.publishing.options import PushOptions, check_options, run_push
 
 
 @exits_with_user_errors
 def main() -> None:
     """Read the command line, publish, print where it is."""
     quiet_libraries(rank=0)
-    options = parse(Options, usage=__doc__)
+    options = parse(PushOptions, usage=__doc__)
     check_options(options)
     try:
         print(run_push(options))

@@ -17,14 +17,14 @@ import sys
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, exits_with_user_errors
-from qwen_vl_sft.serving.options import Options, make_plan
+from qwen_vl_sft.serving.options import ServeCheckOptions, make_plan
 
 
 @exits_with_user_errors
 def main() -> None:
     """Read the command line, check, print what came out."""
     quiet_libraries(rank=0)
-    options = parse(Options, usage=__doc__)
+    options = parse(ServeCheckOptions, usage=__doc__)
     plan = make_plan(options)
 
     from qwen_vl_sft.serving.check import check, format_record

@@ -18,7 +18,7 @@ from qwen_vl_sft.distributed.allocator import use_growing_segments
 from qwen_vl_sft.errors import exits_with_user_errors
 from qwen_vl_sft.imports import quick_imports
 from qwen_vl_sft.resilience.signals import SignalWatcher
-from qwen_vl_sft.training.options import Options
+from qwen_vl_sft.training.options import TrainOptions
 
 
 @exits_with_user_errors
@@ -28,7 +28,7 @@ def main() -> None:
     watcher.begin()
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries(rank)
-    options = parse(Options, usage=__doc__)
+    options = parse(TrainOptions, usage=__doc__)
     warn_of_untested_versions(rank)
     use_growing_segments(os.environ)
     recipe = read_recipe(options.recipe, recipe_values(options.recipe_keys, options))

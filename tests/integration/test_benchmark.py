@@ -23,7 +23,7 @@ from qwen_vl_sft.tools.benchmark_answers import run_session as answer_session
 from qwen_vl_sft.tools.compare_bases import compare, nudge, smoothed
 from qwen_vl_sft.tools.compare_bases import run_session as compare_bases
 from qwen_vl_sft.tools.options import AnswerBenchmarkOptions, BenchmarkOptions, CompareBasesOptions
-from qwen_vl_sft.tools.settled_steps import Step, counting, have_settled
+from qwen_vl_sft.tools.settled_steps import TrainedStep, counting, have_settled
 
 
 def test_no_rounds_are_refused_before_anything_is_made(tmp_path):
@@ -248,7 +248,9 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
 def _steps(seconds, planned=None, driver=None, epoch=100):
     planned, driver = planned or [1.0] * len(seconds), driver or [0] * len(seconds)
     told = zip(seconds, planned, driver, strict=True)
-    return [Step(took, 0.0, plan, 1e-5, held, number % epoch == 0) for number, (took, plan, held) in enumerate(told)]
+    return [
+        TrainedStep(took, 0.0, plan, 1e-5, held, number % epoch == 0) for number, (took, plan, held) in enumerate(told)
+    ]
 
 
 def test_steps_that_begin_an_epoch_do_not_count():

@@ -25,7 +25,7 @@ from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo.examples import collect_examples, load_examples, save_examples
 from qwen_vl_sft.demo.naming import headline_score, label, model_name, run_names
-from qwen_vl_sft.demo.options import Options, check_options
+from qwen_vl_sft.demo.options import DemoOptions, check_options
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.source import Source, TunedModel, read_source
 
@@ -61,7 +61,7 @@ def bomb():
 
 
 def test_options():
-    options = parse(Options, ["--run", "a", "b", "--max_file_size", "1.5 MB", "--max_pixels", "9999", "--use_cpu"])
+    options = parse(DemoOptions, ["--run", "a", "b", "--max_file_size", "1.5 MB", "--max_pixels", "9999", "--use_cpu"])
     assert options.run == (Path("a"), Path("b"))
     assert options.max_file_size == 1_500_000
     assert options.recipe_keys == {"max_pixels": "9999", "use_cpu": "true"}
@@ -69,13 +69,13 @@ def test_options():
     with pytest.raises(UserError) as caught:
         check_options(
             parse(
-                Options,
+                DemoOptions,
                 ["--run", "a", "./a", "--examples", "-1", "--server_port", "70000", "--export_space", "s", "--share"],
             )
         )
     assert len(caught.value.problems) == 4
     with pytest.raises(UserError, match="--max_file_size: 'big' is not a size"):
-        parse(Options, ["--run", "a", "--max_file_size", "big"])
+        parse(DemoOptions, ["--run", "a", "--max_file_size", "big"])
 
 
 def test_names_tell_runs_apart_and_hide_folders(runs, sources, tmp_path):
@@ -436,7 +436,7 @@ def space(runs, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("space") / "space"
     words = ["--run", *runs, "--export_space", folder, "--max_new_tokens", TOKENS, "--examples", 2]
-    export_space(parse(Options, [str(word) for word in words]))
+    export_space(parse(DemoOptions, [str(word) for word in words]))
     return folder
 
 
@@ -485,7 +485,7 @@ def test_what_cannot_be_a_space_is_refused_and_nothing_is_written(runs, tmp_path
     from qwen_vl_sft.demo import space
 
     def export(*words):
-        space.export_space(parse(Options, [str(word) for word in words]))
+        space.export_space(parse(DemoOptions, [str(word) for word in words]))
 
     folder = tmp_path / "space"
     local = tmp_path / "model"

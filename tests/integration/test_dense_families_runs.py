@@ -8,7 +8,7 @@ from fixtures.family_runs import trainer_of, write_recipe
 from fixtures.models import write_newer
 from fixtures.packed_rows import losses_of
 from fixtures.processes import launch, run_process
-from qwen_vl_sft.publishing.options import Options, run_push
+from qwen_vl_sft.publishing.options import PushOptions, run_push
 
 pytestmark = pytest.mark.long
 QUANTIZED = {"load_in_4bit": True}
@@ -39,7 +39,7 @@ def test_a_resumed_run_ends_as_the_whole_one(trained, model, tmp_path):
 
 def test_its_card_is_written(trained):
     run = trained(predict_with_generate=False)
-    text = run_push(Options(run, "alice/name", base_model="alice/base", dry_run=True))
+    text = run_push(PushOptions(run, "alice/name", base_model="alice/base", dry_run=True))
     assert "base_model: alice/base\n" in text
     assert "model = PeftModel.from_pretrained(base, repo, revision=revision)" in text
 

@@ -36,7 +36,7 @@ from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, deal
 from qwen_vl_sft.evaluation.evaluate import collect, count_truncated, evaluate
-from qwen_vl_sft.evaluation.options import Options, Plan
+from qwen_vl_sft.evaluation.options import EvaluateOptions, EvaluationPlan
 from qwen_vl_sft.evaluation.own_engine import OwnEngine
 from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import write_report
@@ -56,7 +56,7 @@ from qwen_vl_sft.inference.source import TunedModel, find_tuned, read_source
 from qwen_vl_sft.modeling.kept_features import kept_features, unrounded_features
 from qwen_vl_sft.serving import evaluating
 from qwen_vl_sft.serving.base import Served
-from qwen_vl_sft.serving.evaluating import EngineAnswering
+from qwen_vl_sft.serving.evaluating import EngineAnswerer
 from qwen_vl_sft.serving.registry import ENGINES
 from qwen_vl_sft.tiny import MODEL_DIR
 from qwen_vl_sft.tools.kill_and_resume import kill_family
@@ -581,7 +581,7 @@ def fake_engine(monkeypatch):
 
 def test_another_engine_answers_and_a_sample_is_compared(run, fake_engine, tmp_path):
     asked = ["--run", run, "--engine", "fake", "--max_samples", "40", "--max_new_tokens", "3", "--output_dir", tmp_path]
-    summary = evaluate(plan(*asked), report=True, answering=EngineAnswering("fake"))
+    summary = evaluate(plan(*asked), report=True, answering=EngineAnswerer("fake"))
     for row in read_rows(tmp_path):
         words = " ".join(row["question"].split()[:3])
         assert {arm: answered["answer"] for arm, answered in row["arms"].items()} == {
@@ -599,7 +599,7 @@ def test_another_engine_answers_and_a_sample_is_compared(run, fake_engine, tmp_p
     assert describe_engine({}) is None
     with pytest.raises(UserError, match="begun with other settings"):
         evaluate(plan(*asked[:2], *asked[4:], "--resume"))
-    again = evaluate(plan(*asked, "--resume"), answering=EngineAnswering("fake"))
+    again = evaluate(plan(*asked, "--resume"), answering=EngineAnswerer("fake"))
     assert again["scores"] == summary["scores"]
     assert not again["speed"], "nothing is answered twice"
 
@@ -611,7 +611,7 @@ def test_answers_of_this_package_agree_with_themselves(run, fake_engine, tmp_pat
     asked = plan("--run", run, "--engine", "fake", "--max_samples", "5", "--output_dir", tmp_path)
     of_arm = dict(evaluating._own_answers(asked, prepare(asked), ["base", "prompted", "tuned"]))
     monkeypatch.setattr(evaluating, "_ask", own)
-    found = evaluate(asked, answering=EngineAnswering("fake"))["engine"]["compared"]
+    found = evaluate(asked, answering=EngineAnswerer("fake"))["engine"]["compared"]
     assert [(arm["rows"], arm["same"], arm["others"]) for arm in found.values()] == [(5, 5, [])] * 3
 
 
@@ -625,13 +625,13 @@ def test_what_another_engine_cannot_do_is_told(run, fake_engine, tmp_path, monke
             plan("--run", run, "--engine", "fake", *arguments)
     assert not plan("--run", run, "--engine", "fake", "--output_dir", tmp_path).recipe.model.load_in_4bit
     with pytest.raises(UserError, match="--engine: 'vlm' is none of vllm"):
-        EngineAnswering("vlm")
+        EngineAnswerer("vlm")
     monkeypatch.setattr(evaluating, "_served", lambda *_: Served(tmp_path, "float32", tmp_path, {"use_dora": True}))
     with pytest.raises(UserError, match=r"Fake does not answer: vLLM does not yet support DoRA.*merge\.py"):
-        evaluate(plan("--run", run, "--engine", "fake", "--output_dir", tmp_path), answering=EngineAnswering("fake"))
+        evaluate(plan("--run", run, "--engine", "fake", "--output_dir", tmp_path), answering=EngineAnswerer("fake"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"start evaluate\.py without a launcher"):
-        EngineAnswering("fake")
+        EngineAnswerer("fake")
 
 
 def start_two_processes(run, folder, *arguments):
@@ -746,7 +746,9 @@ def test_the_base_is_let_go_before_a_whole_tuned_model_is_loaded(tmp_path, monke
     monkeypatch.setattr("qwen_vl_sft.evaluation.own_engine._answers", answer)
     monkeypatch.setattr("qwen_vl_sft.evaluation.own_engine.make_encoder", lambda *_: None)
     arms, files = ("base", "prompted", "tuned"), AnswerFiles(tmp_path)
-    ready = Plan(build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse(Options, []), tmp_path)
+    ready = EvaluationPlan(
+        build({}), None, TunedModel(tmp_path, tmp_path, is_adapter), "", parse(EvaluateOptions, []), tmp_path
+    )
     files.repair(rank=0)
     OwnEngine().answer_all(
         ready, Task(None, [Question(0, "?", ["1"], None)], [[0]], arms, "", None, ""), arms, {}, files, context()

@@ -16,7 +16,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.merging.merge import merge
-from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.merging.plan import MergeOptions, make_plan
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import load_model, load_processor
 from qwen_vl_sft.modeling.lora import lora_config
@@ -68,6 +68,6 @@ def test_an_adapter_is_merged_and_answers_as_before(base, tmp_path):
     load_processor(recipe.model).save_pretrained(run)
     (run / "recipe.yaml").write_text(recipe.to_yaml())
     (run / "system_message.txt").write_text("Answer with one word.")
-    report = merge(make_plan(Options(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=2)))
+    report = merge(make_plan(MergeOptions(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=2)))
     assert report["against_adapter"]["same_answers"] == 2
     assert report["against_adapter"]["max"] < 1e-3

@@ -11,8 +11,8 @@ from fixtures.models import chat_template, write_newer
 from fixtures.packed_rows import losses_of
 from fixtures.processes import launch, run_process
 from qwen_vl_sft.merging.merge import merge
-from qwen_vl_sft.merging.plan import Options, make_plan
-from qwen_vl_sft.publishing.options import Options as PushOptions
+from qwen_vl_sft.merging.plan import MergeOptions, make_plan
+from qwen_vl_sft.publishing.options import MergeOptions as PushOptions
 from qwen_vl_sft.publishing.options import run_push
 
 ROUTED = {"train_router": True, "router_aux_loss_coef": 0.01}
@@ -54,7 +54,7 @@ def test_routers_train_when_asked_and_their_load_is_told(trained, model, tmp_pat
     saved = load_file(run / "adapter_model.safetensors")
     assert [name for name in saved if name.endswith("layers.0.mlp.gate.weight")]
     assert not [name for name in saved if ".experts." in name]
-    report = merge(make_plan(Options(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=2)))
+    report = merge(make_plan(MergeOptions(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=2)))
     assert report["against_adapter"]["same_answers"] == 2
     assert (
         len(report["replaced"]) == json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
@@ -77,7 +77,7 @@ def test_adapters_on_quantized_experts_are_merged(keys, flag, trained, model, tm
     assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     for aware in (False, True):
         output = tmp_path / f"merged-{aware}"
-        options = Options(run=run, output_dir=output, dtype="float32", samples=2, **{flag: aware})
+        options = MergeOptions(run=run, output_dir=output, dtype="float32", samples=2, **{flag: aware})
         report = merge(make_plan(options))
         assert report["against_adapter"]["same_answers"] == 2
         assert report["against_adapter"]["max"] < 1e-3

@@ -13,7 +13,7 @@ from qwen_vl_sft import tiny
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.formats.chartqa import CHARTQA_SYSTEM_MESSAGE
 from qwen_vl_sft.exporting.export import export, format_report
-from qwen_vl_sft.exporting.options import Options, make_plan
+from qwen_vl_sft.exporting.options import ExportOptions, make_plan
 
 # The first of them makes the environments, which takes as long as the network does.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 
 def test_a_gguf_file_answers_as_the_model_and_without_its_limits_fails(model, tmp_path):
-    plan = make_plan(Options(run=model, to="gguf", output_dir=tmp_path / "gguf", gguf_type="f32", max_samples=24))
+    plan = make_plan(ExportOptions(run=model, to="gguf", output_dir=tmp_path / "gguf", gguf_type="f32", max_samples=24))
     report = export(plan)
     assert report["problems"] == []
     assert report["same_prompt_lengths"] == report["rows"] == 24
@@ -57,7 +57,7 @@ def test_a_gguf_file_answers_as_the_model_and_without_its_limits_fails(model, tm
 
 @pytest.mark.parametrize(("to", "least"), [("fp8", 22), ("compressed-tensors", 12)])
 def test_a_quantized_model_answers_nearly_as_the_model(model, tmp_path, to, least):
-    options = Options(run=model, to=to, output_dir=tmp_path / "out", max_samples=24, max_loss=100.0)
+    options = ExportOptions(run=model, to=to, output_dir=tmp_path / "out", max_samples=24, max_loss=100.0)
     report = export(make_plan(options))
     assert report["problems"] == []
     assert report["same_prompt_lengths"] == 24

@@ -18,7 +18,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.merging.base import read_base
 from qwen_vl_sft.merging.check import format_report
 from qwen_vl_sft.merging.merge import merge, prepare
-from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.merging.plan import MergeOptions, make_plan
 from qwen_vl_sft.modeling.base_model import build_on_meta, count_parameters, load_model
 from qwen_vl_sft.modeling.fp8 import plain
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
@@ -119,7 +119,7 @@ def test_a_run_does_not_resume_with_other_products(trained, tmp_path):
 
 def test_a_merge_that_knows_of_fp8_has_the_weights_of_training(trained, tmp_path):
     run = trained(**FP8)
-    report = merge(make_plan(Options(run=run, output_dir=tmp_path / "merged", dtype="bfloat16", fp8_aware=True)))
+    report = merge(make_plan(MergeOptions(run=run, output_dir=tmp_path / "merged", dtype="bfloat16", fp8_aware=True)))
     layers = fp8_layers(loaded(**FP8))
     saved = load_file(run / "adapter_model.safetensors")
     adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in saved}
@@ -134,7 +134,7 @@ def test_a_merge_that_knows_of_fp8_has_the_weights_of_training(trained, tmp_path
     assert (
         report["against_adapter"]["mean"] < report["against_training"]["mean"] < 0.1 * report["against_adapter"]["rms"]
     )
-    plain_report = merge(make_plan(Options(run=run, output_dir=tmp_path / "plain", dtype="float32")))
+    plain_report = merge(make_plan(MergeOptions(run=run, output_dir=tmp_path / "plain", dtype="float32")))
     assert plain_report["against_adapter"]["max"] < 1e-3
     assert plain_report["against_training"]["mean"] > report["against_adapter"]["mean"]
     assert "against the FP8 base + adapter, without rounded inputs" in format_report(report)
@@ -197,7 +197,9 @@ def merges_of_an_official_checkpoint(tmp_path, folder, weights):
     """Merge a run on FP8 weights of a checkpoint into them, into a copy of them, and into the 16-bit model."""
 
     def merged(output, **changes):
-        return merge(make_plan(Options(tmp_path / "run", tmp_path / output, dtype="bfloat16", samples=2, **changes)))
+        return merge(
+            make_plan(MergeOptions(tmp_path / "run", tmp_path / output, dtype="bfloat16", samples=2, **changes))
+        )
 
     with pytest.raises(
         UserError, match=r"holds FP8 weights, not the 16-bit ones .* add --fp8_aware to merge into these"
@@ -230,7 +232,7 @@ def merges_of_an_official_checkpoint(tmp_path, folder, weights):
 
 def test_fp8_weights_of_a_checkpoint_are_not_those_that_training_made(trained, tmp_path):
     folder, _ = write_official(tmp_path / "official")
-    options = Options(trained(**FP8), tmp_path / "merged", base=str(folder), fp8_aware=True)
+    options = MergeOptions(trained(**FP8), tmp_path / "merged", base=str(folder), fp8_aware=True)
     with pytest.raises(UserError, match="does not tell that it was trained on the FP8 weights of"):
         prepare(make_plan(options))
     with pytest.raises(UserError, match="holds FP8 weights, not the 16-bit ones they were made from; add --fp8_aware"):

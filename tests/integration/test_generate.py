@@ -22,7 +22,7 @@ from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.answer_lines import format_table
 from qwen_vl_sft.inference.answering import Answer, Answerer, _Listener, ask, read_images
-from qwen_vl_sft.inference.options import Options, check_options, choose_arms, read_questions
+from qwen_vl_sft.inference.options import GenerateOptions, check_options, choose_arms, read_questions
 from qwen_vl_sft.inference.source import read_source
 
 TOKENS = 16
@@ -56,7 +56,7 @@ def test_the_answers_are_those_of_an_evaluation(answerer, runs, tmp_path):
     from accelerate import PartialState
 
     from qwen_vl_sft.evaluation.evaluate import evaluate
-    from qwen_vl_sft.evaluation.options import Options as EvaluationOptions
+    from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
     from qwen_vl_sft.evaluation.options import make_plan
 
     # The second adapter was loaded beside the first, and is evaluated alone.
@@ -202,7 +202,7 @@ def test_what_cannot_be_asked_is_said_at_once(answerer, tmp_path):
 
 def test_options_are_checked_together():
     with pytest.raises(UserError) as caught:
-        check_options(parse(Options, ["--arms", "tuned,bse", "--question", " "]))
+        check_options(parse(GenerateOptions, ["--arms", "tuned,bse", "--question", " "]))
     told = "\n".join(caught.value.problems)
     for part in (
         "--run is missing",
@@ -216,7 +216,7 @@ def test_options_are_checked_together():
 
 def test_arms_follow_from_what_is_there():
     def chosen(*words, message=""):
-        return choose_arms(parse(Options, ["--images", "a.png", *words]), message)
+        return choose_arms(parse(GenerateOptions, ["--images", "a.png", *words]), message)
 
     assert chosen("--run", "r") == ("tuned",)
     assert chosen() == ("base",)
@@ -296,7 +296,7 @@ def test_a_base_model_alone_reads_questions_and_several_images(picture, tmp_path
 
 
 def test_questions_are_utf_8(monkeypatch):
-    options = parse(Options, ["--run", "x", "--images", "y"])
+    options = parse(GenerateOptions, ["--run", "x", "--images", "y"])
 
     def typed(content, handler):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=handler))

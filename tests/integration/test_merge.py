@@ -21,7 +21,7 @@ from qwen_vl_sft.merging.base import quantized_layers, read_base
 from qwen_vl_sft.merging.check import check_model, check_weights, format_report
 from qwen_vl_sft.merging.folder import merged_config, staged
 from qwen_vl_sft.merging.merge import merge, prepare
-from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.merging.plan import MergeOptions, make_plan
 from qwen_vl_sft.merging.samples import read_samples
 from qwen_vl_sft.merging.weights import requantized
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_model
@@ -62,7 +62,7 @@ def write_run(folder, base=tiny.MODEL_DIR, recipe=None, **lora):
 
 
 def options(run, output, **changes):
-    return Options(**{"run": run, "output_dir": output, "dtype": "float32", "samples": 2, **changes})
+    return MergeOptions(**{"run": run, "output_dir": output, "dtype": "float32", "samples": 2, **changes})
 
 
 def run_merge(run, output, **changes):
@@ -291,7 +291,9 @@ def test_the_merged_folder_is_a_model_and_a_run(quantized_run, tmp_path):
     assert {"merge.json", "recipe.yaml", "system_message.txt", "generation_config.json", "chat_template.jinja"} <= set(
         left_in(merged)
     )
-    plan = options.make_plan(parse(options.Options, ["--run", str(merged), "--output_dir", str(tmp_path / "scores")]))
+    plan = options.make_plan(
+        parse(options.EvaluateOptions, ["--run", str(merged), "--output_dir", str(tmp_path / "scores")])
+    )
     assert plan.system_message == "Answer with one word."
     assert not plan.recipe.model.load_in_4bit
     load_run_processor(plan)
@@ -497,7 +499,7 @@ def test_rows_that_are_gone(run, tmp_path):
 
 
 def test_the_command_line():
-    given = parse(Options, ["--run", "a", "--output_dir", "b", "--max_shard_size", "500MB", "--nf4_aware"])
+    given = parse(MergeOptions, ["--run", "a", "--output_dir", "b", "--max_shard_size", "500MB", "--nf4_aware"])
     assert (given.max_shard_size, given.nf4_aware, given.samples) == (500_000_000, True, 4)
     for wrong, told in (
         (["--max_shard_size", "big"], "--max_shard_size: 'big' is not a size such as 4GB"),
@@ -506,7 +508,7 @@ def test_the_command_line():
         (["--max_shard_size", "0GB"], "--max_shard_size: '0GB' is not a size such as 4GB"),
     ):
         with pytest.raises(UserError, match=f"^command line: {told}"):
-            parse(Options, ["--run", "a", "--output_dir", "b", *wrong])
+            parse(MergeOptions, ["--run", "a", "--output_dir", "b", *wrong])
 
 
 def test_weights_are_read_in_the_order_of_the_files():

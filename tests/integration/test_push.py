@@ -41,7 +41,7 @@ from qwen_vl_sft.publishing.card_code import python_code
 from qwen_vl_sft.publishing.comparison import stale_files
 from qwen_vl_sft.publishing.files import collect_files
 from qwen_vl_sft.publishing.names import public_name, without_paths
-from qwen_vl_sft.publishing.options import Options, check_options, run_push
+from qwen_vl_sft.publishing.options import PushOptions, check_options, run_push
 from qwen_vl_sft.publishing.published_model import read_published_model
 
 COMMIT = {"method": "POST", "path": "/commit/", "times": 1}
@@ -665,7 +665,7 @@ def test_what_cannot_be_published_is_told(run, tmp_path):
     with pytest.raises(UserError, match=r"holds no merge\.json"):
         read_published_model(run, model=local)
     with pytest.raises(UserError) as told:
-        check_options(Options(run, "a b", branch="x..y", create_pr=True, license="My Licence"))
+        check_options(PushOptions(run, "a b", branch="x..y", create_pr=True, license="My Licence"))
     assert len(told.value.problems) == 4
 
 
@@ -747,7 +747,7 @@ def test_a_run_that_was_moved_keeps_its_evaluation(tmp_path):
 
 
 def test_dry_run_shows_files_and_card_and_asks_nobody(run):
-    text = run_push(Options(run, "alice/name", dry_run=True))
+    text = run_push(PushOptions(run, "alice/name", dry_run=True))
     assert text.startswith("15 files, ")
     assert "to alice/name (private if new), main\n" in text
     assert "  adapter_config.json  (made for the Hub)\n" in text

@@ -13,7 +13,7 @@ from fixtures.packed_rows import losses_of
 from fixtures.processes import launch, run_process
 from qwen_vl_sft.inference.source import read_source
 from qwen_vl_sft.merging.merge import merge
-from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.merging.plan import MergeOptions, make_plan
 from qwen_vl_sft.publishing.card_code import python_code
 from qwen_vl_sft.publishing.card_serving import serving_lines
 from qwen_vl_sft.publishing.published_model import read_published_model
@@ -59,7 +59,7 @@ def test_the_plan_tells_that_linear_attention_is_slow(recipe, tmp_path):
 
 
 def test_a_merge_keeps_what_transformers_does_not_load(trained, hybrid_model, tmp_path):
-    report = merge(make_plan(Options(run=trained(), output_dir=tmp_path / "merged", dtype="float32", samples=2)))
+    report = merge(make_plan(MergeOptions(run=trained(), output_dir=tmp_path / "merged", dtype="float32", samples=2)))
     assert report["against_adapter"]["same_answers"] == 2
     base, merged = (load_file(folder / "model.safetensors") for folder in (hybrid_model, tmp_path / "merged"))
     assert merged.keys() == base.keys()

@@ -38,20 +38,20 @@ def run(tmp_path_factory) -> Path:
 def merged(run) -> Path:
     """That run's merged model."""
     folder = run.with_name("merged")
-    merge(merge_plan.make_plan(merge_plan.Options(run=run, output_dir=folder, dtype="float32", samples=1)))
+    merge(merge_plan.make_plan(merge_plan.MergeOptions(run=run, output_dir=folder, dtype="float32", samples=1)))
     return folder
 
 
 def exported(run: Path, to: Any, folder: Path, **options: Any) -> dict[str, Any]:
     plan = export_options.make_plan(
-        export_options.Options(run=run, to=to, output_dir=folder, max_samples=8, max_loss=100.0, **options)
+        export_options.ExportOptions(run=run, to=to, output_dir=folder, max_samples=8, max_loss=100.0, **options)
     )
     return export(plan)
 
 
 def check(run: Path, engine: str, model: Path | None = None, **options: Any) -> dict[str, Any]:
     options = {"max_samples": ROWS, "model": model, **options}
-    return serving.check(serve_options.make_plan(serve_options.Options(run=run, engine=engine, **options)))
+    return serving.check(serve_options.make_plan(serve_options.ServeCheckOptions(run=run, engine=engine, **options)))
 
 
 def test_llama_cpp_serves_a_merged_model_and_finds_other_image_sizes(run, merged, tmp_path):
@@ -110,7 +110,11 @@ def test_transformers_5_and_peft_serve_the_adapter(run):
 @pytest.mark.parametrize("family", ["qwen2_vl", "Qwen2_5_VLConfig", "Qwen3VLConfig"])
 def test_transformers_4_reads_merged_models(family, tmp_path):
     run = write_served_run(tmp_path / "run", family)
-    merge(merge_plan.make_plan(merge_plan.Options(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=1)))
+    merge(
+        merge_plan.make_plan(
+            merge_plan.MergeOptions(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=1)
+        )
+    )
     record = check(run, "transformers-4", tmp_path / "merged")
     assert record["versions"]["transformers"] == "4.57.6"
     assert record["proven"], record["problems"]

@@ -23,7 +23,7 @@ from fixtures.ports import free_port
 from fixtures.processes import run_process
 from fixtures.serving import need_engines, write_base, write_served_run
 from qwen_vl_sft.merging.merge import merge
-from qwen_vl_sft.merging.plan import Options, make_plan
+from qwen_vl_sft.merging.plan import MergeOptions, make_plan
 from qwen_vl_sft.publishing.card_serving import vllm_command
 from qwen_vl_sft.publishing.published_model import read_published_model
 
@@ -85,7 +85,7 @@ def test_an_adapter_whose_names_the_engine_does_not_know_is_found(run, tmp_path)
 
 
 def test_a_processor_without_the_limits_of_image_sizes_is_found(run, tmp_path):
-    merge(make_plan(Options(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=1)))
+    merge(make_plan(MergeOptions(run=run, output_dir=tmp_path / "merged", dtype="float32", samples=1)))
     path = tmp_path / "merged/processor_config.json"
     config = json.loads(path.read_text())
     config["image_processor"]["size"] = {"shortest_edge": 50176, "longest_edge": 200704}
@@ -103,7 +103,7 @@ def test_an_adapter_that_is_refused_is_to_be_merged(vllm, tmp_path):
 
 def test_the_commands_of_the_card_serve_the_adapter_and_its_merge(run, vllm, tmp_path):
     merged = tmp_path / "me/merged"
-    merge(make_plan(Options(run=run, output_dir=merged, dtype="float32", samples=1)))
+    merge(make_plan(MergeOptions(run=run, output_dir=merged, dtype="float32", samples=1)))
     shutil.copytree(write_base("qwen2_vl", tmp_path), tmp_path / "me/base")
     shutil.copytree(run, tmp_path / "me/charts")
     adapter = vllm_command(read_published_model(run, base_model="me/base"), "me/charts")

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.evaluation.box_metrics import Target, iou, score_boxes, targets_of
+from qwen_vl_sft.evaluation.box_metrics import BoxTarget, iou, score_boxes, targets_of
 from qwen_vl_sft.evaluation.metrics import METRICS, headline_in_log, score
 from qwen_vl_sft.evaluation.prediction_files import score_predictions
 from qwen_vl_sft.evaluation.report import render
 from qwen_vl_sft.evaluation.scoring import Question, format_summary, score_row, summarise
 
-BOX, OTHER, POINT = (Target(numbers, (100, 100)) for numbers in ((0, 0, 10, 10), (50, 50, 60, 60), (30, 40)))
+BOX, OTHER, POINT = (BoxTarget(numbers, (100, 100)) for numbers in ((0, 0, 10, 10), (50, 50, 60, 60), (30, 40)))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_boxes_of_a_thought_are_no_targets():
     thought = {"type": "box", "numbers": [1, 2, 3, 4], "coordinates": "norm1000", "text": "[1, 2, 3, 4]"}
     parts = [{"type": "text", "text": "<think>"}, thought, {"type": "text", "text": "</think>"}]
     conversation = Conversation([{"role": "assistant", "content": [*parts, thought | {"numbers": [5, 6]}]}], [])
-    assert targets_of(conversation) == (Target((5, 6), (1000, 1000)),)
+    assert targets_of(conversation) == (BoxTarget((5, 6), (1000, 1000)),)
 
 
 def scored(row_id, boxes, **answers):

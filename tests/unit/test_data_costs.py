@@ -12,7 +12,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.tools import data_costs
 from qwen_vl_sft.tools.made_up_data import chart, write_charts, write_conversations
 from qwen_vl_sft.tools.options import DataCostsOptions
-from qwen_vl_sft.training.options import Options
+from qwen_vl_sft.training.options import TrainOptions
 
 
 def options(folder, *words):
@@ -58,7 +58,7 @@ def test_versions_start_in_turns_with_words_that_the_script_takes(tmp_path, monk
     assert "second start, 20 rows of JSON lines" in table
     for command, checkout, _ in started:
         words = command[command.index("scripts/sft.py") + 1 :]
-        assert parse(Options, words).recipe == "recipes/quickstart.yaml"
+        assert parse(TrainOptions, words).recipe == "recipes/quickstart.yaml"
         assert checkout == tmp_path or (checkout / "scripts/sft.py").is_file()
 
 

@@ -13,7 +13,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import Question, score_row
 from qwen_vl_sft.exporting.adapter import problems, write_pairs
 from qwen_vl_sft.exporting.export import judge
-from qwen_vl_sft.exporting.options import Options, make_plan
+from qwen_vl_sft.exporting.options import ExportOptions, make_plan
 from qwen_vl_sft.families.qwen2_vl import FAMILY as QWEN2_VL
 from qwen_vl_sft.merging.adapter import Adapter, ExpertsLowRank, LowRank
 from qwen_vl_sft.serving.base import EngineAnswer, Size
@@ -66,7 +66,7 @@ def test_an_export_that_reads_other_prompts_is_refused():
 
 def test_what_cannot_be_exported_is_told(tmp_path):
     run = write_run(tmp_path, write_charts(tmp_path / "charts"))
-    options = Options(run=run, to="gguf", output_dir=tmp_path / "out")
+    options = ExportOptions(run=run, to="gguf", output_dir=tmp_path / "out")
     assert make_plan(options).adapter == run  # llama.cpp takes adapters
     with pytest.raises(
         UserError, match=r"holds an adapter, and --to fp8 .* merge it first: python scripts/merge\.py --run"
@@ -114,7 +114,7 @@ def test_llama_cpp_takes_adapters_on_layers_of_the_language_model(pairs, whole, 
 
 def test_the_pairs_of_an_adapter_are_scaled_and_named_as_in_files(tmp_path):
     run = write_run(tmp_path, write_charts(tmp_path / "charts"))
-    plan = make_plan(Options(run=run, to="gguf", output_dir=tmp_path / "out"))
+    plan = make_plan(ExportOptions(run=run, to="gguf", output_dir=tmp_path / "out"))
     write_pairs(plan.evaluation.recipe.model, plan.model, run, tmp_path / "pairs")
     found, trained = load_file(tmp_path / "pairs"), load_file(run / "adapter_model.safetensors")
     config = json.loads((run / "adapter_config.json").read_text())

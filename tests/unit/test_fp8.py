@@ -23,7 +23,7 @@ from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.experts import expert_product, packed_stack, selected_rows, transposed_stack
 from qwen_vl_sft.modeling.fp8.fused import NormProduct, _base_and_adapter, _Norm
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, Normed, QuantizedInput, packed, transpose
-from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
+from qwen_vl_sft.modeling.fp8.mlp import AdapterPair, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, Quantized, dequantize, quantize_rows, scale_of
 from qwen_vl_sft.modeling.kernels import use_fused_lora
 from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
@@ -309,7 +309,7 @@ def test_adapters_of_a_fused_mlp_are_those_of_its_layers(adapted, monkeypatch):
     adapters = [None] * 3
     for at in adapted:
         a, b = torch.randn(4, layers[at].in_features), torch.randn(layers[at].out_features, 4)
-        adapters[at] = Adapter(a.requires_grad_(), b.requires_grad_(), 0.5)
+        adapters[at] = AdapterPair(a.requires_grad_(), b.requires_grad_(), 0.5)
     trained = [tensor for adapter in adapters if adapter for tensor in adapter[:2]]
     x, grad = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 32)
 
@@ -329,7 +329,7 @@ def test_adapters_of_a_fused_mlp_are_those_of_its_layers(adapted, monkeypatch):
 def test_layers_that_are_computed_again_give_the_same_gradients():
     torch.manual_seed(0)
     layers = [fp8_layer(48, 32, True)[0], fp8_layer(48, 32, seed=1)[0], fp8_layer(32, 48, seed=2)[0]]
-    adapter = Adapter(torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True), 0.5)
+    adapter = AdapterPair(torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True), 0.5)
     first, weight = fp8_layer(32, 32, seed=3)[0], torch.rand(32)
 
     def block(x):

@@ -24,7 +24,7 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.training import plan, plan_warnings, rules
-from qwen_vl_sft.training.options import Options
+from qwen_vl_sft.training.options import TrainOptions
 
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
 ALONE = DistributedContext("single", 1, 0, 0, on_cpu=True)
@@ -33,7 +33,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 def overrides_of(words):
     """What the command line of sft.py puts over the recipe."""
-    return recipe_values(parse(Options, words).recipe_keys)
+    return recipe_values(parse(TrainOptions, words).recipe_keys)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -256,7 +256,7 @@ def test_yaml_cannot_make_objects():
 
 def test_command_line():
     words = "--recipe r.yaml --dataset_train_split train[:10%] --lora_target_modules q_proj v_proj --load_in_4bit --lora-r=8"
-    options = parse(Options, [*words.split(), "--dry_run"])
+    options = parse(TrainOptions, [*words.split(), "--dry_run"])
     recipe, overrides = options.recipe, recipe_values(options.recipe_keys)
     assert recipe == "r.yaml"
     assert options.dry_run is True
@@ -293,7 +293,7 @@ def test_an_empty_value_on_the_command_line_is_empty_text():
 )
 def test_a_mistyped_command_line(words, told):
     with pytest.raises(UserError, match=f"^command line: {told}"):
-        parse(Options, words.split())
+        parse(TrainOptions, words.split())
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_mistyped_command_line(words, told):
     [("--dry_run", True), ("--dry-run true", True), ("--dry_run=True", True), ("--dry_run false", False), ("", False)],
 )
 def test_a_switch_takes_true_and_false_as_other_keys_do(words, on):
-    assert parse(Options, words.split()) == Options(None, dry_run=on, recipe_keys={})
+    assert parse(TrainOptions, words.split()) == TrainOptions(None, dry_run=on, recipe_keys={})
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_help_fits_80_columns(script, monkeypatch, capsys):
 
 
 def test_help_names_our_keys_first():
-    text = format_help(Options, "usage")
+    text = format_help(TrainOptions, "usage")
     assert text.index("--dataset_name") < text.index("--lora_scope") < text.index("--global_batch_size")
     assert text.index("--global_batch_size") < text.index("--learning_rate")
     assert "--packing_strategy " not in text

@@ -16,13 +16,13 @@ from fixtures import serving_table
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.serving.base import REQUIREMENTS, WORKERS, EngineAnswer, Prompt, Served, Size
+from qwen_vl_sft.serving.base import REQUIREMENTS, WORKERS, EngineAnswer, EnginePrompt, Served, Size
 from qwen_vl_sft.serving.check import format_record
 from qwen_vl_sft.serving.comparison import ArmResult, Difference, Effect, arm_result, as_json, first_difference, judge
 from qwen_vl_sft.serving.engines import transformers
 from qwen_vl_sft.serving.environments import COMPLETE, environment_folder, make_environment, python_of
 from qwen_vl_sft.serving.exported import Export, read_export
-from qwen_vl_sft.serving.options import Options, check_form, make_plan
+from qwen_vl_sft.serving.options import ServeCheckOptions, check_form, make_plan
 from qwen_vl_sft.serving.own_answers import bytes_of, ends_within_character, margin_of, round_activations, told_places
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.record import changes_vision, form_of, read_records, write_record
@@ -32,8 +32,8 @@ FAKE = replace(ENGINES["vllm"], name="fake", worker=str(REPOSITORY / "tests/fixt
 LORA = {"r": 12, "rank_pattern": {"a": 40}}
 
 
-def prompt(number: int, text: str, images: int = 0) -> Prompt:
-    return Prompt(number, [{"role": "user", "content": [{"type": "text", "text": text}]}], ["x.png"] * images)
+def prompt(number: int, text: str, images: int = 0) -> EnginePrompt:
+    return EnginePrompt(number, [{"role": "user", "content": [{"type": "text", "text": text}]}], ["x.png"] * images)
 
 
 def start(tmp_path: Path, *arguments: str) -> EngineProcess:
@@ -92,7 +92,7 @@ def test_an_environment_is_made_first_and_again_for_other_requirements(tmp_path,
     with pytest.raises(UserError, match=r"vLLM is not installed in .*; make its environment with .* --engine vllm$"):
         python_of(engine)
     with pytest.raises(UserError, match="vLLM is not installed in"):  # before the run is read, which is not there
-        make_plan(Options(run=tmp_path / "no run", engine="vllm"))
+        make_plan(ServeCheckOptions(run=tmp_path / "no run", engine="vllm"))
     folder = environment_folder(engine)
     folder.mkdir(parents=True)
     (folder / COMPLETE).touch()
@@ -263,7 +263,7 @@ def test_exports_are_served_by_the_engines_that_read_them(tmp_path):
         return found
 
     def check(engine: str, found: Export | None, merge: dict | None = None) -> None:
-        check_form(Options(run=tmp_path, engine=engine, model=exported), engine_named(engine), found, merge)
+        check_form(ServeCheckOptions(run=tmp_path, engine=engine, model=exported), engine_named(engine), found, merge)
 
     gguf = export(to="gguf", precision="f16")
     assert (gguf.form, gguf.dtype, gguf.compressed) == ("GGUF f16 export", "float16", False)
@@ -284,7 +284,9 @@ def test_exports_are_served_by_the_engines_that_read_them(tmp_path):
     with pytest.raises(UserError, match=r"holds neither merge\.json nor export\.json"):
         check("vllm", None)
     with pytest.raises(UserError, match=r"--model: .*gone is not there; name a folder of"):
-        check_form(Options(run=tmp_path, engine="vllm", model=tmp_path / "gone"), engine_named("vllm"), None, None)
+        check_form(
+            ServeCheckOptions(run=tmp_path, engine="vllm", model=tmp_path / "gone"), engine_named("vllm"), None, None
+        )
     model.rmdir()
     with pytest.raises(UserError, match="is not there, and answers are compared with it"):
         read_export(exported)

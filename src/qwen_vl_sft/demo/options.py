@@ -15,7 +15,7 @@ LOCAL = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Options:
+class DemoOptions:
     """Command-line options of demo.py; `max_file_size` in bytes."""
 
     run: tuple[Path, ...] = option(
@@ -33,7 +33,7 @@ class Options:
     recipe_keys: dict[str, str] = recipe_keys(*KEYS)
 
 
-def check_options(options: Options) -> None:
+def check_options(options: DemoOptions) -> None:
     """Raise `UserError` with every problem of the options, before anything is read."""
     problems = []
     if len({path.resolve() for path in options.run}) < len(options.run):

@@ -12,7 +12,7 @@ import gradio as gr
 from qwen_vl_sft.data.formats import FORMATS
 from qwen_vl_sft.demo.examples import Example
 from qwen_vl_sft.demo.naming import label, model_name, run_names
-from qwen_vl_sft.demo.options import Options
+from qwen_vl_sft.demo.options import DemoOptions
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.answer_lines import describe
 from qwen_vl_sft.inference.answering import Answer, Answerer, ask, read_image
@@ -26,7 +26,7 @@ CLEANING = (600, 3600)
 ANSWERING, STOPPED, NOTHING = "answering…", "stopped", "&nbsp;"
 
 
-def build_page(answerer: Answerer, examples: Sequence[Example], options: Options) -> gr.Blocks:
+def build_page(answerer: Answerer, examples: Sequence[Example], options: DemoOptions) -> gr.Blocks:
     """Build the page of loaded models. The first run is selected at the start."""
     handlers = Handlers(answerer)
     with gr.Blocks(title="Base and tuned", analytics_enabled=False, delete_cache=CLEANING, fill_width=True) as page:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.demo.examples import Example, collect_examples
-from qwen_vl_sft.demo.options import LOCAL, Options
+from qwen_vl_sft.demo.options import LOCAL, DemoOptions
 from qwen_vl_sft.errors import EXIT_INTERRUPTED, UserError
 from qwen_vl_sft.inference.source import Source, read_source
 
 
-def read_sources(options: Options) -> list[Source]:
+def read_sources(options: DemoOptions) -> list[Source]:
     """Read the runs of the command line. Raises `UserError`."""
     return [read_source(run, options.recipe_keys, tuned_needed=True) for run in options.run]
 
 
-def serve(options: Options, examples: Sequence[Example] | None = None) -> None:
+def serve(options: DemoOptions, examples: Sequence[Example] | None = None) -> None:
     """Load the models, then serve the page until it is interrupted. Raises `UserError`.
 
     Args:
@@ -44,7 +44,7 @@ def serve(options: Options, examples: Sequence[Example] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def load_page(options: Options, examples: Sequence[Example] | None, folder: Path) -> Any:
+def load_page(options: DemoOptions, examples: Sequence[Example] | None, folder: Path) -> Any:
     """Load the models and build their page; examples that are collected go into `folder`. Raises `UserError`."""
     from qwen_vl_sft.demo.page import build_page
     from qwen_vl_sft.inference.answering import Answerer
@@ -73,7 +73,7 @@ def prepare_gradio() -> None:
         raise UserError("the page needs Gradio, which is not installed: pip install 'qwen_vl_sft[demo]'") from None
 
 
-def launch(page: Any, options: Options) -> str:
+def launch(page: Any, options: DemoOptions) -> str:
     """Start the server; returns the address. Raises `UserError` when the port is taken."""
     from qwen_vl_sft.demo.page import style, theme
 

@@ -22,7 +22,7 @@ from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.demo import examples as example_files
 from qwen_vl_sft.demo.naming import EVALUATION, headline_score, label, model_name, run_names
-from qwen_vl_sft.demo.options import Options
+from qwen_vl_sft.demo.options import DemoOptions
 from qwen_vl_sft.demo.serve import prepare_gradio, read_sources
 from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.evaluation.scoring import SUMMARY_FILE
@@ -44,7 +44,7 @@ from pathlib import Path
 from qwen_vl_sft.config.command_line import parse
 from qwen_vl_sft.console import quiet_libraries
 from qwen_vl_sft.demo.examples import load_examples
-from qwen_vl_sft.demo.options import Options
+from qwen_vl_sft.demo.options import DemoOptions
 from qwen_vl_sft.demo.serve import serve
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     quiet_libraries(rank=0)
     words = ["--run", *(str(HERE / run) for run in RUNS)]
     words += ["--max_file_size", "{max_file_size}", "--queue", "{queue}", *LISTEN]
-    serve(parse(Options, words), load_examples(HERE / "examples"))
+    serve(parse(DemoOptions, words), load_examples(HERE / "examples"))
 '''
 
 CARD = """# {title}
@@ -72,7 +72,7 @@ starts as it is: push this folder to a Space repository.
 """
 
 
-def export_space(options: Options) -> None:
+def export_space(options: DemoOptions) -> None:
     """Write the Space. Raises `UserError`; then nothing is left in the folder."""
     folder = options.export_space
     assert folder is not None

@@ -19,28 +19,28 @@ MAX_DISTANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Target:
+class BoxTarget:
     """A box (x1, y1, x2, y2) or a point (x, y) of a right answer, and width and height of its image."""
 
     numbers: tuple[float, ...]
     scale: tuple[float, float]
 
 
-def targets_of(conversation: Conversation) -> tuple[Target, ...]:
+def targets_of(conversation: Conversation) -> tuple[BoxTarget, ...]:
     """Return the boxes and points of the last message, after its thought.
 
     Raises `BadRow` for an image that cannot be read.
     """
-    found: list[Target] = []
+    found: list[BoxTarget] = []
     for part in conversation.messages[-1]["content"]:
         if part["type"] == BOX:
-            found.append(Target(tuple(part["numbers"]), data_scale(part, conversation.media)))
+            found.append(BoxTarget(tuple(part["numbers"]), data_scale(part, conversation.media)))
         elif ChatFormat.end_of_thought in part.get("text", ""):
             found = []
     return tuple(found)
 
 
-def score_boxes(prediction: str, targets: Sequence[Target]) -> dict[str, float]:
+def score_boxes(prediction: str, targets: Sequence[BoxTarget]) -> dict[str, float]:
     """Return the scores of an answer for the kinds of `targets`: `BOX_METRICS`, `POINT_METRICS`, or both."""
     found = [region.numbers for region in regions_in_answer(prediction)]
     boxes = [target.numbers for target in targets if len(target.numbers) == 4]
@@ -111,7 +111,7 @@ def _holds_center(box: Sequence[float], region: Sequence[float]) -> float:
     return float(box[0] <= x <= box[2] and box[1] <= y <= box[3])
 
 
-def _closeness(target: Target, region: Sequence[float]) -> float:
+def _closeness(target: BoxTarget, region: Sequence[float]) -> float:
     """Return 1 less the distance in diagonals of the image, at least 0."""
     (x, y), (width, height) = _center(region), target.scale
     distance = math.dist(target.numbers, (x, y)) / math.hypot(width, height)

@@ -21,8 +21,8 @@ from qwen_vl_sft.distributed.folder_claim import claim_for_all
 from qwen_vl_sft.distributed.launch import join, start
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, Answers, check_output_dir, different_settings
-from qwen_vl_sft.evaluation.options import Plan
-from qwen_vl_sft.evaluation.own_engine import Answering, OwnEngine
+from qwen_vl_sft.evaluation.options import EvaluationPlan
+from qwen_vl_sft.evaluation.own_engine import Answerer, OwnEngine
 from qwen_vl_sft.evaluation.report import write_report
 from qwen_vl_sft.evaluation.scoring import (
     REPORT_FILE,
@@ -37,7 +37,7 @@ from qwen_vl_sft.evaluation.task import Task, describe_task, prepare
 from qwen_vl_sft.inference.source import ARMS, precision_summary
 
 
-def evaluate(plan: Plan, report: bool = False, answering: Answering | None = None) -> dict[str, Any] | None:
+def evaluate(plan: EvaluationPlan, report: bool = False, answering: Answerer | None = None) -> dict[str, Any] | None:
     """Answer and score; returns the summary on the first process, None on the others. Raises `UserError`.
 
     Until everything has been checked nothing is written. With `report`, the page of the rows is written too. `answering`
@@ -79,15 +79,15 @@ def evaluate(plan: Plan, report: bool = False, answering: Answering | None = Non
 
 
 def _answer(
-    plan: Plan,
+    plan: EvaluationPlan,
     task: Task,
     settings: Mapping[str, Any],
     files: AnswerFiles,
     context: DistributedContext,
     barrier: Callable[[], None],
-    answering: Answering,
+    answering: Answerer,
 ) -> tuple[list[str], list[dict[str, tuple[int, float]]]]:
-    """Answer what is not answered yet; return the arms, and the speed of every process (`Answering.answer_all`)."""
+    """Answer what is not answered yet; return the arms, and the speed of every process (`Answerer.answer_all`)."""
     arms = _arms_with_previous(plan, task.arms, files, settings)
     barrier()  # nobody writes before everybody has read
     if context.rank == 0:
@@ -152,7 +152,9 @@ def count_truncated(rows: Sequence[Mapping[str, Any]], answers: Answers, arms: S
     return {arm: sum(answer is not None and not answer.ended for answer in given) for arm, given in scored.items()}
 
 
-def _arms_with_previous(plan: Plan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]) -> list[str]:
+def _arms_with_previous(
+    plan: EvaluationPlan, arms: Sequence[str], files: AnswerFiles, settings: Mapping[str, Any]
+) -> list[str]:
     """Return the arms to score, with those of the resumed evaluation. Raises `UserError` if its settings differ."""
     previous = files.read_settings() if plan.options.resume else {}
     previous_arms = previous.pop("arms", [])

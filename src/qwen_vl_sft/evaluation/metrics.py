@@ -19,7 +19,7 @@ from qwen_vl_sft.evaluation.box_metrics import (
     BOX_METRICS,
     BOX_NOTES,
     POINT_METRICS,
-    Target,
+    BoxTarget,
     score_boxes,
 )
 
@@ -97,7 +97,7 @@ NOTES = BOX_NOTES | {
 }
 
 
-def score(prediction: str, targets: Sequence[str], boxes: Sequence[Target] = ()) -> dict[str, float]:
+def score(prediction: str, targets: Sequence[str], boxes: Sequence[BoxTarget] = ()) -> dict[str, float]:
     """Return every metric of one prediction; the best of the accepted targets counts, for each metric on its own.
 
     Those of boxes and points are measured where the right answer has some.

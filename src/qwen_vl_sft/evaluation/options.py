@@ -16,7 +16,7 @@ MODEL_OPTIONS = ("run", "arms", "split", "max_samples", "batch_size", "cuda_grap
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """Command-line options of evaluate.py."""
 
     run: Path | None = option(
@@ -52,20 +52,20 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan(Source):
+class EvaluationPlan(Source):
     """A checked evaluation; its rows are not read yet."""
 
-    options: Options
+    options: EvaluateOptions
     output_dir: Path
 
 
-def check_options(options: Options) -> None:
+def check_options(options: EvaluateOptions) -> None:
     """Raise `UserError` with every problem of the options, before anything is read or written."""
     problems = []
     if options.resume and options.overwrite:
         problems.append("--resume and --overwrite exclude each other; keep one")
     if options.predictions:
-        default = Options()
+        default = EvaluateOptions()
         given = [name for name in MODEL_OPTIONS if getattr(options, name) != getattr(default, name)]
         if given := [f"--{name}" for name in (*given, *options.recipe_keys)]:
             problems.append(f"--predictions scores a whole file without a model; leave out {', '.join(given)}")
@@ -82,7 +82,7 @@ def check_options(options: Options) -> None:
     raise_all(problems + unknown_arms(options.arms or ()))
 
 
-def _problems_of_engine(options: Options) -> Iterator[str]:
+def _problems_of_engine(options: EvaluateOptions) -> Iterator[str]:
     for key in QUANTIZED:
         if options.recipe_keys.get(key, "false").lower() not in ("false", "no", "off"):
             yield f"--{key}: --engine {options.engine} answers with 16-bit weights; leave it out"
@@ -92,7 +92,7 @@ def _problems_of_engine(options: Options) -> Iterator[str]:
         yield "--enable_thinking: another engine's thoughts are not scored; leave --engine out"
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: EvaluateOptions) -> EvaluationPlan:
     """Read the run and override its recipe from the command line. Raises `UserError`; writes nothing."""
     needed = options.arms is None or "tuned" in options.arms
     # Other engines take the weights of a base in 16 bits, and an adapter of any base on them.
@@ -102,4 +102,4 @@ def make_plan(options: Options) -> Plan:
 
     output_dir = options.output_dir or (options.run / "evaluation" if options.run else Path("evaluation"))
     check_output_dir(output_dir, in_use_allowed=options.resume or options.overwrite)
-    return Plan(**vars(source), options=options, output_dir=output_dir)
+    return EvaluationPlan(**vars(source), options=options, output_dir=output_dir)

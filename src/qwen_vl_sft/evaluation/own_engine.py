@@ -14,7 +14,7 @@ from tqdm import tqdm
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import BadRow, UserError, first_line
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, Answers, deal
-from qwen_vl_sft.evaluation.options import Plan
+from qwen_vl_sft.evaluation.options import EvaluationPlan
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task
 from qwen_vl_sft.inference.engine.cache import free_memory
 from qwen_vl_sft.inference.engine.engine import Engine
@@ -27,12 +27,12 @@ from qwen_vl_sft.modeling.kept_features import unrounded_features
 FEATURE_SHARE, FEATURE_SHARE_OF_GPU = 0.25, 0.15
 
 
-class Answering(Protocol):
+class Answerer(Protocol):
     """Who answers the rows of an evaluation."""
 
     def answer_all(
         self,
-        plan: Plan,
+        plan: EvaluationPlan,
         task: Task,
         arms: Sequence[str],
         answered: Answers,
@@ -44,7 +44,7 @@ class Answering(Protocol):
         Returns the rows that were answered for each arm, and the seconds that took, without loading.
         """
 
-    def about(self, plan: Plan, task: Task, answers: Answers) -> dict[str, Any]:
+    def about(self, plan: EvaluationPlan, task: Task, answers: Answers) -> dict[str, Any]:
         """Return what the summary is told of it beside the scores, once all rows are answered."""
 
 
@@ -53,7 +53,7 @@ class OwnEngine:
 
     def answer_all(
         self,
-        plan: Plan,
+        plan: EvaluationPlan,
         task: Task,
         arms: Sequence[str],
         answered: Answers,
@@ -94,7 +94,7 @@ class OwnEngine:
             speed[arm] = rows, time.perf_counter() - began
         return speed
 
-    def about(self, plan: Plan, task: Task, answers: Answers) -> dict[str, Any]:
+    def about(self, plan: EvaluationPlan, task: Task, answers: Answers) -> dict[str, Any]:
         """Return nothing more."""
         return {}
 
@@ -111,7 +111,7 @@ def _by_row_id(
     return found
 
 
-def _load(plan: Plan, arm: str, model: Any, context: DistributedContext) -> Any:
+def _load(plan: EvaluationPlan, arm: str, model: Any, context: DistributedContext) -> Any:
     try:
         return load_arm(plan, arm, model, context)
     except torch.OutOfMemoryError as error:
@@ -122,7 +122,7 @@ def _load(plan: Plan, arm: str, model: Any, context: DistributedContext) -> Any:
 
 
 def _feature_memory(
-    plan: Plan, task: Task, model: Any, context: DistributedContext, of_base: bool, more_follow: bool
+    plan: EvaluationPlan, task: Task, model: Any, context: DistributedContext, of_base: bool, more_follow: bool
 ) -> FeatureMemory:
     """Make room for features of images: on the model's GPU, and in this process's part of the machine's memory.
 
@@ -137,7 +137,7 @@ def _feature_memory(
 
 
 def _answers(
-    plan: Plan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]], memory: FeatureMemory
+    plan: EvaluationPlan, model: Any, prompts: Prompts, share: Sequence[Sequence[int]], memory: FeatureMemory
 ) -> Iterator[list[tuple[int, GeneratedAnswer]]]:
     options = plan.options
     try:

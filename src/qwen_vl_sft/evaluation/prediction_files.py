@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.errors import UserError, quoted, raise_all
-from qwen_vl_sft.evaluation.box_metrics import Target
+from qwen_vl_sft.evaluation.box_metrics import BoxTarget
 from qwen_vl_sft.evaluation.scoring import ALL, SPLIT_COLUMN, Question, score_row, split_name, summarise
 
 ARM = "predictions"
@@ -84,7 +84,7 @@ def _score_entry(row_id: int, entry: Any) -> dict[str, Any]:
     return score_row(question, {ARM: _text(entry["prediction"], "prediction")})
 
 
-def _boxes(value: Any) -> tuple[Target, ...]:
+def _boxes(value: Any) -> tuple[BoxTarget, ...]:
     """Return boxes as targets; the size of their image is not known, and not needed for boxes."""
     if value is None:
         return ()
@@ -92,7 +92,7 @@ def _boxes(value: Any) -> tuple[Target, ...]:
         numbers = box if isinstance(box, list) and len(box) == 4 else [None]
         if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             raise ValueError(f"has a bbox that is no list of boxes of four numbers: {quoted(value)}")
-    return tuple(Target(tuple(box), (1.0, 1.0)) for box in value)
+    return tuple(BoxTarget(tuple(box), (1.0, 1.0)) for box in value)
 
 
 def _text(value: Any, name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from qwen_vl_sft.atomic_write import atomic_write, writing_to
 from qwen_vl_sft.config.settings import current_metric
 from qwen_vl_sft.data.conversation import without_thought
-from qwen_vl_sft.evaluation.box_metrics import Target
+from qwen_vl_sft.evaluation.box_metrics import BoxTarget
 from qwen_vl_sft.evaluation.clusters import compare_clustered, estimate_clustered, number_clusters
 from qwen_vl_sft.evaluation.metrics import (
     NOTES,
@@ -45,7 +45,7 @@ class Question:
     question: str
     answers: list[str]
     split: str | None
-    boxes: tuple[Target, ...] = ()
+    boxes: tuple[BoxTarget, ...] = ()
 
 
 def split_name(value: Any) -> str | None:

@@ -17,7 +17,7 @@ from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.evaluation.box_metrics import targets_of
-from qwen_vl_sft.evaluation.options import Plan
+from qwen_vl_sft.evaluation.options import EvaluationPlan
 from qwen_vl_sft.evaluation.scoring import SPLIT_COLUMN, Question, split_name
 from qwen_vl_sft.inference.generation import estimate_length, plan_units
 from qwen_vl_sft.inference.models import load_run_processor
@@ -98,7 +98,7 @@ class Prompts:
             )
 
 
-def prepare(plan: Plan) -> Task:
+def prepare(plan: EvaluationPlan) -> Task:
     """Open the rows, read their questions and lengths, and form the units. Raises `UserError`, decodes no image."""
     data, options = plan.recipe.data, plan.options
     if not data.dataset_name:
@@ -194,7 +194,7 @@ def digest_of_row(question: Question, conversation: Conversation) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
+def describe_task(plan: EvaluationPlan, task: Task) -> dict[str, Any]:
     """Return everything that the answers depend on as plain values: a run is resumed only under the same."""
     size = task.processor.image_processor.size
     described = {
@@ -213,7 +213,7 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
     return json.loads(json.dumps(described | model_identity(plan, task.arms)))
 
 
-def choose_arms(plan: Plan, system_message: str) -> tuple[str, ...]:
+def choose_arms(plan: EvaluationPlan, system_message: str) -> tuple[str, ...]:
     """Return the arms of --arms, else all that differ, ordered so that one loaded model serves them all."""
     if plan.options.arms is not None:
         if "prompted" in plan.options.arms and not system_message:
@@ -231,7 +231,7 @@ def weight_files(tuned: TunedModel | None) -> list[list[Any]]:
     return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
 
 
-def model_identity(plan: Plan, arms: Sequence[str]) -> dict[str, Any]:
+def model_identity(plan: EvaluationPlan, arms: Sequence[str]) -> dict[str, Any]:
     """Return the model settings and weights that the answers depend on, as plain values. Raises `UserError`."""
     settings = asdict(plan.recipe.model)
     lora = [name for name in settings if name.startswith(("lora", "use_peft", "use_rslora", "use_dora", "freeze"))]
@@ -243,7 +243,7 @@ def model_identity(plan: Plan, arms: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in lora} | weights
 
 
-def _base_weights(plan: Plan, arms: Sequence[str]) -> str | None:
+def _base_weights(plan: EvaluationPlan, arms: Sequence[str]) -> str | None:
     """Return the base model's commit or files; None where it is gone and no arm needs it. Raises `UserError`."""
     from qwen_vl_sft.modeling.base_identity import identity_of_base
 

@@ -11,11 +11,11 @@ from qwen_vl_sft.batching.collator import pad
 from qwen_vl_sft.data.dataset import in_memory, open_split, select_evenly
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.errors import BadRow, UserError
-from qwen_vl_sft.evaluation.options import Plan
+from qwen_vl_sft.evaluation.options import EvaluationPlan
 from qwen_vl_sft.evaluation.task import WAY_OUT
 
 
-def write_calibration(plan: Plan, encoder: Encoder, most: int, folder: Path) -> int:
+def write_calibration(plan: EvaluationPlan, encoder: Encoder, most: int, folder: Path) -> int:
     """Write at most `most` training rows, evenly spaced, each as the arguments of a forward; return how many.
 
     A row is prompt and answer, as in training. Raises `UserError`.

@@ -24,7 +24,7 @@ from qwen_vl_sft.evaluation.scoring import score_row, summarise
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task, prepare
 from qwen_vl_sft.exporting.adapter import write_pairs
 from qwen_vl_sft.exporting.calibration import write_calibration
-from qwen_vl_sft.exporting.options import Plan
+from qwen_vl_sft.exporting.options import ExportPlan
 from qwen_vl_sft.inference.generation import decode_answer
 from qwen_vl_sft.inference.models import load_arm, make_encoder
 from qwen_vl_sft.merging.folder import PROCESSOR_FILES
@@ -56,7 +56,7 @@ class Judged:
     problems: list[str]
 
 
-def export(plan: Plan, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
+def export(plan: ExportPlan, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Export, compare and move to the output folder, or to `failed_folder`; return the report. Raises `UserError`."""
     task = prepare(plan.evaluation)
     with tempfile.TemporaryDirectory() as place:
@@ -66,7 +66,7 @@ def export(plan: Plan, say: Callable[[str], None] = tqdm.write) -> dict[str, Any
         return _export(plan, task, pairs if plan.adapter else None, say)
 
 
-def _export(plan: Plan, task: Task, pairs: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+def _export(plan: ExportPlan, task: Task, pairs: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Export; `pairs` are the matrices of the adapter, None without one."""
     python = make_environment(plan.engine, say=say)
     output = plan.options.output_dir.resolve()
@@ -91,7 +91,7 @@ def _export(plan: Plan, task: Task, pairs: Path | None, say: Callable[[str], Non
     return report | {"folder": str(target)}
 
 
-def convert(plan: Plan, task: Task, python: Path, folder: Path) -> int:
+def convert(plan: ExportPlan, task: Task, python: Path, folder: Path) -> int:
     """Convert the model, and return with how many rows it was calibrated. Raises `UserError`."""
     with tempfile.TemporaryDirectory() as place:
         # Without the run's recipe: llm-compressor would take a file of that name for its own.
@@ -112,7 +112,7 @@ def convert(plan: Plan, task: Task, python: Path, folder: Path) -> int:
         return written
 
 
-def run_converter(plan: Plan, python: Path, script: str, words: Sequence[str | Path]) -> None:
+def run_converter(plan: ExportPlan, python: Path, script: str, words: Sequence[str | Path]) -> None:
     """Run a converter in its own environment. Raises `UserError` with what it said last."""
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"
@@ -138,7 +138,7 @@ def run_converter(plan: Plan, python: Path, script: str, words: Sequence[str | P
             )
 
 
-def write_companions(plan: Plan, folder: Path) -> None:
+def write_companions(plan: ExportPlan, folder: Path) -> None:
     """Write processor, prompt and recipe; for GGUF also the configuration, of which the limits of images are computed."""
     for name in COMPANIONS:
         if (plan.options.run / name).is_file():
@@ -147,7 +147,7 @@ def write_companions(plan: Plan, folder: Path) -> None:
         shutil.copyfile(plan.model / "config.json", folder / "config.json")
 
 
-def served_by(plan: Plan, folder: Path, processor: Any) -> Served:
+def served_by(plan: ExportPlan, folder: Path, processor: Any) -> Served:
     """Return the export as the engine serves it."""
     size = processor.image_processor.size
     limits = {name: int(size[name]) for name in ("shortest_edge", "longest_edge") if size.get(name)}
@@ -156,7 +156,7 @@ def served_by(plan: Plan, folder: Path, processor: Any) -> Served:
 
 
 def compare(
-    plan: Plan, task: Task, python: Path, folder: Path, say: Callable[[str], None]
+    plan: ExportPlan, task: Task, python: Path, folder: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Judged]:
     """Answer the rows with the original and with the export. Raises `UserError` where the export cannot be asked."""
     encoder = make_encoder(plan.evaluation, "tuned", task.processor, task.system_message)
@@ -223,7 +223,7 @@ def compare(
 
 
 def judge(
-    plan: Plan, task: Task, rows: list[dict[str, Any]], asked: Asked, theirs: Mapping[int, EngineAnswer]
+    plan: ExportPlan, task: Task, rows: list[dict[str, Any]], asked: Asked, theirs: Mapping[int, EngineAnswer]
 ) -> Judged:
     """Judge an export by prompts of the same length and by the accuracy of the same rows, images counting as one draw."""
     metric = next(name for name in METRICS if any(name in row["arms"][ORIGINAL] for row in rows))

@@ -12,7 +12,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import ServingEngine
 
 if TYPE_CHECKING:
-    from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
 
 KEYS = (
     "dataset_name",
@@ -27,7 +27,7 @@ KEYS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """Command-line options of export.py."""
 
     run: Path = option(
@@ -61,13 +61,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """An export that is ready to start: `evaluation` reads the rows, `engine` answers with the export.
 
     `model` is the folder of the whole model that is converted, and `adapter` that of an adapter on it, None without one.
     """
 
-    options: Options
+    options: ExportOptions
     engine: ServingEngine
     evaluation: EvaluationPlan
     model: Path
@@ -85,17 +85,17 @@ class Plan:
         return self.options.output_dir.with_name(f"{self.options.output_dir.name}-failed")
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: ExportOptions) -> ExportPlan:
     """Read the model's run. Raises `UserError`; writes nothing."""
-    from qwen_vl_sft.evaluation.options import Options as EvaluationOptions
-    from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
+    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
     from qwen_vl_sft.inference.source import read_source
     from qwen_vl_sft.merging.plan import check_output_dir
     from qwen_vl_sft.serving.engines import llama_cpp, transformers
 
     if options.to != "gguf" and options.gguf_type != "f16":
         raise UserError(f"--gguf_type {options.gguf_type}: is for --to gguf; leave it out, or export with --to gguf")
-    if options.calibration_samples != Options.calibration_samples and not options.calibrated:
+    if options.calibration_samples != ExportOptions.calibration_samples and not options.calibrated:
         raise UserError(
             f"--calibration_samples {options.calibration_samples}: is for --to compressed-tensors and awq; leave it out"
         )
@@ -125,4 +125,4 @@ def make_plan(options: Options) -> Plan:
         raise UserError(f"--output_dir: {failed} is there, of an export that failed; delete it, or name another folder")
     from qwen_vl_sft.merging.base import download
 
-    return Plan(options, engine, plan, download(source.recipe.model) if adapter else options.run, adapter)
+    return ExportPlan(options, engine, plan, download(source.recipe.model) if adapter else options.run, adapter)

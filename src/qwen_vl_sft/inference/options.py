@@ -16,7 +16,7 @@ KEYS = tuple(name for name in RECIPE_KEYS if not name.startswith("dataset_"))
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     """Command-line options of generate.py."""
 
     run: Path | None = option(
@@ -37,7 +37,7 @@ class Options:
     recipe_keys: dict[str, str] = recipe_keys(*KEYS)
 
 
-def check_options(options: Options) -> None:
+def check_options(options: GenerateOptions) -> None:
     """Raise `UserError` with every problem of the options, before anything is read."""
     problems = []
     if options.run is None:
@@ -53,7 +53,7 @@ def check_options(options: Options) -> None:
     check_text(options.question or "", "--question")
 
 
-def choose_arms(options: Options, system_message: str | None) -> tuple[str, ...]:
+def choose_arms(options: GenerateOptions, system_message: str | None) -> tuple[str, ...]:
     """Return the arms of --arms, else tuned with a run, prompted with a system message, or base. Raises `UserError`."""
     if options.arms is None:
         return ("tuned" if options.run else "prompted" if system_message else "base",)
@@ -62,7 +62,7 @@ def choose_arms(options: Options, system_message: str | None) -> tuple[str, ...]
     return tuple(arm for arm in ARMS if arm in options.arms)
 
 
-def read_questions(options: Options) -> Iterator[str]:
+def read_questions(options: GenerateOptions) -> Iterator[str]:
     """Yield the question of the command line, else the lines of the standard input."""
     if options.question is not None:
         yield options.question

@@ -18,7 +18,7 @@ from qwen_vl_sft.merging.base import open_weights, weight_files
 if TYPE_CHECKING:
     from qwen_vl_sft.data.conversation import Conversation
     from qwen_vl_sft.data.encoding import Encoder
-    from qwen_vl_sft.merging.plan import Plan
+    from qwen_vl_sft.merging.plan import MergePlan
     from qwen_vl_sft.merging.samples import Samples
     from qwen_vl_sft.merging.weights import Merge
 
@@ -109,7 +109,7 @@ def check_model(task: Merge, folder: Path, samples: Samples | None) -> dict[str,
     return differences
 
 
-def reload_strictly(plan: Plan, folder: Path) -> Any:
+def reload_strictly(plan: MergePlan, folder: Path) -> Any:
     """Load the merged model with transformers and check that every weight is used. Raises `UserError`."""
     from transformers import AutoModelForImageTextToText
 
@@ -138,7 +138,7 @@ def reload_strictly(plan: Plan, folder: Path) -> Any:
     return model
 
 
-def load_adapted(plan: Plan, settings: Any) -> Any:
+def load_adapted(plan: MergePlan, settings: Any) -> Any:
     """Load base and adapter without merging them."""
     from qwen_vl_sft.inference.models import attach_adapter
     from qwen_vl_sft.modeling.base_model import load_model

@@ -16,7 +16,7 @@ import yaml
 from qwen_vl_sft.atomic_write import writing_to
 from qwen_vl_sft.checkpointing import run_folder
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
+from qwen_vl_sft.merging.plan import REPORT_FILE, MergePlan
 
 # Either makes a processor of a folder.
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -54,7 +54,7 @@ def staged(output: Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(where, ignore_errors=True)
 
 
-def write_companions(plan: Plan, base: Path, unties: bool, folder: Path) -> None:
+def write_companions(plan: MergePlan, base: Path, unties: bool, folder: Path) -> None:
     """Write configuration, processor, system message and recipe, so that the folder is a complete model and run.
 
     Args:

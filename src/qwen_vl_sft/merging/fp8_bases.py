@@ -7,13 +7,13 @@ from dataclasses import replace
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.trained_base import base_of_run
-from qwen_vl_sft.merging.plan import Plan
+from qwen_vl_sft.merging.plan import MergePlan
 from qwen_vl_sft.modeling.base_identity import identity_of_base
 from qwen_vl_sft.modeling.base_model import load_config, without_quantization
 from qwen_vl_sft.modeling.fp8.computation import EMULATION
 
 
-def check_fp8_base(plan: Plan, in_fp8: bool) -> None:
+def check_fp8_base(plan: MergePlan, in_fp8: bool) -> None:
     """Raise `UserError` where the base's weights cannot be what the merge is asked for.
 
     Args:
@@ -42,7 +42,7 @@ def check_fp8_base(plan: Plan, in_fp8: bool) -> None:
         )
 
 
-def of_training(plan: Plan, trained: ModelSettings, in_fp8: bool) -> ModelSettings:
+def of_training(plan: MergePlan, trained: ModelSettings, in_fp8: bool) -> ModelSettings:
     """Return how training loaded its base, with `trained` in the folder of the base that is merged into.
 
     Weights of an FP8 checkpoint are not those that its 16-bit model has in FP8; and CPUs emulate FP8 products.
@@ -52,7 +52,7 @@ def of_training(plan: Plan, trained: ModelSettings, in_fp8: bool) -> ModelSettin
     return replace(trained, load_in_fp8=EMULATION) if trained.load_in_fp8 and plan.on_cpu else trained
 
 
-def trained_on_fp8_checkpoint(plan: Plan) -> bool:
+def trained_on_fp8_checkpoint(plan: MergePlan) -> bool:
     """Return whether the base of the run's recipe is a checkpoint of FP8 weights, as far as it can be read here."""
     try:
         return without_quantization(load_config(plan.recipe.model))[1] is not None
@@ -60,7 +60,7 @@ def trained_on_fp8_checkpoint(plan: Plan) -> bool:
         return False
 
 
-def _is_base_of_training(plan: Plan) -> bool:
+def _is_base_of_training(plan: MergePlan) -> bool:
     named = plan.recipe.model.model_name_or_path
     if plan.base.model_name_or_path == named:
         return True

@@ -24,13 +24,13 @@ from qwen_vl_sft.merging.check import check_model, check_weights
 from qwen_vl_sft.merging.folder import NOTHING_LEFT, staged, write_companions
 from qwen_vl_sft.merging.fp8_bases import check_fp8_base, of_training
 from qwen_vl_sft.merging.places import Place
-from qwen_vl_sft.merging.plan import REPORT_FILE, Plan
+from qwen_vl_sft.merging.plan import REPORT_FILE, MergePlan
 from qwen_vl_sft.merging.samples import read_samples
 from qwen_vl_sft.merging.weights import Merge, size_of, write_weights
 from qwen_vl_sft.modeling.base_model import build_on_meta
 
 
-def merge(plan: Plan) -> dict[str, Any]:
+def merge(plan: MergePlan) -> dict[str, Any]:
     """Merge, check and move to the output folder; return the report. Raises `UserError`, and then leaves nothing."""
     task, samples = prepare(plan), read_samples(plan)
     output, report = plan.options.output_dir, {**task.report, "bytes": size_of(task)}
@@ -53,7 +53,7 @@ def merge(plan: Plan) -> dict[str, Any]:
     return report
 
 
-def prepare(plan: Plan) -> Merge:
+def prepare(plan: MergePlan) -> Merge:
     """Read the structure of base and adapter, and check that they fit. Raises `UserError`."""
     folder = download(plan.base)
     named, in_fp8 = plan.base, holds_fp8(folder)
@@ -91,7 +91,7 @@ def prepare(plan: Plan) -> Merge:
     return Merge(plan, folder, weights, adapter, quantized, unties, report)
 
 
-def check_base(plan: Plan) -> None:
+def check_base(plan: MergePlan) -> None:
     """Raise `UserError` where the base model is another one than the adapter was trained on; with --base only warn."""
     tuned, name = plan.tuned, plan.recipe.model.model_name_or_path
     try:

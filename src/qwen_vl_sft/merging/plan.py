@@ -21,7 +21,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
-class Options:
+class MergeOptions:
     """Command-line options of merge.py; `max_shard_size` in bytes."""
 
     run: Path = option(REQUIRED, "run folder of scripts/sft.py, or a checkpoint in it", metavar="folder")
@@ -41,10 +41,10 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """A merge that is ready to start: `base` says where the 16-bit base comes from, `trained` how training loaded it."""
 
-    options: Options
+    options: MergeOptions
     recipe: Recipe
     tuned: TunedModel
     base: ModelSettings
@@ -68,7 +68,7 @@ class Plan:
         return not torch.cuda.is_available() or bool(self.recipe.get("use_cpu"))
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: MergeOptions) -> MergePlan:
     """Read the run. Raises `UserError` when there is nothing to merge or nowhere to write; writes nothing."""
     check_output_dir(options.output_dir)
     if (options.run / REPORT_FILE).is_file():
@@ -94,10 +94,10 @@ def make_plan(options: Options) -> Plan:
     found = find_base(options, tuned, recipe.model)
     base = replace(found, load_in_4bit=False, load_in_8bit=False, load_in_fp8=False, dtype=options.dtype)
     trained = replace(recipe.model, model_name_or_path=base.model_name_or_path, model_revision=base.model_revision)
-    return Plan(options, recipe, tuned, base, trained)
+    return MergePlan(options, recipe, tuned, base, trained)
 
 
-def find_base(options: Options, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
+def find_base(options: MergeOptions, tuned: TunedModel, settings: ModelSettings) -> ModelSettings:
     """Return the recipe's model settings with the base to merge into: --base, else the base of the adapter and the recipe."""
     from qwen_vl_sft import tiny
     from qwen_vl_sft.config.reading import resolve_builtin

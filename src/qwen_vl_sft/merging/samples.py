@@ -18,7 +18,7 @@ from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.task import read_usable
 from qwen_vl_sft.families.registry import family_of
-from qwen_vl_sft.merging.plan import Plan
+from qwen_vl_sft.merging.plan import MergePlan
 from qwen_vl_sft.modeling.base_model import check_chat_template
 
 
@@ -41,7 +41,7 @@ class Samples:
         return Encoder(processor, system_message=system, chat=chat)
 
 
-def read_samples(plan: Plan) -> Samples | None:
+def read_samples(plan: MergePlan) -> Samples | None:
     """Read rows of the run's evaluation split, else of its training split; None when none are wanted. Raises `UserError`.
 
     The adapter of another trainer, whose data nothing names, is compared on the charts that come with the package.

@@ -19,7 +19,7 @@ from qwen_vl_sft.compat.for_bitsandbytes import unpack_rows_by_blocks
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.merging.adapter import Adapter
 from qwen_vl_sft.merging.base import INDEX, WEIGHTS, Weight
-from qwen_vl_sft.merging.plan import Plan
+from qwen_vl_sft.merging.plan import MergePlan
 from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
 
 
@@ -27,7 +27,7 @@ from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
 class Merge:
     """A prepared merge: `weights` are the base's tensors, and the output head where the adapter `unties` it."""
 
-    plan: Plan
+    plan: MergePlan
     folder: Path
     weights: list[Weight]
     adapter: Adapter

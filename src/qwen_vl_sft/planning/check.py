@@ -22,7 +22,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedPlan:
     """A measured run and its plan: GiB on a GPU and seconds a step; no seconds where they were not measured."""
 
     about: str
@@ -42,7 +42,7 @@ class Compared:
         return self.planned_seconds / self.measured_seconds - 1 if self.measured_seconds else None
 
 
-def compare_all(path: Path) -> list[Compared]:
+def compare_all(path: Path) -> list[ComparedPlan]:
     """Compare every run of a file. Raises `UserError` for a file that is none of these."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def compare_all(path: Path) -> list[Compared]:
         raise UserError(f"{path}: holds no measured runs: {first_line(error)}") from None
 
 
-def _compare(stored: Mapping[str, Any], point: Mapping[str, Any]) -> Compared:
+def _compare(stored: Mapping[str, Any], point: Mapping[str, Any]) -> ComparedPlan:
     recipe = build({"model_name_or_path": point["model"], **stored["keys_of_all"], **point["keys"]})
     card = find_card(stored["device"])
     launch = Launch(point["strategy"], point["processes"])
@@ -66,7 +66,7 @@ def _compare(stored: Mapping[str, Any], point: Mapping[str, Any]) -> Compared:
     work = Work(*(value / launch.processes for value in point["step"]))
     planned = step_time(training, card, work, point["micro_batches"], checkpointed).seconds
     rate = point["rows_per_second"]
-    return Compared(
+    return ComparedPlan(
         about=_about(point),
         measured_gib=point["gib"],
         planned_gib=max(memory_of(training, batch, checkpointed).total for batch in batches) / _GIB,
@@ -85,7 +85,7 @@ def _about(point: Mapping[str, Any]) -> str:
     return f"{model} {method}, {launched}: {point['about']}{checkpointed}"
 
 
-def format_table(compared: list[Compared]) -> str:
+def format_table(compared: list[ComparedPlan]) -> str:
     """Return a Markdown table, and how far off the plans are at most and on average."""
     lines = ["| run | GiB | planned | off | s a step | planned | off |", "| --- | --: | --: | --: | --: | --: | --: |"]
     for entry in compared:

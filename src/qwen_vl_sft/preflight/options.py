@@ -11,7 +11,7 @@ from pathlib import Path
 from qwen_vl_sft.config.command_line import any_recipe_key, names, option, recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.distributed.ports import UNASSIGNED
-from qwen_vl_sft.training.options import Options
+from qwen_vl_sft.training.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ def output_dir_of(options: PreflightOptions) -> Path | None:
 
     Raises `UserError` for an option, a key or a recipe that the script that trains would refuse.
     """
-    of_training = {field.name for field in dataclasses.fields(Options)} | {"config"}
+    of_training = {field.name for field in dataclasses.fields(TrainOptions)} | {"config"}
     words = {name: parts for name, parts in options.recipe_keys.items() if name not in of_training}
     recipe = read_recipe(options.recipe, recipe_values(words, options))
     if options.output_dir is not None:
@@ -40,7 +40,7 @@ def output_dir_of(options: PreflightOptions) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """A process of the check: its number, that on its node, how many there are, its node, and where they meet."""
 
     rank: int
@@ -51,10 +51,10 @@ class Place:
     port: int
 
 
-def place_of(env: Mapping[str, str], hostname: str, nodes: Sequence[str]) -> Place:
+def place_of(env: Mapping[str, str], hostname: str, nodes: Sequence[str]) -> ProcessPlace:
     """Return the place of a process that srun started, or of one alone."""
     job = int(env.get("SLURM_JOB_ID", os.getpid()))
-    return Place(
+    return ProcessPlace(
         rank=int(env.get("SLURM_PROCID", 0)),
         local_rank=int(env.get("SLURM_LOCALID", 0)),
         # A shell of `salloc` or a batch script has SLURM_NTASKS too, but is in no step of srun.

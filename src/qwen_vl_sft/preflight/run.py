@@ -19,7 +19,7 @@ from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.distributed.shared_folder import sees, written
 from qwen_vl_sft.errors import first_line
 from qwen_vl_sft.preflight.node import Facts, look
-from qwen_vl_sft.preflight.options import Place
+from qwen_vl_sft.preflight.options import ProcessPlace
 from qwen_vl_sft.preflight.verdict import (
     AddedUp,
     common_adapters,
@@ -37,7 +37,7 @@ _POLL = 0.05
 class Meeting:
     """A store that all processes reach, with a limit on how long one waits for another."""
 
-    def __init__(self, place: Place, seconds: float) -> None:
+    def __init__(self, place: ProcessPlace, seconds: float) -> None:
         self.place = place
         self.seconds = seconds
         self.store = dist.TCPStore(
@@ -74,7 +74,7 @@ class Meeting:
 
 
 def run_preflight(
-    place: Place, nodes: tuple[str, ...], output_dir: Path | None, verdict_file: Path | None, seconds: float
+    place: ProcessPlace, nodes: tuple[str, ...], output_dir: Path | None, verdict_file: Path | None, seconds: float
 ) -> int:
     """Check this process's part, and on the first process judge all of them; return the exit code.
 

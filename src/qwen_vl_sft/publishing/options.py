@@ -19,7 +19,7 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass(frozen=True)
-class Options:
+class PushOptions:
     """Command-line options of push.py."""
 
     run: Path = option(
@@ -53,7 +53,7 @@ class Options:
         return Target(self.repo_id, private=not self.public, branch=branch, create_pr=self.create_pr)
 
 
-def check_options(options: Options) -> None:
+def check_options(options: PushOptions) -> None:
     """Raise `UserError` with every problem of the options, before anything is read or sent."""
     problems = []
     if problem := problem_of_repo_id(options.repo_id):
@@ -69,7 +69,7 @@ def check_options(options: Options) -> None:
     raise_all(problems)
 
 
-def run_push(options: Options) -> str:
+def run_push(options: PushOptions) -> str:
     """Publish, or with --dry_run describe what would be; return the text to print. Raises `UserError`."""
     from qwen_vl_sft.publishing.publish import describe, publish
     from qwen_vl_sft.publishing.published_model import read_published_model

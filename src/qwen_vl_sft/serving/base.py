@@ -8,7 +8,7 @@ this package but `worker_protocol.py` beside it. Both sides write one JSON value
     {"prompts": [...], "with_adapter", "max_new_tokens",     {"answers": [...]}, {"refused": why} or {"failed": why}
      "template_options"}
 
-A prompt is `Prompt` and an answer `EngineAnswer`, field by field. `refused` is what the engine says of the model or the
+A prompt is `EnginePrompt` and an answer `EngineAnswer`, field by field. `refused` is what the engine says of the model or the
 adapter, `failed` everything else. The worker ends when its standard input does; what libraries print goes to its standard
 error, which is kept in a file.
 """
@@ -25,7 +25,7 @@ REQUIREMENTS = Path(__file__).parent / "requirements"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EnginePrompt:
     """The prompt of one row: `messages` as in `Conversation`, and the files of the images that they show, in order."""
 
     number: int

@@ -26,14 +26,14 @@ from qwen_vl_sft.inference.source import ADAPTER_FILE
 from qwen_vl_sft.merging.base import download
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.modeling.base_model import load_model
-from qwen_vl_sft.serving.base import EngineAnswer, Prompt, Served, Size
+from qwen_vl_sft.serving.base import EngineAnswer, EnginePrompt, Served, Size
 from qwen_vl_sft.serving.comparison import (
     BASE,
     TUNED,
     ArmResult,
     Difference,
     Effect,
-    Verdict,
+    ServingVerdict,
     arm_result,
     as_json,
     first_difference,
@@ -43,7 +43,7 @@ from qwen_vl_sft.serving.comparison import (
 from qwen_vl_sft.serving.engines import transformers
 from qwen_vl_sft.serving.environments import make_environment
 from qwen_vl_sft.serving.exported import dequantized, rounded_layers
-from qwen_vl_sft.serving.options import Plan, unquantized
+from qwen_vl_sft.serving.options import ServeCheckPlan, unquantized
 from qwen_vl_sft.serving.own_answers import (
     answer_tokens,
     differences,
@@ -70,7 +70,7 @@ LOG = "{engine}.log"
 class Asked:
     """The rows of a check: prompts as the engine gets them, our tokens of each, and what they take."""
 
-    prompts: list[Prompt]
+    prompts: list[EnginePrompt]
     prompt_ids: dict[int, list[int]]
     size: Size
 
@@ -82,11 +82,11 @@ class Compared:
     arms: dict[str, ArmResult]
     effect: Effect | None
     differences: list[Difference]
-    verdict: Verdict
+    verdict: ServingVerdict
     as_trained: int | None = None
 
 
-def check(plan: Plan) -> dict[str, Any]:
+def check(plan: ServeCheckPlan) -> dict[str, Any]:
     """Run the check, write its record into the run's folder, and return it. Raises `UserError`."""
     task = prepare(plan.evaluation)
     encoder = make_encoder(plan.evaluation, TUNED, task.processor, task.system_message)
@@ -120,14 +120,14 @@ def check(plan: Plan) -> dict[str, Any]:
     return record
 
 
-def reference_of(plan: Plan) -> str:
+def reference_of(plan: ServeCheckPlan) -> str:
     """Return how our model computes, as the table says it."""
     unpacked = "the export's weights, unpacked, in " if plan.export and plan.export.compressed else ""
     return f"{unpacked}{plan.reference.precision}"
 
 
 def serve_and_compare(
-    plan: Plan, task: Task, encoder: Encoder, prompts: Prompts, served: Served, asked: Asked
+    plan: ServeCheckPlan, task: Task, encoder: Encoder, prompts: Prompts, served: Served, asked: Asked
 ) -> dict[str, Any]:
     """Return what the engine did: its versions, answers compared, or why it does not serve the model."""
     title = plan.engine.title
@@ -156,7 +156,7 @@ def serve_and_compare(
     }
 
 
-def what_is_served(plan: Plan, encoder: Encoder) -> Served:
+def what_is_served(plan: ServeCheckPlan, encoder: Encoder) -> Served:
     """Return what the engine gets: the base and its adapter, or the folder of a whole model. Raises `UserError`."""
     tuned = plan.evaluation.tuned
     assert tuned
@@ -177,7 +177,7 @@ def what_is_served(plan: Plan, encoder: Encoder) -> Served:
     )
 
 
-def weights_of(plan: Plan, served: Served) -> list[list[Any]]:
+def weights_of(plan: ServeCheckPlan, served: Served) -> list[list[Any]]:
     """Return name, size and time of each weight file of what is served in place of the base."""
     if served.adapter and not plan.export:
         return stats([served.adapter / ADAPTER_FILE])
@@ -200,18 +200,18 @@ def ask(task: Task, prompts: Prompts, encoder: Encoder, folder: Path, max_new_to
     return Asked(found, ids, Size(longest + max_new_tokens, images))
 
 
-def engine_prompt(number: int, conversation: Conversation, encoder: Encoder, images: list[str]) -> Prompt:
+def engine_prompt(number: int, conversation: Conversation, encoder: Encoder, images: list[str]) -> EnginePrompt:
     """Return the prompt of a row's last answer as an engine gets it."""
     kept = ("role", "content", "tool_calls", "reasoning_content", "name")
     messages = [
         {name: message[name] for name in kept if name in message}
         for message in prompt_of(with_system_message(conversation.messages, encoder.system_message))
     ]
-    return Prompt(number, messages, images, conversation.tools)
+    return EnginePrompt(number, messages, images, conversation.tools)
 
 
 def served_answers(
-    plan: Plan,
+    plan: ServeCheckPlan,
     encoder: Encoder,
     served: Served,
     asked: Asked,
@@ -237,7 +237,7 @@ def served_answers(
 
 
 def compare(
-    plan: Plan,
+    plan: ServeCheckPlan,
     task: Task,
     encoder: Encoder,
     prompts: Prompts,
@@ -291,7 +291,7 @@ def compare(
 
 
 @contextmanager
-def reference_settings(plan: Plan) -> Iterator[ModelSettings]:
+def reference_settings(plan: ServeCheckPlan) -> Iterator[ModelSettings]:
     """Yield the settings of our model: those of the plan, or of the weights of a compressed export, unpacked."""
     if plan.export is None or not plan.export.compressed:
         yield plan.reference
@@ -301,7 +301,7 @@ def reference_settings(plan: Plan) -> Iterator[ModelSettings]:
 
 
 def as_trained(
-    plan: Plan,
+    plan: ServeCheckPlan,
     answer: Callable[[Any, str], dict[int, list[int]]],
     encoder: Encoder,
     theirs: Mapping[int, EngineAnswer],

@@ -49,7 +49,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ServingVerdict:
     """What a check found; `problems` is empty where the engine serves the model as it is."""
 
     problems: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ def arm_result(rows: Sequence[int], same_prompts: Mapping[int, bool], difference
 
 def judge(
     title: str, arms: Mapping[str, ArmResult], effect: Effect | None, vision_left_out: int | None = None
-) -> Verdict:
+) -> ServingVerdict:
     """Return what is wrong, in the order in which it should be mended.
 
     Args:
@@ -132,7 +132,7 @@ def judge(
             problems.append(
                 f"{arm}: {result.different} of {result.rows} answers differ, and not at a near tie of two tokens"
             )
-    return Verdict(problems)
+    return ServingVerdict(problems)
 
 
 def as_json(arms: Mapping[str, ArmResult], effect: Effect | None, differences: Sequence[Difference]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.context import DistributedContext, read_context
 from qwen_vl_sft.errors import BadRow, UserError, shortened
 from qwen_vl_sft.evaluation.answer_files import AnswerFiles, Answers
-from qwen_vl_sft.evaluation.options import Plan
+from qwen_vl_sft.evaluation.options import EvaluationPlan
 from qwen_vl_sft.evaluation.task import WAY_OUT, Prompts, Task
 from qwen_vl_sft.inference.engine.engine import Engine
 from qwen_vl_sft.inference.generation import GeneratedAnswer, answer_ends, decode_answer, plan_units
@@ -28,7 +28,7 @@ from qwen_vl_sft.inference.models import load_arm, make_encoder
 from qwen_vl_sft.inference.source import ADAPTER_FILE, tuned_settings
 from qwen_vl_sft.merging.base import download
 from qwen_vl_sft.merging.plan import read_adapter_config
-from qwen_vl_sft.serving.base import EngineAnswer, Prompt, Served, Size
+from qwen_vl_sft.serving.base import EngineAnswer, EnginePrompt, Served, Size
 from qwen_vl_sft.serving.check import changes_vision, engine_prompt
 from qwen_vl_sft.serving.environments import python_of
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
@@ -42,7 +42,7 @@ LOG = "{engine}.log"
 TUNED = "tuned"
 
 
-class EngineAnswering:
+class EngineAnswerer:
     """Answers all arms with an engine in its own environment, one process; `Answering` of an evaluation.
 
     Raises `UserError` where the engine is not known, or not installed, and where several processes are started.
@@ -57,7 +57,7 @@ class EngineAnswering:
 
     def answer_all(
         self,
-        plan: Plan,
+        plan: EvaluationPlan,
         task: Task,
         arms: Sequence[str],
         answered: Answers,
@@ -81,7 +81,7 @@ class EngineAnswering:
                 ) from None
         return speed
 
-    def about(self, plan: Plan, task: Task, answers: Answers) -> dict[str, Any]:
+    def about(self, plan: EvaluationPlan, task: Task, answers: Answers) -> dict[str, Any]:
         """Have this package's engine answer a sample of the rows, and return how many answers agree, arm by arm."""
         arms = {}
         for arm, ours in _own_answers(plan, task, list(answers)):
@@ -106,7 +106,7 @@ class EngineAnswering:
         }
 
     def _serve(
-        self, plan: Plan, task: Task, left: Mapping[str, Sequence[int]], files: AnswerFiles
+        self, plan: EvaluationPlan, task: Task, left: Mapping[str, Sequence[int]], files: AnswerFiles
     ) -> dict[str, tuple[int, float]]:
         """Answer arms that share a model. Raises `EngineRefused` or `EngineFailed`."""
         engine, most = self.engine, plan.recipe.run.max_new_tokens
@@ -135,7 +135,7 @@ class EngineAnswering:
         return speed
 
 
-def _by_model(plan: Plan, arms: Mapping[str, Any]) -> list[list[str]]:
+def _by_model(plan: EvaluationPlan, arms: Mapping[str, Any]) -> list[list[str]]:
     """Group arms by the model that is served: an adapter's base serves them all, a whole model of its own only its arm."""
     if plan.tuned is None or plan.tuned.is_adapter:
         return [list(arms)] if arms else []
@@ -143,11 +143,11 @@ def _by_model(plan: Plan, arms: Mapping[str, Any]) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def _has_adapter(plan: Plan, arms: Sequence[str]) -> bool:
+def _has_adapter(plan: EvaluationPlan, arms: Sequence[str]) -> bool:
     return TUNED in arms and plan.tuned is not None and plan.tuned.is_adapter
 
 
-def _served(plan: Plan, arms: Sequence[str], processor: Any) -> Served:
+def _served(plan: EvaluationPlan, arms: Sequence[str], processor: Any) -> Served:
     settings = plan.recipe.model
     if TUNED in arms and plan.tuned is not None and not plan.tuned.is_adapter:
         settings = tuned_settings(settings, plan.tuned)
@@ -185,7 +185,7 @@ def _ask(
     }
 
 
-def _prompt(task: Task, prompts: Prompts, index: int, folder: Path) -> Prompt | None:
+def _prompt(task: Task, prompts: Prompts, index: int, folder: Path) -> EnginePrompt | None:
     """Return a row's prompt with its images in files, as this package decodes them; None for a row that is left out."""
     try:
         prompts.encode(index)  # proves that it can be read
@@ -210,7 +210,9 @@ def _read(answer: EngineAnswer, encoder: Encoder) -> GeneratedAnswer:
     return GeneratedAnswer(decode_answer(encoder, answer.answer_ids), ended)
 
 
-def _own_answers(plan: Plan, task: Task, arms: Sequence[str]) -> Iterator[tuple[str, dict[int, GeneratedAnswer]]]:
+def _own_answers(
+    plan: EvaluationPlan, task: Task, arms: Sequence[str]
+) -> Iterator[tuple[str, dict[int, GeneratedAnswer]]]:
     """Answer a sample of the rows of each arm with this package's engine; the same rows for all."""
     context, model = read_context(bool(plan.recipe.get("use_cpu"))), None
     sample = even_indices(len(task.questions), SAMPLE)

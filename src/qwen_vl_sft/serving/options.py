@@ -16,7 +16,7 @@ from qwen_vl_sft.serving.registry import ENGINES, engine_named
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.settings import ModelSettings
-    from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
 
 # Keys of the run's recipe that may be given: where rows and base model are now, and how long answers get.
 KEYS = (
@@ -26,7 +26,7 @@ KEYS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class ServeCheckOptions:
     """Command-line options of serve_check.py."""
 
     run: Path = option(REQUIRED, "run folder of scripts/sft.py, or a checkpoint in it", metavar="folder")
@@ -60,14 +60,14 @@ class EnvironmentOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServeCheckPlan:
     """A check that is ready to start: `evaluation` reads its rows, `what` is the form of the model that is served.
 
     `reference` are the settings of our model: of the base for an adapter, else of the whole model. `merge` is merge.json,
     and `export` what export.json says, both of the model that is served; None without them.
     """
 
-    options: Options
+    options: ServeCheckOptions
     engine: ServingEngine
     python: Path
     evaluation: EvaluationPlan
@@ -105,10 +105,10 @@ class Plan:
         return self.evaluation.tuned.home
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: ServeCheckOptions) -> ServeCheckPlan:
     """Read the run and find the engine. Raises `UserError`; writes nothing."""
-    from qwen_vl_sft.evaluation.options import Options as EvaluationOptions
-    from qwen_vl_sft.evaluation.options import Plan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
+    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
     from qwen_vl_sft.inference.source import read_source, tuned_settings
     from qwen_vl_sft.merging.plan import REPORT_FILE
     from qwen_vl_sft.serving.environments import python_of
@@ -144,10 +144,12 @@ def make_plan(options: Options) -> Plan:
         ),
         output_dir=tuned.home,
     )
-    return Plan(options, engine, python, evaluation, what, reference, merge, export, further)
+    return ServeCheckPlan(options, engine, python, evaluation, what, reference, merge, export, further)
 
 
-def check_form(options: Options, engine: ServingEngine, export: Export | None, merge: dict[str, Any] | None) -> None:
+def check_form(
+    options: ServeCheckOptions, engine: ServingEngine, export: Export | None, merge: dict[str, Any] | None
+) -> None:
     """Raise `UserError` where the engine does not serve what --model names, or needs one."""
     from qwen_vl_sft.merging.plan import REPORT_FILE
     from qwen_vl_sft.serving.exported import REPORT_FILE as EXPORT_FILE

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from qwen_vl_sft.errors import shortened
-from qwen_vl_sft.serving.base import WORKERS, EngineAnswer, Prompt, Served, ServingEngine
+from qwen_vl_sft.serving.base import WORKERS, EngineAnswer, EnginePrompt, Served, ServingEngine
 
 # Seconds that a worker has to end by itself.
 _END_SECONDS = 30
@@ -68,7 +68,7 @@ class EngineProcess:
         self.versions: dict[str, str] = reply["ready"]
 
     def answer(
-        self, prompts: Sequence[Prompt], with_adapter: bool, max_new_tokens: int, template_options: dict[str, Any]
+        self, prompts: Sequence[EnginePrompt], with_adapter: bool, max_new_tokens: int, template_options: dict[str, Any]
     ) -> list[EngineAnswer]:
         """Answer prompts greedily, with the adapter or without. Raises `EngineRefused` or `EngineFailed`."""
         reply = self._ask(

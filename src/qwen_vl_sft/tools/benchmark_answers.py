@@ -67,7 +67,7 @@ Tokens = dict[int, list[int]]
 
 
 @dataclass(frozen=True)
-class Work:
+class AnswerWork:
     """Rows to answer, each up to `new_tokens`, with one arm or with three: base, prompted and tuned.
 
     With `metrics` they are answered and scored as at an evaluation while training. With `one_by_one` answers are compared
@@ -83,7 +83,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Timed:
+class AnswerTimes:
     """How long the rows of a work took, the tokens of their answers, and the most memory of the GPU meanwhile.
 
     `parts` are seconds and number of the parts of an engine's work (`Clock`).
@@ -158,7 +158,7 @@ def run_session(options: AnswerBenchmarkOptions) -> str:
         for name in options.variants:
             # A few rows first: kernels are compiled and loaded.
             _answer(name, bench, replace(work, metrics=None), work.rows[: options.batch_size], Clock())
-        rounds: dict[str, list[Timed]] = {}
+        rounds: dict[str, list[AnswerTimes]] = {}
         for name in list(options.variants) * options.rounds:
             clock = Clock()
             rounds.setdefault(name, []).append(_timed(partial(_answer, name, bench, work, work.rows, clock), clock))
@@ -178,7 +178,7 @@ def _write(options: AnswerBenchmarkOptions, found: Mapping[str, Any]) -> None:
     (options.output_dir / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def _summarise(work: Work, rounds: Mapping[str, Sequence[Timed]]) -> list[dict[str, Any]]:
+def _summarise(work: AnswerWork, rounds: Mapping[str, Sequence[AnswerTimes]]) -> list[dict[str, Any]]:
     """Return the medians of each variant, and how its speed compares with the first's."""
     medians = {name: statistics.median(one.seconds for one in timed) for name, timed in rounds.items()}
     reference, count = next(iter(rounds)), len(work.rows) * work.arms
@@ -201,7 +201,7 @@ def _summarise(work: Work, rounds: Mapping[str, Sequence[Timed]]) -> list[dict[s
     return results
 
 
-def _compare(bench: Bench, work: Work, rounds: Mapping[str, Sequence[Timed]]) -> dict[str, dict[str, Any]]:
+def _compare(bench: Bench, work: AnswerWork, rounds: Mapping[str, Sequence[AnswerTimes]]) -> dict[str, dict[str, Any]]:
     """Return for each variant which answers differ, and from whose."""
     reference = next(iter(rounds))
     name, expected = reference, rounds[reference][0].answers
@@ -248,19 +248,19 @@ def _bench(recipe: Recipe, options: AnswerBenchmarkOptions) -> Bench:
     )
 
 
-def _works(bench: Bench, options: AnswerBenchmarkOptions) -> Iterator[Work]:
+def _works(bench: Bench, options: AnswerBenchmarkOptions) -> Iterator[AnswerWork]:
     images = [tuple(file.content_hash for file in asked.media) for asked in bench.conversations]
     first = list({image: row for row, image in reversed([*enumerate(images)])}.values())[::-1]
     shared, new_tokens = range(min(options.rows, len(images))), options.new_tokens
     works = {
-        "alone": lambda: Work("one question an image", first[: options.rows], new_tokens),
-        "shared": lambda: Work("rows as they come", shared, new_tokens),
-        "arms": lambda: Work("three arms", shared, new_tokens, arms=3),
-        "long": lambda: Work("long answers", first[: options.long_rows], options.long_tokens),
-        "predict": lambda: Work(
+        "alone": lambda: AnswerWork("one question an image", first[: options.rows], new_tokens),
+        "shared": lambda: AnswerWork("rows as they come", shared, new_tokens),
+        "arms": lambda: AnswerWork("three arms", shared, new_tokens, arms=3),
+        "long": lambda: AnswerWork("long answers", first[: options.long_rows], options.long_tokens),
+        "predict": lambda: AnswerWork(
             "predict_with_generate", shared, new_tokens, metrics=_metrics(bench, shared, new_tokens)
         ),
-        "checked": lambda: Work("checked rows", first[: options.checked_rows], new_tokens, one_by_one=True),
+        "checked": lambda: AnswerWork("checked rows", first[: options.checked_rows], new_tokens, one_by_one=True),
     }
     unknown = [name for name in options.works if name not in works]
     if unknown:
@@ -274,7 +274,7 @@ def _metrics(bench: Bench, rows: Sequence[int], new_tokens: int) -> GenerationMe
     return GenerationMetrics(chosen, bench.encoder, None, bench.batch_size, new_tokens)
 
 
-def _answer(variant: str, bench: Bench, work: Work, rows: Sequence[int], clock: Clock) -> Tokens:
+def _answer(variant: str, bench: Bench, work: AnswerWork, rows: Sequence[int], clock: Clock) -> Tokens:
     """Return the tokens of the last arm's answers, which is the tuned one; none of answers that are only scored."""
     found: Tokens = {}
     memory = FeatureMemory(FEATURE_BYTES, most_bytes_on_gpu=FEATURE_BYTES) if work.arms > 1 else None
@@ -334,7 +334,7 @@ def _with_engine(engine: Engine, bench: Bench, rows: Sequence[int]) -> Tokens:
     return found
 
 
-def _timed(work: Callable[[], Tokens], clock: Clock) -> Timed:
+def _timed(work: Callable[[], Tokens], clock: Clock) -> AnswerTimes:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.empty_cache()
@@ -346,7 +346,7 @@ def _timed(work: Callable[[], Tokens], clock: Clock) -> Timed:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     parts = {part: (took, clock.counts[part]) for part, took in clock.seconds().items()}
-    return Timed(seconds, found, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0, parts)
+    return AnswerTimes(seconds, found, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0, parts)
 
 
 def _differences(bench: Bench, reference: Tokens, found: Tokens) -> dict[str, Any]:

@@ -24,7 +24,7 @@ WORK = ("tokens", "tokens_squared", "target_tokens", "patches", "patches_squared
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainedStep:
     """A step as it was.
 
     Attributes:
@@ -61,7 +61,7 @@ class Steps(TrainerCallback):
     ) -> None:
         self.fetched, self.plan, self.checkpointed = fetched, plan, checkpointed
         self.epoch, self.warmup, self.counted = epoch, warmup, counted
-        self.done: list[Step] = []
+        self.done: list[TrainedStep] = []
         self.ended, self.waited = time.perf_counter(), 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,12 +73,12 @@ class Steps(TrainerCallback):
         passed = now - self.ended - (waited - self.waited)
         start = seconds_of_a_start(args.device)
         began = number % self.epoch == 0
-        self.done.append(Step(passed, waited - self.waited, planned, start, _driver_bytes(), began))
+        self.done.append(TrainedStep(passed, waited - self.waited, planned, start, _driver_bytes(), began))
         self.ended, self.waited = time.perf_counter(), waited
         control.should_training_stop |= have_settled(self.done, self.warmup, self.counted)
 
 
-def counting(steps: Sequence[Step], warmup: int, counted: int) -> list[int]:
+def counting(steps: Sequence[TrainedStep], warmup: int, counted: int) -> list[int]:
     """Return the numbers of the steps that count, from 0: the last ones after the warm-up, but those that begin an epoch.
 
     Where no step is left, the last ones count.
@@ -87,7 +87,7 @@ def counting(steps: Sequence[Step], warmup: int, counted: int) -> list[int]:
     return ([number for number in after if not steps[number].began_epoch] or list(after))[-counted:]
 
 
-def have_settled(steps: Sequence[Step], warmup: int, counted: int) -> bool:
+def have_settled(steps: Sequence[TrainedStep], warmup: int, counted: int) -> bool:
     """Return whether the last `counted` steps are alike.
 
     They are when there are so many; no memory came from the driver meanwhile, nor went back; and the times of their

@@ -59,7 +59,7 @@ class Mark:
     told: Any
 
 
-class Clock(TrainerCallback):
+class StepClock(TrainerCallback):
     """Marks the ends of `warmup` steps and of the last one; the device has done its work at both.
 
     Args:
@@ -84,7 +84,7 @@ class Clock(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedSteps:
     """Steps that were trained: where those after the warm-up began and ended, and what was fetched for all of them."""
 
     began: Mark
@@ -97,16 +97,16 @@ class Timed:
         return self.ended.seconds - self.began.seconds
 
 
-def train_timed(trainer: Any, steps: int, warmup: int, ask: Callable[[int], Any] = lambda step: None) -> Timed:
+def train_timed(trainer: Any, steps: int, warmup: int, ask: Callable[[int], Any] = lambda step: None) -> TimedSteps:
     """Train `warmup` and `steps` steps. The GPU's peak of memory is then that of these steps."""
     trainer.args.max_steps = warmup + steps
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with watched_fetching(trainer) as fetched:
-        clock = Clock(warmup, fetched, ask)
+        clock = StepClock(warmup, fetched, ask)
         trainer.add_callback(clock)
         trainer.train()
         trainer.remove_callback(clock)
     began, ended = clock.marks
-    return Timed(began, ended, fetched)
+    return TimedSteps(began, ended, fetched)

@@ -8,7 +8,7 @@ from qwen_vl_sft.config.command_line import any_recipe_key, option
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainOptions:
     """Command-line options of sft.py; `recipe_keys` holds the words of every other --key."""
 
     recipe: str | None = option(

@@ -10,7 +10,7 @@ from torch import nn
 
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, Normed
-from qwen_vl_sft.modeling.fp8.mlp import Adapter, SwiGLUProduct, mlp
+from qwen_vl_sft.modeling.fp8.mlp import AdapterPair, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
 # The longest row that the norm's kernel takes.
@@ -110,7 +110,7 @@ class _MLP(_Fused):
         return layer.down_proj(activated)  # type: ignore[no-any-return]
 
 
-def _base_and_adapter(layer: nn.Module, x: torch.Tensor) -> tuple[FP8Linear, Adapter | None] | None:
+def _base_and_adapter(layer: nn.Module, x: torch.Tensor) -> tuple[FP8Linear, AdapterPair | None] | None:
     """Return an FP8 layer with what its one active adapter adds; None where it is another layer, or adds otherwise."""
     from peft.tuners.lora import LoraLayer
 
@@ -131,4 +131,4 @@ def _base_and_adapter(layer: nn.Module, x: torch.Tensor) -> tuple[FP8Linear, Ada
     drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     if drops or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.dtype):
         return None
-    return base, Adapter(down, up, layer.scaling[name])
+    return base, AdapterPair(down, up, layer.scaling[name])

@@ -15,7 +15,7 @@ from qwen_vl_sft.modeling.fp8.weights import Quantized
 CHUNK = 8192
 
 
-class Adapter(NamedTuple):
+class AdapterPair(NamedTuple):
     """What LoRA adds to a layer: `scaling` * B A x, with A [r, in] and B [out, r]."""
 
     a: torch.Tensor
@@ -23,7 +23,7 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-def mlp(x: torch.Tensor, layers: Sequence[tuple[FP8Linear, Adapter | None]], kernels: Any) -> torch.Tensor:
+def mlp(x: torch.Tensor, layers: Sequence[tuple[FP8Linear, AdapterPair | None]], kernels: Any) -> torch.Tensor:
     """Compute down(silu(gate(x)) * up(x)) of `x` [..., K] with the FP8 layers gate, up and down and their adapters."""
     first = layers[0][0].computation
     quantized, normed = INPUTS.of(x, first.quantize), INPUTS.norm_of(x)
