@@ -43,7 +43,7 @@ TUNED = "tuned"
 
 
 class EngineAnswerer:
-    """Answers all arms with an engine in its own environment, one process; `Answering` of an evaluation.
+    """Answers all arms with an engine in its own environment, one process; `Answerer` of an evaluation.
 
     Raises `UserError` where the engine is not known, or not installed, and where several processes are started.
     """
