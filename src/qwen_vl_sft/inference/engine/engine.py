@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from qwen_vl_sft.inference.engine.cache import KeyValueCache, affordable_slots, 
 from qwen_vl_sft.inference.engine.clock import PROMPTS, READING, TOKENS, TOWER, Clock
 from qwen_vl_sft.inference.engine.decoding import Decoder
 from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
-from qwen_vl_sft.inference.engine.prompts import Group, Head, PackedPrompts, Piece, Prompt, pack, text_before_image
+from qwen_vl_sft.inference.engine.prompts import Group, PackedPrompts, Piece, pack
 from qwen_vl_sft.inference.engine.reading import PromptAt, PromptReader
+from qwen_vl_sft.inference.engine.scheduler import MORE_STATES, Answering, Scheduler, states_of
 from qwen_vl_sft.inference.engine.transfer import Arriving, to_device
 from qwen_vl_sft.inference.engine.weights import dequantized_weights
 from qwen_vl_sft.inference.generation import (
@@ -42,8 +43,6 @@ from qwen_vl_sft.inference.generation import (
 ROWS_ON_GPU, ROWS_ON_CPU = 256, 64
 # Tokens of prompts that are read in one forward pass, and the least of them where memory is short.
 PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 16_384, 1024
-# While others are answered, rows get a pass of their own if they are so large a part of these, or half of the tokens.
-_WORTH_A_PASS = 4
 # Slots of the cache for the prompt of each row that is answered at once; those with several images take more of them.
 SLOTS_A_ROW = 1024
 # What the cache has at least, if memory has it: a prompt of several large images is that long.
@@ -54,10 +53,8 @@ TOKENS_WORTH_A_GRAPH = 8
 _WIDE, _MLP_WIDE = 8, 3
 # Share of the free memory that a prefill may take.
 _PREFILL_SHARE = 0.2
-# And what states that layers carry from token to token may: a row's, and for each row at most one prefix's. Beside them
-# stand that of no row, of a prefix that is being read, and of the head.
+# And what states that layers carry from token to token may.
 _STATE_SHARE = 0.25
-_MORE_STATES = 3
 
 
 def computes_beside_host(device: torch.device) -> bool:
@@ -79,26 +76,6 @@ def answer_conversations(
     for finished in engine.answers(lambda number, read: encoder.encode_prompt(conversations[number], read), units):
         answers.update(finished)
     return [answers[number].text for number in range(len(conversations))]
-
-
-@dataclass
-class Answering:
-    """A row that is being answered: the tokens of its answer so far, and what the next one needs.
-
-    `length` counts the tokens in the cache with those of passes that were started, `position` is the M-RoPE position of
-    the answer's first token, and `asked` counts the tokens that were asked for, which may not be here yet.
-    """
-
-    prompt: Prompt
-    group: Group
-    place: int
-    slots: list[int]
-    length: int
-    position: int
-    processors: Any
-    asked: int = 0
-    tokens: list[int] = field(default_factory=list)
-    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +137,7 @@ class Engine:
         family = self.positions.family
         if state := family.state_bytes(base.config, dtype):
             affordable = int(free_memory(self.device) * _STATE_SHARE) // state
-            rows = max(1, min(rows, (affordable - _MORE_STATES) // 2))
+            rows = max(1, min(rows, (affordable - MORE_STATES) // 2))
         self.rows = rows
         if prefill_tokens is None:
             per_token = dtype.itemsize * (_WIDE * config.hidden_size + _MLP_WIDE * config.intermediate_size)
@@ -171,17 +148,22 @@ class Engine:
         self.cache = KeyValueCache(
             config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
         )
-        states = 2 * self.rows + _MORE_STATES
-        self._states = family.row_states(base, states, dtype)
-        self._free_states = list(range(self.rows + 1, states))
-        self._free_places: list[int] = []
-        # What prompts begin with before their images; made of the first one with an image.
-        self._head: Head | None = None
+        self._states = family.row_states(base, states_of(self.rows), dtype)
         graphs = cuda_graphs and self._overlaps and max_new_tokens >= TOKENS_WORTH_A_GRAPH
         self._decoder = Decoder(base, self.cache, self.rows, self._states, graphs)
         self._ends = set(answer_ends(encoder))
         # Asked once: it takes a millisecond, which on a CPU is an answer's token.
         self._processes = bool(self._processors_of(torch.zeros(1, dtype=torch.long)))
+        self._scheduler = Scheduler(
+            self.cache,
+            self.rows,
+            self.prefill_tokens,
+            max_new_tokens,
+            self._overlaps,
+            self._states is not None,
+            self._processors_of if self._processes else None,
+            lambda: self._timed(READING),
+        )
 
     def answers(
         self, prompt_at: PromptAt, units: Sequence[Sequence[int]]
@@ -208,9 +190,9 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         running: list[Answering] = []
-        waiting: deque[Group] = deque()
         asked: deque[_Asked] = deque()
-        self._free_places = list(range(self.rows - 1, -1, -1))
+        scheduler = self._scheduler
+        scheduler.begin()
         try:
             with (
                 dequantized_weights(self.model, self.device) if self.rows > 1 else nullcontext(),
@@ -219,15 +201,15 @@ class Engine:
                 ) as reader,
             ):
                 while True:
-                    new, pieces = self._admit(reader, waiting, running, idle=not (running or asked))
+                    new, pieces = scheduler.admit(reader, running, idle=not (running or asked))
                     if pieces:
                         asked.append(self._prefill(new, pieces))
                         running += new
                     elif running:
                         asked.append(self._decode(running))
                     elif not asked:
-                        if waiting:
-                            raise self._too_long(waiting[0])
+                        if scheduler.waiting:
+                            raise self._too_long(scheduler.waiting[0])
                         if reader.exhausted:
                             break
                         continue
@@ -241,139 +223,12 @@ class Engine:
                     raise reader.failure
         finally:
             held = {id(row): row for row in (*running, *(row for one in asked for row in one.rows))}
-            for row in held.values():
-                if not row.finished:
-                    self._release(row)
-            for group in waiting:
-                self._release_prefix(group)
-            self._drop_head()
+            scheduler.end([row for row in held.values() if not row.finished])
             self._decoder.forget_graphs()
             self.model.train(was_training)
 
     def _timed(self, part: str) -> AbstractContextManager[None]:
         return self._clock.part(part) if self._clock else nullcontext()
-
-    def _admit(
-        self, reader: PromptReader, waiting: deque[Group], running: Sequence[Answering], idle: bool
-    ) -> tuple[list[Answering], list[Piece]]:
-        """Take rows that wait, as many as places, slots and the budget of tokens allow; they wait in their order.
-
-        Where the host works beside the device, few of them are not worth a pass while others are answered: every pass reads
-        all weights. Else reading and answering share the cores, and each pass waits for as many as it can take.
-        """
-        if self._overlaps:
-            reader.take_ready(self.prefill_tokens, waiting)
-            if idle and not waiting and not reader.exhausted:
-                with self._timed(READING):
-                    group = reader.next_group(wait=True)
-                waiting += [group] if group else []
-            if running and not self._pays(reader, waiting, len(running)):
-                return [], []
-        rows: list[Answering] = []
-        pieces: list[Piece] = []
-        tokens = 0
-        while self._free_places:
-            if not waiting:
-                next_group = reader.next_group(wait=not self._overlaps)
-                if next_group is None:
-                    break
-                waiting.append(next_group)
-            group = waiting[0]
-            prompt = group.waiting[0]
-            self._begin_with_head(group)
-            new_tokens = group.missing + len(prompt) - group.known
-            if pieces and tokens + new_tokens > self.prefill_tokens:
-                break
-            if new_tokens + self.max_new_tokens - 1 > self.cache.free:
-                if self._drops_head_for(group):
-                    continue
-                break
-            tokens += new_tokens
-            pieces += self._prefixes(group)
-            own = self.cache.take(len(prompt) - group.known + self.max_new_tokens - 1)
-            place = self._free_places.pop()
-            branch = own[: len(prompt) - group.known]
-            pieces.append(Piece(prompt, group.known, len(prompt), branch, group.before, True, group.begin, place))
-            rows.append(self._start(group, group.waiting.popleft(), place, own))
-            if not group.waiting:
-                waiting.popleft()
-        return rows, pieces
-
-    def _begin_with_head(self, group: Group) -> None:
-        """Have a group of which nothing is computed begin with the head, as far as it does."""
-        if self._head is None or group.head is not None or group.prefix:
-            return
-        begun = self._head.in_common(group.waiting[0].row)
-        # A state is that after the whole head.
-        if begun and (self._states is None or begun == len(self._head.tokens)):
-            group.begin_with(self._head, begun)
-
-    def _drops_head_for(self, group: Group) -> bool:
-        """Drop the head where that makes room for a group and nobody else begins with it; return whether it was dropped."""
-        head = self._head
-        begins_with_it = head is not None and group.head is head
-        if head is None or head.users > begins_with_it or (begins_with_it and not group.can_begin_anew):
-            return False
-        if begins_with_it:
-            group.begin_anew()
-        self._drop_head()
-        return True
-
-    def _prefixes(self, group: Group) -> list[Piece]:
-        """Take slots for what the rows of a group begin with and is yet to be computed, and return its pieces."""
-        pieces = []
-        prompt = group.waiting[0]
-        length = text_before_image(prompt.row)
-        if self._head is None and length and not group.prefix and self.rows > 1:
-            self._head = Head(prompt.row.input_ids[:length], self.cache.take(length), self._free_states.pop())
-            pieces.append(Piece(prompt, 0, length, self._head.slots, (), False, None, self._head.state))
-            group.begin_with(self._head, length)
-        if group.missing:
-            before, begin = group.before, group.begin
-            group.prefix, group.state = self.cache.take(group.missing), self._free_states.pop()
-            pieces.append(Piece(prompt, group.begun, group.known, group.prefix, before, False, begin, group.state))
-        return pieces
-
-    def _pays(self, reader: PromptReader, waiting: Sequence[Group], running: int) -> bool:
-        """Return whether the rows that can be taken now are worth a pass of their own while others are answered."""
-        tokens = rows = 0
-        free = self.cache.free
-        for group in waiting:
-            for place, prompt in enumerate(group.waiting):
-                new_tokens = len(prompt) - group.known + (group.missing if place == 0 else 0)
-                needed = new_tokens + self.max_new_tokens - 1
-                if rows == len(self._free_places) or needed > free:
-                    return rows * _WORTH_A_PASS >= max(1, running)
-                free -= needed
-                tokens += new_tokens
-                rows += 1
-                if 2 * tokens >= self.prefill_tokens:
-                    return True
-        return rows > 0 and (reader.exhausted or rows * _WORTH_A_PASS >= running)
-
-    def _start(self, group: Group, prompt: Prompt, place: int, own: list[int]) -> Answering:
-        processors = self._processors_of(prompt.row.input_ids) if self._processes else None
-        return Answering(prompt, group, place, own, len(prompt), int(prompt.positions.max()) + 1, processors)
-
-    def _release(self, row: Answering) -> None:
-        self.cache.release(row.slots)
-        self._free_places.append(row.place)
-        row.group.users -= 1
-        if not row.group.users:
-            self._release_prefix(row.group)
-
-    def _release_prefix(self, group: Group) -> None:
-        if group.head is not None:
-            group.head.users -= 1
-        if group.state is not None:
-            self.cache.release(group.prefix)
-            self._free_states.append(group.state)
-
-    def _drop_head(self) -> None:
-        if self._head is not None:
-            self.cache.release(self._head.slots)
-            self._free_states.append(self._head.state)
-            self._head = None
 
     def _prefill(self, rows: Sequence[Answering], pieces: Sequence[Piece]) -> _Asked:
         packed = pack(pieces)
@@ -453,7 +308,7 @@ class Engine:
             row.tokens.append(token)
             row.finished = token in self._ends or len(row.tokens) == self.max_new_tokens
             if row.finished:
-                self._release(row)
+                self._scheduler.release(row)
         return answered
 
     def _processed(self, row: Answering, logits: torch.Tensor) -> torch.Tensor:
