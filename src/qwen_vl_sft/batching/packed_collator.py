@@ -160,7 +160,7 @@ def _vision_inputs(shown: Sequence[EncodedImage], positions: Positions, in_bytes
 
 
 def prefix_length(row: Encoded) -> int:
-    """Where the part of a row ends that rows on the same images can share: after the last image before any answer."""
+    """Return where the part ends that rows on the same images can share: after the last image before any answer."""
     image = row.mm_token_type_ids.bool()
     learned = (row.labels != IGNORE_INDEX).nonzero()
     if len(learned):

@@ -28,12 +28,12 @@ class Conversation:
 
     @property
     def last_answer(self) -> str:
-        """The text of the last message, which is an answer after `up_to_last_answer`."""
+        """Return the text of the last message, which is an answer after `up_to_last_answer`."""
         return text_of(self.messages[-1])
 
     @property
     def last_question(self) -> str:
-        """The text of the last user message, empty without one."""
+        """Return the text of the last user message, empty without one."""
         asked = [text_of(message) for message in self.messages if message["role"] == "user"]
         return asked[-1] if asked else ""
 

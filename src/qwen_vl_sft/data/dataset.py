@@ -54,7 +54,7 @@ class Rows:
 
     @property
     def title(self) -> str:
-        """The name for what is shown often: `builtin:NAME` in place of a folder of this package."""
+        """Return the name for what is shown often: `builtin:NAME` in place of a folder of this package."""
         source, mark, split = self.name.rpartition(" [")
         return f"{tiny.builtin_name(source) or source}{mark}{split}"
 

@@ -38,7 +38,7 @@ class Encoded:
 
     @cached_property
     def image_grid_thw(self) -> torch.Tensor:
-        """Patches of each image in time, height and width: [I, 3] int64."""
+        """Return the patches of each image in time, height and width: [I, 3] int64."""
         grids = [item.grid for item in self.media if item.kind == "image"]
         return torch.stack(grids) if grids else torch.zeros(0, 3).long()
 

@@ -147,7 +147,7 @@ class _Pieces(MapDataset[Any]):
 
     @cached_property
     def look(self) -> LookAt:
-        """How images are looked at; each worker remembers those that it has seen."""
+        """Return what looks at images; each worker remembers those that it has seen."""
         checks = self.checks
         return looking_once(partial(checks.encoder.look_at, decode=checks.decode, identify=checks.content_hashes))
 

@@ -36,7 +36,7 @@ class Scan:
 
     @property
     def filler(self) -> int:
-        """The row with an image that costs least, to fill up a batch; any cheapest row when none has an image."""
+        """Return the row with an image that costs least, to fill up a batch; any cheapest row when none has an image."""
         lengths = self.lengths
         cost = lengths.tokens + np.where(lengths.images > 0, 0, lengths.tokens.max() + 1)
         return int(cost.argmin())

@@ -97,7 +97,7 @@ class ChatFormat:
 
     @property
     def visual(self) -> tuple[str, ...]:
-        """Tokens of images and videos, which are never a target."""
+        """Return the tokens of images and videos, which are never a target."""
         return (self.vision_start, self.vision_end, self.image, self.video)
 
 

@@ -212,7 +212,7 @@ def share(batches: Sequence[Sequence[int]], rank: int, processes: int) -> list[l
 
 
 def is_split(model: Any) -> bool:
-    """Whether weights of the model lie in pieces on several processes, which must then compute in step."""
+    """Return whether weights of the model lie in pieces on several processes, which must then compute in step."""
     from torch.distributed.fsdp import FSDPModule
 
     stage = getattr(model, "zero_optimization_stage", None)

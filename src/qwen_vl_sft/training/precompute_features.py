@@ -112,7 +112,7 @@ def _share(features: ImageFeatures, missing: list[str], trainer: Any) -> list[li
 
 
 def _shares(trainer: Any) -> bool:
-    """Whether this process has the tower's weights: with FSDP's RAM-efficient loading only the first of a machine has."""
+    """Return whether this process has the tower's weights; with FSDP's RAM-efficient loading the first of a machine alone."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     return not getattr(plugin, "cpu_ram_efficient_loading", False) or trainer.accelerator.is_local_main_process
 
@@ -194,7 +194,7 @@ def _wait(writing: Sequence[Future[None]], cache: FeatureCache) -> None:
 
 
 def _check_all_seen(features: ImageFeatures, left_out: set[str], accelerator: Any) -> None:
-    """Every process must find every file, or it would notice in the middle of training."""
+    """Raise `UserError` unless every process sees every file: training would stop at the first that it misses."""
     wanted = [content_hash for content_hash in features.locations if content_hash not in left_out]
     for _ in range(_SECONDS_TO_APPEAR):
         wanted = [content_hash for content_hash in wanted if not features.cache.holds(content_hash)]

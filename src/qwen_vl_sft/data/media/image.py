@@ -32,7 +32,7 @@ class EncodedImage:
 
     @property
     def pixel_values(self) -> torch.Tensor | None:
-        """What the model takes: [P, values of a patch] float32; None for an image that brings features."""
+        """Return what the model takes: [P, values of a patch] float32; None for an image that brings features."""
         return self.normalizer(self.patches) if self.normalizer and self.patches is not None else None
 
 

@@ -55,12 +55,12 @@ class ImageFile:
 
     @property
     def origin(self) -> bytes:
-        """Where the image comes from: its encoded bytes, or the path of its file, which is not read."""
+        """Return where the image comes from: its encoded bytes, or the path of its file, which is not read."""
         return self.data if self.data is not None else str(self.path).encode()
 
     @cached_property
     def content_hash(self) -> str:
-        """The sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
+        """Return the sha256 of its encoded bytes. Raises `BadRow` for a file that cannot be read."""
         return hashlib.sha256(self.read()).hexdigest()
 
     def read(self) -> bytes:
