@@ -69,7 +69,7 @@ class ChatTemplate:
 
     @cached_property
     def shows(self) -> frozenset[str]:
-        """Return what the template shows beside roles and contents: tools, tool_calls, reasoning_content, name, tools' results.
+        """Return what the template shows beside roles and contents: tools, tool_calls, reasoning_content, name, results.
 
         Found by rendering each in a conversation of its own: some templates leave out in silence what they do not know.
         """

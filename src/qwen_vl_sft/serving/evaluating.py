@@ -30,6 +30,7 @@ from qwen_vl_sft.merging.base import download
 from qwen_vl_sft.merging.plan import read_adapter_config
 from qwen_vl_sft.serving.base import EngineAnswer, EnginePrompt, Served, Size
 from qwen_vl_sft.serving.check import changes_vision, engine_prompt
+from qwen_vl_sft.serving.comparison import TUNED
 from qwen_vl_sft.serving.environments import python_of
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
 from qwen_vl_sft.serving.registry import engine_named
@@ -39,7 +40,6 @@ ROWS_AT_ONCE = 64
 # Rows of each arm that this package's engine answers too, and differing answers that the summary keeps.
 SAMPLE, MOST_KEPT = 32, 20
 LOG = "{engine}.log"
-TUNED = "tuned"
 
 
 class EngineAnswerer:
