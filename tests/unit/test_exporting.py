@@ -12,7 +12,7 @@ from fixtures.evaluation import write_charts, write_run
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import Question, score_row
 from qwen_vl_sft.exporting.adapter import problems, write_pairs
-from qwen_vl_sft.exporting.export import judge
+from qwen_vl_sft.exporting.comparison import judge
 from qwen_vl_sft.exporting.options import ExportOptions, make_plan
 from qwen_vl_sft.families.qwen2_vl import FAMILY as QWEN2_VL
 from qwen_vl_sft.merging.adapter import Adapter, ExpertsLowRank, LowRank

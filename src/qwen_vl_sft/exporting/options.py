@@ -12,7 +12,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.serving.base import ServingEngine
 
 if TYPE_CHECKING:
-    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluationPlan
 
 KEYS = (
     "dataset_name",
@@ -24,6 +24,8 @@ KEYS = (
     "max_new_tokens",
     "use_cpu",
 )
+# How llm-compressor names what `--to` asks for.
+SCHEMES = {"compressed-tensors": "W4A16", "awq": "AWQ", "fp8": "FP8"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class ExportPlan:
 def make_plan(options: ExportOptions) -> ExportPlan:
     """Read the model's run. Raises `UserError`; writes nothing."""
     from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
-    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluationPlan
     from qwen_vl_sft.inference.source import read_source
     from qwen_vl_sft.merging.plan import check_output_dir
     from qwen_vl_sft.serving.engines import llama_cpp, transformers

@@ -52,11 +52,9 @@ from qwen_vl_sft.serving.own_answers import (
     silence_vision,
     told_places,
 )
-from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
+from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused, answer_all
 from qwen_vl_sft.serving.record import AS_TRAINED, changes_vision, stats, write_record
 
-# Rows that an engine is asked at once.
-ROWS_AT_ONCE = 16
 # Differing answers that a record keeps.
 MOST_KEPT = 50
 # And that the table shows.
@@ -225,14 +223,8 @@ def served_answers(
     tqdm.write(f"starting {plan.engine.title} ({log})")
     with EngineProcess(plan.engine, plan.python, served, arguments, log) as engine:
         for arm in arms:
-            answers[arm] = {}
-            with tqdm(total=len(asked.prompts), desc=f"{plan.engine.title}, {arm}", unit="row") as progress:
-                for start in range(0, len(asked.prompts), ROWS_AT_ONCE):
-                    batch = asked.prompts[start : start + ROWS_AT_ONCE]
-                    with_adapter = arm == TUNED and served.adapter is not None
-                    for answer in engine.answer(batch, with_adapter, most, encoder.template_options):
-                        answers[arm][answer.number] = answer
-                    progress.update(len(batch))
+            with_adapter, title = arm == TUNED and served.adapter is not None, f"{plan.engine.title}, {arm}"
+            answers[arm] = answer_all(engine, asked.prompts, with_adapter, most, encoder.template_options, title)
         return engine.versions, answers
 
 

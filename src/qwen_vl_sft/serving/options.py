@@ -16,7 +16,7 @@ from qwen_vl_sft.serving.registry import ENGINES, engine_named
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.settings import ModelSettings
-    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluationPlan
 
 # Keys of the run's recipe that may be given: where rows and base model are now, and how long answers get.
 KEYS = (
@@ -108,7 +108,7 @@ class ServeCheckPlan:
 def make_plan(options: ServeCheckOptions) -> ServeCheckPlan:
     """Read the run and find the engine. Raises `UserError`; writes nothing."""
     from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
-    from qwen_vl_sft.evaluation.options import EvaluationPlan as EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluationPlan
     from qwen_vl_sft.inference.source import read_source, tuned_settings
     from qwen_vl_sft.merging.plan import REPORT_FILE
     from qwen_vl_sft.serving.environments import python_of

@@ -13,9 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tqdm import tqdm
+
 from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.serving.base import WORKERS, EngineAnswer, EnginePrompt, Served, ServingEngine
 
+# Rows that an engine is asked at once.
+ROWS_AT_ONCE = 16
 # Seconds that a worker has to end by itself.
 _END_SECONDS = 30
 # Of the environment of this process: they would lead the worker to this package's libraries, or have it reach the Hub.
@@ -122,6 +126,25 @@ class EngineProcess:
         if "failed" in reply:
             raise EngineFailed(f"{shortened(reply['failed'])} (all of it: {self.log})")
         return reply
+
+
+def answer_all(
+    engine: EngineProcess,
+    prompts: Sequence[EnginePrompt],
+    with_adapter: bool,
+    max_new_tokens: int,
+    template_options: dict[str, Any],
+    title: str,
+) -> dict[int, EngineAnswer]:
+    """Answer prompts, some at once, with a progress bar of that title; return the answers by number."""
+    answers: dict[int, EngineAnswer] = {}
+    with tqdm(total=len(prompts), desc=title, unit="row") as progress:
+        for start in range(0, len(prompts), ROWS_AT_ONCE):
+            batch = prompts[start : start + ROWS_AT_ONCE]
+            for answer in engine.answer(batch, with_adapter, max_new_tokens, template_options):
+                answers[answer.number] = answer
+            progress.update(len(batch))
+    return answers
 
 
 def last_line(log: Path) -> str:
