@@ -138,20 +138,30 @@ def build_trainer(
         trainer.add_callback(Progress())
     finish_model(trainer.model, trainer.accelerator, run)
     trainer.add_callback(CheckWorld(context, trainer))
-    # The memory of a CPU cannot be measured so. A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
-    stated = recipe.get("gradient_checkpointing_kwargs") or {}
-    reentrant = stated.get("use_reentrant") or context.strategy == "zero3"
-    if isinstance(data.train, Scan) and not context.on_cpu and not reentrant:
-        largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
-        automatic = recipe.run.gradient_checkpointing == "auto"
-        expected = expected_bytes(run, data)
-        trainer.add_callback(MemoryProbe(trainer, largest, automatic, data.step_plan, expected=expected))
+    if probe := _memory_probe(run, args, data, trainer, collator, sampler):
+        trainer.add_callback(probe)
     if resume:
         trainer.add_callback(CorrectState(resume))
     if stopper:
         trainer.add_callback(StepLog(run.output_dir, context.rank, safeguards.guard, recipe.run.log_row_ids))
         trainer.add_callback(stopper)
     return trainer
+
+
+def _memory_probe(
+    run: Run, args: SFTConfig, data: PreparedData, trainer: VisionSFTTrainer, collator: Any, sampler: Any
+) -> MemoryProbe | None:
+    """Make what computes the largest micro-batch before the first step; None where it cannot be told, or not be tried."""
+    recipe, context = run.recipe, run.context
+    stated = recipe.get("gradient_checkpointing_kwargs") or {}
+    # A reentrant checkpoint, as TRL makes it under ZeRO-3, takes no trial.
+    reentrant = stated.get("use_reentrant") or context.strategy == "zero3"
+    # The memory of a CPU cannot be measured so.
+    if not isinstance(data.train, Scan) or context.on_cpu or reentrant:
+        return None
+    largest = partial(largest_batch, collator, data.train, sampler, args.train_batch_size)
+    automatic = recipe.run.gradient_checkpointing == "auto"
+    return MemoryProbe(trainer, largest, automatic, data.step_plan, expected=expected_bytes(run, data))
 
 
 def _stopper(run: Run, args: SFTConfig, safeguards: Safeguards, watcher: SignalWatcher) -> RunStopper:

@@ -136,14 +136,9 @@ class Engine:
         rows = rows or (ROWS_ON_GPU if on_gpu else ROWS_ON_CPU)
         family = self.positions.family
         if state := family.state_bytes(base.config, dtype):
-            affordable = int(free_memory(self.device) * _STATE_SHARE) // state
-            rows = max(1, min(rows, (affordable - MORE_STATES) // 2))
+            rows = min(rows, _affordable_rows(state, self.device))
         self.rows = rows
-        if prefill_tokens is None:
-            per_token = dtype.itemsize * (_WIDE * config.hidden_size + _MLP_WIDE * config.intermediate_size)
-            affordable = int(free_memory(self.device) * _PREFILL_SHARE) // per_token
-            prefill_tokens = min(PREFILL_TOKENS, max(LEAST_PREFILL_TOKENS, affordable))
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens = prefill_tokens or _affordable_prefill(config, dtype, self.device)
         wanted = max(LEAST_SLOTS, self.rows * (SLOTS_A_ROW + max_new_tokens))
         self.cache = KeyValueCache(
             config, slots or min(wanted, affordable_slots(config, dtype, self.device)), dtype, self.device
@@ -321,3 +316,16 @@ class Engine:
             f"a row's prompt and answer may have {needed:,} tokens, and the memory that is free holds"
             f" {self.cache.slots:,}; give a smaller --max_new_tokens, or reduce the images with --max_pixels"
         )
+
+
+def _affordable_rows(state_bytes: int, device: torch.device) -> int:
+    """Return how many rows the free memory holds states for, at least one."""
+    affordable = int(free_memory(device) * _STATE_SHARE) // state_bytes
+    return max(1, (affordable - MORE_STATES) // 2)
+
+
+def _affordable_prefill(config: Any, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many tokens of prompts the free memory holds in one forward pass of a language model."""
+    per_token = dtype.itemsize * (_WIDE * config.hidden_size + _MLP_WIDE * config.intermediate_size)
+    affordable = int(free_memory(device) * _PREFILL_SHARE) // per_token
+    return min(PREFILL_TOKENS, max(LEAST_PREFILL_TOKENS, affordable))
