@@ -22,6 +22,7 @@ from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.demo.examples import collect_examples
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation import evaluate as evaluation
+from qwen_vl_sft.evaluation import own_engine
 from qwen_vl_sft.families.qwen2_5_vl import FAMILY as QWEN25
 from qwen_vl_sft.inference.generation import GeneratedAnswer
 from qwen_vl_sft.training.generation_metrics import GenerationMetrics
@@ -60,8 +61,8 @@ def without_model(monkeypatch):
             prompts.encode(place)
             yield [(place, GeneratedAnswer(given[model][place], True))]
 
-    monkeypatch.setattr(evaluation, "load_arm", lambda plan, arm, model, context: arm)
-    monkeypatch.setattr(evaluation, "_answers", answers)
+    monkeypatch.setattr(own_engine, "load_arm", lambda plan, arm, model, context: arm)
+    monkeypatch.setattr(own_engine, "_answers", answers)
     return given
 
 

@@ -12,8 +12,7 @@ from fixtures.packed_rows import losses_of
 from fixtures.processes import launch, run_process
 from qwen_vl_sft.merging.merge import merge
 from qwen_vl_sft.merging.plan import MergeOptions, make_plan
-from qwen_vl_sft.publishing.options import MergeOptions as PushOptions
-from qwen_vl_sft.publishing.options import run_push
+from qwen_vl_sft.publishing.options import PushOptions, run_push
 
 ROUTED = {"train_router": True, "router_aux_loss_coef": 0.01}
 # QLoRA with experts in 4 bits, and an adapter on each.

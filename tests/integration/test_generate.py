@@ -56,12 +56,11 @@ def test_the_answers_are_those_of_an_evaluation(answerer, runs, tmp_path):
     from accelerate import PartialState
 
     from qwen_vl_sft.evaluation.evaluate import evaluate
-    from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
-    from qwen_vl_sft.evaluation.options import make_plan
+    from qwen_vl_sft.evaluation.options import EvaluateOptions, make_plan
 
     # The second adapter was loaded beside the first, and is evaluated alone.
     words = ["--run", runs[1], "--output_dir", tmp_path, "--max_samples", 6, "--max_new_tokens", TOKENS]
-    evaluate(make_plan(parse(EvaluationOptions, [str(word) for word in words])))
+    evaluate(make_plan(parse(EvaluateOptions, [str(word) for word in words])))
     PartialState._reset_state()
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {row["row_id"] for row in rows} == {0, 50, 100, 150, 200, 250}

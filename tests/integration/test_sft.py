@@ -13,7 +13,7 @@ from fixtures.processes import launch, run_process
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft import errors, tiny
 from qwen_vl_sft.config.settings import DataSettings
-from qwen_vl_sft.planning.find_rows import remembered
+from qwen_vl_sft.planning.find_rows import remembered_sizes
 from qwen_vl_sft.resilience import signals
 
 SCRIPT = "scripts/sft.py"
@@ -250,7 +250,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(sft, good, tmp_path):
     assert "steps       3" in printed
     assert "train       2 rows" in printed
     assert "memory      about 0.0 GiB on a GPU with no layer checkpointed, 0.0 with all" in printed
-    kept = remembered(DataSettings(dataset_name=str(good["dataset_name"])), str(tiny.MODEL_DIR))
+    kept = remembered_sizes(DataSettings(dataset_name=str(good["dataset_name"])), str(tiny.MODEL_DIR))
     assert (kept.rows, kept.images) == (2, 1)
     assert "ignored     1 column(s) that are not read: id\n" in printed
     assert "trains      LoRA r=8 on 28 layers: down_proj, gate_proj, k_proj" in printed

@@ -89,8 +89,7 @@ class ExportPlan:
 
 def make_plan(options: ExportOptions) -> ExportPlan:
     """Read the model's run. Raises `UserError`; writes nothing."""
-    from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
-    from qwen_vl_sft.evaluation.options import EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluateOptions, EvaluationPlan
     from qwen_vl_sft.inference.source import read_source
     from qwen_vl_sft.merging.plan import check_output_dir
     from qwen_vl_sft.serving.engines import llama_cpp, transformers
@@ -117,7 +116,7 @@ def make_plan(options: ExportOptions) -> ExportPlan:
     plan = EvaluationPlan(
         **vars(source),
         options=replace(
-            EvaluationOptions(), run=options.run, arms=("tuned",), split=options.split, max_samples=options.max_samples
+            EvaluateOptions(), run=options.run, arms=("tuned",), split=options.split, max_samples=options.max_samples
         ),
         output_dir=options.output_dir,
     )

@@ -107,8 +107,7 @@ class ServeCheckPlan:
 
 def make_plan(options: ServeCheckOptions) -> ServeCheckPlan:
     """Read the run and find the engine. Raises `UserError`; writes nothing."""
-    from qwen_vl_sft.evaluation.options import EvaluateOptions as EvaluationOptions
-    from qwen_vl_sft.evaluation.options import EvaluationPlan
+    from qwen_vl_sft.evaluation.options import EvaluateOptions, EvaluationPlan
     from qwen_vl_sft.inference.source import read_source, tuned_settings
     from qwen_vl_sft.merging.plan import REPORT_FILE
     from qwen_vl_sft.serving.environments import python_of
@@ -139,9 +138,7 @@ def make_plan(options: ServeCheckOptions) -> ServeCheckPlan:
         raise UserError(f"--engine_arguments: {error}; quote it as a shell would") from None
     evaluation = EvaluationPlan(
         **vars(source),
-        options=EvaluationOptions(
-            run=options.run, arms=("tuned",), split=options.split, max_samples=options.max_samples
-        ),
+        options=EvaluateOptions(run=options.run, arms=("tuned",), split=options.split, max_samples=options.max_samples),
         output_dir=tuned.home,
     )
     return ServeCheckPlan(options, engine, python, evaluation, what, reference, merge, export, further)
