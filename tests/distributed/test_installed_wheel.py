@@ -82,6 +82,7 @@ def test_a_shipped_recipe_from_an_empty_folder(command, tmp_path):
     assert not imported & trained_with
 
 
+@pytest.mark.long
 def test_zero_from_an_empty_folder(command, tmp_path):
     """The launcher, the check of what it was asked for, and the JSON that the configuration names."""
     pytest.importorskip("deepspeed")

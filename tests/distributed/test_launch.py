@@ -269,7 +269,7 @@ def test_arguments_of_a_gpu_run_are_left_to_the_recipe():
     assert training_arguments(DistributedContext("ddp", 2, 0, 0, on_cpu=True))["use_cpu"]
 
 
-# Launches: the first configuration and what is refused in new processes, the others in forked ones
+# Launches: what is refused in new processes, and with all tests the first configuration too; the others in forked ones
 
 
 def launch(folder: Path, *arguments: str, new: bool = True) -> tuple[int, str]:
@@ -296,20 +296,21 @@ def launch(folder: Path, *arguments: str, new: bool = True) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "wrapper"),
+    ("name", "strategy", "wrapper", "new"),
     [
-        ("cpu", "ddp", "DistributedDataParallel"),
-        ("ddp", "ddp", "DistributedDataParallel"),
-        pytest.param("zero1", "zero1", "DeepSpeedEngine", marks=pytest.mark.long),
-        pytest.param("zero2", "zero2", "DeepSpeedEngine", marks=pytest.mark.long),
-        ("zero3", "zero3", "DeepSpeedEngine"),
-        ("fsdp2", "fsdp2", "FSDPQwen2VLForConditionalGeneration"),
+        ("cpu", "ddp", "DistributedDataParallel", False),
+        pytest.param("cpu", "ddp", "DistributedDataParallel", True, marks=pytest.mark.long),
+        ("ddp", "ddp", "DistributedDataParallel", False),
+        pytest.param("zero1", "zero1", "DeepSpeedEngine", False, marks=pytest.mark.long),
+        pytest.param("zero2", "zero2", "DeepSpeedEngine", False, marks=pytest.mark.long),
+        ("zero3", "zero3", "DeepSpeedEngine", False),
+        ("fsdp2", "fsdp2", "FSDPQwen2VLForConditionalGeneration", False),
     ],
 )
-def test_a_shipped_configuration_runs_what_it_says_on_the_cpu(name, strategy, wrapper, tmp_path):
+def test_a_shipped_configuration_runs_what_it_says_on_the_cpu(name, strategy, wrapper, new, tmp_path):
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
-    code, output = launch(tmp_path, "--config_file", f"accelerate_configs/{name}.yaml", new=name == "cpu")
+    code, output = launch(tmp_path, "--config_file", f"accelerate_configs/{name}.yaml", new=new)
     assert code == 0, output
     worlds = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("world-*.json"))]
     assert [context["rank"] for context in worlds] == [0, 1], output
