@@ -4,15 +4,13 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fixtures.messages import png
-from fixtures.repository import REPOSITORY
+from fixtures.processes import run_process
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.evaluation.error_kinds import CATEGORY, EMPTY, KINDS, OTHER_NUMBER, VERBOSE, WITHIN, error_kind
 from qwen_vl_sft.evaluation.report import EMBEDDED_ROWS, page_data, render, write_report
@@ -215,8 +213,8 @@ def test_any_arms_will_do(arms):
 def test_predictions_get_a_page_too(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"prediction": "The bar is red.", "answer": "red", "question": HOSTILE}) + "\n")
-    command = [sys.executable, "scripts/evaluate.py", "--predictions", path, "--output_dir", tmp_path / "out"]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    finished = run_process("scripts/evaluate.py", "--predictions", path, "--output_dir", tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr
     row = data_of((tmp_path / "out" / "report.html").read_text())["rows"][0]
     assert row == {"id": 0, "question": HOSTILE, "gold": ["red"], "split": None, "charts": [], "arms": row["arms"]}
     assert row["arms"] == [["The bar is red.", False, VERBOSE]]
