@@ -54,7 +54,11 @@ def alone(model, encoder, row, new_tokens=NEW_TOKENS):
     return GeneratedAnswer(decode_answer(encoder, tokens), not set(ends).isdisjoint(tokens))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Of experts the engine knows nothing: they answer as the dense models of their families do.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long) if "Moe" in name else name for name in FAMILIES],
+)
 def family(request, tiny_processor):
     """A model in float32, its encoder, and what transformers answers."""
     torch.manual_seed(1)

@@ -192,7 +192,8 @@ def moe_on_meta(name):
 
     sizes = {"hidden_size": 8, "moe_intermediate_size": 6, "num_experts": 3, "num_hidden_layers": 1, "vocab_size": 16}
     sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "shared_expert_intermediate_size": 4}
-    config = getattr(transformers, name)(text_config=sizes, vision_config={"depth": 1})
+    tower = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 8}
+    config = getattr(transformers, name)(text_config=sizes, vision_config=tower)
     with torch.device("meta"):
         return transformers.AutoModelForImageTextToText.from_config(config)
 
