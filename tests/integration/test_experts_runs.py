@@ -170,3 +170,18 @@ def test_two_processes_give_the_losses_of_one(config, keys, model, trained, tmp_
     assert found[exact:] == pytest.approx(losses[exact:], abs=1e-2)
     balanced = logged(trained(**keys), "aux_loss")
     assert logged(tmp_path / "run", "aux_loss") == pytest.approx(balanced, abs=2e-5)
+
+
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+@LONG
+def test_two_processes_resume_adapters_on_experts_and_routers_to_the_bit(config, model, tmp_path):
+    keys = {"lora_scope": "experts", "lora_r": 4, **ROUTED, "predict_with_generate": False, "eval_strategy": "no"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, **keys)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for output, more in ((whole, []), (resumed, ["--resume_from_checkpoint", whole / "checkpoint-2"])):
+        done = launch(config, "scripts/sft.py", "--recipe", recipe, "--output_dir", output, *more)
+        assert done.returncode == 0, done.stderr
+    wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert logged(resumed, "aux_loss") == logged(whole, "aux_loss")
