@@ -18,12 +18,12 @@ from fixtures.packed_rows import GROUPS, losses_of, one_at_a_time, token_losses
 from fixtures.processes import launch, run_process
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import tiny
-from qwen_vl_sft.batching.batch_rules import BATCH_RULES
 from qwen_vl_sft.batching.collator import Collator
 from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.compat.vision_tower import run_vision_in_every_batch
+from qwen_vl_sft.config.batch_rules import BATCH_RULES
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder

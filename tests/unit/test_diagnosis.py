@@ -7,7 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from qwen_vl_sft.compat.tested_versions import TESTED
 from qwen_vl_sft.diagnosis import probes
@@ -117,6 +119,10 @@ def test_drivers():
     (found,) = problems(check_gpus, gpus=fails)
     assert "version mismatch" in found.text
     assert not problems(check_gpus, gpus=lacks)
+    for chosen, count in (("", 0), ("-1", 0), ("banana", 1), ("7", 1)):
+        found = problems(check_gpus, gpus=list, environment={"CUDA_VISIBLE_DEVICES": chosen})
+        assert len(found) == count
+        assert all(chosen in one.text and "unset" in one.cure for one in found)
     (found,) = problems(
         check_gpus, gpus=lambda: [Gpu("NVIDIA L4", "5", 23034, 20), Gpu("NVIDIA L4", "5", 23034, 9000, 1)]
     )
@@ -146,10 +152,15 @@ def test_the_hub():
         raise OSError("Name or service not known")
 
     def refused():
-        raise ValueError("401 Client Error: Unauthorized")
+        answer = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
+        raise HfHubHTTPError("Invalid user token.", response=answer)
 
-    (found,) = problems(check_hub, token=gone)
-    assert "HF_HUB_OFFLINE=1" in found.cure
+    def mistyped():
+        raise httpx.InvalidURL("Invalid port: 'notaport'")  # of a proxy
+
+    for unreached in (gone, mistyped):
+        (found,) = problems(check_hub, token=unreached)
+        assert "HF_HUB_OFFLINE=1" in found.cure
     (found,) = problems(check_hub, token=refused)
     assert found.cure == "hf auth login"
     assert [one.state for one in check_hub(machine(token=gone, environment={"HF_HUB_OFFLINE": "1"}))] == [NOTE]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_vl_sft import tiny
+from qwen_vl_sft.config.model_rules import IDLE_RULES, MODEL_RULES
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
@@ -26,7 +27,7 @@ from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, Norm
 from qwen_vl_sft.modeling.fp8.mlp import AdapterPair, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, Quantized, dequantize, quantize_rows, scale_of
 from qwen_vl_sft.modeling.kernels import use_fused_lora
-from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
+from qwen_vl_sft.modeling.model_rules import DEVICE_RULES, problems_of_structure
 
 EMULATED = Computation(emulated=True)
 # Every finite number that e4m3 has.
@@ -434,7 +435,7 @@ def problems(on_cpu=True, strategy="single", **keys):
     """What the rules on the model say of a recipe."""
     recipe = read_recipe(None, {"model_name_or_path": "some/model", "dataset_name": "rows", **keys})
     context = DistributedContext(strategy, 1 if strategy == "single" else 2, 0, 0, on_cpu)
-    return [problem for rule in MODEL_RULES for problem in rule(recipe, context)]
+    return [problem for rule in (*MODEL_RULES, *IDLE_RULES, *DEVICE_RULES) for problem in rule(recipe, context)]
 
 
 @pytest.mark.parametrize(

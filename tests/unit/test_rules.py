@@ -9,16 +9,17 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from fixtures.row_lengths import sizes_of
-from qwen_vl_sft.batching.batch_rules import BATCH_RULES
 from qwen_vl_sft.batching.global_batch import GlobalBatch
 from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.batching.sampler import step_loader
 from qwen_vl_sft.checkpointing.resume_rules import _resume
+from qwen_vl_sft.config.batch_rules import BATCH_RULES
+from qwen_vl_sft.config.model_rules import IDLE_RULES, MODEL_RULES
 from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import key_hints, read_recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.modeling.base_model import build_on_meta
-from qwen_vl_sft.modeling.model_rules import MODEL_RULES, problems_of_structure
+from qwen_vl_sft.modeling.model_rules import DEVICE_RULES, problems_of_structure
 from qwen_vl_sft.training.rules import _evaluation
 from qwen_vl_sft.training.scheduler_and_optimizer_rules import OPTIM_ARGS, SCHEDULER_AND_OPTIMIZER_RULES
 
@@ -112,7 +113,8 @@ def test_an_optimizer_whose_package_is_missing_is_refused(optim, module, monkeyp
 def test_layers_that_train_in_full_beside_an_adapter(keys, told):
     keys = {"model_name_or_path": "builtin:tiny-qwen2-vl", "lora_modules_to_save": ["norm"], **keys}
     settings = read_recipe(None, {name: value for name, value in keys.items() if name != "strategy"}).model
-    found = problems(MODEL_RULES, processes=2, **keys) + list(problems_of_structure(build_on_meta(settings), settings))
+    rules = (*MODEL_RULES, *IDLE_RULES, *DEVICE_RULES)
+    found = problems(rules, processes=2, **keys) + list(problems_of_structure(build_on_meta(settings), settings))
     assert len(found) == (told is not None)
     assert told is None or re.search(re.escape(told).replace(r"\.\*", ".*"), found[0])
 

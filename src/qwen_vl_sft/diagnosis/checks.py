@@ -73,7 +73,7 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
             yield Finding("GPUs", PROBLEM, f"nvidia-smi fails: {first_line(error)}", cure)
         return
     if not gpus:
-        yield Finding("GPUs", NOTE, "none, so everything runs on the CPU")
+        yield _no_gpu_is_seen(str(machine.get("CUDA_VISIBLE_DEVICES", "")).strip())
         return
     names = sorted({gpu.name for gpu in gpus})
     text = f"{len(gpus)} x {', '.join(names)}, {gpus[0].memory / 1024:.1f} GiB, driver {gpus[0].driver}"
@@ -82,6 +82,15 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     if busy:
         cure = "end what nvidia-smi lists there, or leave them out with CUDA_VISIBLE_DEVICES"
         yield Finding("GPU memory", PROBLEM, f"GPU {', '.join(busy)} is in use by others", cure)
+
+
+def _no_gpu_is_seen(chosen: str) -> Finding:
+    if chosen in ("", "-1"):
+        return Finding("GPUs", NOTE, "none, so everything runs on the CPU")
+    cure = "write numbers of GPUs as nvidia-smi lists them, such as 0,1, or unset it"
+    return Finding(
+        "GPUs", PROBLEM, f"CUDA_VISIBLE_DEVICES={chosen} names no GPU of this machine: all runs on the CPU", cure
+    )
 
 
 def check_shared_memory(machine: Machine) -> Iterator[Finding]:
@@ -133,12 +142,11 @@ def check_hub(machine: Machine) -> Iterator[Finding]:
     try:
         token = machine.token()
     except Exception as error:  # of the connection, the Hub and its client, which raise a dozen kinds
-        reason = first_line(error)
-        if "401" in reason or "nvalid" in reason:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
             yield Finding("Hub", PROBLEM, "refuses the token on this machine", "hf auth login")
         else:
             cure = "check the network and proxies; with models and data on this machine set HF_HUB_OFFLINE=1"
-            yield Finding("Hub", PROBLEM, f"cannot be reached: {reason}", cure)
+            yield Finding("Hub", PROBLEM, f"cannot be reached: {first_line(error)}", cure)
         return
     if token is None:
         yield Finding("Hub", NOTE, "no token: enough for open models; hf auth login before you push")

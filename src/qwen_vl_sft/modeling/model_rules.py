@@ -1,4 +1,4 @@
-"""Rules of a recipe on the model: quantization and precision, what trains, fused kernels, layers that train in full."""
+"""Rules of a recipe on the model that need its libraries: device and kernels, the family, layers that are named."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from qwen_vl_sft.config.model_rules import QUANTIZED
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
@@ -19,97 +20,19 @@ from qwen_vl_sft.modeling.fp8.layers import is_fp8, is_inside
 from qwen_vl_sft.modeling.kernels import chosen_kernels, problems_of_kernels
 from qwen_vl_sft.modeling.lora import EXPERTS, trained_in_full
 
-LORA_KEYS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_scope",
-    "lora_target_modules",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
-QUANTIZED = ("load_in_4bit", "load_in_8bit", "load_in_fp8")
-FP8_KEYS = ("fp8_modules", "fp8_forward", "fp8_backward", "fp8_kernels")
-
-
-def _quantization(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    model = recipe.model
-    keys = [key for key in QUANTIZED if getattr(model, key)]
-    if len(keys) > 1:
-        yield f"{' and '.join(keys)} are both set; keep one"
-    quantized = keys[0] if keys else None
-    if quantized and not model.use_peft:
-        yield f"{quantized} with use_peft: false: quantized weights cannot be trained; set use_peft: true (QLoRA)"
-    if model.load_in_8bit and context.strategy in ("zero3", "fsdp2"):
-        yield f"load_in_8bit does not run under {context.strategy}: 8-bit weights cannot be sharded; use load_in_4bit, or ddp"
-
 
 def _fp8(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    model = recipe.model
-    if not model.load_in_fp8:
-        for name in FP8_KEYS:
-            if recipe.sets(name):
-                yield f"{name} is set but load_in_fp8 is not, so it has no effect; remove it, or set load_in_fp8: true"
-        return
-    if problem := problem_of_fp8(model, context.on_cpu):
-        yield problem
-    yield from problems_of_fp8_kernels(model, context.on_cpu)
-    if model.load_in_fp8 is True and model.dtype != "bfloat16":
-        yield f"load_in_fp8 with dtype: {model.dtype}: products in FP8 give bfloat16; set dtype: bfloat16"
-    if model.use_dora:
-        yield "use_dora with load_in_fp8: DoRA reads the base's weights as numbers; set use_dora: false, or load_in_4bit"
-    if context.strategy == "zero3":
-        yield "load_in_fp8 does not run under zero3: DeepSpeed cannot split FP8 weights; use fsdp2, zero2 or ddp"
-
-
-def _what_trains(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    model = recipe.model
-    if not model.use_peft:
-        for name in LORA_KEYS:
-            if recipe.sets(name):
-                yield f"{name} is set but use_peft is false, so there is no adapter; remove one of the two"
-    elif model.freeze_vision_tower:
-        yield "freeze_vision_tower is for full fine-tuning: with use_peft the base is frozen, and lora_scope says the rest"
-
-
-def _precision(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    if recipe.get("fp16") and recipe.get("bf16"):
-        yield "fp16 and bf16 are both true; keep one"
-    if recipe.model.dtype == "float16" and not recipe.model.use_peft:
-        yield "dtype: float16 with use_peft: false: float16 weights cannot be trained; use bfloat16 or float32"
+    if recipe.model.load_in_fp8:
+        if problem := problem_of_fp8(recipe.model, context.on_cpu):
+            yield problem
+        yield from problems_of_fp8_kernels(recipe.model, context.on_cpu)
 
 
 def _kernels(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
     yield from problems_of_kernels(chosen_kernels(recipe.model.fused_kernels, context.on_cpu), context.on_cpu)
 
 
-def _router_loss(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    if recipe.model.router_aux_loss_coef and recipe.get("fp16"):
-        yield "router_aux_loss_coef does not run with fp16, whose loss is scaled from step to step; set bf16: true instead"
-
-
-def _precision_in_full(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    """Refuse settings that cannot compute with float32 layers: layers that train in full are float32, others are not."""
-    settings, mixed = recipe.model, recipe.mixed_precision
-    asked = [name for name in ("lora_modules_to_save", "train_router") if getattr(settings, name)]
-    if not settings.use_peft or not asked:
-        return
-    key = asked[0]
-    if settings.dtype != "float32" and not mixed:
-        yield (
-            f"{key} with dtype: {settings.dtype} needs bf16: true or fp16: true, under which layers in"
-            f" float32 and in {settings.dtype} compute together; set one, or dtype: float32"
-        )
-    elif mixed and context.strategy == "zero3" and not any(getattr(settings, key) for key in QUANTIZED):
-        # 4-bit layers cast their inputs.
-        yield (
-            f"{key} in half precision does not run under zero3: DeepSpeed casts nothing between layers in"
-            " float32 and others; launch ddp, zero2 or fsdp2, or set dtype: float32 and bf16: false"
-        )
-
-
-MODEL_RULES = (_quantization, _fp8, _what_trains, _precision, _kernels, _precision_in_full, _router_loss)
+DEVICE_RULES = (_fp8, _kernels)
 
 
 def problems_of_family(recipe: Recipe, family: ModelFamily) -> Iterator[str]:

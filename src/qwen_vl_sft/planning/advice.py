@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_vl_sft.planning.inputs import Launch
-from qwen_vl_sft.planning.run import RunPlan
+from qwen_vl_sft.planning.run import RunPlan, idle_keys, refusals
 
 MOST = 3
 # Less than this share of the time is not worth a change.
@@ -28,10 +28,14 @@ def changes(plan: RunPlan) -> list[Change]:
 
     Those with fewer GPUs come first, then those that learn the same, then the fastest.
     """
-    if plan.fits:
-        worthwhile = [change for change in _faster(plan) if change.plan.fits and _gain(plan, change) > _WORTH]
-        return sorted(worthwhile, key=_cost)[:MOST]
-    return sorted((change for change in _smaller(plan) if change.plan.fits), key=_cost)[:MOST]
+    refused = _refused(plan)
+    proposed = _faster(plan) if plan.fits else _smaller(plan)
+    found = [change for change in proposed if change.plan.fits and not _refused(change.plan) - refused]
+    return sorted((change for change in found if not plan.fits or _gain(plan, change) > _WORTH), key=_cost)[:MOST]
+
+
+def _refused(plan: RunPlan) -> set[str]:
+    return {*refusals(plan), *idle_keys(plan)}
 
 
 def _cost(change: Change) -> tuple[int, bool, float]:
@@ -45,9 +49,14 @@ def _gain(plan: RunPlan, change: Change) -> float:
 def _faster(plan: RunPlan) -> Iterator[Change]:
     model, run = plan.recipe.model, plan.recipe.run
     if not run.packing:
-        yield Change("packing: true", plan.changed(packing=True, gradient_checkpointing="auto"))
+        yield _packed(plan)
     if run.packing and not run.share_prefixes and plan.rows.computed < 0.95:
-        yield Change("share_prefixes: true", plan.changed(share_prefixes=True))
+        if model.use_peft and model.lora_dropout:
+            # One draw of the dropout would hold for all questions on an image, so the two are refused together.
+            without = plan.changed(share_prefixes=True, lora_dropout=0.0)
+            yield Change("share_prefixes: true, lora_dropout: 0", without, same=False)
+        else:
+            yield Change("share_prefixes: true", plan.changed(share_prefixes=True))
     if run.gradient_checkpointing is True and plan.launch.strategy != "zero3":
         yield Change("gradient_checkpointing: auto", plan.changed(gradient_checkpointing="auto"))
     if model.fused_kernels is None:
@@ -65,14 +74,16 @@ def _faster(plan: RunPlan) -> Iterator[Change]:
     dense = plan.shape.text.experts is None
     if model.use_peft and dense and plan.card.fp8 and not model.load_in_fp8 and not model.use_dora:
         in_fp8 = plan.changed(load_in_4bit=False, load_in_8bit=False, load_in_fp8=True)
-        yield Change("load_in_fp8: true, without load_in_4bit", in_fp8, same=False)
+        instead = "".join(f", {key}: false" for key in ("load_in_4bit", "load_in_8bit") if getattr(model, key))
+        yield Change(f"load_in_fp8: true{instead}", in_fp8, same=False)
     if model.load_in_4bit or model.load_in_8bit:
         yield Change(
             "load_in_4bit: false" if model.load_in_4bit else "load_in_8bit: false",
             plan.changed(load_in_4bit=False, load_in_8bit=False),
         )
     elif model.use_peft and plan.checkpointed:
-        yield Change("load_in_4bit: true", plan.changed(load_in_4bit=True, load_in_fp8=False), same=False)
+        in_4bit, text = _in_4bit(plan)
+        yield Change(text, plan.changed(**in_4bit), same=False)
     if plan.launch.strategy in ("zero3", "fsdp2") and plan.launch.processes > 1:
         yield Change("accelerate_configs/ddp.yaml", plan.changed(launch=_launched(plan, "ddp")))
     yield from _fewer_pixels(plan)
@@ -85,17 +96,8 @@ def _smaller(plan: RunPlan) -> Iterator[Change]:
     if model.fused_kernels is None:
         yield Change("fused_kernels: auto", plan.changed(fused_kernels="auto"))
     if not run.packing:
-        fewer = plan.recipe.get("per_device_train_batch_size")
-        while fewer > 1:
-            fewer //= 2
-            changed = plan.changed(
-                per_device_train_batch_size=fewer,
-                gradient_accumulation_steps=_accumulation(plan, fewer),
-            )
-            if changed.fits:
-                yield Change(f"per_device_train_batch_size: {fewer}, and as many more accumulated", changed)
-                break
-        yield Change("packing: true", plan.changed(packing=True, gradient_checkpointing="auto"))
+        yield from _smaller_batches(plan)
+        yield _packed(plan)
     for text, keys in _checkpointing(plan):
         lower = plan.changed(**keys).fitting_tokens(plan.training.blocks if "auto" in str(keys) or _always(plan) else 0)
         if run.packing and plan.rows.longest <= lower < run.tokens_per_batch:
@@ -106,24 +108,21 @@ def _smaller(plan: RunPlan) -> Iterator[Change]:
         yield from _sharded(plan, ("fsdp2",))
     yield from _more_gpus(plan)
     if model.use_peft and not model.load_in_4bit:
-        yield Change(
-            "load_in_4bit: true", plan.changed(load_in_4bit=True, load_in_8bit=False, load_in_fp8=False), same=False
-        )
-        yield Change(
-            "load_in_4bit: true, gradient_checkpointing: auto",
-            plan.changed(load_in_4bit=True, load_in_8bit=False, load_in_fp8=False, gradient_checkpointing="auto"),
-            same=False,
-        )
+        in_4bit, text = _in_4bit(plan)
+        yield Change(text, plan.changed(**in_4bit), same=False)
+        if run.gradient_checkpointing is False:
+            changed = plan.changed(**in_4bit, gradient_checkpointing="auto")
+            yield Change(f"{text}, gradient_checkpointing: auto", changed, same=False)
     if not model.use_peft:
         if not model.freeze_vision_tower:
             yield Change("freeze_vision_tower: true", plan.changed(freeze_vision_tower=True), same=False)
         yield Change("optim: adamw_bnb_8bit", plan.changed(optim="adamw_bnb_8bit"), same=False)
-        yield Change("use_peft: true (LoRA)", plan.changed(use_peft=True), same=False)
-        yield Change(
-            "use_peft: true, load_in_4bit: true (QLoRA), gradient_checkpointing: auto",
-            plan.changed(use_peft=True, load_in_4bit=True, gradient_checkpointing="auto"),
-            same=False,
-        )
+        with_lora: dict[str, Any] = {"use_peft": True, "freeze_vision_tower": False}
+        thawed = ", freeze_vision_tower: false" if model.freeze_vision_tower else ""
+        yield Change(f"use_peft: true{thawed} (LoRA)", plan.changed(**with_lora), same=False)
+        auto, text = _checkpointed_as_needed(plan)
+        changed = plan.changed(**with_lora, load_in_4bit=True, **auto)
+        yield Change(f"use_peft: true, load_in_4bit: true{thawed}{text} (QLoRA)", changed, same=False)
     yield from _fewer_pixels(plan)
 
 
@@ -145,13 +144,42 @@ def _checkpointing(plan: RunPlan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "gradient_checkpointing: auto, ", {"gradient_checkpointing": "auto"}
 
 
+def _packed(plan: RunPlan) -> Change:
+    auto, text = _checkpointed_as_needed(plan)
+    return Change(f"packing: true{text}", plan.changed(packing=True, **auto))
+
+
+def _in_4bit(plan: RunPlan) -> tuple[dict[str, Any], str]:
+    """Return the keys of a base in 4 bits in place of 8, and their text."""
+    others = ("load_in_8bit", "load_in_fp8")
+    text = "".join(f", {key}: false" for key in others if getattr(plan.recipe.model, key))
+    return {"load_in_4bit": True, **dict.fromkeys(others, False)}, f"load_in_4bit: true{text}"
+
+
+def _checkpointed_as_needed(plan: RunPlan) -> tuple[dict[str, Any], str]:
+    """Return the keys that checkpoint only as many layers as memory requires, and their text; nothing where it is so."""
+    if plan.recipe.run.gradient_checkpointing == "auto":
+        return {}, ""
+    return {"gradient_checkpointing": "auto"}, ", gradient_checkpointing: auto"
+
+
 def _always(plan: RunPlan) -> bool:
     return plan.recipe.run.gradient_checkpointing is not False
 
 
-def _accumulation(plan: RunPlan, rows: int) -> int:
-    recipe = plan.recipe
-    return int(recipe.get("gradient_accumulation_steps") * recipe.get("per_device_train_batch_size") // rows)
+def _smaller_batches(plan: RunPlan) -> Iterator[Change]:
+    """Yield the largest batch of a GPU that fits, by halves, with the same rows a step."""
+    rows, accumulated = (plan.recipe.get(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    fewer = rows // 2
+    while fewer and rows % fewer == 0:
+        steps = accumulated * rows // fewer
+        changed = plan.changed(per_device_train_batch_size=fewer, gradient_accumulation_steps=steps)
+        if changed.fits:
+            # A global batch says itself how many are accumulated.
+            more = "" if plan.recipe.run.global_batch_size else f", gradient_accumulation_steps: {steps}"
+            yield Change(f"per_device_train_batch_size: {fewer}{more}", changed)
+            return
+        fewer //= 2
 
 
 def _sharded(plan: RunPlan, strategies: tuple[str, ...]) -> Iterator[Change]:
@@ -168,7 +196,7 @@ def _fewer_pixels(plan: RunPlan) -> Iterator[Change]:
     """Yield half of the pixels an image has on average."""
     rows, side = plan.rows, plan.shape.vision.patch
     if rows.images and rows.patches / rows.images > 400:
-        pixels = int(rows.patches / rows.images * side * side / 2)
-        limit = max(1, pixels // 1000) * 1000
-        changed = plan.changed(rows=rows.with_pixels(0.5), max_pixels=limit)
+        pixels = rows.patches / rows.images * side * side
+        limit = max(1, int(pixels / 2) // 1000) * 1000
+        changed = plan.changed(rows=rows.with_pixels(limit / pixels), max_pixels=limit)
         yield Change(f"max_pixels: {limit} (half of an image's on average)", changed, same=False)

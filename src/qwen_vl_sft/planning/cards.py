@@ -93,6 +93,8 @@ def find_card(text: str) -> Card:
     given = re.fullmatch(r"(\d+(?:\.\d+)?)\s*Gi?B?\s*[:,/]\s*(\d+(?:\.\d+)?)\s*(?:TFLOPS?(?:/s)?)?", text.strip(), re.I)
     if given:
         memory, tflops = float(given[1]), float(given[2])
+        if memory and memory * 2**30 <= CONTEXT:
+            raise UserError(f"--gpu: {quoted(text)} has less memory than CUDA takes; name a larger GPU")
         if memory and tflops:
             # The rate of its memory is not given: that of an H200 in proportion to its products.
             return Card(f"{memory:g} GiB, {tflops:g} TFLOP/s", memory * 2**30, tflops * 1e12, tflops * 4.85e9)

@@ -39,7 +39,8 @@ def row_sizes(data: DataSettings, model: str, vision: VisionShape) -> RowSizes:
     found = remembered_sizes(data, model) or sample(data, vision)
     if found is None:
         rows = _sliced(ASSUMED.rows, data.dataset_train_split)
-        found = replace(assumed_sizes(vision), rows=min(rows, data.max_train_samples or rows))
+        found = assumed_sizes(vision, data.min_pixels, data.max_pixels)
+        found = replace(found, rows=min(rows, data.max_train_samples or rows))
     return found
 
 

@@ -35,6 +35,11 @@ class Launch:
     processes: int
     machines: int = 1
 
+    @property
+    def on_cpu(self) -> bool:
+        """Return False: what is planned runs on GPUs."""
+        return False
+
 
 def read_launch(config_file: str | None, num_gpus: int | None) -> Launch:
     """Read an accelerate configuration; `num_gpus` wins over its number of processes. Without a file: DDP, or one GPU.
@@ -105,7 +110,7 @@ def _cached_config(model: str, revision: str) -> Path | None:
 
 def _download(model: str, revision: str) -> Any:
     """Fetch a config.json from the Hub, without the repeated attempts of its client: a plan answers at once or says why."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise UserError(f"model_name_or_path: {quoted(model)} is no folder with a config.json, and no name on the Hub")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     request = urllib.request.Request(f"{endpoint}/{model}/resolve/{urllib.parse.quote(revision, safe='')}/config.json")

@@ -118,7 +118,10 @@ def _notes(plan: RunPlan) -> list[str]:
     if not plan.card.bfloat16 and (plan.recipe.mixed_precision == "bfloat16" or plan.recipe.model.dtype == "bfloat16"):
         notes.append(f"{plan.card.name} has no bfloat16: write dtype: float16, fp16: true and bf16: false")
     if plan.recipe.run.packing and plan.rows.longest > plan.recipe.run.tokens_per_batch:
-        notes.append(f"a row of {plan.rows.longest:,} tokens is longer than tokens_per_batch")
+        notes.append(
+            f"a row of {plan.rows.longest:,} tokens is longer than tokens_per_batch, which training refuses: raise it, or"
+            " leave such rows out with max_length and overlong: drop"
+        )
     if plan.recipe.get("activation_offloading"):
         notes.append("activation_offloading is not counted: activations take less, and steps longer")
     if plan.shape.text.experts:

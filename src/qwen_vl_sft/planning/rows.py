@@ -51,6 +51,8 @@ class RowSizes:
             longest=math.ceil(self.longest * tokens / self.tokens),
             patches=self.patches * factor,
             patches_squared=self.patches_squared * factor**2,
+            # What rows share is nearly all image.
+            computed=1 - (1 - self.computed) * factor * self.tokens / tokens,
         )
 
 
@@ -70,9 +72,14 @@ ASSUMED = RowSizes(
 )
 
 
-def assumed_sizes(vision: VisionShape) -> RowSizes:
-    """Return the sizes of `ASSUMED` rows where patches are larger or smaller than Qwen2-VL's, of 14 pixels."""
-    rows = ASSUMED.with_pixels((14 / vision.patch) ** 2)
+def assumed_sizes(vision: VisionShape, least: int | None = None, most: int | None = None) -> RowSizes:
+    """Return the sizes of `ASSUMED` rows with a model's patches and a recipe's limits of an image's pixels.
+
+    Qwen2-VL's patches have 14 pixels a side. Every image is taken to have as many pixels as they have on average.
+    """
+    pixels = ASSUMED.patches * 14**2
+    limited = max(least or 0, min(pixels, most or pixels))
+    rows = ASSUMED.with_pixels(limited / pixels * (14 / vision.patch) ** 2)
     tokens = round(rows.tokens)
     return replace(rows, tokens=tokens, source=f"assumed: charts as in ChartQA, {tokens} tokens a row")
 

@@ -9,9 +9,12 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from qwen_vl_sft.config.batch_rules import BATCH_RULES
+from qwen_vl_sft.config.model_rules import IDLE_RULES, MODEL_RULES
+from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import GROUPS
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import raise_all
 from qwen_vl_sft.families.shape import ModelShape, Work
 from qwen_vl_sft.planning.cards import Card
 from qwen_vl_sft.planning.inputs import Launch
@@ -25,6 +28,7 @@ KERNELS_OF_AUTO = ("rms_norm", "swiglu", "rope", "quick_gelu", "patch_embed", "l
 _FILLED = 0.9
 _FEATURE_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}
 _MOST_TOKENS = 1 << 20
+_RULES = (*RANGE_RULES, *BATCH_RULES, *MODEL_RULES)
 
 
 def _kernels_of_auto() -> tuple[str, ...]:
@@ -210,7 +214,8 @@ class RunPlan:
         stated = self.recipe.get("max_steps")
         if stated > 0:
             return int(stated)
-        return max(1, math.ceil(self.recipe.get("num_train_epochs") * self.rows.rows / self.rows_per_step))
+        epoch = math.ceil(self.rows.rows / self.rows_per_step)
+        return max(1, math.ceil(self.recipe.get("num_train_epochs") * epoch))
 
     @property
     def hours(self) -> float:
@@ -273,17 +278,27 @@ class RunPlan:
 
 
 def check_launch(plan: RunPlan) -> None:
-    """Raise `UserError` for what the package refuses and a plan must not promise."""
+    """Raise `UserError` with everything that training would refuse and a plan must not promise."""
+    raise_all(refusals(plan))
+
+
+def refusals(plan: RunPlan) -> list[str]:
+    """Return why training would refuse the recipe as launched, as far as neither its libraries nor data are needed."""
     model, experts = plan.recipe.model, plan.shape.text.experts
-    if model.load_in_8bit and plan.launch.strategy in ("zero3", "fsdp2"):
-        raise UserError(f"load_in_8bit: 8-bit weights cannot be sharded under {plan.launch.strategy}; use ddp")
-    if model.load_in_fp8 and plan.launch.strategy == "zero3":
-        raise UserError("load_in_fp8: FP8 weights cannot be split by zero3; use fsdp2, zero2 or ddp")
+    problems = [problem for rule in _RULES for problem in rule(plan.recipe, plan.launch)]
     if model.load_in_fp8 is True and not plan.card.fp8:
-        raise UserError(f"load_in_fp8: {plan.card.name} has no products in FP8; use load_in_4bit, or a base in 16 bits")
+        problems.append(f"load_in_fp8: {plan.card.name} has no products in FP8; use load_in_4bit, or a base in 16 bits")
     if model.load_in_8bit and experts:
-        raise UserError(
+        problems.append(
             "load_in_8bit does not reach experts, most of the model's weights; use load_in_4bit or load_in_fp8"
         )
     if model.lora_scope == "experts" and not experts:
-        raise UserError("lora_scope: experts is for mixtures of experts, and this model has none; use language")
+        problems.append(
+            "lora_scope: experts is for mixtures of experts, and this model has none; use lora_scope: language"
+        )
+    return problems
+
+
+def idle_keys(plan: RunPlan) -> list[str]:
+    """Return the keys that have no effect in the recipe, which training refuses and a plan passes over."""
+    return [problem for rule in IDLE_RULES for problem in rule(plan.recipe, plan.launch)]

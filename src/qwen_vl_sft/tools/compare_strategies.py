@@ -21,10 +21,10 @@ import yaml
 from qwen_vl_sft.checkpointing import checkpoints, manifest, run_folder
 from qwen_vl_sft.checkpointing.row_log import read_row_log
 from qwen_vl_sft.config.command_line import recipe_values
+from qwen_vl_sft.config.model_rules import LORA_KEYS
 from qwen_vl_sft.config.reading import read_file
 from qwen_vl_sft.distributed.ports import free_port
 from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
-from qwen_vl_sft.modeling.model_rules import LORA_KEYS
 from qwen_vl_sft.shipped_files import launch_config, script
 from qwen_vl_sft.tools.kill_and_resume import kill_family
 from qwen_vl_sft.tools.measuring import TRAINING_ALONE, make_output_dir, random_model_of

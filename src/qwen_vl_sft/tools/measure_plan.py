@@ -24,13 +24,13 @@ from transformers import AutoConfig, TrainerCallback
 from qwen_vl_sft.atomic_write import atomic_write
 from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.command_line import recipe_values
+from qwen_vl_sft.config.model_rules import LORA_KEYS
 from qwen_vl_sft.config.reading import read_file
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.released import released_config
 from qwen_vl_sft.modeling.attention_kernels import SDPA
 from qwen_vl_sft.modeling.flops import BatchStats
-from qwen_vl_sft.modeling.model_rules import LORA_KEYS
 from qwen_vl_sft.planning.cards import CARDS, card_of_device
 from qwen_vl_sft.planning.inputs import Launch, find_shape
 from qwen_vl_sft.planning.options import CheckPlanOptions

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
 from transformers.utils.logging import get_log_levels_dict
 
-from qwen_vl_sft.batching.batch_rules import BATCH_RULES, Rule
 from qwen_vl_sft.checkpointing.resume_rules import RESUME_RULES
+from qwen_vl_sft.config.batch_rules import BATCH_RULES
+from qwen_vl_sft.config.model_rules import IDLE_RULES, MODEL_RULES
 from qwen_vl_sft.config.range_rules import RANGE_RULES
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import quoted
 from qwen_vl_sft.evaluation.metrics import ALL_METRICS
-from qwen_vl_sft.modeling.model_rules import MODEL_RULES
+from qwen_vl_sft.modeling.model_rules import DEVICE_RULES
 from qwen_vl_sft.publishing.hub_rules import HUB_RULES
 from qwen_vl_sft.resilience.run_rules import RUN_RULES
 from qwen_vl_sft.training.scheduler_and_optimizer_rules import SCHEDULER_AND_OPTIMIZER_RULES
@@ -134,11 +135,13 @@ def _loss(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         yield f"loss_type: {quoted(recipe.get('loss_type'))} is unknown; nll or dft"
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Callable[[Recipe, DistributedContext], Iterator[str]], ...] = (
     _required,
     *RANGE_RULES,
     *SCHEDULER_AND_OPTIMIZER_RULES,
     *MODEL_RULES,
+    *IDLE_RULES,
+    *DEVICE_RULES,
     *BATCH_RULES,
     _evaluation,
     _streaming,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from qwen_vl_sft.config.launched import Launched, Rule
 from qwen_vl_sft.config.reading import Recipe
-from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import quoted
 
-Rule = Callable[[Recipe, DistributedContext], Iterator[str]]
 _TOKENS_SEEN = ("all", "non_padding", "no")
 
 
-def _batch(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+def _batch(recipe: Recipe, context: Launched) -> Iterator[str]:
     whole, per_device = recipe.run.global_batch_size, recipe.get("per_device_train_batch_size")
     if recipe.run.global_batch_tokens is not None:
         if whole is not None:
@@ -52,7 +51,7 @@ def _suggest_valid_batch(whole: int, per_device: int, processes: int) -> str:
     return f"{' or '.join(ways)} would do"
 
 
-def _packing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+def _packing(recipe: Recipe, context: Launched) -> Iterator[str]:
     run, model = recipe.run, recipe.model
     if not run.packing:
         if run.share_prefixes:
@@ -84,7 +83,7 @@ def _packing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         )
 
 
-def _loader(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+def _loader(recipe: Recipe, context: Launched) -> Iterator[str]:
     method, known = recipe.get("dataloader_multiprocessing_context"), multiprocessing.get_all_start_methods()
     if method is None:
         return
@@ -94,13 +93,13 @@ def _loader(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
         yield "dataloader_multiprocessing_context is set but dataloader_num_workers is 0; remove one of the two"
 
 
-def _tokens_seen(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+def _tokens_seen(recipe: Recipe, context: Launched) -> Iterator[str]:
     value = recipe.get("include_num_input_tokens_seen")
     if value not in (True, False, *_TOKENS_SEEN):
         yield f"include_num_input_tokens_seen: {quoted(value)} is unknown; one of {', '.join(_TOKENS_SEEN)}"
 
 
-def _checkpointing(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+def _checkpointing(recipe: Recipe, context: Launched) -> Iterator[str]:
     if recipe.run.gradient_checkpointing != "auto":
         return
     if recipe.data.dataset_streaming:
@@ -121,7 +120,7 @@ def _checkpointing(recipe: Recipe, context: DistributedContext) -> Iterator[str]
         )
 
 
-def _image_features(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
+def _image_features(recipe: Recipe, context: Launched) -> Iterator[str]:
     run, model = recipe.run, recipe.model
     if run.cache_image_features is None:
         if run.image_features_dir is not None:
