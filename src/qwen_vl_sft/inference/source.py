@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError, quoted
-from qwen_vl_sft.modeling.adapter_layout import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
+from qwen_vl_sft.modeling.adapter_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PICKLED_ADAPTER,
+    read_adapter_config,
+)
 
 if TYPE_CHECKING:
     from qwen_vl_sft.config.reading import Recipe
@@ -132,6 +137,11 @@ def find_tuned(run: Path, needed: bool) -> TunedModel:
     named = run if run.name.startswith("checkpoint-") else run.resolve()
     home = named.parent if named.name.startswith("checkpoint-") and not (run / RECIPE).is_file() else run
     is_adapter = (run / ADAPTER_FILE).is_file()
+    if (run / PICKLED_ADAPTER).is_file() and not is_adapter:
+        raise UserError(
+            f"--run: {run} holds its adapter as {PICKLED_ADAPTER}, a pickle, which can run code as it is read; load it"
+            f" with PEFT where you trust it, and save_pretrained writes {ADAPTER_FILE}"
+        )
     if not (home / RECIPE).is_file() and not (is_adapter and (run / ADAPTER_CONFIG).is_file()):
         raise UserError(
             f"--run: {run} holds no {RECIPE}, so it is not a run folder of scripts/sft.py, and no {ADAPTER_FILE} with its"

@@ -25,6 +25,8 @@ from qwen_vl_sft.errors import UserError, first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# Written by PEFT before 0.7, and by trainers with `save_safetensors: false`.
+PICKLED_ADAPTER = "adapter_model.bin"
 PREFIX = "base_model.model."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _OUTER = {"base_model", "model", "language_model", "module"}

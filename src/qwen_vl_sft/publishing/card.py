@@ -226,9 +226,12 @@ def training_lines(published: PublishedModel) -> Iterator[str]:
     if published.kind == "full model":
         rows["trained"] = "all weights" + ", but not the vision tower" * model.freeze_vision_tower
     else:
-        rows["LoRA"] = (
-            f"r={model.lora_r}, alpha={model.lora_alpha}, dropout={model.lora_dropout}, {_targets(published)}"
-        )
+        kinds = [name for name, used in (("DoRA", model.use_dora), ("rank-stabilized", model.use_rslora)) if used]
+        numbers = f"r={model.lora_r}, alpha={model.lora_alpha}, dropout={model.lora_dropout}"
+        rows["LoRA"] = ", ".join([numbers, *kinds, _targets(published)])
+        in_full = [*(model.lora_modules_to_save or ()), *(["routers"] if model.train_router else [])]
+        if in_full:
+            rows["trained in full beside it"] = ", ".join(f"`{name}`" for name in in_full)
     trained = sum(part.get("trainable", 0) for part in (metrics.get("parameters") or {}).values())
     if trained:
         rows["trainable parameters"] = f"{trained:,}"
@@ -297,7 +300,8 @@ def _outcome(published: PublishedModel) -> dict[str, str]:
 def _targets(published: PublishedModel) -> str:
     modules = (published.adapter or {}).get("target_modules") or published.recipe.model.lora_target_modules
     if isinstance(modules, str):
-        return f"on the layers of the {published.recipe.model.lora_scope} part"
+        part = published.recipe.model.lora_scope
+        return "on all linear layers" if part == "all" else f"on the linear layers of the {part} part"
     scope = f"all linear layers of: {published.recipe.model.lora_scope}"
     names = {str(name).rsplit(".", 1)[-1] for name in modules or []}
     names |= {str(name).split(".", 1)[-1] for name in (published.adapter or {}).get("target_parameters") or []}
@@ -314,7 +318,10 @@ def _limits(published: PublishedModel) -> Iterator[str]:
     subject = row_format.subject if row_format else None
     subject = subject or "the kind of question and image of its training data"
     yield f"It is meant for {subject}, in the form of the prompt above."
-    yield "It was measured on nothing but the data under Results: other subjects, languages and image sizes are untested."
+    if published.evaluation:
+        yield "It was measured on nothing but the data under Results: other subjects, languages and image sizes are untested."
+    else:
+        yield "It had not been measured on any data when this card was made."
     yield "It can answer wrongly in a sure tone, so check an answer before anything depends on it."
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from qwen_vl_sft.publishing.published_model import SIZE_NAMES, PublishedModel
 from qwen_vl_sft.serving.base import Served
-from qwen_vl_sft.serving.record import ADAPTER, AS_TRAINED, form_of
+from qwen_vl_sft.serving.record import AS_TRAINED, MERGED, NF4_AWARE, form_of
+from qwen_vl_sft.serving.record import FP8_AWARE as FP8_AWARE_MERGED
 from qwen_vl_sft.serving.registry import ENGINES
 
 VLLM = ENGINES["vllm"]
@@ -26,12 +27,15 @@ def serving_lines(published: PublishedModel, repo_id: str) -> Iterator[str]:
     """Yield Markdown: how to serve the model with vLLM, and a table of what was checked with which engine."""
     served = as_served(published)
     own = own_record(published, VLLM.arguments(served))
-    why_not = VLLM.refuses(served) or (own and not own["proven"] and "; ".join(own["problems"]))
+    refused = VLLM.refuses(served)
+    why_not = refused or (own and not own["proven"] and "; ".join(own["problems"]))
     if published.is_adapter and why_not:
-        yield f"vLLM does not serve this adapter on its base. {_sentence(str(why_not))}"
+        seen = f" That was seen with {VLLM.package} {VLLM.pinned}." if refused else ""
+        yield f"vLLM does not serve this adapter on its base. {_sentence(str(why_not))}{seen}"
         yield from _merge_first(published)
     elif published.is_adapter and published.base_on_hub is None:
-        yield "vLLM loads the base from the Hub, and this one is not there; merge the adapter with `scripts/merge.py`."
+        yield "vLLM loads the base from the Hub, and this one is not there."
+        yield from _merge_first(published)
     elif why_not:
         yield f"vLLM was checked, and does not serve it as it is. {_sentence(str(why_not))}"
     else:
@@ -115,9 +119,13 @@ def _merge_first(published: PublishedModel) -> Iterator[str]:
         if aware
         else ""
     )
-    proven = [record for record in published.serving if record["engine"] == VLLM.name and record["what"] != ADAPTER]
-    seen = next((record for record in proven if record["proven"]), None)
-    yield " ".join(filter(None, [form, _proof(seen, "the merged model") if seen else "The merge was not checked."]))
+    checked = {record["what"]: record for record in published.serving if record["engine"] == VLLM.name}
+    # The merge that is named, or another one, by its name; an export of a merge tells nothing of it.
+    named = [{"--nf4_aware": NF4_AWARE, FP8_AWARE: FP8_AWARE_MERGED}[option] for option in aware]
+    forms = [*named, *(what for what in (MERGED, *AS_TRAINED) if what not in named)]
+    seen = next((checked[what] for what in forms if what in checked and checked[what]["proven"]), None)
+    proof = _proof(seen, f"the {seen['what']}") if seen else "The merge was not checked."
+    yield " ".join(filter(None, [form, proof]))
     yield ""
     yield _requests(published)
 

@@ -105,3 +105,9 @@ class ServingEngine:
     after_install: Callable[[Path], None] | None = None
     before_use: Callable[[Path], None] | None = None
     gguf: bool = False
+
+    @property
+    def pinned(self) -> str | None:
+        """Return the version of its package in its requirements, None where it is that of the training environment."""
+        lines = (REQUIREMENTS / self.requirements).read_text(encoding="utf-8").splitlines()
+        return next((line.partition("==")[2].strip() for line in lines if line.startswith(f"{self.package}==")), None)
