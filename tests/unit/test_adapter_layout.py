@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.inference.source import read_source
 from qwen_vl_sft.merging.adapter import read_adapter
 from qwen_vl_sft.modeling.adapter_layout import adapted_layers, bare, in_our_layout, place
 from qwen_vl_sft.modeling.base_model import build_on_meta
@@ -211,3 +212,23 @@ def test_the_folder_of_an_adapter_is_not_changed_and_nothing_is_left(tmp_path, a
         assert set(load_file(there / "adapter_model.safetensors")) == {*adapter()}
     assert list((tmp_path / "temporary").iterdir()) == []
     assert set(load_file(folder / "adapter_model.safetensors")) == set(tensors)
+
+
+def test_an_adapter_of_a_kind_that_peft_does_not_know_is_told(tmp_path, adapter):
+    for kind in ("WHATEVER", None):
+        folder = written(tmp_path / str(kind), NOW, {"peft_type": kind}, adapter())
+        with pytest.raises(UserError, match="does not know; install a PEFT that does"), in_our_layout(folder, model()):
+            pass
+    folder = written(tmp_path / "ia3", NOW, {"peft_type": "IA3"}, adapter())
+    with in_our_layout(folder, model()) as there:
+        assert there == folder
+
+
+def test_an_adapter_that_cannot_be_read_as_it_is_says_why(tmp_path, adapter):
+    folder = written(tmp_path / "theirs", NOW, {"base_model_name_or_path": None}, adapter())
+    with pytest.raises(UserError, match=r"adapter_config.json names no base model; name it with --model_name_or_path"):
+        read_source(folder, {}, tuned_needed=True)
+    assert read_source(folder, {"model_name_or_path": "some/model"}, tuned_needed=True).tuned.is_adapter
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"holds its adapter as adapter_model\.bin, a pickle"):
+        read_source(folder, {}, tuned_needed=True)

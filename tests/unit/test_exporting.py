@@ -1,7 +1,10 @@
 """Exports of merged models: limits of images, which exports are refused, and what of a run cannot be exported."""
 
+import errno
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from fixtures.evaluation import write_charts, write_run
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import Question, score_row
+from qwen_vl_sft.exporting import export as exporting
 from qwen_vl_sft.exporting.adapter import problems, write_pairs
 from qwen_vl_sft.exporting.comparison import judge
 from qwen_vl_sft.exporting.options import ExportOptions, make_plan
@@ -125,3 +129,22 @@ def test_the_pairs_of_an_adapter_are_scaled_and_named_as_in_files(tmp_path):
         found["model.layers.0.self_attn.q_proj.b"],
         trained[f"{prefix}.lora_B.weight"].float() * config["lora_alpha"] / config["r"],
     )
+
+
+@pytest.mark.parametrize("full", ["write_companions", "replace"])
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch, full):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = write_run(tmp_path, write_charts(tmp_path / "charts"))
+    plan = make_plan(Options(run=run, to="gguf", output_dir=tmp_path / "out"))
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(exporting, "make_environment", lambda engine, say: Path(sys.executable))
+    monkeypatch.setattr(exporting, "convert", lambda plan, task, python, folder: 0)
+    monkeypatch.setattr(exporting, "compare", lambda *_: ({}, exporting.Judged("relaxed_accuracy", None, [])))
+    monkeypatch.setattr(exporting.os if full == "replace" else exporting, full, fails)
+    with pytest.raises(
+        UserError, match=r"--output_dir: .*out cannot be written: No space left on device; nothing was left"
+    ):
+        exporting._export(plan, None, None, print)
+    assert sorted(tmp_path.iterdir()) == before

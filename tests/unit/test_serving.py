@@ -26,7 +26,7 @@ from qwen_vl_sft.serving.exported import Export, read_export
 from qwen_vl_sft.serving.options import ServeCheckOptions, check_form, make_plan
 from qwen_vl_sft.serving.own_answers import bytes_of, ends_within_character, margin_of, round_activations, told_places
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused
-from qwen_vl_sft.serving.record import changes_vision, form_of, read_records, write_record
+from qwen_vl_sft.serving.record import changes_vision, form_of, make_folder, read_records, write_record
 from qwen_vl_sft.serving.registry import ENGINES, engine_named
 
 FAKE = replace(ENGINES["vllm"], name="fake", worker=str(REPOSITORY / "tests/fixtures/fake_engine.py"))
@@ -244,6 +244,18 @@ def test_an_adapter_that_reaches_the_vision_part_is_known_by_its_weights(tmp_pat
     (tmp_path / "adapter").write_bytes(b"no")
     with pytest.raises(UserError, match=r"--run: .*adapter cannot be read"):
         changes_vision(tmp_path / "adapter")
+
+
+def test_a_folder_that_takes_no_records_is_told_before_the_work(tmp_path):
+    assert make_folder(tmp_path) == make_folder(tmp_path) == tmp_path / "serving"
+    assert list((tmp_path / "serving").iterdir()) == []
+    (tmp_path / "serving").rmdir()
+    (tmp_path / "serving").write_text("a file of the user's")
+    record = {"engine": "vllm", "what": "adapter", "proven": True, "weights": []}
+    for write in (lambda: make_folder(tmp_path), lambda: write_record(tmp_path, record)):
+        with pytest.raises(UserError, match=r"--run: .*serving, where what a check finds is kept, cannot be written"):
+            write()
+    assert (tmp_path / "serving").read_text() == "a file of the user's"
 
 
 def test_records_are_kept_by_engine_and_form_of_the_model(tmp_path):

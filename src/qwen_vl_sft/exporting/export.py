@@ -32,6 +32,7 @@ CONVERTERS = Path(__file__).parent / "workers"
 # The exit code of workers/to_gguf.py for a tokenizer whose splits llama.cpp has no name for.
 UNKNOWN_TOKENIZER = 3
 COMPANIONS = (*PROCESSOR_FILES, SYSTEM_MESSAGE, RECIPE, "generation_config.json")
+_NOTHING_LEFT = "nothing was left there. Free space, or name another folder"
 
 
 def export(plan: ExportPlan, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def _export(plan: ExportPlan, task: Task, pairs: Path | None, say: Callable[[str
     """Export; `pairs` are the matrices of the adapter, None without one."""
     python = make_environment(plan.engine, say=say)
     output = plan.options.output_dir.resolve()
-    with writing_to(output, "nothing was left there. Free space, or name another folder"):
+    with writing_to(output, _NOTHING_LEFT):
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-exporting-", dir=output.parent))
     try:
@@ -56,13 +57,14 @@ def _export(plan: ExportPlan, task: Task, pairs: Path | None, say: Callable[[str
         calibrated = convert(plan, task, python, folder)
         if pairs:
             run_converter(plan, python, "adapter_to_gguf.py", [pairs, folder / MODEL_FILE, folder / ADAPTER_GGUF])
-        write_companions(plan, folder)
+        with writing_to(output, _NOTHING_LEFT):
+            write_companions(plan, folder)
         report, judged = compare(plan, task, python, folder)
         report["calibration_rows"] = calibrated
-        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        folder.chmod(0o755)
         target = plan.failed_folder if judged.problems else plan.options.output_dir
-        with writing_to(target, "nothing was left there. Free space, or name another folder"):
+        with writing_to(target, _NOTHING_LEFT):
+            (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            folder.chmod(0o755)
             os.replace(folder, target.resolve())
     finally:
         shutil.rmtree(folder, ignore_errors=True)

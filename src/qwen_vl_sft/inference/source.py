@@ -99,6 +99,9 @@ def read_source(run: Path | None, recipe_keys: Mapping[str, str], tuned_needed: 
 
     tuned = find_tuned(run, tuned_needed) if run else None
     recipe = tuned.recipe(recipe_keys) if tuned else read_recipe(None, recipe_keys)
+    if tuned and tuned.is_adapter and not recipe.model.model_name_or_path:
+        where = tuned.recipe_file or tuned.folder / ADAPTER_CONFIG
+        raise UserError(f"--run: {where} names no base model; name it with --model_name_or_path")
     quantized = [key for key in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(recipe.model, key)]
     if len(quantized) > 1:
         raise UserError(f"{' and '.join(quantized)} are both on; turn one off, e.g. --{quantized[0]} false")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError, first_line, quoted
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -92,6 +92,7 @@ def in_our_layout(folder: Path, model: Any, key: str = "--run") -> Iterator[Path
     keys = adapter_keys(folder, key)
     config = read_adapter_config(folder, key)
     if config.get("peft_type") != "LORA":
+        _check_kind(config, folder, key)
         yield folder
         return
     layout = place(config, keys, model)
@@ -106,6 +107,18 @@ def in_our_layout(folder: Path, model: Any, key: str = "--run") -> Iterator[Path
         save_file(tensors, there / ADAPTER_FILE, metadata={"format": "pt"})
         (there / ADAPTER_CONFIG).write_text(json.dumps(layout.config, indent=2) + "\n", encoding="utf-8")
         yield there
+
+
+def _check_kind(config: Mapping[str, Any], folder: Path, key: str) -> None:
+    from peft import PeftType
+    from peft import __version__ as version
+
+    kind = config.get("peft_type")
+    if kind not in [known.value for known in PeftType]:
+        raise UserError(
+            f"{key}: {folder / ADAPTER_CONFIG} has peft_type {quoted(kind)}, which PEFT {version} does not know; install a"
+            " PEFT that does, or name another adapter"
+        )
 
 
 def place(config: Mapping[str, Any], keys: Iterable[str], model: Any) -> Layout | None:

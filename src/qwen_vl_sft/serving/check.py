@@ -53,7 +53,7 @@ from qwen_vl_sft.serving.own_answers import (
     told_places,
 )
 from qwen_vl_sft.serving.process import EngineFailed, EngineProcess, EngineRefused, answer_all
-from qwen_vl_sft.serving.record import AS_TRAINED, changes_vision, stats, write_record
+from qwen_vl_sft.serving.record import AS_TRAINED, changes_vision, make_folder, stats, write_record
 
 # Differing answers that a record keeps.
 MOST_KEPT = 50
@@ -86,6 +86,7 @@ class Compared:
 
 def check(plan: ServeCheckPlan) -> dict[str, Any]:
     """Run the check, write its record into the run's folder, and return it. Raises `UserError`."""
+    make_folder(plan.home)  # before the work whose result is to be kept there
     task = prepare(plan.evaluation)
     encoder = make_encoder(plan.evaluation, TUNED, task.processor, task.system_message)
     prompts = Prompts(task.rows, encoder)
@@ -129,8 +130,7 @@ def serve_and_compare(
 ) -> dict[str, Any]:
     """Return what the engine did: its versions, answers compared, or why it does not serve the model."""
     title = plan.engine.title
-    log = plan.home / "serving" / LOG.format(engine=plan.engine.name)
-    log.parent.mkdir(exist_ok=True)
+    log = make_folder(plan.home) / LOG.format(engine=plan.engine.name)
     arguments = [
         *plan.engine.arguments(served),
         *plan.engine.check_arguments(served, asked.size),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,37 @@ def record_file(home: Path, engine: str, what: str) -> Path:
     return home / FOLDER / f"{engine}_{what.replace(' ', '_')}.json"
 
 
+@contextlib.contextmanager
+def keeping_records(home: Path) -> Iterator[None]:
+    """Turn a full or forbidden disk into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--run: {home / FOLDER}, where what a check finds is kept, cannot be written: {error.strerror or error}; free"
+            " space, or check a copy of the run"
+        ) from None
+
+
+def make_folder(home: Path) -> Path:
+    """Make the folder of records in a run, and try that files can be written there. Raises `UserError`."""
+    folder = home / FOLDER
+    with keeping_records(home):
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    return folder
+
+
 def write_record(home: Path, record: dict[str, Any]) -> Path:
-    """Write a record, and return its file. Raises `OSError`."""
+    """Write a record, and return its file. Raises `UserError`."""
     what = record["what"]
     if record.get("other_arguments") or record.get("other_adapter"):
         what += " otherwise"  # so that it takes the place of no check of the model as the card has it served
     path = record_file(home, record["engine"], what)
-    path.parent.mkdir(exist_ok=True)
-    atomic_write(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+    with keeping_records(home):
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
     return path
 
 
