@@ -293,9 +293,7 @@ def refusals(plan: RunPlan) -> list[str]:
             "load_in_8bit does not reach experts, most of the model's weights; use load_in_4bit or load_in_fp8"
         )
     if model.lora_scope == "experts" and not experts:
-        problems.append(
-            "lora_scope: experts is for mixtures of experts, and this model has none; use lora_scope: language"
-        )
+        problems.append("lora_scope: experts is for mixtures of experts, and this model has none; use language")
     return problems
 
 
