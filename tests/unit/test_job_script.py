@@ -23,28 +23,34 @@ JOB = {
 }
 
 
-def follower(folder, environment, **shown):
-    """Return the options of the job that follows one which was preempted and may not be queued again."""
-    programs = folder / "bin"
-    programs.mkdir()
-    job = SHOWN.format(**{"features": "(null)", "shared": "OK", "tres": "", **shown})
-    told = {
-        "scontrol": f"case $1 in show) [ $2 = job ] && echo {shlex.quote(job)} || echo n1;; *) exit 1;; esac",
-        "squeue": "echo 1-00:00:00",
-        "python": "echo 29500",
-        "srun": 'touch "$LOGS/preempted"',
-        "sbatch": f'printf "%s\\n" "$@" > {folder}/asked; echo Submitted batch job 8',
-    }
-    for name, line in told.items():
-        (programs / name).write_text(f"#!/bin/bash\n{line}\n")
-        (programs / name).chmod(0o755)
-    done = subprocess.run(
-        ["bash", REPOSITORY / "slurm/sft.sbatch", "--recipe", "a b.yaml"],
-        env={"PATH": f"{programs}:{os.environ['PATH']}", **JOB, **environment},
+def run_script(script, folder, environment, *words, **programs):
+    """Run a job script; `programs` are the lines of stand-ins."""
+    (folder / "bin").mkdir()
+    for name, line in {"python": "echo 29500", **programs}.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return subprocess.run(
+        ["bash", REPOSITORY / script, *words],
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **JOB, **environment},
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
+    )
+
+
+def follower(folder, environment, **shown):
+    """Return the options of the job that follows one which was preempted and may not be queued again."""
+    job = SHOWN.format(**{"features": "(null)", "shared": "OK", "tres": "", **shown})
+    done = run_script(
+        "slurm/sft.sbatch",
+        folder,
+        environment,
+        *("--recipe", "a b.yaml"),
+        scontrol=f"case $1 in show) [ $2 = job ] && echo {shlex.quote(job)} || echo n1;; *) exit 1;; esac",
+        squeue="echo 1-00:00:00",
+        srun='touch "$LOGS/preempted"',
+        sbatch=f'printf "%s\\n" "$@" > {folder}/asked; echo Submitted batch job 8',
     )
     assert done.returncode == 75, done.stderr
     assert "not allowed to be queued again; Submitted batch job 8 follows it" in done.stdout
@@ -82,3 +88,19 @@ ALWAYS += ["--dependency=afternotok:7"]
 )
 def test_a_job_that_follows_asks_for_what_this_one_has(tmp_path, environment, shown, options):
     assert follower(tmp_path, environment, **shown) == [*ALWAYS, *options]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_an_evaluation_near_its_limit_goes_on_where_it_may_not_be_queued_again(tmp_path, allowed):
+    done = run_script(
+        "slurm/eval.sbatch",
+        tmp_path,
+        {},
+        *("--run", "run"),
+        scontrol=f"[ $1 != show ] || exec echo n1; exit {int(not allowed)}",
+        srun="kill -USR1 $PPID; exit 0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "queued again: the time limit is near" in done.stdout
+    assert ("the same command continues" in done.stderr) is not allowed
+    assert "ended with 0" in done.stdout
