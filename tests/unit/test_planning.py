@@ -741,7 +741,7 @@ def test_a_shape_that_is_read_by_the_script_says_what_is_wrong(monkeypatch, tmp_
 
 
 def test_sharing_computes_fewer_tokens():
-    shared, alone = plan(share_prefixes=True), plan()
+    shared, alone = plan(share_prefixes=True, lora_dropout=0), plan()
     assert shared.computed_share == pytest.approx(0.62)
     assert shared.hours < alone.hours
     assert isinstance(shared, RunPlan)
@@ -901,7 +901,7 @@ def test_gradients_of_one_micro_batch_a_step_come_as_its_activations_go():
         assert 0 < apart <= memory_of(every, largest, checkpointed).gradients
     zero = replace(alone, strategy="zero2")  # DeepSpeed holds them all the time
     assert memory_of(zero, largest, 60) == memory_of(replace(zero, accumulates=True), largest, 60)
-    steps_of_one = plan(use_peft=False, tokens_per_batch=32768)
+    steps_of_one = plan(**FULL, tokens_per_batch=32768)
     assert steps_of_one.memory.total < memory_of(steps_of_one.training, steps_of_one.largest(), 0).total
 
 

@@ -84,8 +84,7 @@ def test_vllm_refuses_some_adapters(config, why):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_knows_the_version_that_is_pinned(name):
-    pinned = engine_named(name).pinned
-    assert pinned is None if name == "transformers" else re.fullmatch(r"\d+(\.\d+)+\S*", pinned)
+    assert re.fullmatch(r"\d+(\.\d+)+\S*", engine_named(name).pinned)
 
 
 def test_an_unknown_engine_names_the_known_ones():

@@ -107,7 +107,7 @@ class ServingEngine:
     gguf: bool = False
 
     @property
-    def pinned(self) -> str | None:
-        """Return the version of its package in its requirements, None where it is that of the training environment."""
+    def pinned(self) -> str:
+        """Return the version of its package that its requirements name."""
         lines = (REQUIREMENTS / self.requirements).read_text(encoding="utf-8").splitlines()
-        return next((line.partition("==")[2].strip() for line in lines if line.startswith(f"{self.package}==")), None)
+        return next(line.partition("==")[2].strip() for line in lines if line.startswith(f"{self.package}=="))
