@@ -546,6 +546,12 @@ def test_every_plan_is_told_in_80_columns(gpu, words):
         assert not found.fits or change.plan.hours < found.hours
 
 
+def test_a_plan_over_machines_says_that_their_network_is_not_counted():
+    for count, told in ((8, False), (16, True)):
+        text = " ".join(describe(plan(("num_gpus", count), ("config_file", "fsdp2"))).split())
+        assert (f"{count} GPUs are taken to be linked as those of one machine" in text) is told
+
+
 def test_a_plot_is_a_picture_in_a_folder_that_exists(tmp_path):
     assert plot_file(str(tmp_path / "memory.svg")) == tmp_path / "memory.svg"
     for path, why in (

@@ -14,6 +14,7 @@ from qwen_vl_sft.tiny import builtin_name
 
 GIB = 2**30
 WIDTH, _BAR = 80, 34
+_GPUS_OF_A_MACHINE = 8
 _PARTS = {
     "weights": "weights as stored",
     "adapters": "adapters",
@@ -121,6 +122,11 @@ def _notes(plan: RunPlan) -> list[str]:
         notes.append(
             f"a row of {plan.rows.longest:,} tokens is longer than tokens_per_batch, which training refuses: raise it, or"
             " leave such rows out with max_length and overlong: drop"
+        )
+    if plan.launch.machines > 1 or plan.launch.processes > _GPUS_OF_A_MACHINE:
+        notes.append(
+            f"{plan.launch.processes} GPUs are taken to be linked as those of one machine; a slower network between"
+            " machines makes steps longer"
         )
     if plan.recipe.get("activation_offloading"):
         notes.append("activation_offloading is not counted: activations take less, and steps longer")
