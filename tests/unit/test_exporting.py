@@ -16,7 +16,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.evaluation.scoring import Question, score_row
 from qwen_vl_sft.exporting import export as exporting
 from qwen_vl_sft.exporting.adapter import problems, write_pairs
-from qwen_vl_sft.exporting.comparison import judge
+from qwen_vl_sft.exporting.comparison import Judged, judge
 from qwen_vl_sft.exporting.options import ExportOptions, make_plan
 from qwen_vl_sft.families.qwen2_vl import FAMILY as QWEN2_VL
 from qwen_vl_sft.merging.adapter import Adapter, ExpertsLowRank, LowRank
@@ -137,11 +137,11 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch, full):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     run = write_run(tmp_path, write_charts(tmp_path / "charts"))
-    plan = make_plan(Options(run=run, to="gguf", output_dir=tmp_path / "out"))
+    plan = make_plan(ExportOptions(run=run, to="gguf", output_dir=tmp_path / "out"))
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(exporting, "make_environment", lambda engine, say: Path(sys.executable))
     monkeypatch.setattr(exporting, "convert", lambda plan, task, python, folder: 0)
-    monkeypatch.setattr(exporting, "compare", lambda *_: ({}, exporting.Judged("relaxed_accuracy", None, [])))
+    monkeypatch.setattr(exporting, "compare", lambda *_: ({}, Judged("relaxed_accuracy", None, [])))
     monkeypatch.setattr(exporting.os if full == "replace" else exporting, full, fails)
     with pytest.raises(
         UserError, match=r"--output_dir: .*out cannot be written: No space left on device; nothing was left"
