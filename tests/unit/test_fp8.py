@@ -13,13 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fixtures.models import newer
 from qwen_vl_sft import tiny
 from qwen_vl_sft.config.model_rules import IDLE_RULES, MODEL_RULES
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.modeling.base_model import build_on_meta
-from qwen_vl_sft.modeling.fp8 import plain
+from qwen_vl_sft.modeling.fp8 import fused, plain
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.experts import expert_product, packed_stack, selected_rows, transposed_stack
 from qwen_vl_sft.modeling.fp8.fused import NormProduct, _base_and_adapter, _Norm
@@ -529,3 +530,12 @@ assert torch.equal(kernels.transpose(*parts).view(torch.uint8), plain.transpose(
 def test_kernels_do_in_tritons_interpreter_what_pytorch_does():
     # Triton reads the variable when it is imported.
     subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.parametrize(("name", "norms"), [("Qwen3VLConfig", 2), ("Qwen3_5Config", 0), ("Qwen3_5MoeConfig", 0)])
+def test_norms_that_multiply_by_weight_and_one_hand_no_fp8_values_on(name, norms, monkeypatch):
+    """Their kernel multiplies by the weight as it is."""
+    monkeypatch.setattr(fused, "FP8Linear", torch.nn.Linear)
+    model = newer(name)
+    layers = model.config.get_text_config().num_hidden_layers
+    assert fused.use_fp8_kernels(model, ["rms_norm"], plain) == {"rms_norm": norms * layers}
