@@ -13,6 +13,8 @@ def quiet_libraries(rank: int) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # bitsandbytes offers an optional kernel for 4-bit inference on CPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # datasets says the error of a file with all of its schema, before it raises it.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     # PEFT and TRL still use names that transformers renamed; it asks the libraries, not the user.
     for renamed in ("is_gradient_checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs"):
         warnings.filterwarnings("ignore", message=f"`{renamed}` is deprecated", category=FutureWarning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import json
 import multiprocessing
@@ -114,6 +115,12 @@ def exits_with_user_errors(main: Callable[[], None]) -> Callable[[], None]:
         except BaseException as error:  # torch.distributed.checkpoint's own is no `Exception`
             if isinstance(error, BrokenPipeError) and _forget_closed_output():
                 raise SystemExit(1) from None
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                # Asking whether a file exists raises it too; each such name was written by the user.
+                leave(
+                    EXIT_USER_ERROR,
+                    f"error: {quoted(str(error.filename))} is too long to be the name of a file; shorten it",
+                )
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 raise
             message = traceback.format_exc()

@@ -374,6 +374,28 @@ def test_every_difference_is_told_at_once():
     assert "was trained on 8 rows, now 9" in str(error.value)
 
 
+def test_the_same_base_in_other_files_is_noted_and_another_base_refused(tmp_path):
+    def based(base, weights):
+        return {**written_by("single", 1, base=base), "base_weights": weights}
+
+    (note,) = check(based("a folder of weights 1", "w"), based("a folder of weights 2", "w"))
+    assert "had the base a folder of weights 1; a folder of weights 2 holds the same weights" in note
+    for was, now in (("w", "other"), (None, None), ("w", None), (None, "w")):
+        with pytest.raises(
+            UserError, match="has base a folder of weights 1, this run a folder of weights 2; set it back"
+        ):
+            check(based("a folder of weights 1", was), based("a folder of weights 2", now))
+    # The mark of an earlier version does not tell them; the run folder may.
+    former = Checkpoint(tmp_path / "checkpoint-8", 8, written_by("single", 1, base="a folder of weights 1"))
+    for environment, same in (({"base": "a folder of weights 1"}, True), ({"base": "a folder of weights 3"}, False)):
+        (tmp_path / "environment.json").write_text(json.dumps({**environment, "base_weights": "w"}))
+        if same:
+            assert len(resume_check.check(former, based("a folder of weights 2", "w"), 0.0)) == 1
+        else:
+            with pytest.raises(UserError, match="has base"):
+                resume_check.check(former, based("a folder of weights 2", "w"), 0.0)
+
+
 def scheduled(**keys):
     return {**ABOUT, "schedule": {**ABOUT["schedule"], **keys}}
 

@@ -144,6 +144,62 @@ def test_points_and_tags(written, wanted, folder, tiny_processor):
     assert learned(raw, folder, tiny_processor, QWEN3, "pixels") == wanted
 
 
+# Boxes as other models and trainers write them.
+OTHER_FORMS = [
+    "<ref>the bar</ref><box>(10,20),(49,100)</box>",
+    "<box>[[10, 20, 49, 100]]</box>",
+    "<bbox>10, 20, 49, 100</bbox>",
+    "<point>10 20</point>",
+    "<loc_10><loc_20><loc_49><loc_100>",
+    "{<10><20><49><100>}",
+    '{"bbox": [10, 20, 49, 100]}',
+    '{"box_2d": [20, 10, 100, 49]}',
+    '{"bbox_2d": [[10, 20, 49, 100], [1, 2, 3, 4]]}',
+    "{'coordinates': (10, 20)}",
+    "click(start_box='(10,20)')",
+    "pyautogui.click(x=10, y=20)",
+    "x1=10, y1=20, x2=49, y2=100",
+    '{"xmin": 10, "ymin": 20, "xmax": 49, "ymax": 100}',
+    "[10, 20, 49, 100]",
+    "[[10, 20, 49, 100], [1, 2, 3, 4]]",
+    " (10,20),(49,100)\n",
+]
+
+
+@pytest.mark.parametrize("written", OTHER_FORMS)
+def test_boxes_in_other_forms_are_not_left_unconverted(written, folder, tiny_processor):
+    raw = conversation_row("<image>Find it.", written, ("a.png",))
+    for coordinates in ("pixels", "norm1000"):
+        with pytest.raises(BadRow, match="which box_coordinates does not convert; write <bbox>"):
+            read(raw, folder, coordinates)
+    assert learned(raw, folder, tiny_processor) == written
+    assert text_of(read(conversation_row("Find it.", written, ()), folder, "pixels").messages[-1]) == written
+    beside = f'{{"bbox_2d": [10, 20, 49, 100]}} {written}'
+    if "(" in written.strip()[:1] or written.startswith("["):
+        return  # numbers alone are a box only as a whole answer
+    with pytest.raises(BadRow, match="which box_coordinates does not convert"):
+        read(conversation_row("<image>Find it.", beside, ("a.png",)), folder, "pixels")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x = 4, y = 2", "The bar [1, 2, 3, 4] of (1, 2)", '{"x": 1, "y": 2}', "f(1, 2)", "[23, 18]", "box: 4", "10, 20"],
+)
+def test_other_numbers_beside_boxes_stay_as_they_are(text, folder, tiny_processor):
+    assert (
+        learned(conversation_row("<image>Find it.", text, ("a.png",)), folder, tiny_processor, coordinates="pixels")
+        == text
+    )
+
+
+@pytest.mark.parametrize("coordinates", ["pixels", "norm1000", None])
+def test_parts_of_sides_are_no_pixels(coordinates, folder, tiny_processor):
+    raw = row("<bbox>", objects={"bbox": [[0.1, 0.1, 0.5, 1]]})
+    with pytest.raises(BadRow, match=r"no larger than a (pixel|thousandth); .* set box_coordinates: norm1"):
+        learned(raw, folder, tiny_processor, coordinates=coordinates)
+    assert learned(raw, folder, tiny_processor, coordinates="norm1")
+
+
 def test_two_numbers_are_a_point(folder, tiny_processor):
     raw = row("click(start_box='<bbox>')", objects={"ref": [], "bbox": [[49, 20]]})
     assert learned(raw, folder, tiny_processor) == "click(start_box='<|box_start|>(500,100)<|box_end|>')"

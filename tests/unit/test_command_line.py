@@ -19,7 +19,7 @@ from qwen_vl_sft.config.command_line import (
     recipe_keys,
     recipe_values,
 )
-from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
+from qwen_vl_sft.errors import EXIT_USER_ERROR, MOST_QUOTED, UserError, exits_with_user_errors
 
 
 @dataclass(frozen=True)
@@ -187,3 +187,25 @@ def test_a_mistyped_command_line_ends_at_once_and_needs_no_torch(script):
     assert (done.returncode, done.stdout) == (EXIT_USER_ERROR, "False\n"), done.stderr
     assert done.stderr.startswith("error: ")
     assert WRONG_RUN.get(script, "command line: ") in done.stderr
+
+
+class Exit(BaseException):
+    """In place of the end of this process."""
+
+
+@pytest.mark.parametrize("ask", [Path.exists, Path.is_dir, Path.read_text, Path.mkdir])
+def test_a_name_that_is_too_long_for_a_file_is_told_in_short(ask, monkeypatch, capsys):
+    def leave(code):
+        raise Exit(code)
+
+    @exits_with_user_errors
+    def main():
+        ask(Path(3000 * "x"))
+
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(Exit, match=str(EXIT_USER_ERROR)):
+        main()
+    told = capsys.readouterr().err
+    assert told.startswith("error: 'xxx")
+    assert told.endswith("is too long to be the name of a file; shorten it\n")
+    assert len(told) < MOST_QUOTED + 100

@@ -51,6 +51,8 @@ REFERENCES = [
     "{{image}}",
     "{{ image_1 }}",
     "<start_of_image>",
+    "<|vis_image|>",
+    "<|media_begin|>",
     "\ncharts/a.PNG\n",
     "\nPicture 1: charts/a.jpg\n",
 ]
@@ -100,6 +102,42 @@ def test_beside_placeholders_a_text_may_refer_to_its_images(form, tmp_path):
         "image",
         ", what?",
     ]
+
+
+# Text in rows without images, and with placeholders.
+MARKS = [
+    "{image}", "${image_1}", "< image >", "<image\u200b>", "\uff1cimage\uff1e", "&lt;image&gt;", "|IMAGE|", "<ImageContent>",
+    "<fake_token_around_image>", "<im_start>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", MARKS)
+def test_what_marks_the_place_of_an_image_that_nothing_places_is_refused(form, tmp_path):
+    row = {"messages": [{"role": "user", "content": f"Look: {form} What?"}, TURNS[1]]}
+    with pytest.raises(BadRow, match="names an image in its text"):
+        read({**row, "images": ["a.png"]}, tmp_path)
+    with pytest.raises(BadRow, match="names an image in its text"):
+        FORMATS["chartqa"].read({"image": PICTURE, "query": form, "label": "red"}, None)
+    assert kinds(read(row, tmp_path))[0] == [f"Look: {form} What?"]
+    assert kinds(read(conversation_row(f"{form} <image>"), tmp_path))[0] == [f"{form} ", "image"]
+
+
+@pytest.mark.parametrize(
+    "text", ["What is in b/c.png?", '{"file": "b/c.png"}', "file: b/c.png\nWhat?", "@b/c.png What?"]
+)
+def test_a_file_of_the_data_folder_that_a_text_names_is_shown_or_refused(text, tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("a.png", "b/c.png"):
+        (tmp_path / name).write_bytes(PICTURE)
+    turns = [{"role": "user", "content": text}, TURNS[1]]
+    for row in ({"messages": turns}, {"messages": turns, "images": ["a.png"]}, {"prompt": text, "completion": "red"}):
+        with pytest.raises(BadRow, match="names an image in its text"):
+            read(row, tmp_path)
+    assert kinds(read({"messages": turns, "images": ["b/c.png"]}, tmp_path))[0] == ["image", text]
+    assert kinds(read({"messages": turns}, tmp_path / "b"))[0] == [text]
+    with pytest.raises(BadRow, match="names an image in its text"):
+        FORMATS["chartqa"].read({"image": "a.png", "query": text, "label": "red"}, tmp_path)
+    FORMATS["chartqa"].read({"image": "b/c.png", "query": text, "label": "red"}, tmp_path)
 
 
 @pytest.mark.parametrize("form", NAMED)
@@ -203,7 +241,13 @@ def test_parts_that_are_not_read_are_told_by_name(part, told):
         ("s3://bucket/a.png", "by its URL"),
         ("data:image/png;base64,***", "data URI that is no base64"),
         ("data:image/svg+xml,<svg/>", "data URI without base64"),
-        ("../" + 500 * "x", "lies outside the data folder"),
+        ("../" + 10 * f"{50 * 'x'}/", "lies outside the data folder"),
+        (BASE64[: len(BASE64) // 4 * 4 - 3] + 300 * "A", "neither a path nor whole base64"),
+        (300 * "_9j_", "neither a path nor whole base64"),
+        (["a.png"], "neither its bytes nor the name of a file, but .'a.png'.; write a path"),
+        ({"image": "a.png"}, "neither its bytes nor the name of a file, but {'image': 'a.png'}"),
+        (999 * [0], "neither its bytes nor the name of a file"),
+        ({"path": None, "bytes": None}, "has a missing image"),
         ("https://example.org/" + 999 * "x", "by its URL"),
     ],
 )
@@ -219,7 +263,16 @@ def test_a_long_name_of_no_file_is_told_in_short(tmp_path):
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("value", [BASE64, URI, "\n".join(BASE64[i : i + 76] for i in range(0, len(BASE64), 76))])
+def test_a_reason_of_the_system_does_not_repeat_the_path(tmp_path):
+    with pytest.raises(BadRow, match=r"cannot be read \(File name too long\)$") as error:
+        read({"messages": TURNS, "images": [999 * "x" + ".png"]}, tmp_path).media[0].open()
+    assert len(str(error.value)) < MOST_QUOTED + 100
+
+
+LINES = "\n".join(BASE64[i : i + 76] for i in range(0, len(BASE64), 76))
+
+
+@pytest.mark.parametrize("value", [BASE64, URI, f"DATA:Image/PNG;BASE64,{BASE64}", LINES])
 def test_image_columns_may_hold_base64(value):
     for row in ({"messages": TURNS, "images": [value]}, {"messages": TURNS, "image": value}):
         assert read(row).media[0].data == PICTURE

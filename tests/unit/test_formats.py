@@ -17,7 +17,7 @@ from qwen_vl_sft.data.formats import FORMATS, choose_format, known_format
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import MEDIA
 from qwen_vl_sft.data.scan import scan
-from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.errors import MOST_QUOTED, BadRow, UserError
 from qwen_vl_sft.evaluation.task import read_question
 
 
@@ -85,6 +85,49 @@ def test_the_first_format_that_recognises_the_columns_reads_them(monkeypatch):
     assert choose_format(both, "auto", "x").name == "messages"
     with pytest.raises(UserError, match=r"columns \['text'\] fit no format \(chartqa: image, label, query; messages: "):
         choose_format({"text"}, "auto", "x")
+
+
+@pytest.mark.parametrize(
+    ("columns", "way_out"),
+    [
+        ({"instruction", "input", "output"}, "name instruction and output prompt and completion"),
+        ({"query", "response", "images"}, "name query and response prompt and completion"),
+        ({"question", "answer"}, "name question and answer prompt and completion"),
+        ({"prompt", "chosen", "rejected"}, "preferences are not trained on"),
+        ({"Prompt", " completion", "image"}, "names are read as they are written: correct ' completion', 'Prompt'"),
+        ({"caption"}, "rename its columns to those of a format, or write its rows as messages"),
+    ],
+)
+def test_columns_of_no_format_are_told_with_a_way_out(columns, way_out):
+    with pytest.raises(UserError, match=way_out):
+        choose_format(columns, "auto", "x")
+
+
+def test_many_columns_of_no_format_are_told_in_short():
+    with pytest.raises(UserError) as error:
+        choose_format({f"column {number}" for number in range(900)}, "auto", "x")
+    assert len(str(error.value)) < MOST_QUOTED + 300
+
+
+@pytest.mark.parametrize(
+    ("label", "answers"),
+    [
+        ('["00501", "501"]', ["00501", "501"]),
+        ("[Yes, No]", ["[Yes, No]"]),
+        ("[23, 18]", ["[23, 18]"]),
+        (["[23, 18]"], ["[23, 18]"]),
+        ('["a"]', ["a"]),
+    ],
+)
+def test_a_table_holds_accepted_answers_as_json(label, answers):
+    chartqa = FORMATS["chartqa"]
+    row = {"image": png(), "query": "Which?", "label": label}
+    assert chartqa.accepted_answers(row, chartqa.read(row, None)) == answers
+    for printed in ("['00501', '501']", "['14'\n '15']"):
+        with pytest.raises(BadRow, match="a list as Python prints it"):
+            chartqa.read({**row, "label": printed}, None)
+    with pytest.raises(BadRow, match="a list as Python prints it"):
+        FORMATS["messages"].read({"messages": "[{'role': 'user', 'content': 'x'}]"}, None)
 
 
 def test_the_recipe_offers_every_format():

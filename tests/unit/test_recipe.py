@@ -95,6 +95,20 @@ def test_a_cpu_does_not_compute_in_float16():
             ["lr_scheduler_type greedy never goes below its min_lr"],
         ),
         ({"lr_scheduler_type": "cosine", "warmup_steps": 3}, []),
+        *(
+            ({"lr_scheduler_type": kind, "lr_scheduler_kwargs": {name: value}, "learning_rate": 1e-4}, told)
+            for kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+            for name, value, told in (
+                ("min_lr", 1e-5, []),
+                (
+                    "min_lr",
+                    1e-3,
+                    ["lr_scheduler_kwargs: min_lr 0.001 is above 0.0001, so that the learning rate rises"],
+                ),
+                ("min_lr_rate", 0.1, []),
+                ("min_lr_rate", 2, ["lr_scheduler_kwargs: min_lr_rate 2 is above 1"]),
+            )
+        ),
     ],
 )
 def test_settings_that_cannot_mean_what_they_say_are_told(keys, told):
@@ -110,6 +124,10 @@ def test_settings_that_cannot_mean_what_they_say_are_told(keys, told):
         ({"tokens": 41}, {}, ["global_batch_tokens 41 is above the 40 tokens"]),
         ({"rows": 4}, {"warmup_steps": 6}, ["warmup_steps 6 is no shorter than the run of 6 steps"]),
         ({"rows": 4}, {"warmup_steps": 6, "lr_scheduler_type": "greedy"}, []),
+        ({"rows": 4}, {"eval_strategy": "steps", "eval_steps": 6}, []),
+        ({"rows": 4}, {"eval_strategy": "steps", "eval_steps": 7}, ["eval_steps 7 is above the run's 6 steps"]),
+        ({"rows": 4}, {"eval_strategy": "steps", "eval_steps": 0.5}, []),
+        ({"rows": 4}, {"eval_strategy": "epoch", "eval_steps": 7}, []),
         (
             {"rows": 4},
             {"warmup_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 5}},

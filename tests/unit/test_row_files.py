@@ -14,7 +14,7 @@ from fixtures.messages import RED, conversation_row, png, write_messages
 from qwen_vl_sft.data import json_stream, row_files
 from qwen_vl_sft.data.dataset import in_memory, open_rows
 from qwen_vl_sft.data.row_files import RowFiles
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import MOST_QUOTED, UserError
 
 
 def texts(conversation):
@@ -181,6 +181,12 @@ def test_an_image_folder_of_one_table_is_read_by_the_splits_of_its_images(tmp_pa
         ("image,query,label\n", "is empty"),
         ('image,query,label\na,"b,c\na,b,c\n', "is no table \\(line 3: unexpected end of data"),
         ("image,query,label,\na,b,c,d\n", "a column without a name in its first line"),
+        (
+            "image;query;label\na;b;c\n",
+            "whose name holds ';'; separate its values with commas",
+        ),
+        ("image\tquery\tlabel\na\tb\tc\n", "whose name holds '\\\\t'"),
+        ("sep=;\nimage;query;label\na;b;c\n", "whose name holds ';'"),
     ],
 )
 def test_faults_of_tables_are_told(text, told, tmp_path):
@@ -270,9 +276,71 @@ def test_folders_of_save_to_disk_are_read(streaming, tmp_path):
     for name in ("one", "both"):
         assert read(tmp_path / name, "train[1:3]", streaming) == [["1?", "x"], ["2?", "x"]]
     assert read(tmp_path / "both", "test", streaming) == [["3?", "x"]]
-    for name, told in (("one", "has written one, 'train'"), ("both", "has written train, test")):
-        with pytest.raises(UserError, match=told):
+    for split in ("train", "test"):
+        dataset.select([2] if split == "test" else [0, 1]).save_to_disk(tmp_path / "apart" / split)
+    assert read(tmp_path / "apart", "test", streaming) == [["2?", "x"]]
+    for name, told in (("one", "train"), ("both", "train, test"), ("apart", "test, train")):
+        with pytest.raises(
+            UserError, match=f"has no split 'val'; save_to_disk has written {told}; name another as data"
+        ):
             open_rows(str(tmp_path / name), "val", streaming=streaming)
+
+
+def test_a_table_may_begin_with_empty_lines(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"\r\n\nprompt,completion\n\nQ,00501\n")
+    assert read(tmp_path) == [["Q", "00501"]]
+
+
+def test_parquet_files_that_belong_to_no_split_are_told(tmp_path, caplog):
+    from datasets import Dataset
+
+    for name in ("train.parquet", "test.parquet", "extra[1].parquet", ".cache/x.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Dataset.from_dict({"prompt": [name], "completion": ["x"]}).to_parquet(tmp_path / name)
+    assert read(tmp_path) == [["train.parquet", "x"]]
+    assert "1 of its 4 parquet files belong to no split by their names and are not read, such as extra[1].parquet" in (
+        caplog.text
+    )
+    caplog.clear()
+    (tmp_path / "extra[1].parquet").unlink()
+    assert read(tmp_path, "test") == [["test.parquet", "x"]]
+    assert not caplog.text
+    (tmp_path / "a::b").mkdir()
+    (tmp_path / "test.parquet").rename(tmp_path / "a::b/test.parquet")
+    with pytest.raises(UserError, match="with :: in its path cannot be read; rename it"):
+        open_rows(str(tmp_path / "a::b"), "test")
+
+
+@pytest.mark.parametrize("where", ["", "train/"])
+def test_two_tables_beside_the_same_images_are_refused(where, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.png").write_bytes(png())
+    (tmp_path / f"{where}metadata.csv").write_text("file_name,query,label\na.png,?,x\n")
+    (tmp_path / f"{where}metadata.jsonl").write_text('{"file_name": "a.png", "query": "?", "label": "y"}\n')
+    with pytest.raises(UserError, match=r"two files of one name, metadata.csv and metadata.jsonl; keep one"):
+        open_rows(str(tmp_path), "train")
+
+
+def test_files_of_a_split_with_other_types_are_told_in_one_message(tmp_path):
+    from datasets import Dataset
+
+    for number, row in enumerate([{"prompt": "a"}, {"prompt": "a", "system": "x"}, {"prompt": ["a"]}]):
+        for kind in ("column", "type"):
+            if number != (1 if kind == "type" else 2):
+                (tmp_path / kind).mkdir(exist_ok=True)
+                name = f"train-0000{number}-of-00003.parquet"
+                Dataset.from_list([{**row, "completion": "x"}]).to_parquet(tmp_path / kind / name)
+    for kind, told in (("column", "1 new columns"), ("type", "Couldn't cast array of type")):
+        with pytest.raises(UserError, match=f"{told}.*; write all files of a split with the same columns and types"):
+            open_rows(str(tmp_path / kind), "train")
+
+
+def test_many_files_of_other_splits_are_told_in_short(tmp_path):
+    for number in range(99):
+        (tmp_path / f"file_{number}.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="has no split 'train'; its files give file_0, ") as error:
+        open_rows(str(tmp_path), "train")
+    assert len(str(error.value)) < MOST_QUOTED + 300
 
 
 def test_rows_of_texts_are_compared_with_trl(tmp_path):

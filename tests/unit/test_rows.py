@@ -159,7 +159,7 @@ def test_bad_chartqa_rows(changes, told):
         ({"messages": ["hi", *PLAIN]}, "not a list of turns"),
         ({"messages": {"role": ["user"], "content": ["hi"]}}, "not a list of turns"),
         (conversation_row(images=("a\0.png",)), "'a.x00.png', which is no path"),
-        (conversation_row(images=({"bytes": "text"},)), "missing image"),
+        (conversation_row(images=({"bytes": "text"},)), "neither its bytes nor the name of a file, but"),
         ({"messages": PLAIN, "video": {"path": "clip.mp4"}}, "has something in column video,"),
         ({"messages": PLAIN, "audios": ["a.wav"]}, "has something in column audios,"),
         (conversation_row("<video>What?", images=()), "has <video> in a question"),
@@ -616,7 +616,7 @@ def test_a_stream_that_breaks_later_is_told(messages_folder):
 
 def test_columns_of_no_format(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match=r"columns \['text'\] fit no format .* set dataset_format"):
+    with pytest.raises(UserError, match=r"columns \['text'\] fit no format .*; write the turns of text as messages"):
         open_rows(str(tmp_path), "train")
     with pytest.raises(UserError, match="dataset_format chartqa needs the column"):
         open_rows(str(tmp_path), "train", row_format="chartqa")

@@ -105,7 +105,20 @@ def test_names_of_bookkeeping(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["weight", "loss_weight", "input_ids", "label", "image_path", "url", "text", "context", "answer", "tools", "idea"],
+    [
+        "weight",
+        "loss_weight",
+        "kto_tag",
+        "input_ids",
+        "label",
+        "image_path",
+        "url",
+        "text",
+        "context",
+        "answer",
+        "tools",
+        "idea",
+    ],
 )
 def test_other_names_mean_something(name):
     assert not is_bookkeeping(name)
@@ -138,7 +151,7 @@ def test_a_turn_that_is_not_to_be_learned_is_not(key, no, yes, tiny_processor):
     with pytest.raises(BadRow, match="role 'user' that is to be learned"):
         read({"messages": [{**TURNS[0], key: yes}, TURNS[1]]})
     for wrong in (0.5, 2, -1, "1"):
-        with pytest.raises(BadRow, match=f"a turn with {key}: {wrong}; only"):
+        with pytest.raises(BadRow, match=f"a turn with {key}: {wrong!r}; only"):
             read({"messages": [TURNS[0], {**TURNS[1], key: wrong}]})
 
 

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qwen_vl_sft.checkpointing import checkpoints, manifest
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.pickles import problem_of_pickles
+from qwen_vl_sft.checkpointing.run_folder import BASE, BASE_WEIGHTS, ENVIRONMENT
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import current_metric
 from qwen_vl_sft.distributed import launch
@@ -91,6 +92,9 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
         return []
     was, now = _settings(checkpoint.manifest), _settings(signature)
     changed = [name for name in sorted(was.keys() & now.keys()) if was[name] != now[name]]
+    same_weights = BASE in changed and _has_same_weights(checkpoint, signature)
+    if same_weights:
+        changed.remove(BASE)
     follows = {was.get("lr_scheduler_type"), now.get("lr_scheduler_type")} & set(_FOLLOW_EVALUATIONS)
     held = [] if follows else [name for name in changed if name in SCHEDULE_KEYS]
     problems = [_differs(checkpoint, name, was[name], now[name]) for name in changed if name not in held]
@@ -102,6 +106,11 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
     world_problem = _other_world(checkpoint, signature["world"])
     raise_all(problems + ([world_problem] if world_problem else []))
     notes = [f"{checkpoint.path} had {name} {was[name]}; the run continues with {now[name]}" for name in held]
+    if same_weights:
+        notes.append(
+            f"{checkpoint.path} had the base {was[BASE]}; {now[BASE]} holds the same weights, compared in bfloat16, in other"
+            f" files"
+        )
     unknown = sorted(now.keys() - was.keys()) + ([] if "judge" in checkpoint.manifest else list(signature["judge"]))
     if unknown:
         notes.append(f"{checkpoint.path} does not record its {', '.join(unknown)}: check that they are unchanged")
@@ -127,6 +136,20 @@ def _settings(signature: dict[str, Any]) -> dict[str, Any]:
     rate = {"learning_rate": signature["learning_rate"]} if "learning_rate" in signature else {}
     # Formerly written only where it was set.
     return {"cache_image_features": None, **signature["same"], **rate, **signature.get("schedule", {})}
+
+
+def _has_same_weights(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:
+    """Return whether the base of the checkpoint has the tensors of this run's, in whatever files."""
+    recorded = checkpoint.manifest.get(BASE_WEIGHTS)
+    if recorded is None:  # of an earlier version
+        try:
+            environment = json.loads((checkpoint.path.parent / ENVIRONMENT).read_text(encoding="utf-8"))
+            recorded = (
+                environment.get(BASE_WEIGHTS) if environment.get(BASE) == checkpoint.manifest["same"][BASE] else None
+            )
+        except (OSError, ValueError, AttributeError):
+            return False
+    return recorded is not None and recorded == signature.get(BASE_WEIGHTS)
 
 
 def _same_metric_and_eval_rows(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:

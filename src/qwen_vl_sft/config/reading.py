@@ -200,7 +200,8 @@ def read_file(path: Path) -> dict[str, Any]:
             f"recipe {path} does not exist" + (f"; here are {', '.join(shipped)}" if shipped else "")
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"recipe {path} cannot be read: {reason}") from None
     try:
         written = load_yaml(text, text_keys()) if text.strip() else {}
     except RecursionError:

@@ -43,6 +43,17 @@ _ATTRIBUTES = re.compile(rf'\bx(?P<number>\d*)="{_NUMBER}"\s+y(?P=number)="{_NUM
 _BETWEEN_TOKENS = re.compile(rf"\s*(?P<found>{_PAIR}(?:\s*,\s*{_PAIR})?)\s*")
 _BOX_LIST = re.compile(rf"\[\s*{_NUMBER}(?:\s*,\s*{_NUMBER}){{3}}\s*\]")
 _POINT_LIST = re.compile(rf"\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]")
+# What else writes coordinates: other keys and tags, tokens of Florence and others, arguments of clicks.
+_OTHER_FORMS = re.compile(
+    rf"""<box>.*?</box>|<bbox>.*?</bbox>|<point>.*?</point>|(?:<loc_?\d+>)+|<\d+>(?:\s*,?\s*<\d+>)+"""
+    rf"""|["'](?:bbox\w*|box\w*|point\w*|coord\w*|position|xyxy|xywh)["']\s*:\s*[\[({{][^\]}})]*"""
+    rf"""|["']?(?:start|end)_box["']?\s*[=:]\s*["']?[(\[][^)\]]*"""
+    rf"""|\w\(\s*x\s*=\s*{_NUMBER}\s*,\s*y\s*=\s*{_NUMBER}"""
+    rf"""|\bx_?(?:1|min)["']?\s*[=:]\s*{_NUMBER},?\s*["']?y_?(?:1|min)["']?\s*[=:]\s*{_NUMBER},?\s*["']?x_?(?:2|max)""",
+    re.DOTALL | re.IGNORECASE,
+)
+# Numbers alone are a box where they are a whole answer.
+_BARE_BOXES = re.compile(rf"\s*\[?\s*(?:(?:{_BOX_LIST.pattern}|{_PAIR}\s*,\s*{_PAIR})\s*[,;]?\s*)+\]?\s*\.?\s*")
 # In an answer all of them, with the special tokens around.
 _IN_ANSWER = re.compile(
     rf"(?:<\|box_start\|>\s*)?(?P<found>{_PAIR}(?:\s*,\s*{_PAIR})?|{_BOX_LIST.pattern}|{_POINT_LIST.pattern}"
@@ -115,6 +126,11 @@ def in_model_coordinates(
     """Return the numbers of a box as the model writes them. Raises `BadRow` where it is not inside its image."""
     (width, height), model = scales(part, media, form, processor)
     named = f"has the {'box' if len(part['numbers']) == 4 else 'point'} {part['text'][:80]}"
+    if part["coordinates"] != "norm1" and len(part["numbers"]) == 4 and 0 < max(part["numbers"]) <= 1:
+        raise BadRow(
+            f"{named}, which is no larger than a {'pixel' if part['coordinates'] == 'pixels' else 'thousandth'}; if its"
+            f" coordinates are parts of the image's sides, set box_coordinates: norm1"
+        )
     relative = _along(part["numbers"], (1 / width, 1 / height))
     if len(relative) == 4 and not (relative[0] < relative[2] and relative[1] < relative[3]):
         raise BadRow(f"{named}, which is empty: it must be x1, y1, x2, y2 with x1 < x2 and y1 < y2")
@@ -287,8 +303,24 @@ def _with_regions(conversation: Conversation, coordinates: BoxCoordinates) -> Co
                 ]
                 done = region.stop
             parts.append({"type": "text", "text": text[done:]})
+        if images:
+            _check_other_forms(message["role"], parts)
         messages.append({**message, "content": [part for part in parts if part["type"] != "text" or part["text"]]})
     return replace(conversation, messages=messages)
+
+
+def _check_other_forms(role: str, parts: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `BadRow` for texts that write a box in a form that is not read: its numbers would be left as they are."""
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    found = next(filter(None, map(_OTHER_FORMS.search, texts)), None)
+    if found is None and role == "assistant" and len(parts) == 1 and texts:
+        found = _BARE_BOXES.fullmatch(texts[0])
+    if found:
+        raise BadRow(
+            f"has {quoted(found[0])[:80]} in its messages, which box_coordinates does not convert; write <bbox> and column"
+            f' objects, <|box_start|>(x1,y1),(x2,y2)<|box_end|>, or "bbox_2d": [x1, y1, x2, y2]; without box_coordinates'
+            f" texts are learned as they are"
+        )
 
 
 def _regions_in_text(text: str) -> list[Region]:

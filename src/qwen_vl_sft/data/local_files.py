@@ -16,7 +16,7 @@ from qwen_vl_sft.data import git_lfs, row_files
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.row_files import RowFiles
 from qwen_vl_sft.data.split_listing import Stated, list_splits, lists_twice, read_card, read_stated
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, quoted, shortened
 
 logger = logging.getLogger(__name__)
 # Files that hold one split say so by their names, also when they are numbered as on the Hub.
@@ -64,6 +64,7 @@ def find_split(folder: Path, split: str, image_folder: Path | None, config: str 
     if tables := sorted(folder.rglob("*.parquet")):
         git_lfs.refuse_pointers(tables)
         tell_missing_parts(tables)
+        _tell_unlisted(folder, tables)
         return _loaded(folder)
     stated = _stated(folder, config)
     if stated.names_files and split in (listed := _listed(folder, stated)):
@@ -81,7 +82,7 @@ def find_split(folder: Path, split: str, image_folder: Path | None, config: str 
     if found is None and split in listed:
         refuse_tar(f"dataset {folder}", listed[split])
     elif found is None and listed:
-        raise UserError(f"dataset {folder}: has no split {split!r}; its files give {', '.join(listed)}")
+        raise UserError(f"dataset {folder}: {no_split(split, listed)}")
     return found or _loaded(folder)
 
 
@@ -95,8 +96,10 @@ def split_of_listing(
         refuse_twice(texts)
         return _as_stated(RowFiles(tuple(texts)), stated)
     if tables := [file for file in texts if is_metadata(file)]:
+        refuse_twice(tables)
         return _as_stated(RowFiles(tuple(tables), True, image_folder), stated)
     if tables := _tables_above(own, folder):
+        refuse_twice(tables)
         others = [folder / file for name, files in listed.items() if name != split for file in files]
         left_out = frozenset(map(str, _with_members(others)))
         return _as_stated(RowFiles(tuple(tables), True, image_folder, left_out), stated)
@@ -131,6 +134,26 @@ def tell_missing_parts(files: Iterable[Path]) -> None:
             )
 
 
+def _tell_unlisted(folder: Path, tables: Sequence[Path]) -> None:
+    """Warn of files whose names tell no split, beside others that do: `datasets` leaves them out without a word."""
+    try:
+        if read_card(folder).get("configs"):
+            return
+    except ValueError:  # told when it is loaded
+        return
+    named = {file for files in _listed(folder, Stated()).values() for file in files}
+    paths = [table.relative_to(folder) for table in tables]
+    hidden = (".", "__")
+    left_out = [
+        path for path in paths if str(path) not in named and not any(part.startswith(hidden) for part in path.parts)
+    ]
+    if named and left_out:
+        logger.warning(
+            "dataset %s: %d of its %d parquet files belong to no split by their names and are not read, such as %s",
+            folder, len(left_out), len(tables), shortened(str(left_out[0])),
+        )  # fmt: skip
+
+
 def refuse_twice(files: Sequence[Path]) -> None:
     """Raise `ValueError` for two files in a folder that differ in their kind alone: the same rows twice."""
     names: dict[Path, Path] = {}
@@ -142,17 +165,29 @@ def refuse_twice(files: Sequence[Path]) -> None:
 
 def saved_split(folder: Path, split: str) -> Path | None:
     """Return the folder of a split that `save_to_disk` has written, None for any other folder. Raises `UserError`."""
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+    if _is_saved(folder):
         own = _json_of(folder / "state.json").get("_split") or "train"
         if split != own:
-            raise UserError(f"dataset {folder}: has no split {split!r}; save_to_disk has written one, {own!r}")
+            raise UserError(f"dataset {folder}: {no_split(split, [own], 'save_to_disk has written')}")
         return folder
-    if not (folder / "dataset_dict.json").is_file():
-        return None
-    splits = _json_of(folder / "dataset_dict.json").get("splits", [])
-    if split not in splits:
-        raise UserError(f"dataset {folder}: has no split {split!r}; save_to_disk has written {', '.join(splits)}")
-    return folder / split
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json_of(folder / "dataset_dict.json").get("splits", [])
+    else:  # splits that were written one by one
+        splits = sorted(file.parent.name for file in folder.glob("*/state.json") if _is_saved(file.parent))
+    if splits and split not in splits:
+        raise UserError(f"dataset {folder}: {no_split(split, splits, 'save_to_disk has written')}")
+    return folder / split if splits else None
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def no_split(split: str, names: Iterable[str], there: str = "its files give") -> str:
+    """Return the rest of a message on a split that is not among those of a dataset."""
+    found = list(names)
+    way_out = "; name another as dataset_train_split or dataset_test_split, or rename its files" if found else ""
+    return f"has no split {quoted(split)}; {there} {shortened(', '.join(found)) or 'none'}{way_out}"
 
 
 def _json_of(file: Path) -> dict[str, Any]:
@@ -226,6 +261,8 @@ def _state_of(folder: Path) -> str:
 def _loaded(folder: Path) -> LoadedFiles:
     """Return what `load_dataset` reads: the folder, or its files where it would take it for another, or read files twice."""
     home = folder.resolve()
+    if "::" in str(home):
+        raise UserError(f"dataset {folder}: parquet files in a folder with :: in its path cannot be read; rename it")
     has_magic = glob.has_magic(str(home))
     if not has_magic and not _reads_twice(home):
         return LoadedFiles(str(folder))
@@ -260,5 +297,5 @@ def _files_of_split(folder: Path, files: Sequence[Path], split: str) -> tuple[Pa
             tell_missing_parts(own)
     if not own:
         splits = dict.fromkeys(row_files.stem_of(file) for file in files)
-        raise UserError(f"dataset {folder}: has no split {split!r}; its files give {', '.join(splits)}")
+        raise UserError(f"dataset {folder}: {no_split(split, splits)}")
     return tuple(own)

@@ -59,7 +59,7 @@ _NOTHING: dict[str, Any] = {
     **{name: [] for name in ("content_hashes", "image_patches", "image_sides")},
 }
 # Raise it when reading, refusing or measuring of rows changes: what was found before is then ignored.
-_VERSION = 7
+_VERSION = 8
 # Rows that a process checks at a time, and rows that are worth a process.
 _PIECE, _WORTH_A_PROCESS = 32, 256
 # Files on a network answer slowly, but many at a time.

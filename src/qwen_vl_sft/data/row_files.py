@@ -36,6 +36,8 @@ TEXT, COLUMNS = "__json_text__", "__json_columns__"
 _FEATURES = Features({TEXT: Value("large_string"), COLUMNS: Value("string")})
 # The text of a name in JSON.
 _IMAGE_NAME = re.compile(rf'"((?:[^"\\]|\\.)*(?:{"|".join(map(re.escape, IMAGE_SUFFIXES))}))"', re.IGNORECASE)
+# What other programs write between the values of tables.
+_OTHER_SEPARATORS = re.compile("[;|\t,]")
 # Raise it when files are read otherwise than before: prepared rows are then read anew.
 _VERSION = 2
 
@@ -262,8 +264,14 @@ def _csv_rows(file: Path, source: IO[bytes], separator: str | None) -> Iterator[
     # Strict: a quote that is left open would swallow the lines after it.
     reader = csv.reader(lines, delimiter=separator or ("\t" if is_tsv else ","), strict=True)
     try:
-        names = next(reader, [])
+        # Lines without anything are passed, here and below.
+        names = next(filter(None, reader), [])
         stated = [name for name in names if name]
+        if not separator and len(names) == 1 and (other := _OTHER_SEPARATORS.search(names[0])):
+            raise ValueError(
+                f"{file.name} has one column, {quoted(names[0])}, whose name holds {other[0]!r}; separate its values with"
+                f" {'tabs' if is_tsv else 'commas'}, or state the separator in README.md beside it (configs: sep)"
+            )
         if len(set(stated)) < len(stated):
             raise ValueError(f"{file.name} has two columns of one name in its first line; rename one")
         for values in reader:

@@ -235,7 +235,7 @@ def _hub_source(name: str, split: str, config: str | None, image_folder: Path | 
     if not own:
         if not hub.online and not _holds_text(listed):
             return by_datasets  # which may have it in a cache of its own
-        raise UserError(f"dataset {name}: has no split {_base(split)!r}; its files give {', '.join(listed) or 'none'}")
+        raise UserError(f"dataset {name}: {local_files.no_split(_base(split), listed)}")
     reader, _ = infer_module_for_data_files_list([file for file in own if not archives.is_archive(Path(file))])
     if reader in _TYPED:
         if reader == "parquet" and hub.lists_twice(stated):
@@ -335,5 +335,9 @@ def _refusal(name: str, split: str, error: BaseException) -> UserError:
     error = _first_cause(error)
     if isinstance(error, UserError):
         return error
-    told = f"in its files {error.details()}" if isinstance(error, CastError) else first_line(error)
+    told = f"in its files {shortened(error.details())}" if isinstance(error, CastError) else first_line(error)
+    if str(error).startswith("Couldn't cast"):
+        # The types stand in the lines below the first.
+        told = told if isinstance(error, CastError) else shortened(" ".join(str(error).split()))
+        told += "; write all files of a split with the same columns and types"
     return UserError(f"dataset {name}, split {split}: cannot be loaded: {told}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.data.scan import Scan
@@ -69,7 +70,7 @@ def warnings(recipe: Recipe, lora_parts: Sequence[str]) -> list[str]:
 def _schedule_warnings(recipe: Recipe) -> list[str]:
     kind, stated = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
     if kind not in _FOLLOW_EVALUATIONS:
-        return []
+        return _rising_rates(recipe.get("learning_rate"), stated)
     found = []
     if recipe.get("warmup_steps"):
         found.append(
@@ -83,6 +84,17 @@ def _schedule_warnings(recipe: Recipe) -> list[str]:
             f" lr_scheduler_kwargs: {{min_lr: ...}} below it, and max_lr for the most that it may rise to"
         )
     return found
+
+
+def _rising_rates(rate: float, stated: dict[str, Any]) -> list[str]:
+    """Return a warning for an end of the schedule that lies above the learning rate."""
+    ends = [("min_lr", rate), ("min_lr_rate", 1), ("min_lr_ratio", 1)]
+    return [
+        f"lr_scheduler_kwargs: {name} {stated[name]:g} is above {most:g}, so that the learning rate rises from"
+        f" {rate:g}; lower it"
+        for name, most in ends
+        if isinstance(stated.get(name), (int, float)) and stated[name] > most
+    ]
 
 
 def idle_on_cpu(recipe: Recipe) -> list[str]:
@@ -114,6 +126,12 @@ def warnings_of_data(run: Run, data: PreparedData) -> list[str]:
         found.append(
             f"warmup_steps {stated:g} is no shorter than the run of {steps:,} steps, so that the learning rate never stays at"
             f" {recipe.get('learning_rate'):g}; lower it, or write a share such as 0.03"
+        )
+    every = recipe.get("eval_steps") or 0
+    if recipe.get("eval_strategy") == "steps" and every > steps:
+        found.append(
+            f"eval_steps {every:g} is above the run's {steps:,} steps, so that nothing is evaluated while training; lower it,"
+            f" or write a share such as 0.1"
         )
     decay = (recipe.get("lr_scheduler_kwargs") or {}).get("num_decay_steps")
     if isinstance(decay, int) and warmup + decay > steps:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from qwen_vl_sft.checkpointing.resume_check import SCHEDULE_KEYS
+from qwen_vl_sft.checkpointing.run_folder import BASE, BASE_WEIGHTS
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.data.dataset import ROW_ID
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.evaluation.metrics import ALL_METRICS
-from qwen_vl_sft.modeling.base_identity import identity_of_base
+from qwen_vl_sft.modeling.base_identity import digest_of_weights, identity_of_base, weights_of_base
 from qwen_vl_sft.training.prepared_data import PreparedData
 from qwen_vl_sft.training.resolve import Run
 
@@ -58,7 +59,7 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
     same: dict[str, Any] = {
         "global_batch_size": global_batch.rows,
         "global_batch_tokens": global_batch.tokens,
-        "base": identity_of_base(recipe.model),
+        BASE: identity_of_base(recipe.model),
         **{name: recipe.get(name) for name in _TRAINING_KEYS},
         "data_seed": recipe.data_seed,
         "packing": settings.packing,
@@ -75,9 +76,12 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
         same |= {name: getattr(recipe.model, name) for name in _FP8_KEYS}
     if isinstance(data.train, Scan):
         same |= {"rows": len(data.train.rows), "data": fingerprint(data.train)}
+    weights = weights_of_base(recipe.model)
     return {
         "world": {"strategy": context.strategy, "processes": context.processes},
         "same": same,
+        # The same base may lie in other files.
+        BASE_WEIGHTS: digest_of_weights(weights) if weights else None,
         "schedule": {name: recipe.get(name) for name in SCHEDULE_KEYS},
         "judge": _judge(recipe, data.evaluation),
         "versions": {name: metadata.version(name) for name in _VERSIONS},

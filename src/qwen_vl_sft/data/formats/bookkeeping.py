@@ -20,9 +20,12 @@ _PATTERNS = re.compile(
     r"|(?:num|n)_.+|__index_level_\d+__|unnamed: ?\d+",
     re.IGNORECASE,
 )
+# Whether an answer is a good one, as trainers of preferences name it: a bad one would be learned.
+_TELLS_GOOD_FROM_BAD = frozenset({"kto_tag"})
 
 
 @functools.lru_cache(maxsize=4096)
 def is_bookkeeping(name: str) -> bool:
     """Return whether a column, or a key of a turn, is known to mean nothing for training."""
-    return name.lower() in _KNOWN or _PATTERNS.fullmatch(name) is not None
+    known = name.lower()
+    return known in _KNOWN or (known not in _TELLS_GOOD_FROM_BAD and _PATTERNS.fullmatch(name) is not None)

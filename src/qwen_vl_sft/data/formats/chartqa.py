@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.formats.base import DataFormat, Row
-from qwen_vl_sft.data.formats.content import check_question, number_as_text, text_or_number
-from qwen_vl_sft.data.formats.turns import system_turns
+from qwen_vl_sft.data.formats.content import check_named_files, check_question, number_as_text, text_or_number
+from qwen_vl_sft.data.formats.turns import list_of, system_turns
 from qwen_vl_sft.data.media import MEDIA
 from qwen_vl_sft.errors import BadRow
 
@@ -29,17 +29,21 @@ def parse(row: Row, folder: Path | None) -> Conversation:
     query = text_or_number(row.get("query"), "query")
     if _IMAGE.placeholder in query:
         raise BadRow(f"has {_IMAGE.placeholder} in its query; the image is put before the query, so leave it out")
-    check_question(query)
+    check_question(query, has_images=True)
+    image = _IMAGE.file(row["image"], folder)
+    check_named_files(query, [image.path], folder)
     content = [{"type": _IMAGE.kind}, {"type": "text", "text": query}]
     answer = {"type": "text", "text": accepted_answers(row)[0]}
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [answer]}]
     system = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in system_turns(row)]
-    return Conversation([*system, *messages], [_IMAGE.file(row["image"], folder)])
+    return Conversation([*system, *messages], [image])
 
 
 def accepted_answers(row: Row, _: Conversation | None = None) -> list[str]:
-    """Return the accepted answers in `label`, of which the first is learned. Raises `BadRow`."""
+    """Return the accepted answers in `label`, of which the first is learned; in tables a list of JSON. Raises `BadRow`."""
     label = row.get("label")
+    if isinstance(label, str) and isinstance(found := list_of(label), list) and all(isinstance(a, str) for a in found):
+        label = found
     first, *others = [number_as_text(answer) for answer in label] or [None] if isinstance(label, list) else [label]
     others = [answer for answer in others if answer is not None and str(answer).strip()]
     return [text_or_number(answer, "answer (column label)") for answer in (first, *others)]

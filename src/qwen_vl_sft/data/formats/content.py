@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from qwen_vl_sft.data.formats.base import has_value, unread_media
@@ -37,6 +38,7 @@ _FILE = rf"[^<>\[\]\n]*{_ENDINGS}"
 # Forms in which other trainers and pages show an image. A model that never sees it would learn to guess.
 _REFERENCES = re.compile(
     rf"{_tags(_IMAGES)}|<im_patch>|<(?:start|end)_of_image>|<{_FILE}>|\[{_FILE}\]"
+    rf"|<\|\w+_(?:{_IMAGES})\w*\|>|<\|media_\w*\|>"
     rf"|^[ \t]*(?:(?:{_IMAGES})[ \t]*\d*[ \t]*:[ \t]*)?\S+{_ENDINGS}[ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -46,6 +48,13 @@ _SHOWN = re.compile(
     r"|!\[[^\]\n]*\][(\[]|!\[\[|\\includegraphics\b|\.\. image::|data:image/[\w.+-]+;base64,",
     re.IGNORECASE,
 )
+# What would be text in other rows, and marks the place of an image that nothing else places.
+_LIKELY = re.compile(
+    rf"(?:[<\uff1c{{]|&lt;)[\s\u200b]*/?[\w-]{{0,30}}?(?:{_IMAGES})[\w-]{{0,30}}[\s\u200b]*(?:[>\uff1e}}]|&gt;)"
+    rf"|\|(?:{_IMAGES})\||<im_\w+>",
+    re.IGNORECASE,
+)
+_NAMED_FILE = re.compile(rf"\w[\w./%+@-]*{_ENDINGS}(?!\w)", re.IGNORECASE)
 # Letters of a text that a message quotes around what it found.
 _AROUND = 40
 _OTHER_FORMS = re.compile(_tags(_OTHERS), re.IGNORECASE)
@@ -71,7 +80,8 @@ def content_parts(content: Any, is_answer: bool = False, has_parts: bool = False
         readable = _PAYLOADS if kind != "text" else ()
         for name, value in part.items():
             if name not in _HARMLESS_OF_PARTS and name not in readable and has_value(value):
-                raise BadRow(f"has a content part that brings its own {shortened(str(name))}, which is not read")
+                ways = f"; write what it shows into {', '.join(readable)}" if readable else "; leave the key out"
+                raise BadRow(f"has a content part that brings its own {shortened(str(name))}, which is not read{ways}")
         if kind == "text":
             parts.append(_written_part(part.get("text"), is_answer or has_parts))
         elif has_value(part.get("text")):
@@ -92,24 +102,42 @@ def part_kind(part: Any) -> Any:
     return _OTHER_KINDS.get(str(kind), kind)
 
 
-def check_question(text: str, has_placeholders: bool = False) -> None:
+def check_question(text: str, has_placeholders: bool = False, has_images: bool = False) -> None:
     """Raise `BadRow` for the text of a question that shows an image in a form that is not read, or another medium.
 
-    Where the images of its row have placeholders (`has_placeholders`), "[image 1]" only refers to one of them.
+    Where the images of its row have placeholders (`has_placeholders`), "[image 1]" only refers to one of them. Where there
+    are images (`has_images`) and no placeholders, "{image}" tells where one is meant.
     """
     for kind in unread_media():
         if f"<{kind}>" in text:
             raise BadRow(f"has <{kind}> in a question, and only images are read; leave such rows out")
-    if found := _SHOWN.search(text) or (None if has_placeholders else _REFERENCES.search(text)):
-        around = text[max(0, found.start() - _AROUND) : found.end() + _AROUND]
-        raise BadRow(
-            f"names an image in its text, {quoted(around)}; write <image> in its place and the file into column images"
-            " (in messages whose images are content parts of their own, it is text)"
-        )
+    found = _SHOWN.search(text)
+    if not found and not has_placeholders:
+        found = _REFERENCES.search(text) or (_LIKELY.search(text) if has_images else None)
+    if found:
+        raise _names_an_image(text, found)
     if found := _OTHER_FORMS.search(text):
         raise BadRow(
             f"names a video or a sound in its text, {quoted(found[0])}, and only images are read; leave such rows out"
         )
+
+
+def check_named_files(text: str, shown: Collection[str | None], folder: Path | None) -> None:
+    """Raise `BadRow` for the text of a question that names a file of the data folder which is not among those shown."""
+    if folder is None:
+        return
+    for found in _NAMED_FILE.finditer(text):
+        path = folder / found[0]
+        if ".." not in path.parts and path.is_file() and str(path.resolve()) not in shown:
+            raise _names_an_image(text, found)
+
+
+def _names_an_image(text: str, found: re.Match[str]) -> BadRow:
+    around = text[max(0, found.start() - _AROUND) : found.end() + _AROUND]
+    return BadRow(
+        f"names an image in its text, {quoted(around)}; write <image> in its place and the file into column images (in"
+        " messages whose images are content parts of their own, it is text)"
+    )
 
 
 def text_or_number(value: Any, what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 from qwen_vl_sft.data.conversation import Conversation, Message, text_of
 from qwen_vl_sft.data.formats.base import Row, has_value
 from qwen_vl_sft.data.formats.bookkeeping import is_bookkeeping
-from qwen_vl_sft.data.formats.content import check_question, content_parts, part_kind
+from qwen_vl_sft.data.formats.content import check_named_files, check_question, content_parts, part_kind
 from qwen_vl_sft.data.media import MEDIA, MediaFile
 from qwen_vl_sft.data.media.base import Medium
-from qwen_vl_sft.errors import BadRow, quoted, shortened
+from qwen_vl_sft.errors import BadRow, quoted
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys of a turn by which other trainers say whether it is learned.
 LEARNED = ("weight", "loss", "train")
 # Names of a thought, as transformers knows them.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_PRINTED_LIST = re.compile(r"\s*\[\s*(?:'.*'|\{\s*'.*\})\s*,?\s*\]\s*", re.DOTALL)
 _READ_OF_TURNS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", *LEARNED, *_THOUGHTS})
 
 
@@ -43,10 +45,10 @@ def turns_as_conversation(turns: list[Message], row: Row, folder: Path | None) -
     check_roles(messages)
     asked = [part for message in messages if message["role"] != "assistant" for part in message["content"]]
     shows_own = any(part["type"] in MEDIA for part in asked)
-    for part in asked:
-        if part["type"] == "text" and not part["plain"]:
-            check_question(part["text"], shows_own)
     values = {kind: _values(row, medium) for kind, medium in MEDIA.items()}
+    questions = [part["text"] for part in asked if part["type"] == "text" and not part["plain"]]
+    for text in questions:
+        check_question(text, shows_own, any(values.values()))
     for kind, found in values.items():
         _match(kind, found, asked, messages)
     coming = {kind: iter(found) for kind, found in values.items()}
@@ -57,6 +59,8 @@ def turns_as_conversation(turns: list[Message], row: Row, folder: Path | None) -
             if part["type"] in MEDIA:
                 value = part.pop("value") if "value" in part else next(coming[part["type"]])
                 media.append(MEDIA[part["type"]].file(value, folder))
+    for text in questions:
+        check_named_files(text, [file.path for file in media], folder)
     return Conversation(messages, media, tools_of(row))
 
 
@@ -114,8 +118,13 @@ def tool_call(name: Any, arguments: Any) -> dict[str, Any]:
 
 
 def list_of(value: Any) -> Any:
-    """Return the list that a text holds as JSON, as tables and some datasets write it, and everything else as it is."""
+    """Return the list that a text holds as JSON, as tables and some datasets write it, and everything else as it is.
+
+    Raises `BadRow` for a list as Python prints it, whose quotes and escapes are others than those of JSON.
+    """
     found = _from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if isinstance(found, str) and _PRINTED_LIST.fullmatch(found):
+        raise BadRow(f"has a list as Python prints it, {found.strip()[:40]!r}; write it as JSON (json.dumps)")
     return found if isinstance(found, list) else value
 
 
@@ -232,7 +241,7 @@ def _without_known_names(turns: list[Message]) -> list[Message]:
 
 def _is_learned(value: Any, name: str) -> bool:
     if value not in (0, 1):
-        raise BadRow(f"has a turn with {name}: {shortened(str(value))}; only 0, 1, false and true are read")
+        raise BadRow(f"has a turn with {name}: {quoted(value)}; only 0, 1, false and true are read")
     return bool(value)
 
 

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from qwen_vl_sft.data import git_lfs
 from qwen_vl_sft.data.media import archives
 from qwen_vl_sft.data.media.decoding import decode_upright
-from qwen_vl_sft.errors import BadRow, first_line, shortened
+from qwen_vl_sft.errors import BadRow, first_line, quoted, shortened
 
 # Pillow warns of a decompression bomb above this many pixels; no chart or photo needs more.
 MAX_PIXELS_OF_A_FILE = 89_478_485
@@ -43,6 +43,8 @@ _HEAD = 256
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 # Shorter text is the name of a file.
 _SHORTEST_BASE64 = 64
+# No file has a longer name.
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class ImageFile:
                 with archives.open_member(Path(str(self.path))) as member:
                     return member.read()
         except FileNotFoundError:
-            raise BadRow(f"image file {shortened(str(self.path))} does not exist") from None
+            raise self._missing() from None
         except (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
+            raise BadRow(f"image{self._named()} cannot be read ({_told(error)})") from None
 
     def open(self) -> Image.Image:
         """Open without decoding pixels: size and mode come from the header. Raises `BadRow`.
@@ -86,13 +88,13 @@ class ImageFile:
         try:
             image = self._opened()
         except FileNotFoundError:
-            raise BadRow(f"image file {shortened(str(self.path))} does not exist") from None
+            raise self._missing() from None
         except Image.DecompressionBombError as error:
             raise BadRow(f"image{self._named()} is refused: {error}") from None
         except (MemoryError, BadRow):
             raise
         except Exception as error:  # the readers of damaged files raise what they like, RuntimeError and IndexError too
-            raise BadRow(f"image{self._named()} cannot be read ({first_line(error)})") from None
+            raise BadRow(f"image{self._named()} cannot be read ({_told(error)})") from None
         width, height = image.size
         if width * height > MAX_PIXELS_OF_A_FILE:
             raise BadRow(f"image{self._named()} of {width}x{height} pixels is refused: above {MAX_PIXELS_OF_A_FILE:,}")
@@ -127,7 +129,7 @@ class ImageFile:
         except MemoryError:
             raise
         except Exception as error:
-            raise BadRow(f"image{self._named()} cannot be decoded ({first_line(error)})") from None
+            raise BadRow(f"image{self._named()} cannot be decoded ({_told(error)})") from None
 
     def pixels(self) -> torch.Tensor:
         """Decode as `decode` does, to [height, width, 3] uint8. Raises `BadRow`."""
@@ -155,8 +157,19 @@ class ImageFile:
             )
         return Image.open(io.BytesIO(self.data) if self.data is not None else str(self.path))
 
+    def _missing(self) -> BadRow:
+        return BadRow(
+            f"image file {shortened(str(self.path))} does not exist (names are relative to the data folder, or to"
+            " image_folder)"
+        )
+
     def _named(self) -> str:
         return f" {shortened(self.path)}" if self.path else ""
+
+
+def _told(error: Exception) -> str:
+    """Return the message of an error in a line; of the system's own errors without the path, which is told already."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def _is_heic(head: bytes) -> bool:
@@ -204,8 +217,8 @@ def _inline(value: str) -> bytes | None:
     """Return the bytes of a data URI or of base64 text, None for a name. Raises `BadRow`."""
     if value[:5].lower() == "data:":
         about, _, text = value.partition(",")
-        if not about.endswith(";base64"):
-            raise BadRow(f"has an image as a data URI without base64: {value[:40]!r}")
+        if not about.lower().endswith(";base64"):
+            raise BadRow(f"has an image as a data URI without base64: {value[:40]!r}; encode it as base64")
     elif len(value) >= _SHORTEST_BASE64 and value.startswith(_BASE64_BEGINNINGS):
         text = value
     else:
@@ -231,17 +244,27 @@ def image_file(value: Any, folder: Path | None) -> ImageFile:
             return ImageFile(value["bytes"], value.get("path"))
         if isinstance(value.get("bytes"), str) and (data := _inline(value["bytes"])) is not None:
             return ImageFile(data, value.get("path"))
-        value = value.get("path") or value.get("url")
+        known = value.get("path") or value.get("url")
+        if known is None and any(entry is not None for entry in value.values()):
+            known = dict(value)
+        value = known
     if isinstance(value, bytes):
         return ImageFile(value, None)
-    if not isinstance(value, str) or not value:
+    if value is None or value == "":
         raise BadRow("has a missing image")
+    if not isinstance(value, str):
+        raise BadRow(
+            f"has an image that is neither its bytes nor the name of a file, but {quoted(value)}; write a path, base64 text,"
+            f" or an object with one of path, bytes, url"
+        )
     if (data := _inline(value)) is not None:
         return ImageFile(data, None)
     if is_url(value):
         raise BadRow(f"names an image by its URL, {shortened(value)}, and URLs are not read; {WAY_OUT_OF_URLS}")
     value = value.removeprefix("file://")
     shown = shortened(value)
+    if "." not in value and max(map(len, value.split("/"))) > _LONGEST_NAME:
+        raise BadRow(f"has an image as text that is neither a path nor whole base64 of an image: {value[:40]!r}")
     if folder is None:
         raise BadRow(f"names the image file {shown}, but the dataset is not a local folder")
     try:
