@@ -286,7 +286,7 @@ def tutorial_keys(small_model, shared):
         "model_name_or_path": small_model,
         "dataset_name": shared / "chartqa",
         "dataset_train_split": "train[:24]",
-        "dataset_test_split": "val[:6]",
+        "dataset_test_split": "val[:3]",
         "max_pixels": 28 * 28 * 12,
         "dtype": "float32",
         "bf16": "false",
