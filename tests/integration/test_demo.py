@@ -459,15 +459,16 @@ def test_a_space_is_complete_and_names_no_folder_of_this_machine(space, runs):
 
 
 def test_a_space_starts_from_its_own_folder_and_answers(space, browser, expected, tmp_path):
-    # The installed package is taken off the path, so only the Space's own copy can be imported.
-    outside = (
+    # The installed package is taken off the path, so only the copy beside this script can be imported.
+    script = space / "outside.py"
+    script.write_text(
         "import runpy, sys\n"
         f"sys.path[:] = [path for path in sys.path if path not in ('', {str(REPOSITORY / 'src')!r})]\n"
-        "sys.path.insert(0, '.')\n"
         "import qwen_vl_sft; print('package', qwen_vl_sft.__file__, flush=True)\n"
         "runpy.run_path('app.py', run_name='__main__')\n"
     )
-    process, address, said = start("-c", outside, uploads=tmp_path, cwd=space, GRADIO_SERVER_PORT=str(free_port()))
+    process, address, said = start(script, uploads=tmp_path, cwd=space, GRADIO_SERVER_PORT=str(free_port()))
+    script.unlink()
     try:
         assert Path(re.search(r"package (\S+)", said)[1]).resolve().is_relative_to(space.resolve()), said
         page = Page(browser, address)
