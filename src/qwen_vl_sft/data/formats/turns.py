@@ -12,7 +12,7 @@ from qwen_vl_sft.data.conversation import Conversation, Message, text_of
 from qwen_vl_sft.data.formats.base import Row, has_value
 from qwen_vl_sft.data.formats.bookkeeping import is_bookkeeping
 from qwen_vl_sft.data.formats.content import check_named_files, check_question, content_parts, part_kind
-from qwen_vl_sft.data.media import MEDIA, MediaFile
+from qwen_vl_sft.data.media import MEDIA, MediaFile, path_of
 from qwen_vl_sft.data.media.base import Medium
 from qwen_vl_sft.errors import BadRow, quoted
 
@@ -60,7 +60,7 @@ def turns_as_conversation(turns: list[Message], row: Row, folder: Path | None) -
                 value = part.pop("value") if "value" in part else next(coming[part["type"]])
                 media.append(MEDIA[part["type"]].file(value, folder))
     for text in questions:
-        check_named_files(text, [file.path for file in media], folder)
+        check_named_files(text, [path_of(file) for file in media], folder)
     return Conversation(messages, media, tools_of(row))
 
 
