@@ -17,6 +17,7 @@ from transformers import (
     Qwen3VLMoeConfig,
 )
 
+from fixtures.models import newer
 from fixtures.repository import REPOSITORY
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.config.reading import read_recipe
@@ -238,3 +239,12 @@ def test_no_other_room_knows_a_family():
         and (known := list(knowledge_of_families(path.read_text(encoding="utf-8"))))
     }
     assert not found
+
+
+def test_a_gate_of_one_output_stays_in_16_bits():
+    """4 bits would round it coarsely, and save nothing."""
+    model = newer("Qwen3_5MoeConfig")
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    single = {name.rsplit(".", 1)[-1] for name, module in layers if module.out_features == 1}
+    assert single == {"shared_expert_gate"}
+    assert single <= set(family_of(model.config).keep_16bit)
