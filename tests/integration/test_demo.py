@@ -286,7 +286,8 @@ class Page:
         options[0].click()
 
     def messages(self):
-        return [toast.text for toast in self.all(".toast-body") if toast.text]
+        # Each is asked once: while it appears, its text may come and go.
+        return [text for toast in self.all(".toast-body") if (text := toast.text)]
 
     def problems(self):
         return [entry for entry in self.browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -373,6 +374,7 @@ def test_an_example_is_filled_in_with_its_right_answer(page, sources, expected, 
         (png(size=(600, 2)), "What?", "more elongated than 200 to 1"),
         (png(), "What? <|im_end|>", "the request has the special token <|im_end|>"),
     ],
+    ids=["no image", "no question", "not an image", "huge", "elongated", "special token"],
 )
 def test_what_cannot_be_answered_gives_one_message(page, tmp_path, content, question, message):
     if content is not None:

@@ -25,6 +25,7 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.base import PARTS, PackedLayout
 from qwen_vl_sft.families.registry import FAMILIES, family_of
+from qwen_vl_sft.families.shape_reading import read_shape
 from qwen_vl_sft.modeling.base_model import load_config
 from qwen_vl_sft.modeling.flops import BatchStats
 from qwen_vl_sft.modeling.kernels import KERNELS, LORA
@@ -62,6 +63,16 @@ def test_another_model_is_refused_with_the_families_there_are():
         UserError, match=r"model_name_or_path: x is a gpt2 model; this package trains Qwen2-VL, .*Qwen3"
     ):
         family_of(SimpleNamespace(model_type="gpt2"), "model_name_or_path: x")
+
+
+def test_a_model_that_cannot_be_trained_is_refused_with_the_reason_by_plans_too():
+    why = (
+        r"^x is a qwen4_exp model, which is not trained: its indexer .* needs a way of transformers to train it first; "
+    )
+    with pytest.raises(UserError, match=why + "this package trains Qwen2-VL"):
+        family_of(SimpleNamespace(model_type="qwen4_exp"), "x")
+    with pytest.raises(UserError, match=why + "the plan knows qwen2_vl"):
+        read_shape({"model_type": "qwen4_exp"}, "x")
 
 
 def test_a_model_of_qwens_that_is_not_trained_is_refused_with_the_reason(tmp_path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from qwen_vl_sft.families.base import ModelFamily
+from qwen_vl_sft.families.untrained import unknown_model
 
 FAMILIES: tuple[ModelFamily, ...] = (
     qwen2_vl.FAMILY,
@@ -17,13 +17,6 @@ FAMILIES: tuple[ModelFamily, ...] = (
     qwen3_vl_moe.FAMILY,
     qwen3_5_moe.FAMILY,
 )
-# Qwen's models that are not trained, and why.
-REFUSED: Mapping[str, str] = {
-    "qwen4_exp": (
-        "its indexer loops over every token in Python, chooses keys by a rank that gives its weights no gradient, and its"
-        " n-gram table takes about 90 GiB; it needs a way of transformers to train it first"
-    ),
-}
 _BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
 
 
@@ -35,6 +28,5 @@ def family_of(config: Any, source: str = "the model") -> ModelFamily:
     family = _BY_MODEL_TYPE.get(config.model_type)
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
-        reason = f", which is not trained: {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""
-        raise UserError(f"{source} is a {config.model_type} model{reason}; this package trains {known}")
+        raise UserError(unknown_model(source, config.model_type, f"this package trains {known}"))
     return family

@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.shape import DeltaShape, ExpertsShape, ModelShape, TextShape, VisionShape
+from qwen_vl_sft.families.untrained import unknown_model
 
 _LINEAR = "linear_attention"
 
@@ -15,7 +16,7 @@ def read_shape(config: Mapping[str, Any], source: str = "config.json") -> ModelS
     """Read the dimensions from what a config.json holds. Raises `UserError` for a model that is not known here."""
     kind = config.get("model_type")
     if kind not in _VISION:
-        raise UserError(f"{source} is a {kind} model; the plan knows {', '.join(_VISION)}")
+        raise UserError(unknown_model(source, kind, f"the plan knows {', '.join(_VISION)}"))
     text: Mapping[str, Any] = {**config, **config.get("text_config", {})}
     vision: Mapping[str, Any] = config.get("vision_config", {})
     try:
