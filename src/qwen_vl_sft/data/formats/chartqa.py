@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qwen_vl_sft.data.conversation import Conversation
 from qwen_vl_sft.data.formats.base import DataFormat, Row
 from qwen_vl_sft.data.formats.content import check_named_files, check_question, number_as_text, text_or_number
-from qwen_vl_sft.data.formats.turns import list_of, system_turns
+from qwen_vl_sft.data.formats.turns import system_turns
 from qwen_vl_sft.data.media import MEDIA
-from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.errors import BadRow, quoted
 
 CHARTQA_SYSTEM_MESSAGE = (
     "You are a Vision Language Model specialized in interpreting visual data from chart images.\n"
@@ -20,6 +21,8 @@ CHARTQA_SYSTEM_MESSAGE = (
     " unless absolutely necessary."
 )
 _IMAGE = MEDIA["image"]
+# As a table holds what was a list: it may mean accepted answers, or be one.
+_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:'.*'|".*")\s*,?\s*\]\s*""", re.DOTALL)
 
 
 def parse(row: Row, folder: Path | None) -> Conversation:
@@ -40,10 +43,13 @@ def parse(row: Row, folder: Path | None) -> Conversation:
 
 
 def accepted_answers(row: Row, _: Conversation | None = None) -> list[str]:
-    """Return the accepted answers in `label`, of which the first is learned; in tables a list of JSON. Raises `BadRow`."""
+    """Return the accepted answers in `label`, of which the first is learned. Raises `BadRow`."""
     label = row.get("label")
-    if isinstance(label, str) and isinstance(found := list_of(label), list) and all(isinstance(a, str) for a in found):
-        label = found
+    if isinstance(label, str) and _LIST_OF_TEXTS.fullmatch(label):
+        raise BadRow(
+            f"has a list written as one text, {quoted(label)[:80]}, in column label; write the list itself (JSON lines or"
+            " Parquet), or its first answer alone"
+        )
     first, *others = [number_as_text(answer) for answer in label] or [None] if isinstance(label, list) else [label]
     others = [answer for answer in others if answer is not None and str(answer).strip()]
     return [text_or_number(answer, "answer (column label)") for answer in (first, *others)]
