@@ -35,17 +35,17 @@ notebook: setup
 serving-table: setup
 	PYTHONPATH=tests $(BIN)/python -m fixtures.serving_table
 
-# Four files at a time on two cores: many tests wait for a process, a job or a browser.
+# More files at a time than a machine of two cores has: many tests wait for a process, a job or a browser. Long tests hold more.
 # Bytecode is kept whatever the shell says: every process that starts would compile the package anew.
 CLEAN := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
-OPTIONS := -n 4 --dist loadfile --no-loadscope-reorder
+OPTIONS := --dist loadfile --no-loadscope-reorder
 PYTEST := $(CLEAN) $(BIN)/python -m pytest $(OPTIONS)
 
 test: setup
-	$(PYTEST) -m 'not long'
+	$(PYTEST) -n 5 -m 'not long'
 
 test-all: setup
-	$(PYTEST)
+	$(PYTEST) -n 4
 
 # All else is that of the environment: a second one holds the newer PyTorch alone, which is found first.
 $(NEWER)/.installed: $(VENV)/.installed constraints-newer.txt
@@ -65,7 +65,7 @@ NEWER_TESTS := tests/unit/test_adapter_layout.py tests/unit/test_batches.py test
 	tests/integration/test_kernels.py tests/integration/test_packed.py tests/integration/test_qwen3_5.py
 
 test-newer: $(NEWER)/.installed
-	PYTHONPATH=src $(CLEAN) $(NEWER)/bin/python -m pytest $(OPTIONS) $(NEWER_TESTS) -k 'not tested_versions_are_not_told'
+	PYTHONPATH=src $(CLEAN) $(NEWER)/bin/python -m pytest $(OPTIONS) -n 4 $(NEWER_TESTS) -k 'not tested_versions_are_not_told'
 
 check: setup
 	$(BIN)/ruff check .
