@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qwen_vl_sft.checkpointing import checkpoints, manifest
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
 from qwen_vl_sft.checkpointing.pickles import problem_of_pickles
-from qwen_vl_sft.checkpointing.run_folder import BASE, BASE_WEIGHTS, ENVIRONMENT
+from qwen_vl_sft.checkpointing.run_folder import BASE, BASE_WEIGHTS, ENVIRONMENT, read_facts
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.config.settings import current_metric
 from qwen_vl_sft.distributed import launch
@@ -142,13 +142,9 @@ def _has_same_weights(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool
     """Return whether the base of the checkpoint has the tensors of this run's, in whatever files."""
     recorded = checkpoint.manifest.get(BASE_WEIGHTS)
     if recorded is None:  # of an earlier version
-        try:
-            environment = json.loads((checkpoint.path.parent / ENVIRONMENT).read_text(encoding="utf-8"))
-            recorded = (
-                environment.get(BASE_WEIGHTS) if environment.get(BASE) == checkpoint.manifest["same"][BASE] else None
-            )
-        except (OSError, ValueError, AttributeError):
-            return False
+        environment = read_facts(checkpoint.path.parent / ENVIRONMENT)
+        if environment.get(BASE) == checkpoint.manifest["same"][BASE]:
+            recorded = environment.get(BASE_WEIGHTS)
     return recorded is not None and recorded == signature.get(BASE_WEIGHTS)
 
 

@@ -93,6 +93,15 @@ def finish(folder: Path, metrics: dict[str, Any], log_history: list[dict[str, An
         weights.chmod(0o666 & ~umask)
 
 
+def read_facts(file: Path) -> dict[str, Any]:
+    """Return what a run folder's `environment.json` or `metrics.json` tells; nothing where it is missing or not whole."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of an earlier version, or of a run that was killed
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}

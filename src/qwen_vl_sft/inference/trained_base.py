@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from qwen_vl_sft.checkpointing.checkpoints import with_manifest
 from qwen_vl_sft.checkpointing.manifest import read_manifest
-from qwen_vl_sft.checkpointing.run_folder import BASE, BASE_WEIGHTS, ENVIRONMENT, METRICS
+from qwen_vl_sft.checkpointing.run_folder import BASE, BASE_WEIGHTS, ENVIRONMENT, METRICS, read_facts
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.source import Source
@@ -73,7 +71,7 @@ def check_same_base(folder: Path, home: Path, name: str | None, asked: ModelSett
 def _same_weights(home: Path, name: str | None, trained: str | None, asked: ModelSettings) -> bool | str | None:
     """Compare tensors: True for the same, the difference in words, None where the trained ones are not known any more."""
     now = weights_of_base(asked)
-    recorded = _json(home / ENVIRONMENT).get(BASE_WEIGHTS)
+    recorded = read_facts(home / ENVIRONMENT).get(BASE_WEIGHTS)
     if now is not None and recorded == digest_of_weights(now):
         return True
     folder = ModelSettings(model_name_or_path=name)
@@ -95,12 +93,12 @@ def base_of_run(home: Path, name: str | None) -> str | None:
 
     `name` is that of the model in its recipe.
     """
-    told = _json(home / ENVIRONMENT).get(BASE)
+    told = read_facts(home / ENVIRONMENT).get(BASE)
     if told is None:
         manifests = [read_manifest(folder) for folder in with_manifest(home)]
         bases = [manifest.get("same", {}).get("base") for manifest in manifests]
         told = next((base for base in reversed(bases) if base), None)
-    if told is None and (commit := _json(home / METRICS).get("base_commit")):
+    if told is None and (commit := read_facts(home / METRICS).get("base_commit")):
         told = f"{name} at {commit}"
     return told
 
@@ -109,11 +107,3 @@ def _words(name: str | None, trained: str | None) -> str:
     if trained is None:
         return "a base model that its run does not name"
     return f"{name} ({trained})" if trained.startswith(FOLDER) else trained
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of an earlier version, or of a run that was killed
-        return {}
-    return content if isinstance(content, dict) else {}
