@@ -16,11 +16,12 @@ from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.packed_batches import take_packed_batches
 from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.errors import UserError
-from qwen_vl_sft.modeling import attention, attention_kernels
+from qwen_vl_sft.modeling import attention, attention_kernels, image_attention
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
 from qwen_vl_sft.modeling.attention_kernels import FLASH, has_varlen_kernel, resolve_attention, varlen_kernel
 from qwen_vl_sft.modeling.base_model import load_model
 from qwen_vl_sft.modeling.kernel_check import TOLERANCE, CheckedKernel, difference
+from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 TINY = str(tiny.MODEL_DIR)
 MODULES = {
@@ -313,3 +314,47 @@ def test_segmented_vision_attention_is_exact(sizes):
         mine = torch.cat(ours.model.get_image_features(pixels, grids).pooler_output)
         reference = torch.cat(theirs.model.get_image_features(pixels, grids).pooler_output)
     torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own", "width", "longest", "learns", "right", "taken"),
+    [
+        (True, 80, 300, False, True, True),
+        (True, 72, 256, False, True, True),
+        (False, 80, 300, False, True, False),
+        (True, 64, 300, False, True, False),
+        (True, 80, 200, False, True, False),
+        (True, 80, 300, True, True, False),
+        (True, 80, 300, False, False, False),
+    ],
+)
+def test_the_kernel_for_images_takes_what_it_is_made_for(own, width, longest, learns, right, taken, monkeypatch):
+    def plain(q, k, v, bounds, scale):
+        return attend_by_piece(q, k, v, bounds, bounds, scale, causal=False)
+
+    def called(name, attend):
+        return lambda *arguments, **_: names.append(name) or attend(*arguments)
+
+    names = []
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda value: True)
+    monkeypatch.setattr(image_attention, "_is_right", lambda *_: right)
+    monkeypatch.setattr(
+        attention, "attend_to_images", called("own", lambda q, k, v, b, _, scale: plain(q, k, v, b, scale))
+    )
+    pytorchs = called("PyTorch's", lambda q, k, v, b, *_: plain(q, k, v, b, None))
+    monkeypatch.setattr(attention, "varlen_kernel", lambda name: pytorchs)
+    q, k, v = (torch.randn(1, 2, longest + 40, width, requires_grad=learns) for _ in range(3))
+    bounds = torch.tensor([0, 40, longest + 40], dtype=torch.int32)
+    found, _ = attention._segmented_attention(
+        "sdpa", own, None, q, k, v, None, cu_seq_lens_q=bounds, max_length_q=torch.tensor(longest)
+    )
+    assert names == ["own" if taken else "PyTorch's"]
+    assert torch.equal(found[0], plain(*(one[0].transpose(0, 1) for one in (q, k, v)), bounds, None))
+
+
+def test_the_kernel_for_images_is_asked_for_by_its_own_name():
+    model = load_model(ModelSettings(model_name_or_path=TINY, dtype="float32"), on_cpu=True)
+    attention.use_segmented_vision_attention(model, own=True)
+    assert model.model.visual.config._attn_implementation == "segmented_flash_own"
+    attention.use_segmented_vision_attention(model, "flash_attention_4", own=True)
+    assert model.model.visual.config._attn_implementation == "segmented_flash_4"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from fixtures.conversations import conversation, image
 from fixtures.models import FAMILIES, newer, qwen2_vl
@@ -17,6 +18,7 @@ from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.feature_cache import FeatureCache
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.errors import BadRow, UserError
+from qwen_vl_sft.inference.engine import decode_kernel
 from qwen_vl_sft.inference.engine import engine as engine_module
 from qwen_vl_sft.inference.engine.cache import NO_TOKEN, KeyValueCache
 from qwen_vl_sft.inference.engine.decoding import Decoder, _Graph
@@ -164,6 +166,29 @@ def test_rows_are_answered_a_pass_ahead_and_by_recorded_steps(tiny, rows_at_once
         assert recorded
         assert all(count in (1, 2, 4, 8, 16) for count, _ in recorded)
         assert len(recorded) == len(set(recorded)), "a step of one size is recorded once"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_answers_are_the_same_where_a_kernel_attends_to_slots(family, beside, monkeypatch):
+    def attend(q, keys, values, table, places, lengths, scale):
+        called.append(len(q))
+        rows = []
+        for one, place, length in zip(q, places, lengths, strict=True):
+            own = table[place, : length + 1]
+            k, v = (tensor[own].transpose(0, 1) for tensor in (keys, values))
+            rows.append(scaled_dot_product_attention(one[:, None], k, v, scale=scale, enable_gqa=True)[:, 0])
+        return torch.stack(rows)
+
+    model, encoder, expected = family
+    called = []
+    monkeypatch.setattr(decode_kernel, "attend_to_slots", attend)
+    with on_a_device_of_its_own(beside) as recorded:
+        engine = Engine(model, encoder, NEW_TOKENS, rows=5)
+        engine._decoder.kernel = True  # which it is on a GPU alone
+        assert answers(engine) == expected
+    assert called
+    # However long the rows are, one graph serves them.
+    assert len({width for _, width in recorded}) <= 1
 
 
 def test_a_recorded_step_of_more_rows_serves_fewer_until_these_are_asked_for_often(tiny):

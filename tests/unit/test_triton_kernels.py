@@ -109,15 +109,100 @@ try:
 except ValueError as error:
     print(error)
 """
+ATTENTION = """
+import torch
+import triton.runtime.interpreter as interpreter
+from torch.nn.functional import scaled_dot_product_attention
+
+# Of NumPy 2.4 arrays of one number are no indices, as which the interpreter takes the bounds of a loop.
+patch_tensors = interpreter._patch_lang_tensor
+
+
+def with_indices(tensor, scope):
+    patch_tensors(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = with_indices
+
+from qwen_vl_sft.inference.engine import decode_check, decode_kernel
+from qwen_vl_sft.inference.engine.attention import DecodeStep, SlotStep
+from qwen_vl_sft.inference.engine.cache import KeyValueCache
+from types import SimpleNamespace
+
+torch.manual_seed(0)
+# Groups of 7, 2 and 1 queries on a head of keys; heads of 16, 20 and 32 values; rows that end in and at a step of 64 keys.
+for heads, of_keys, width, lengths in ((14, 2, 16, [5, 700, 64]), (8, 4, 20, [0, 63]), (3, 3, 32, [300, 1, 129, 900, 513])):
+    config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=of_keys, head_dim=width)
+    cache = KeyValueCache(config, 1500, torch.float32, torch.device("cpu"))
+    for stored in (*cache.keys.values(), *cache.values.values()):
+        stored.normal_()
+    rows, longest = len(lengths), max(lengths) + 1
+    # Rows share slots, as those on one image do, but for the newest.
+    table = torch.randint(1, 1400, (rows + 1, 1024))
+    places, lengths = torch.randperm(rows + 1)[:rows], torch.tensor(lengths)
+    write = torch.arange(1401, 1401 + rows)
+    table[places, lengths] = write
+    q, k, v = (torch.randn(count, rows, width).transpose(0, 1) for count in (heads, of_keys, of_keys))
+    slots = table[places, :longest]
+    mask = torch.zeros(rows, longest).masked_fill_(torch.arange(longest) > lengths[:, None], float("-inf"))
+    before = {name: {0: tensors[0].clone()} for name, tensors in (("keys", cache.keys), ("values", cache.values))}
+    wanted = DecodeStep(cache, write, slots, mask[:, None, None]).attend("", 0, q, k, v, None)
+    cache.keys, cache.values = before["keys"], before["values"]
+    # What is masked counts for nothing, whatever it holds.
+    for stored in (cache.keys[0], cache.values[0]):
+        stored[0] = float("nan")
+    found = SlotStep(cache, write, table, places, lengths).attend("", 0, q, k, v, None)
+    assert torch.allclose(found, wanted, atol=1e-5), (found - wanted).abs().max()
+    assert torch.equal(cache.keys[0][write], k)
+    assert decode_check.difference(heads, of_keys, width, torch.float32, cache.device) < 1e-5
+
+from qwen_vl_sft.modeling import image_attention, image_kernel
+from qwen_vl_sft.modeling.plain_attention import attend_by_piece
+
+# Images of few patches, of none, of a part of a tile, and of whole ones; values lie beside keys and queries.
+bounds = torch.tensor([0, 7, 7, 135, 393], dtype=torch.int32)
+for heads, width in ((2, 80), (1, 72)):
+    q, k, v = torch.randn(393, 3, heads, width).permute(1, 0, 2, 3).unbind(0)
+    found = image_attention.attend_to_images(q, k.contiguous(), v, bounds, 258, None)
+    wanted = attend_by_piece(q, k, v, bounds, bounds, None, causal=False)
+    assert torch.allclose(found, wanted, atol=1e-5), (found - wanted).abs().max()
+right = image_kernel.attend
+image_kernel.attend = lambda q, *arguments: torch.zeros_like(q)
+images = [torch.zeros(300, 2, 80) for _ in range(3)]
+print(image_attention.takes_images(*images, 300))
+image_kernel.attend = right
+print(image_attention.takes_images(*(image[:, :1] for image in images), 300))
+
+right = decode_kernel.attend_to_slots
+# Of bfloat16 the interpreter computes something else.
+cache = SimpleNamespace(dtype=torch.float16, keys=dict(cache.keys), device=cache.device)
+decode_kernel.attend_to_slots = lambda q, *arguments: torch.zeros_like(q)
+print(decode_check.has_decode_kernel(3, cache))
+
+
+def broken(*arguments):
+    raise RuntimeError("no such card")
+
+
+decode_kernel.attend_to_slots = broken
+print(decode_check.has_decode_kernel(6, cache))
+decode_kernel.attend_to_slots = right
+print(decode_check.has_decode_kernel(9, cache))
+print(decode_check.has_decode_kernel(9, SimpleNamespace(dtype=torch.float32)))
+"""
 
 
 @pytest.fixture(scope="module")
 def printed():
-    """What each of the scripts prints; both are run by one process."""
+    """What each of the scripts prints; all are run by one process."""
     end = "---"
-    script = "".join(f"exec({one!r}, {{'__name__': '__main__'}})\nprint({end!r})\n" for one in (INTERPRETED, EXPERTS))
+    scripts = (INTERPRETED, EXPERTS, ATTENTION)
+    script = "".join(f"exec({one!r}, {{'__name__': '__main__'}})\nprint({end!r})\n" for one in scripts)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    # Warnings too, in their order.
+    log = "import logging, sys\nlogging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
+    done = subprocess.run([sys.executable, "-c", log + script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split(f"{end}\n")
 
@@ -134,3 +219,24 @@ def test_kernels_around_experts_do_what_pytorch_does(printed):
     assert broken == (
         "fused_kernels: experts (summed) does not run here: no such card; leave experts out of fused_kernels"
     )
+
+
+def test_the_kernel_that_decodes_attends_to_the_slots_of_each_row(printed):
+    off, wrong, fails, failed, right, exact = printed[2].splitlines()[3:]
+    assert off == (
+        "answers are decoded with PyTorch's own attention of 3 heads of 32 values: the kernel for it is 100.0% off float32"
+    )
+    assert fails == (
+        "answers are decoded with PyTorch's own attention of 6 heads of 32 values: the kernel for it fails here:"
+        " no such card"
+    )
+    assert (wrong, failed, right, exact) == ("False", "False", "True", "False")
+
+
+def test_the_kernel_for_images_attends_inside_each(printed):
+    assert printed[2].splitlines()[:3] == [
+        "images are attended to with PyTorch's own attention of 2 heads of 80 values: the kernel for it is 100.0% off"
+        " float32",
+        "False",
+        "True",
+    ]

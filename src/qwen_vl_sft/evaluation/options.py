@@ -12,7 +12,17 @@ from qwen_vl_sft.inference.source import RECIPE_KEYS, Source, read_source, unkno
 
 # Options that mean nothing where a file of predictions is scored.
 QUANTIZED = ("load_in_4bit", "load_in_8bit")
-MODEL_OPTIONS = ("run", "arms", "split", "max_samples", "batch_size", "cuda_graphs", "engine", "resume")
+MODEL_OPTIONS = (
+    "run",
+    "arms",
+    "split",
+    "max_samples",
+    "batch_size",
+    "cuda_graphs",
+    "decode_kernel",
+    "engine",
+    "resume",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,9 @@ class EvaluateOptions:
         None, "most rows answered at once; default: as many as pay off and memory holds", at_least=1
     )
     cuda_graphs: bool = option(True, "replay CUDA graphs for the tokens of answers; false computes each anew")
+    decode_kernel: bool = option(
+        True, "attend with a kernel of this package's for them; false takes PyTorch's attention"
+    )
     engine: str | None = option(
         None, "another engine that answers, in an environment of its own: vllm; default: this package's", metavar="name"
     )

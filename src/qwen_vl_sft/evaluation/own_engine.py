@@ -148,6 +148,7 @@ def _answers(
             rows=options.batch_size,
             memory=memory,
             cuda_graphs=options.cuda_graphs,
+            decode_kernel=options.decode_kernel,
         )
         yield from engine.answers(prompts.encode, share)
     except BadRow as error:

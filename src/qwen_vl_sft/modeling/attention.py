@@ -17,18 +17,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qwen_vl_sft.modeling.attention_kernels import FLASH, SDPA, has_varlen_kernel, varlen_kernel
+from qwen_vl_sft.modeling.image_attention import attend_to_images, takes_images
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
 # "flash" in the name makes the vision tower pass the boundaries between images.
 SEGMENTED = "segmented_flash"
+# Ends the name of the one that may take this package's kernel.
+OWN = "_own"
 # Without it, as the language model of padded batches needs its masks.
 PACKED = "packed_rows"
 
 
-def use_segmented_vision_attention(model: Any, kernel: str = SDPA) -> None:
-    """Have the vision tower attend in one call over all images, exactly, with a kernel that `varlen_kernel` knows."""
-    name = _named(SEGMENTED, kernel)
-    AttentionInterface.register(name, partial(_segmented_attention, kernel))
+def use_segmented_vision_attention(model: Any, kernel: str = SDPA, own: bool = False) -> None:
+    """Have the vision tower attend in one call over all images, exactly, with a kernel that `varlen_kernel` knows.
+
+    With `own` this package's kernel takes the place of PyTorch's where there are no gradients, and it is right.
+    """
+    own = own and kernel == SDPA
+    name = f"{SEGMENTED}{OWN}" if own else _named(SEGMENTED, kernel)
+    AttentionInterface.register(name, partial(_segmented_attention, kernel, own))
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation({"vision_config": name})
 
@@ -94,6 +101,7 @@ def _packed_attention(
 
 def _segmented_attention(
     kernel: str,
+    own: bool,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -112,7 +120,10 @@ def _segmented_attention(
         )
     q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
     if has_varlen_kernel(value):
-        bounds = (cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q))
+        longest = int(max_length_q)
+        if own and takes_images(q, k, v, longest):
+            return attend_to_images(q, k, v, cu_seq_lens_q, longest, scaling)[None], None
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
         return varlen_kernel(kernel)(q, k, v, *bounds, scale=scaling, causal=False)[None], None
     return _attend_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
 

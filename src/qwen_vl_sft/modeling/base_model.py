@@ -169,7 +169,7 @@ def load_model(
         use_quantized_experts(model, "load_in_4bit" if settings.load_in_4bit else "load_in_fp8")
         adapt_4bit_experts()
     if attention == SDPA:
-        use_segmented_vision_attention(model)
+        use_segmented_vision_attention(model, own=not on_cpu and settings.attn_implementation == "auto")
     if on_cpu and settings.load_in_4bit:
         keep_4bit_weights_unpacked(model)
         unpack_rows_by_blocks()

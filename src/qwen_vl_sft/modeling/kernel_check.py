@@ -1,7 +1,9 @@
-"""Compare an installed attention kernel with float32 attention, once for each shape of heads, before it is used."""
+"""Compare attention kernels with float32 attention, once for each shape of heads, before they are used."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +12,31 @@ from torch.autograd.graph import saved_tensors_hooks
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
+logger = logging.getLogger(__name__)
 # Tokens of three rows, and how many keys stand before each, as in a shared prefix: none is a multiple of a kernel's tile.
 _TOKENS, _BEFORE = (70, 33, 129), (0, 40, 0)
 # |a - b| / |b|. Half precision rounds to 0.4%, and once more in a gradient; a row that sees another is off by far more.
 TOLERANCE = 2e-2
+
+
+def is_right(difference: Callable[[], float], otherwise: str) -> bool:
+    """Return whether a kernel of this package runs and differs from float32 by rounding alone.
+
+    If not, a line says what is done `otherwise`, and why. `difference` runs it on an example and compares.
+    """
+    try:
+        apart = difference()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Whatever it is that a compiler or a kernel raises.
+        reason = f"fails here: {first_line(error)[:200]}"
+    else:
+        if apart <= TOLERANCE:
+            return True
+        reason = f"is {apart:.1%} off float32"
+    logger.warning("%s: the kernel for it %s", otherwise, reason)
+    return False
 
 
 class CheckedKernel:

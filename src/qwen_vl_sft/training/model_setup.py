@@ -52,7 +52,8 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.pad_token_id = pad_token_id
     if recipe.run.packing:
-        use_segmented_vision_attention(model, chosen.attention)
+        own = not context.on_cpu and recipe.model.attn_implementation == "auto"
+        use_segmented_vision_attention(model, chosen.attention, own)
         use_packed_attention(model, chosen.attention)
         count_no_placeholders_in_training(model)
         # The auxiliary loss is over all tokens of all layers.

@@ -86,6 +86,31 @@ class DecodeStep:
         return attended.flatten(1, 2).to(q.dtype)
 
 
+@dataclass(frozen=True)
+class SlotStep:
+    """One new token of each of B rows, which a kernel has attend to the slots of its row where they lie.
+
+    `write` [B]; row b has the first `lengths[b]` + 1 of the slots `table[places[b]]`, its own the last of them.
+    """
+
+    cache: KeyValueCache
+    write: torch.Tensor
+    table: torch.Tensor
+    places: torch.Tensor
+    lengths: torch.Tensor
+
+    def attend(
+        self, kernel: str, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """Store the new keys and values, and attend to each row's own."""
+        from qwen_vl_sft.inference.engine.decode_kernel import attend_to_slots
+
+        self.cache.write(layer, self.write, k, v)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        attended = attend_to_slots(q.to(self.cache.dtype), keys, values, self.table, self.places, self.lengths, scaling)
+        return attended.to(q.dtype)
+
+
 @contextmanager
 def cached_attention(language_model: Any) -> Iterator[None]:
     """Have the language model attend as the `step` that its forward is given says."""

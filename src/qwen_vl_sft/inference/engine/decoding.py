@@ -17,7 +17,7 @@ import torch
 
 from qwen_vl_sft.errors import first_line
 from qwen_vl_sft.families.base import RowStates, StateStep
-from qwen_vl_sft.inference.engine.attention import DecodeStep
+from qwen_vl_sft.inference.engine.attention import DecodeStep, SlotStep, Step
 from qwen_vl_sft.inference.engine.cache import NO_TOKEN, KeyValueCache
 from qwen_vl_sft.inference.engine.transfer import to_device
 
@@ -51,14 +51,24 @@ class Decoder:
         places: most rows at once.
         states: what layers carry from token to token, a slot for each place and one more; None without such layers.
         graphs: replay CUDA graphs, one for each number of rows and width, both rounded up.
+        kernel: attend with a kernel of the GPU, which reads slots where they lie and takes rows of any length.
     """
 
-    def __init__(self, model: Any, cache: KeyValueCache, places: int, states: RowStates | None, graphs: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: KeyValueCache,
+        places: int,
+        states: RowStates | None,
+        graphs: bool,
+        kernel: bool,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.places = places
         self.states = states
         self.graphs = graphs
+        self.kernel = kernel
         self.device = cache.device
         # One more row, which stands for none: it fills up the batch of a graph.
         width = _WIDTH_ON_GPU if self.device.type == "cuda" else GRAPH_WIDTH_STEP
@@ -106,7 +116,7 @@ class Decoder:
         """
         if not self.graphs or choose is not None:
             return self._compute(self._on_device(places), -(-longest // WIDTH_STEP) * WIDTH_STEP, choose)
-        width = -(-longest // GRAPH_WIDTH_STEP) * GRAPH_WIDTH_STEP
+        width = self._table.shape[1] if self.kernel else -(-longest // GRAPH_WIDTH_STEP) * GRAPH_WIDTH_STEP
         most = _GRAPH_ROWS[-1]
         count = next((size for size in _GRAPH_ROWS if size >= len(places)), -(-len(places) // most) * most)
         found = self._recorded(count, width)
@@ -171,17 +181,13 @@ class Decoder:
 
     def _compute(self, places: torch.Tensor, width: int, choose: Choose | None) -> torch.Tensor:
         lengths, positions = self._lengths.index_select(0, places), self._positions.index_select(0, places)
-        slots = self._table[:, :width].index_select(0, places)
-        write = slots.gather(1, lengths[:, None])[:, 0]
-        seen = torch.arange(slots.shape[1], device=self.device) <= lengths[:, None]
-        mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         embedded = self.model.get_input_embeddings()(self._tokens.index_select(0, places))[None]
         with self.states.applied(StateStep(slots=places)) if self.states else nullcontext():
             output = self.model.model.language_model(
                 inputs_embeds=embedded,
                 position_ids=positions.expand(3, 1, -1),
                 use_cache=False,
-                step=DecodeStep(self.cache, write, slots, mask[:, None, None]),
+                step=self._step(places, lengths, width),
             )
         logits = self.model.lm_head(output.last_hidden_state[0]).float()
         tokens = logits.argmax(-1) if choose is None else choose(logits)
@@ -190,3 +196,13 @@ class Decoder:
         # A row that stands for none stays where it is.
         self._lengths.index_copy_(0, places, (lengths + 1).masked_fill_(places == self.places, 0))
         return tokens
+
+    def _step(self, places: torch.Tensor, lengths: torch.Tensor, width: int) -> Step:
+        if self.kernel:
+            write = self._table.flatten().index_select(0, places * self._table.shape[1] + lengths)
+            return SlotStep(self.cache, write, self._table, places, lengths)
+        slots = self._table[:, :width].index_select(0, places)
+        write = slots.gather(1, lengths[:, None])[:, 0]
+        seen = torch.arange(slots.shape[1], device=self.device) <= lengths[:, None]
+        mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        return DecodeStep(self.cache, write, slots, mask[:, None, None])

@@ -23,6 +23,7 @@ from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.inference.engine.attention import PrefillStep, cached_attention
 from qwen_vl_sft.inference.engine.cache import KeyValueCache, affordable_slots, free_memory
 from qwen_vl_sft.inference.engine.clock import PROMPTS, READING, TOKENS, TOWER, Clock
+from qwen_vl_sft.inference.engine.decode_check import has_decode_kernel
 from qwen_vl_sft.inference.engine.decoding import Decoder
 from qwen_vl_sft.inference.engine.features import FeatureMemory, image_layers
 from qwen_vl_sft.inference.engine.prompts import Group, PackedPrompts, Piece, pack
@@ -98,6 +99,7 @@ class Engine:
         prefill_tokens: most tokens of prompts in one forward pass, unless one prompt is longer; None by memory.
         memory: keeps features of images for later rows and engines on the same vision tower.
         cuda_graphs: decode by replaying CUDA graphs on a GPU, where it pays.
+        decode_kernel: attend with a kernel of a GPU while answers are decoded, where it computes attention.
         clock: is told what takes how long.
         autocast: entered anew for each forward pass, so that its cache of half-precision weights is dropped afterwards.
     """
@@ -112,6 +114,7 @@ class Engine:
         prefill_tokens: int | None = None,
         memory: FeatureMemory | None = None,
         cuda_graphs: bool = True,
+        decode_kernel: bool = True,
         clock: Clock | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -145,7 +148,8 @@ class Engine:
         )
         self._states = family.row_states(base, states_of(self.rows), dtype)
         graphs = cuda_graphs and self._overlaps and max_new_tokens >= TOKENS_WORTH_A_GRAPH
-        self._decoder = Decoder(base, self.cache, self.rows, self._states, graphs)
+        kernel = decode_kernel and on_gpu and has_decode_kernel(config.num_attention_heads, self.cache)
+        self._decoder = Decoder(base, self.cache, self.rows, self._states, graphs, kernel)
         self._ends = set(answer_ends(encoder))
         # Asked once: it takes a millisecond, which on a CPU is an answer's token.
         self._processes = bool(self._processors_of(torch.zeros(1, dtype=torch.long)))
