@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # datasets 5.2.0: texts of a JSON or JSONL file come back in quotation marks, "red" for red, if the column is known as text and one
 # other value of it, in the same file or block of 10 MiB, is a number, a boolean or a list. One such answer is enough for all texts
-# of the file, questions too where they share the column. No error, no warning.
+# of the file, questions too where they share the column. `map` and Dataset.from_generator do the same to texts that they write
+# with a number in one batch of 1,000 rows, after a first batch of texts. No error, no warning.
 #
 # Guess before it was run: a column of texts with a stray number gives the number as text, or an error; the other rows do not
 # depend on it. (Read without `features`, a small file comes back as it is: the column gets the type Json.)
@@ -15,6 +16,8 @@
 #   two files, the number in the second                "red"                  2 of 2   (the texts of the second file)
 #   messages, one content is a number, with features   "What color?"          4 of 4   (questions and answers)
 #   a file of 12 MiB, the last answer is a number      "answer 12693"      3006 of 15699   (from its second block on)
+#   from_generator, a number after 1,500 texts         "red"                500 of 1500   (from the second batch on)
+#   map, a number after 1,500 texts                    "red"                500 of 1500
 # Why: a block whose values are of several types is stored as JSON (PR 8027, the type Json), each value encoded, and then cast to
 # the text type that the features or an earlier block have set, without being decoded.
 # Who is hurt: who fine-tunes on questions and answers of which some are numbers (charts, counts), exported from Python as they
@@ -63,6 +66,15 @@ def read(files, **more):
 
 
 texts, mixed = write("texts.jsonl", answers("red", "blue")), write("mixed.jsonl", answers("red", "blue", 5))
+def generated():
+    yield from answers(*["red"] * 1500, 5)
+
+
+def mapped():
+    rows = datasets.Dataset.from_dict({"number": list(range(1501))})
+    return rows.map(lambda row: {"answer": "red" if row["number"] < 1500 else 5})
+
+
 more = "what is told about the bar? " * 28
 large = [{"question": more, "answer": f"answer {number}"} for number in range(15700)]
 large[-1]["answer"] = 5
@@ -74,6 +86,8 @@ cases = {
     "two files, the number in the second": read([texts, mixed])[2:4],
     "messages, one content is a number, with features": read(write("chats.jsonl", [chat("red"), chat("blue"), chat(5)]), **turns)[:4],
     "a file of 12 MiB, the last answer is a number": read(write("large.jsonl", large))[:-1],
+    "from_generator, a number after 1,500 texts": datasets.Dataset.from_generator(generated, cache_dir=str(work))["answer"][:-1],
+    "map, a number after 1,500 texts": mapped()["answer"][:-1],
 }
 seen = {}
 for name, found in cases.items():
@@ -85,8 +99,8 @@ try:
 except datasets.exceptions.DatasetGenerationError:
     print("on_mixed_types=None: an error")
 print("datasets", datasets.__version__)
-*small, (late, rows) = seen.values()
-stands = small == [[0, 2], [0, 2], [2, 2], [2, 2], [2, 2], [4, 4]] and 0 < late < rows
+*small, (late, rows), made, mapped_ = seen.values()
+stands = small == [[0, 2], [0, 2], [2, 2], [2, 2], [2, 2], [4, 4]] and 0 < late < rows and made == mapped_ == [500, 1500]
 sys.exit(0 if stands else f"other than stated: {seen}")
 PY
 HF_HUB_OFFLINE=1 "$work/venv/bin/python" "$work/quotes.py" "$work" 2> "$work/log" || { tail -5 "$work/log"; exit 1; }
