@@ -34,7 +34,7 @@ from qwen_vl_sft.inference.engine.features import FeatureMemory
 from qwen_vl_sft.inference.generation import estimate_length, plan_units
 from qwen_vl_sft.inference.models import answer_with_adapters, answering_kernels
 from qwen_vl_sft.inference.padded_batches import generate_tokens, plan_batches
-from qwen_vl_sft.modeling.attention import OWN
+from qwen_vl_sft.modeling.attention import OWN, use_segmented_vision_attention
 from qwen_vl_sft.modeling.base_model import load_family, load_model, load_processor
 from qwen_vl_sft.modeling.kernels import use_fused_kernels
 from qwen_vl_sft.modeling.lora import lora_config
@@ -116,11 +116,12 @@ class Bench:
         Without, adapters compute in float32, as PEFT has them; their values are those of the model's type all the same.
         """
         base = self.model.get_base_model()
-        tower = base.config.vision_config._attn_implementation
+        own = base.config.vision_config._attn_implementation.endswith(OWN)
         adapter = [weight for name, weight in self.model.named_parameters() if "lora_" in name]
         types = [weight.dtype for weight in adapter]
         if not on:
-            base.set_attn_implementation({"vision_config": tower.removesuffix(OWN)})
+            if own:
+                use_segmented_vision_attention(base)
             for layer in self.fused:
                 del layer.forward
             for weight in adapter:
@@ -129,7 +130,8 @@ class Bench:
             yield
         finally:
             if not on:
-                base.set_attn_implementation({"vision_config": tower})
+                if own:
+                    use_segmented_vision_attention(base, own=True)
                 for layer, forward in self.fused.items():
                     layer.forward = forward
                 for weight, dtype in zip(adapter, types, strict=True):
