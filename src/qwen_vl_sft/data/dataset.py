@@ -23,6 +23,7 @@ from qwen_vl_sft.data.formats import AUTO, choose_format
 from qwen_vl_sft.data.formats.base import DataFormat
 from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.source import FileSource, Source, find_source
+from qwen_vl_sft.data.undecoded import storable
 from qwen_vl_sft.errors import BadRow, UserError, shortened
 
 ROW_ID = "row_id"
@@ -189,14 +190,13 @@ def in_memory(rows: Rows) -> Rows:
     """Return the rows of a stream as a map-style dataset, for evaluation; bounded by the cap they were opened with."""
     assert isinstance(rows.dataset, IterableDataset)
 
+    stream, features = rows.dataset, rows.dataset.features
+
     def read() -> Iterator[dict[str, Any]]:
-        yield from rows.dataset
+        yield from (storable(row, features) for row in stream)
 
     try:
-        if rows.dataset.features is None:
-            dataset = _in_memory(read())
-        else:
-            dataset = Dataset.from_generator(read, features=rows.dataset.features)
+        dataset = _in_memory(iter(stream)) if features is None else Dataset.from_generator(read, features=features)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

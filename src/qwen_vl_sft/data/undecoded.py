@@ -1,4 +1,4 @@
-"""Datasets whose columns are not decoded: images as bytes, numbers as their files have them."""
+"""Datasets whose columns are not decoded: images as bytes, numbers and texts as their files have them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from datasets import Audio, ClassLabel, Features, Image, IterableDataset, LargeList, List, Value, Video
+from datasets import (
+    Audio,
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Json,
+    LargeList,
+    List,
+    Value,
+    Video,
+    concatenate_datasets,
+)
+from datasets.utils.json import ujson_dumps, ujson_loads
 
 from qwen_vl_sft.data import formats
 
@@ -17,18 +31,19 @@ _SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 def undecoded(dataset: Any) -> Any:
     """Keep images as bytes and paths, which workers decode, and others' videos and sounds, which nobody reads.
 
-    In columns that a format reads, classes get their names in place of their numbers, and numbers of 16 or 32 bits the
-    value that their shortest text has: 0.1 and not 0.10000000149011612. All of that wherever they stand in a column.
+    In columns that a format reads, classes get their names in place of their numbers, numbers of 16 or 32 bits the
+    value that their shortest text has: 0.1 and not 0.10000000149011612, and values of several kinds the text that
+    `datasets` takes for JSON: "5.10" and not 5.1. All of that wherever they stand in a column.
     """
     read = {name for found in formats.FORMATS.values() for name in found.columns | found.optional}
-    for column, feature in (dataset.features or {}).items():
-        kept = _converted(feature, _without_decoding)
-        if kept != feature:
-            dataset = dataset.cast_column(column, kept)
-        written = _converted(kept, _as_written)
-        if written != kept and column in read:
-            dataset = _with_values_as_written(dataset, column, kept, written)
-    return dataset
+    features = dataset.features or {}
+    kept = {column: _converted(feature, _without_decoding) for column, feature in features.items()}
+    for column, feature in kept.items():
+        if feature != features[column]:
+            dataset = dataset.cast_column(column, feature)
+    written = {column: _converted(feature, _as_written) for column, feature in kept.items() if column in read}
+    changed = {column: feature for column, feature in written.items() if feature != kept[column]}
+    return _with_values_as_written(dataset, kept, changed) if changed else dataset
 
 
 def _converted(feature: Any, convert: Callable[[Any], Any]) -> Any:
@@ -41,12 +56,14 @@ def _converted(feature: Any, convert: Callable[[Any], Any]) -> Any:
 
 
 def _without_decoding(feature: Any) -> Any:
-    return type(feature)(decode=False) if isinstance(feature, Image | Video | Audio) else feature
+    return type(feature)(decode=False) if isinstance(feature, Image | Video | Audio | Json) else feature
 
 
 def _as_written(feature: Any) -> Any:
     if isinstance(feature, ClassLabel):
         return Value("string")
+    if isinstance(feature, Json):
+        return Json()
     return Value("float64") if _is_short_float(feature) else feature
 
 
@@ -54,17 +71,22 @@ def _is_short_float(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in _SHORT_FLOATS
 
 
-def _with_values_as_written(dataset: Any, column: str, feature: Any, written: Any) -> Any:
+def _with_values_as_written(dataset: Any, kept: Mapping[str, Any], written: Mapping[str, Any]) -> Any:
+    """Convert the columns of `written`, features after the conversion; `kept` are those before."""
     if isinstance(dataset, IterableDataset):
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
-            return {column: _value_as_written(row[column], feature)}
+            # The JSON of these is decoded when the next step reads the stream.
+            return {column: _value_as_written(row[column], kept[column]) for column in written}
 
-        return dataset.map(convert, features=Features({**dataset.features, column: written}))
-    values = [_value_as_written(value, feature) for value in dataset.with_format(None)[column]]
-    order, added = dataset.column_names, f"{column} as written"
-    with_both = dataset.add_column(added, values, feature=written)
-    return with_both.remove_columns(column).rename_column(added, column).select_columns(order)
+        return dataset.map(convert, features=Features({**dataset.features, **written}))
+    order, raw = dataset.column_names, dataset.with_format(None)
+    for column, feature in written.items():
+        values = [_value_as_written(value, kept[column]) for value in raw[column]]
+        # `add_column` does not take values of several kinds.
+        converted = Dataset.from_dict({column: values}, features=Features({column: feature}))
+        dataset = concatenate_datasets([dataset.remove_columns(column), converted], axis=1)
+    return dataset.select_columns(order)
 
 
 def _value_as_written(value: Any, feature: Any) -> Any:
@@ -76,7 +98,32 @@ def _value_as_written(value: Any, feature: Any) -> Any:
         return [_value_as_written(part, feature.feature) for part in value]
     if _is_short_float(feature):
         return float(str(_SHORT_FLOATS[feature.dtype](value)))
+    if isinstance(feature, Json):
+        return _json_as_written(value)
     if not isinstance(feature, ClassLabel):
         return value
     # A class that is not known has the number -1.
     return feature.names[value] if value >= 0 else None
+
+
+def storable(value: Any, feature: Any) -> Any:
+    """Return a value whose parts of several kinds are JSON, so that `datasets` does not take texts in them for JSON."""
+    if value is None:
+        return None
+    if isinstance(feature, Mapping):
+        return {name: storable(value.get(name), inner) for name, inner in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return [storable(part, feature.feature) for part in value]
+    return ujson_dumps(value) if isinstance(feature, Json) and feature.decode else value
+
+
+def _json_as_written(stored: str) -> str:
+    """Return the JSON of a stored value, or of the text that was stored as it is because it can be read as JSON.
+
+    `datasets` writes values in one form alone, and missing ones not at all; whatever is in another form was a text
+    (findings/datasets_texts_read_as_json.sh). In the same form are `true` and `{"a":1}`: they stay values.
+    """
+    value = ujson_loads(stored)
+    if isinstance(value, str) or (isinstance(value, list) and any(isinstance(part, dict) for part in value)):
+        return stored
+    return stored if stored != "null" and ujson_dumps(value) == stored else ujson_dumps(stored)
