@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import importlib.util
+import inspect
 import itertools
 import math
 import sys
@@ -299,6 +301,21 @@ def test_the_gradient_is_offered_behind_others_where_triton_is_wrong(monkeypatch
     assert not backend.chunk_bwd_dqkwg_verifier(g=1, w=None)[0]
     monkeypatch.setattr(delta_gradient, "chunk_gradients", lambda **inputs: inputs)
     assert backend.chunk_bwd_dqkwg(q=torch.zeros(1), k=2) == {"q": torch.zeros(1), "k": 2}
+
+
+def test_padded_rows_can_be_computed_without_an_installed_library(monkeypatch):
+    """It multiplies float32 as TF32: nothing to compare others with."""
+
+    @functools.wraps(inspect.unwrap(modeling.torch_chunk_gated_delta_rule))
+    def kernel(*args, **kwargs):
+        raise RuntimeError("the kernel of a library")
+
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", kernel)
+    model = newer("Qwen3_5Config")
+    with linear_attention.padded_in_torch(model):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False)
+    with pytest.raises(RuntimeError, match="of a library"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False)
 
 
 def test_what_is_missing_is_told_with_the_way_out(monkeypatch):

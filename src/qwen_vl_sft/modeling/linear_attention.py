@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from threading import Timer
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.gated_delta_net import KEPT, TORCH, Operations, PackedForward, attended
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 NAME = "linear_attention"
 INSTALL = "pip install 'qwen_vl_sft[linear]'"
 _LEAST_CAPABILITY = 8
+# Of the modules that define the layers in transformers.
+_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 # Rows of a packed sequence to tune on: the kernels are the same for any others.
 _TUNED_ROWS = (700, 500, 900, 600) * 3
 # After so many seconds something is being compiled.
@@ -53,6 +58,23 @@ def complete_installed() -> None:
         from qwen_vl_sft.families.delta_kernels import complete
 
         complete()
+
+
+@contextmanager
+def padded_in_torch(model: nn.Module) -> Iterator[None]:
+    """Have transformers compute padded rows of a model in PyTorch's own operations.
+
+    An installed flash-linear-attention multiplies float32 as TF32.
+    """
+    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    replaced = [(module, name, getattr(module, name)) for module in modules for name in _RULES if hasattr(module, name)]
+    for module, name, rule in replaced:
+        setattr(module, name, inspect.unwrap(rule))
+    try:
+        yield
+    finally:
+        for module, name, rule in replaced:
+            setattr(module, name, rule)
 
 
 def why_slow() -> str:

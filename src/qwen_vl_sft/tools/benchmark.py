@@ -26,6 +26,7 @@ from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.base_model import load_family, quantization_config
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
 from qwen_vl_sft.modeling.lora import lora_config
@@ -219,6 +220,8 @@ def trl_trainer(recipe: Recipe, context: DistributedContext, data: PreparedData)
     from trl import SFTConfig, SFTTrainer
 
     settings = recipe.model
+    if not context.on_cpu:
+        linear_attention.complete_installed()
     model = AutoModelForImageTextToText.from_pretrained(
         str(settings.model_name_or_path),
         dtype=getattr(torch, settings.dtype),

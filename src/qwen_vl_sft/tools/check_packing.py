@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -17,6 +18,7 @@ from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError, quoted
+from qwen_vl_sft.modeling.linear_attention import padded_in_torch
 from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, random_model_of
 from qwen_vl_sft.tools.options import CheckPackingOptions
 from qwen_vl_sft.tools.prepared_run import IN_16_BITS, set_up
@@ -76,7 +78,8 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
         own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
         trainer, data = _load(options, {**TRAINING_ALONE, **own, **keys, "fused_kernels": fused})
         for name, batches in _ways(data, trainer.data_collator, options.rows, options.tokens_per_batch):
-            found = _losses_and_gradients(trainer, batches, data)
+            with nullcontext() if fused else padded_in_torch(trainer.model):
+                found = _losses_and_gradients(trainer, batches, data)
             reference = reference or found
             result: dict[str, Any] = {"precision": precision, "rows": name, **_differences(found, reference)}
             result["kernels"] = "fused" if fused else "plain"
