@@ -274,12 +274,13 @@ def test_4_bits_leave_the_layers_of_one_value_a_head_alone(hybrid_model):
 
 
 def test_kernels_that_would_compute_something_else_are_left_out(pair, monkeypatch):
-    """A quarter of each head is rotated; its norms, which multiply by weight + 1, have a form of their own."""
+    """Of a head of the language model a quarter is rotated; norms that multiply by weight + 1 have a form of their own."""
     model = copy.deepcopy(pair[0])
     rotate = modeling.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb_vision", modeling.apply_rotary_pos_emb_vision)
     counts = use_fused_kernels(model, [name for name in KERNELS if name != LORA])
     layers = model.model.language_model.layers
-    assert counts["rope"] == 0
+    assert counts["rope"] == len(model.model.visual.blocks)
     # Two of each layer and of its heads, and the last one; not those of linear attention, which have a gate.
     full = sum(hasattr(layer, "self_attn") for layer in layers)
     assert counts["rms_norm"] == 2 * len(layers) + 2 * full + 1
@@ -287,9 +288,10 @@ def test_kernels_that_would_compute_something_else_are_left_out(pair, monkeypatc
     assert counts["patch_embed"] == 1
     assert counts["swiglu"] == len(model.model.language_model.layers)
     assert modeling.apply_rotary_pos_emb is rotate
+    assert hasattr(modeling.apply_rotary_pos_emb_vision, "without_kernel")
     changed = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "forward" in vars(module)}
     norms = {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}
-    assert changed == {"mlp", "proj", "linear_attn", *norms}
+    assert changed == {"mlp", "proj", "attn", "linear_attn", *norms}
     assert "forward" not in vars(next(layer for layer in layers if hasattr(layer, "linear_attn")).linear_attn.norm)
     called = []
     rms_norm = SimpleNamespace(LigerRMSNormFunction=SimpleNamespace(apply=lambda *args: called.append(args[2:])))

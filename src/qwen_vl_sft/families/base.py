@@ -126,9 +126,12 @@ class FusedLayers:
 
 @dataclass(frozen=True)
 class RopeFunctions:
-    """Names of the functions in the model's module that rotate queries and keys, in each of the two."""
+    """Names of the functions in the model's module that rotate queries and keys, in each of the two.
 
-    language: str = "apply_rotary_pos_emb"
+    None for the language model where it does not rotate whole heads, as the kernel does.
+    """
+
+    language: str | None = "apply_rotary_pos_emb"
     vision: str = "apply_rotary_pos_emb_vision"
 
 

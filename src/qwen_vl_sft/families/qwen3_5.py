@@ -6,15 +6,18 @@ head, and norms multiply by weight + 1.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qwen_vl_sft.families.base import (
+    FUSED_LAYERS,
     NO_EXPERTS,
     ChatFormat,
     ModelFamily,
     PackedLayout,
+    RopeFunctions,
     interpolated_image_inputs,
     plain_boxes,
 )
@@ -87,10 +90,6 @@ def _adapt_template(template: str) -> str:
     return template if "preserve_thinking" in template else template.replace(_DROPS_THOUGHTS, _MAY_KEEP_THOUGHTS)
 
 
-# Of the mixtures of experts too.
-UNFIT_KERNELS = {
-    "rope": "it rotates a quarter of each head, and the kernel rotates all of it",
-}
 FAMILY = ModelFamily(
     model_type="qwen3_5",
     name="Qwen3.5",
@@ -104,7 +103,10 @@ FAMILY = ModelFamily(
     prepare_packing=lambda model: take_pieces(model, LINEAR_LAYER),
     row_states=lambda model, slots, dtype: DeltaStates(model, LINEAR_LAYER, slots, dtype),
     state_bytes=_state_bytes,
-    unfit_kernels={**UNFIT_KERNELS, **NO_EXPERTS},
+    # Of a head of the language model a quarter is rotated, and the kernel rotates all of it.
+    fused_layers={**FUSED_LAYERS, "rope": replace(FUSED_LAYERS["rope"], parts=("vision", "merger"))},
+    rope_functions=RopeFunctions(language=None),
+    unfit_kernels=NO_EXPERTS,
     norm_offset=1.0,
     # Of these two a head has one output: 4-bit would save nothing, and the decay of its state is an exponential of one.
     keep_16bit=("lm_head", "in_proj_a", "in_proj_b"),

@@ -22,7 +22,7 @@ FAMILY = replace(
     name="Qwen3.5-MoE",
     flops=_flops,
     experts=Experts(),
-    unfit_kernels=qwen3_5.UNFIT_KERNELS,
+    unfit_kernels={},
     # The gate of the shared expert has one output, which 4 bits would round coarsely and save nothing.
     keep_16bit=(*qwen3_5.FAMILY.keep_16bit, "shared_expert_gate"),
 )

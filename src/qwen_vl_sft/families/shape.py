@@ -10,9 +10,7 @@ from functools import cached_property
 
 # Fused kernels that do not fit a model's layers.
 _UNFIT = {
-    "qwen3_5": ("rope",),
     "qwen3_vl_moe": ("swiglu",),
-    "qwen3_5_moe": ("rope",),
 }
 
 

@@ -32,7 +32,7 @@ LORA = "lora"
 KERNELS = {
     "rms_norm": "normalisation in the language model",
     "swiglu": "activation in the language model",
-    "rope": "rotary embedding in the language model and the vision tower",
+    "rope": "rotary embedding in the vision tower, and in the language model where whole heads are rotated",
     "quick_gelu": "activation in the vision tower",
     "experts": "what stands around the products of a mixture of experts",
     "patch_embed": "the vision tower's first layer, as a matrix product",
@@ -232,6 +232,8 @@ def _attend(layer: Any, *args: Any, **kwargs: Any) -> Any:
 def _offer_fused_rope(modeling: Any, functions: RopeFunctions) -> None:
     """Have the functions that attention layers call choose: all models of a family share them."""
     for name in (functions.language, functions.vision):
+        if name is None:
+            continue
         original = getattr(modeling, name)
         if not hasattr(original, "without_kernel"):
             # liger's kernel works in place, on what the vision tower would first have to copy.
