@@ -30,7 +30,7 @@ from qwen_vl_sft.merging.base import read_base
 from qwen_vl_sft.modeling.attention import use_packed_attention
 from qwen_vl_sft.modeling.base_model import build_on_meta, load_model
 from qwen_vl_sft.modeling.flops import FlopCounter
-from qwen_vl_sft.modeling.kernels import KERNELS, LORA, use_fused_kernels
+from qwen_vl_sft.modeling.kernels import KERNELS, LORA, rotate_first_values, use_fused_kernels
 from qwen_vl_sft.modeling.lora import find_targets
 from qwen_vl_sft.modeling.unloaded_weights import add_unloaded_weights
 
@@ -273,25 +273,24 @@ def test_4_bits_leave_the_layers_of_one_value_a_head_alone(hybrid_model):
     assert not {"in_proj_a", "in_proj_b", "lm_head"} & quantized
 
 
-def test_kernels_that_would_compute_something_else_are_left_out(pair, monkeypatch):
+def test_kernels_are_put_in_where_they_fit(pair, monkeypatch):
     """Of a head of the language model a quarter is rotated; norms that multiply by weight + 1 have a form of their own."""
     model = copy.deepcopy(pair[0])
-    rotate = modeling.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb_vision", modeling.apply_rotary_pos_emb_vision)
+    for name in ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"):
+        monkeypatch.setattr(modeling, name, getattr(modeling, name))
     counts = use_fused_kernels(model, [name for name in KERNELS if name != LORA])
     layers = model.model.language_model.layers
-    assert counts["rope"] == len(model.model.visual.blocks)
-    # Two of each layer and of its heads, and the last one; not those of linear attention, which have a gate.
     full = sum(hasattr(layer, "self_attn") for layer in layers)
+    assert counts["rope"] == full + len(model.model.visual.blocks)
+    # Two of each layer and of its heads, and the last one; not those of linear attention, which have a gate.
     assert counts["rms_norm"] == 2 * len(layers) + 2 * full + 1
     assert counts["linear_attention"] == len(layers) - full
     assert counts["patch_embed"] == 1
     assert counts["swiglu"] == len(model.model.language_model.layers)
-    assert modeling.apply_rotary_pos_emb is rotate
-    assert hasattr(modeling.apply_rotary_pos_emb_vision, "without_kernel")
+    assert modeling.apply_rotary_pos_emb.kernel is rotate_first_values
     changed = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "forward" in vars(module)}
     norms = {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}
-    assert changed == {"mlp", "proj", "attn", "linear_attn", *norms}
+    assert changed == {"mlp", "proj", "attn", "self_attn", "linear_attn", *norms}
     assert "forward" not in vars(next(layer for layer in layers if hasattr(layer, "linear_attn")).linear_attn.norm)
     called = []
     rms_norm = SimpleNamespace(LigerRMSNormFunction=SimpleNamespace(apply=lambda *args: called.append(args[2:])))

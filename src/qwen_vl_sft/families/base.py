@@ -126,13 +126,17 @@ class FusedLayers:
 
 @dataclass(frozen=True)
 class RopeFunctions:
-    """Names of the functions in the model's module that rotate queries and keys, in each of the two.
+    """The functions in the model's module that rotate queries and keys.
 
-    None for the language model where it does not rotate whole heads, as the kernel does.
+    Attributes:
+        language: name of the language model's.
+        vision: name of the vision tower's.
+        whole_heads: whether the language model rotates whole heads, and not their first values alone.
     """
 
-    language: str | None = "apply_rotary_pos_emb"
+    language: str = "apply_rotary_pos_emb"
     vision: str = "apply_rotary_pos_emb_vision"
+    whole_heads: bool = True
 
 
 @dataclass(frozen=True)

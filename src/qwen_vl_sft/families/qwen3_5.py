@@ -6,13 +6,11 @@ head, and norms multiply by weight + 1.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qwen_vl_sft.families.base import (
-    FUSED_LAYERS,
     NO_EXPERTS,
     ChatFormat,
     ModelFamily,
@@ -103,9 +101,7 @@ FAMILY = ModelFamily(
     prepare_packing=lambda model: take_pieces(model, LINEAR_LAYER),
     row_states=lambda model, slots, dtype: DeltaStates(model, LINEAR_LAYER, slots, dtype),
     state_bytes=_state_bytes,
-    # Of a head of the language model a quarter is rotated, and the kernel rotates all of it.
-    fused_layers={**FUSED_LAYERS, "rope": replace(FUSED_LAYERS["rope"], parts=("vision", "merger"))},
-    rope_functions=RopeFunctions(language=None),
+    rope_functions=RopeFunctions(whole_heads=False),
     unfit_kernels=NO_EXPERTS,
     norm_offset=1.0,
     # Of these two a head has one output: 4-bit would save nothing, and the decay of its state is an exponential of one.

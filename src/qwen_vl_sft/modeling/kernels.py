@@ -32,7 +32,7 @@ LORA = "lora"
 KERNELS = {
     "rms_norm": "normalisation in the language model",
     "swiglu": "activation in the language model",
-    "rope": "rotary embedding in the vision tower, and in the language model where whole heads are rotated",
+    "rope": "rotary embedding in the language model and the vision tower",
     "quick_gelu": "activation in the vision tower",
     "experts": "what stands around the products of a mixture of experts",
     "patch_embed": "the vision tower's first layer, as a matrix product",
@@ -232,12 +232,11 @@ def _attend(layer: Any, *args: Any, **kwargs: Any) -> Any:
 def _offer_fused_rope(modeling: Any, functions: RopeFunctions) -> None:
     """Have the functions that attention layers call choose: all models of a family share them."""
     for name in (functions.language, functions.vision):
-        if name is None:
-            continue
         original = getattr(modeling, name)
         if not hasattr(original, "without_kernel"):
             # liger's kernel works in place, on what the vision tower would first have to copy.
-            fused = _text_rope if name == functions.language else _vision_rope(_compiled(original))
+            text_rope = _text_rope if functions.whole_heads else rotate_first_values
+            fused = text_rope if name == functions.language else _vision_rope(_compiled(original))
             setattr(modeling, name, _fused_or_not(fused, original))
 
 
@@ -247,6 +246,7 @@ def _fused_or_not(fused: Any, original: Any) -> Any:
         return (fused if _ROTATES_FUSED.get() and query.is_cuda else original)(query, key, cos, sin)
 
     choose.without_kernel = original  # type: ignore[attr-defined]
+    choose.kernel = fused  # type: ignore[attr-defined]
     return choose
 
 
@@ -266,6 +266,13 @@ def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: t
     from liger_kernel.ops.rope import LigerRopeFunction
 
     return LigerRopeFunction.apply(query, key, cos, sin)
+
+
+def rotate_first_values(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    """Rotate the first values of heads [B, heads, T, D] by `cos` and `sin` [B, T, R], whose halves are equal."""
+    from qwen_vl_sft.modeling.partial_rope import rotate_partly
+
+    return rotate_partly(query, key, cos, sin)
 
 
 # Makes the forward of a layer that a kernel replaces.
