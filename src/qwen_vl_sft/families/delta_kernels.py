@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from qwen_vl_sft.families import delta_gradient
 from qwen_vl_sft.families.delta_norms import gated_norm, normalised
-from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, RoundRule
+from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, RoundRule, in_order_of_rounds
 
 
 def convolve(layer: Any, projected: torch.Tensor, pieces: dict[str, Any], before: torch.Tensor | None) -> torch.Tensor:
@@ -43,7 +43,7 @@ def convolve(layer: Any, projected: torch.Tensor, pieces: dict[str, Any], before
         cu_seqlens=pieces["bounds"],
         chunk_indices=pieces["chunks"],
     )
-    return mixed.index_select(1, pieces["order"]) if "order" in pieces else mixed
+    return in_order_of_rounds(mixed, pieces)
 
 
 def rule(layer: Any) -> RoundRule:

@@ -208,8 +208,7 @@ def attended(
     """
     tokens = projected.shape[1]
     query, key, value = heads(layer, operations.convolve(layer, projected, pieces, None))
-    if "order" in pieces:
-        beta, decay = (part.index_select(1, pieces["order"]) for part in (beta, decay))
+    beta, decay = (in_order_of_rounds(part, pieces) for part in (beta, decay))
     found = delta_rule_in_rounds(operations.rule(layer), pieces, query, key, value, decay, beta)
     width = layer.head_v_dim
     normed = operations.norm(layer, found.reshape(-1, width), gate.reshape(-1, width))
@@ -258,7 +257,30 @@ def delta_rule_in_rounds(rule: RoundRule, pieces: dict[str, Any], *inputs: torch
     first, second = zip(*(tensor.split(totals, dim=1) for tensor in inputs), strict=True)
     prefixes, states = rule(pieces, 0, first, None, True)
     branches, _ = rule(pieces, 1, second, states.index_select(0, pieces["parents"]), False)
-    return torch.cat([prefixes, branches], dim=1).index_select(1, pieces["back"])
+    found: torch.Tensor = _Reordered.apply(torch.cat([prefixes, branches], dim=1), pieces["back"], pieces["order"])
+    return found
+
+
+def in_order_of_rounds(tensor: torch.Tensor, pieces: dict[str, Any]) -> torch.Tensor:
+    """Put what a sequence's tokens have, [1, T, ...], into the order of the rounds of `pieces_of`."""
+    if "order" not in pieces:
+        return tensor
+    found: torch.Tensor = _Reordered.apply(tensor, pieces["order"], pieces["back"])
+    return found
+
+
+class _Reordered(torch.autograd.Function):
+    """Another order of [1, T, ...], whose gradient is read in the opposite one: PyTorch would add it up by atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return tensor.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(1, back), None, None
 
 
 def by_piece(rule: Rule) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
