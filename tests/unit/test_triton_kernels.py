@@ -40,7 +40,88 @@ for tokens, heads, width in ((37, 3, 16), (5, 1, 24)):
     torch.nn.init.normal_(norm.weight)
     x, gate = (torch.randn(tokens * heads, width, requires_grad=True) for _ in range(2))
     same(gated_norm(x, gate, norm.weight, norm.variance_epsilon), norm(x, gate), x, gate, norm.weight)
+
+from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
+from qwen_vl_sft.modeling.partial_rope import rotate_partly
+
+# Views, as those of attention are; of 24 values 4 are rotated.
+query, key = (torch.randn(2, 5, heads, 24).transpose(1, 2).requires_grad_() for heads in (6, 2))
+angles = torch.randn(2, 5, 2).repeat(1, 1, 2)
+found = rotate_partly(query, key, angles.cos(), angles.sin())
+for one, other in zip(found, apply_rotary_pos_emb(query, key, angles.cos(), angles.sin()), strict=True):
+    same(one, other, query if one is found[0] else key)
 print("the same")
+"""
+GRADIENT = """
+import itertools
+import math
+import torch
+from qwen_vl_sft.families.delta_gradient import chunk_gradients
+
+
+def chunked_rule(q, k, w, u, g, first, scale, size, bounds):
+    # The chunked rule in float64, piece by piece; keeps every state before and behind a chunk, and new values.
+    shared = u.shape[2] // q.shape[2]
+    before, behind, values, outputs = [], [], [], []
+    for start, stop in itertools.pairwise(bounds):
+        state = first.clone()
+        for begin in range(start, stop, size):
+            part = slice(begin, min(begin + size, stop))
+            queries, keys = (one[:, part].repeat_interleave(shared, 2) for one in (q, k))
+            decay = g[:, part]
+            before.append(state)
+            new = u[:, part] - torch.einsum("bthk,bhkv->bthv", w[:, part], state)
+            apart = (decay.mT[..., :, None] - decay.mT[..., None, :]).tril().exp2()
+            scores = (torch.einsum("bthk,bshk->bhts", queries, keys) * apart).tril()
+            known = torch.einsum("bthk,bhkv->bthv", queries * decay.exp2()[..., None], state)
+            outputs.append(scale * (known + torch.einsum("bhts,bshv->bthv", scores, new)))
+            rest = (decay[:, -1:] - decay).exp2()[..., None]
+            state = state * decay[:, -1].exp2()[..., None, None] + torch.einsum("bthk,bthv->bhkv", keys * rest, new)
+            values.append(new)
+            behind.append(state)
+    return torch.cat(outputs, 1), before, behind, values
+
+
+def compare(lengths, speed, size=16, scale=0.3, heads=2, width=5, wide=6):
+    # Of queries, keys, w and decay, with a key head for two of values; without lengths for a batch of two rows.
+    double = {"dtype": torch.float64}
+    torch.manual_seed(0)
+    batch, tokens = (1, sum(lengths)) if lengths else (2, 39)
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()] if lengths else [0, tokens]
+    chunks = [[s, c] for s, (a, b) in enumerate(itertools.pairwise(bounds)) for c in range(-(-(b - a) // size))]
+    q, k = (torch.randn(batch, tokens, heads, width, requires_grad=True, **double) for _ in range(2))
+    w, u = (torch.randn(batch, tokens, 2 * heads, one, requires_grad=True, **double) for one in (width, wide))
+    steps = -torch.rand(batch, tokens, 2 * heads, **double) * speed
+    # The decay begins anew in every chunk.
+    starts = [bounds[piece] + number * size for piece, number in chunks]
+    g = torch.cat([steps[:, a:b].cumsum(1) for a, b in itertools.pairwise([*starts, tokens])], 1).requires_grad_()
+    first = torch.randn(batch, 2 * heads, width, wide, requires_grad=True, **double)
+    out, before, behind, values = chunked_rule(q, k, w, u, g, first, scale, size, bounds)
+    last = [n for n, (one, other) in enumerate(zip(chunks, [*chunks[1:], [-1]], strict=True)) if one[0] != other[0]]
+    do = torch.randn_like(out)
+    loss = (out * do).sum() + sum((behind[number] * torch.randn_like(first)).sum() for number in last)
+    wanted = torch.autograd.grad(loss, (q, k, w, g), retain_graph=True)
+    dh = torch.autograd.grad(loss, behind, retain_graph=True)
+    dv = torch.autograd.grad(loss, values)
+    inputs = {
+        "q": q, "k": k, "v": torch.cat(values, 1), "do": do, "h": torch.stack(before, 1), "dh": torch.stack(dh, 1),
+        "w": w, "g": g, "dv": torch.cat(dv, 1),
+    }
+    found = chunk_gradients(
+        **{name: tensor.detach().float() for name, tensor in inputs.items()}, scale=scale,
+        cu_seqlens=torch.tensor(bounds).int() if lengths else None, chunk_size=size,
+        chunk_indices=torch.tensor(chunks).int() if lengths else None, g_gamma=None,
+    )
+    # By the natural logarithm, as the kernels take the decay.
+    for one, other in zip((*found[:3], found[3] * math.log(2)), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+compare((21, 3, 16, 15), 0.25)
+compare(None, 0.25)
+# Behind most of a chunk the inverse of the decay is more than float32 holds.
+compare((15, 30), 40.0)
+print("autograd's")
 """
 EXPERTS = """
 import torch
@@ -197,7 +278,7 @@ print(decode_check.has_decode_kernel(9, SimpleNamespace(dtype=torch.float32)))
 def printed():
     """What each of the scripts prints; all are run by one process."""
     end = "---"
-    scripts = (INTERPRETED, EXPERTS, ATTENTION)
+    scripts = (INTERPRETED, EXPERTS, ATTENTION, GRADIENT)
     script = "".join(f"exec({one!r}, {{'__name__': '__main__'}})\nprint({end!r})\n" for one in scripts)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     # Warnings too, in their order.
@@ -209,6 +290,10 @@ def printed():
 
 def test_kernels_do_what_transformers_does(printed):
     assert printed[0] == "the same\n"
+
+
+def test_the_gradient_of_the_gated_delta_rule_is_autograds(printed):
+    assert printed[3] == "autograd's\n"
 
 
 def test_kernels_around_experts_do_what_pytorch_does(printed):

@@ -17,12 +17,15 @@ from qwen_vl_sft.families.gated_delta_states import read, rounds_of
 
 # Pieces of more than a chunk and of less, one shorter than the convolution. Where they share, the last two go on from the
 # second.
-LENGTHS, PARENTS = (70, 66, 5, 2), (None, None, 1, 1)
+LENGTHS, PARENTS = (126, 66, 5, 2), (None, None, 1, 1)
 # Where prompts are read one goes on from another that does.
 READ_AFTER = (None, None, 1, 2)
 # |a - b| / |b|. Half precision rounds to 0.4%, and again in each of a chain of products; a piece that goes on from
 # another state is off by far more.
 TOLERANCE = 3e-2
+# Heads forget at different speeds, by these powers of two. Behind most of a chunk the inverse of the fastest one's decay is
+# more than float32 holds.
+_SPEEDS = (-2.0, 3.5)
 _ROWS = ((0,), (1, 2), (1, 3))
 _ROWS_APART = ((0,), (1,), (2,), (3,))
 _ROWS_READ = ((0,), (1, 2, 3))
@@ -39,6 +42,7 @@ def differences(
     rows = _ROWS if shared else _ROWS_APART
     device = layer.conv1d.weight.device
     numbers = torch.Generator(device).manual_seed(0)
+    fill_free_memory(device)
     example, inputs = drawn(layer, sum(LENGTHS), dtype, numbers)
     pieces = pieces_on(device, LENGTHS, PARENTS if shared else [None] * len(LENGTHS), layer.conv_kernel_size)
     grad = torch.randn(1, sum(LENGTHS), layer.value_dim, generator=numbers, device=device).to(dtype)
@@ -53,6 +57,7 @@ def differences(
 def differences_reading(operations: Operations, layer: Any, dtype: torch.dtype) -> dict[str, float]:
     """Return the same of prompts that are read: of the output, and of the states that are left for the next tokens."""
     numbers = torch.Generator(layer.conv1d.weight.device).manual_seed(0)
+    fill_free_memory(numbers.device)
     example, inputs = drawn(layer, sum(LENGTHS), dtype, numbers)
     with torch.no_grad(), torch.autocast(numbers.device.type, enabled=False):
         found = read_example(operations, layer, example, LENGTHS, READ_AFTER, inputs)
@@ -85,6 +90,14 @@ def _apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> d
     }
 
 
+def fill_free_memory(device: torch.device) -> None:
+    """Put NaN into memory that what is computed next is given: what reads values that nothing wrote shows."""
+    if device.type == "cuda":
+        for count, size in ((4, 2**26), (64, 2**17)):
+            blocks = [torch.full((size,), torch.nan, device=device) for _ in range(count)]
+            del blocks
+
+
 def layer_of(config: Any, device: torch.device) -> Any:
     """Return the sizes of a configuration's gated delta-net layers, as the layers themselves have them."""
     text = config.get_text_config()
@@ -109,6 +122,7 @@ def drawn(layer: Any, tokens: int, dtype: torch.dtype, numbers: torch.Generator)
         return torch.randn(*shape, generator=numbers, device=device)
 
     channels, kernel, heads = 2 * layer.key_dim + layer.value_dim, layer.conv_kernel_size, layer.num_v_heads
+    speeds = torch.linspace(*_SPEEDS, heads, device=device).exp2()
     sizes = {name: getattr(layer, name) for name in ("key_dim", "value_dim", "head_k_dim", "head_v_dim", "activation")}
     example = SimpleNamespace(
         conv1d=SimpleNamespace(weight=draw(channels, 1, kernel).to(dtype) / 2, bias=None),
@@ -117,7 +131,7 @@ def drawn(layer: Any, tokens: int, dtype: torch.dtype, numbers: torch.Generator)
     )
     inputs = {
         "projected": draw(1, tokens, channels).to(dtype),
-        "decay": -F.softplus(draw(1, tokens, heads) - 2),
+        "decay": -F.softplus(draw(1, tokens, heads) - 2) * speeds,
         "beta": draw(1, tokens, heads).sigmoid().to(dtype),
         "gate": draw(1, tokens, layer.value_dim).to(dtype),
     }

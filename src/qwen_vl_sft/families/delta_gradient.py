@@ -1,8 +1,10 @@
-"""The part of the gated delta rule's backward pass that Triton 3.4 to 3.7.0 computes wrongly on Hopper, in matrix products.
+"""The part of the gated delta rule's backward pass that Triton 3.4 to 3.7.0 computes wrongly on Hopper, in our own kernel.
 
-flash-linear-attention 0.6.0 raises there and names tilelang, which compiles this part with nvcc
-(https://github.com/fla-org/flash-linear-attention/issues/640). With tilelang installed its kernel is taken; without it
-this, which needs neither. It is registered as one of flash-linear-attention's backends.
+flash-linear-attention 0.6.0 raises there and names tilelang, which compiles this part with nvcc. Wrong is a product whose
+first factor is the transpose of another product (https://github.com/fla-org/flash-linear-attention/issues/640): here
+scores of a chunk are computed twice, each way round, so that none is transposed. With tilelang installed its kernel is
+taken; without it this one, which is registered as one of flash-linear-attention's backends. Sizes are fixed: nothing is
+tuned.
 """
 
 from __future__ import annotations
@@ -10,9 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
-# Chunks computed at once: what is held meanwhile grows with them.
-_AT_ONCE = 256
+# Values of a state that are in work at once.
+_VALUES = 64
+_WARPS = 8
+_STAGES = 2
 
 
 def register() -> None:
@@ -21,12 +27,12 @@ def register() -> None:
     from fla.backends import register as offered
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 
-    class Products(BaseBackend):  # type: ignore[misc]
-        """Matrix products of PyTorch."""
+    class TurnedScores(BaseBackend):  # type: ignore[misc]
+        """The kernel of this module."""
 
-        backend_type = "pytorch_products"
+        backend_type = "turned_scores"
         default_enable = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
-        env_var = "FLA_PYTORCH_PRODUCTS"
+        env_var = "FLA_TURNED_SCORES"
         priority = 9
 
         def chunk_bwd_dqkwg_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
@@ -34,10 +40,82 @@ def register() -> None:
             return (gated and not kwargs.get("state_v_first"), "another rule")
 
         def chunk_bwd_dqkwg(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            with torch.autocast(kwargs["q"].device.type, enabled=False):
-                return chunk_gradients(**kwargs)
+            return chunk_gradients(**kwargs)
 
-    offered("common")(Products)
+    offered("common")(TurnedScores)
+
+
+@triton.jit
+def _gradients(
+    q, k, v, do, dv, h, dh, g, dq, dk, dw, dg, bounds, chunks, scale, tokens,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    if PIECES:
+        piece, number = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+        begin = tl.load(bounds + piece).to(tl.int64)
+        length = tl.load(bounds + piece + 1).to(tl.int64) - begin
+    else:
+        count = tl.cdiv(tokens, SIZE)
+        begin = (chunk // count).to(tl.int64) * tokens
+        number, length = chunk % count, tokens
+    inside = tl.arange(0, SIZE)
+    there = number * SIZE + inside < length
+    last = tl.minimum(length - number * SIZE, SIZE) - 1
+    token = begin + number * SIZE + inside
+    at_key = tl.arange(0, KEYS)
+    of_head = token * (HEADS * SHARED) + head
+    query_place = (token * HEADS + head // SHARED)[:, None] * K + at_key[None, :]
+    key_place = of_head[:, None] * K + at_key[None, :]
+    key_there = there[:, None] & (at_key < K)[None, :]
+    state = (chunk.to(tl.int64) * (HEADS * SHARED) + head) * K * V
+
+    of_query = tl.zeros([SIZE, KEYS], dtype=tl.float32)
+    of_key = tl.zeros([SIZE, KEYS], dtype=tl.float32)
+    of_w = tl.zeros([SIZE, KEYS], dtype=tl.float32)
+    scores = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    turned = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    of_end = 0.0
+    for start in range(0, V, VALUES):
+        at_value = start + tl.arange(0, VALUES)
+        value_place = of_head[:, None] * V + at_value[None, :]
+        value_there = there[:, None] & (at_value < V)[None, :]
+        state_place = state + at_value[:, None] + at_key[None, :] * V
+        state_there = (at_value < V)[:, None] & (at_key < K)[None, :]
+        value = tl.load(v + value_place, mask=value_there, other=0.0)
+        of_output = tl.load(do + value_place, mask=value_there, other=0.0)
+        of_value = tl.load(dv + value_place, mask=value_there, other=0.0).to(value.dtype)
+        before = tl.load(h + state_place, mask=state_there, other=0.0)
+        of_behind = tl.load(dh + state_place, mask=state_there, other=0.0)
+        of_end += tl.sum(before.to(tl.float32) * of_behind.to(tl.float32))
+        before, of_behind = before.to(value.dtype), of_behind.to(value.dtype)
+        scores = tl.dot(of_output, tl.trans(value), scores)
+        turned = tl.dot(value, tl.trans(of_output), turned)
+        of_query = tl.dot(of_output, before, of_query)
+        of_key = tl.dot(value, of_behind, of_key)
+        of_w = tl.dot(of_value, before, of_w)
+    tl.store(dw + key_place, (-of_w).to(dw.dtype.element_ty), mask=key_there)
+
+    logs = tl.load(g + of_head, mask=there, other=0.0)
+    end = tl.load(g + (begin + number * SIZE + last) * (HEADS * SHARED) + head)
+    query = tl.load(q + query_place, mask=key_there, other=0.0)
+    key = tl.load(k + query_place, mask=key_there, other=0.0)
+    of_query *= tl.exp2(logs)[:, None] * scale
+    of_key *= tl.where(there, tl.exp2(end - logs), 0.0)[:, None]
+    of_end = of_end * tl.exp2(end) + tl.sum(of_key * key.to(tl.float32))
+    # Only tokens before see a token, and none behind the end is seen.
+    both = there[:, None] & there[None, :]
+    apart = logs[:, None] - logs[None, :]
+    scores = tl.where(both & (inside[:, None] >= inside[None, :]), scores * tl.exp2(apart), 0.0) * scale
+    turned = tl.where(both & (inside[:, None] <= inside[None, :]), turned * tl.exp2(-apart), 0.0) * scale
+    of_query = tl.dot(scores.to(key.dtype), key, of_query)
+    of_key = tl.dot(turned.to(key.dtype), query, of_key)
+    of_log = tl.sum(of_query * query.to(tl.float32), 1) - tl.sum(of_key * key.to(tl.float32), 1)
+    of_log += tl.where(inside == last, of_end, 0.0)
+    tl.store(dq + key_place, of_query.to(dq.dtype.element_ty), mask=key_there)
+    tl.store(dk + key_place, of_key.to(dk.dtype.element_ty), mask=key_there)
+    tl.store(dg + of_head, of_log, mask=there)
 
 
 def chunk_gradients(
@@ -75,95 +153,22 @@ def chunk_gradients(
 
     Returns [B, T, H, K], the same, [B, T, HV, K] and [B, T, HV] float32.
     """
-    batch, tokens, heads = q.shape[:3]
-    places, valid = _places(batch, tokens, cu_seqlens, chunk_size, chunk_indices, q.device)
-    shared = v.shape[2] // heads
-    flat = [tensor.flatten(0, 1) for tensor in (q, k, v, do, dv, g)]
-    states, gradients = h.flatten(0, 1), dh.flatten(0, 1)
-    parts = []
-    for start in range(0, len(places), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        queries, keys, *own = (_gathered(tensor, places[part], valid[part]) for tensor in flat)
-        own = [*(tensor.repeat_interleave(shared, dim=1) for tensor in (queries, keys)), *own]
-        parts.append(_of_chunks(valid[part], scale, states[part], gradients[part], *own))
-    # Every token is in one chunk: where it stands among all places of all chunks.
-    total, count = batch * tokens, places.numel()
-    back = torch.empty(total + 1, dtype=torch.long, device=q.device)
-    back.scatter_(0, places.where(valid, total).flatten(), torch.arange(count, device=q.device))
-    dq, dk, dw, dg = (
-        torch.cat(found).transpose(1, 2).flatten(0, 1).index_select(0, back[:total]).unflatten(0, (batch, tokens))
-        for found in zip(*parts, strict=True)
-    )
-    dq, dk = (one.unflatten(2, (heads, shared)).sum(3) for one in (dq, dk))
-    return dq.to(q.dtype), dk.to(k.dtype), dw.to(w.dtype), dg
-
-
-def _places(
-    batch: int,
-    tokens: int,
-    bounds: torch.Tensor | None,
-    size: int,
-    chunks: torch.Tensor | None,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the position of each token of each chunk among all [N, chunk], and which there are."""
-    inside = torch.arange(size, device=device)
-    if bounds is None:
-        count = -(-tokens // size)
-        own = (torch.arange(count, device=device)[:, None] * size + inside).repeat(batch, 1)
-        first = torch.arange(batch, device=device).repeat_interleave(count, output_size=batch * count) * tokens
-        ends = torch.full_like(first, tokens)
+    batch, tokens, heads, keys = q.shape
+    all_heads, values = v.shape[2:]
+    shared = all_heads // heads
+    q, k, v, do, dv, g, h, dh = (tensor.contiguous() for tensor in (q, k, v, do, dv, g, h, dh))
+    dq, dk = (torch.empty(batch, tokens, all_heads, keys, dtype=one.dtype, device=q.device) for one in (q, k))
+    dw, dg = torch.empty_like(dq, dtype=w.dtype), torch.empty_like(g, dtype=torch.float32)
+    if cu_seqlens is None:
+        count = batch * triton.cdiv(tokens, chunk_size)
     else:
-        assert chunks is not None, "whoever gives the bounds gives the chunks"
-        first, last = bounds[:-1][chunks[:, 0]].long(), bounds[1:][chunks[:, 0]].long()
-        own, ends = chunks[:, 1:].long() * size + inside, last - first
-    valid = own < ends[:, None]
-    return (first[:, None] + own).where(valid, 0), valid
-
-
-def _gathered(tensor: torch.Tensor, places: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Take [T, heads, ...] apart into chunks, with zeros behind the end of a sequence: [N, heads, chunk, ...]."""
-    found = tensor.index_select(0, places.flatten()).unflatten(0, places.shape)
-    outside = ~valid.reshape(*valid.shape, *[1] * (found.dim() - 2))
-    return found.masked_fill(outside, 0).transpose(1, 2).contiguous()
-
-
-def _of_chunks(
-    valid: torch.Tensor,
-    scale: float,
-    h: torch.Tensor,
-    dh: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    do: torch.Tensor,
-    dv: torch.Tensor,
-    g: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Compute chunks [N, heads, chunk, D] by their states [N, heads, K, V]; all but products in float32."""
-    # The decay of all of a chunk, also of one that ends early.
-    last = g.gather(2, (valid.sum(1) - 1)[:, None, None].expand(-1, g.shape[1], 1))
-    decay, rest = g.exp2()[..., None], (last - g).where(valid[:, None], 0).exp2()[..., None]
-    dq = _product(do, h.mT) * (decay * scale)
-    dk = _product(v, dh.mT) * rest
-    dw = -_product(dv, h.mT)
-    dlast = _product(h.flatten(2)[:, :, None], dh.flatten(2)[..., None])[..., 0] * last.exp2()
-    dlast = dlast + (dk * k).sum((-2, -1))[..., None]
-    # Only tokens before see a token; the exponential of others would overflow.
-    apart = (g[..., :, None] - g[..., None, :]).tril().exp2()
-    scores = ((_product(do, v.mT) * apart).tril() * scale).to(k.dtype)
-    dq = dq + _product(scores, k)
-    dk = dk + _product(scores.mT, q)
-    dg = (dq * q).sum(-1) - (dk * k).sum(-1)
-    dg = dg.scatter_add(2, (valid.sum(1) - 1)[:, None, None].expand(-1, g.shape[1], 1), dlast)
+        assert chunk_indices is not None, "whoever gives the bounds gives the chunks"
+        count = len(chunk_indices)
+    _gradients[(count, all_heads)](
+        q, k, v, do, dv, h, dh, g, dq, dk, dw, dg, cu_seqlens, chunk_indices, scale, tokens,
+        HEADS=heads, SHARED=shared, K=keys, V=values, SIZE=chunk_size, KEYS=triton.next_power_of_2(keys),
+        VALUES=min(_VALUES, triton.next_power_of_2(values)), PIECES=cu_seqlens is not None,
+        num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+    dq, dk = (one.unflatten(2, (heads, shared)).sum(3) if shared > 1 else one for one in (dq, dk))
     return dq, dk, dw, dg
-
-
-def _product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Multiply [N, heads, A, B] and [N, heads, B, C], adding up and giving float32, or what is wider."""
-    other = other.to(one.dtype)
-    if one.dtype in (torch.float32, torch.float64):
-        return one @ other
-    left, right = one.flatten(0, 1), other.flatten(0, 1)
-    found = torch.bmm(left, right, out_dtype=torch.float32) if one.is_cuda else left.float() @ right.float()
-    return found.unflatten(0, one.shape[:2])
