@@ -16,7 +16,7 @@
 #   ["vision_tower"]                 10     14         12     14         12     14   warning
 #   r".*\bvisual\b.*"                 0     14          0     14          0     14
 # Why: a name of a list counts where it is the end of a layer's full name ("model.visual"), as its documentation says, not where
-# the layer lies in it; and the warning comes only if no module at all was excluded, the tower too.
+# the layer lies in it; the warning comes only where no module at all was excluded, and the tower itself was.
 # Who is hurt: who means to train the language model alone: the tower is trained as well, in more memory, and an engine that
 # serves adapters without their vision part (vLLM unless told) then answers with another model than was trained.
 # Way around: one regular expression for the full name, as in the last row; print_trainable_parameters() tells.
