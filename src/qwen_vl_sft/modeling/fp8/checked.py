@@ -102,16 +102,19 @@ class CheckedKernels:
         gate_columns: torch.Tensor,
         up_columns: torch.Tensor,
         kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+        activated: torch.Tensor | None = None,
     ) -> Quantized:
         """Return the gradients of gate and up, quantized; see `plain.swiglu_backward`."""
 
         def examples() -> Any:
             own = _numbers(gate, gate.shape[1])
             written = None if kept is None else (torch.empty_like(own), torch.empty_like(own))
-            return own.flip(1), own, own.flip(0), _columns(own), _columns(own).flip(0), written
+            product = None if activated is None else torch.empty_like(own)
+            return own.flip(1), own, own.flip(0), _columns(own), _columns(own).flip(0), written, product
 
-        self._check("mlp", (gate.shape[1], gate.dtype, kept is None), "swiglu_backward", plain, gate, examples)
-        return kernels.swiglu_backward(grad, gate, up, gate_columns, up_columns, kept)
+        key = gate.shape[1], gate.dtype, kept is None, activated is None
+        self._check("mlp", key, "swiglu_backward", plain, gate, examples)
+        return kernels.swiglu_backward(grad, gate, up, gate_columns, up_columns, kept, activated)
 
     def _check(
         self, switch: str, key: Any, name: str, reference: Any, like: torch.Tensor, examples: Callable[[], Any]

@@ -140,14 +140,14 @@ def _swiglu_gradients(grad, gate, up, at, size):
     u = tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(g)
     silu = g * sigmoid
-    return d * u * (sigmoid + silu * (1 - sigmoid)), d * silu
+    return d * u * (sigmoid + silu * (1 - sigmoid)), d * silu, silu * u
 
 
 @triton.jit
 def _swiglu_both_gradients(grad, gate, up, of_gate, of_up, size, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * size
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    dg, du = _swiglu_gradients(grad + start, gate + start, up + start, at, size)
+    dg, du, _ = _swiglu_gradients(grad + start, gate + start, up + start, at, size)
     tl.store(of_gate + start + at, dg.to(of_gate.dtype.element_ty), mask=at < size)
     tl.store(of_up + start + at, du.to(of_up.dtype.element_ty), mask=at < size)
 
@@ -161,10 +161,12 @@ def _swiglu_backward(
     up_columns,
     of_gate,
     of_up,
+    product,
     values,
     scales,
     size,
     KEEP: tl.constexpr,
+    PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -178,10 +180,12 @@ def _swiglu_backward(
     largest = tl.zeros([BLOCK], tl.float32)
     for number in range(PARTS):
         at = number * BLOCK + tl.arange(0, BLOCK)
-        dg, du = _swiglu_gradients(grad, gate, up, at, size)
+        dg, du, both = _swiglu_gradients(grad, gate, up, at, size)
         if KEEP:
             tl.store(of_gate + at, dg.to(of_gate.dtype.element_ty), mask=at < size)
             tl.store(of_up + at, du.to(of_up.dtype.element_ty), mask=at < size)
+        if PRODUCT:
+            tl.store(product + row * size + at, both.to(product.dtype.element_ty), mask=at < size)
         dg *= tl.load(gate_columns + at, mask=at < size, other=0.0)
         du *= tl.load(up_columns + at, mask=at < size, other=0.0)
         largest = tl.maximum(largest, tl.maximum(tl.abs(dg), tl.abs(du)))
@@ -189,7 +193,7 @@ def _swiglu_backward(
     inverse = _inverse(bits)
     for number in range(PARTS):
         at = number * BLOCK + tl.arange(0, BLOCK)
-        dg, du = _swiglu_gradients(grad, gate, up, at, size)
+        dg, du, _ = _swiglu_gradients(grad, gate, up, at, size)
         dg *= tl.load(gate_columns + at, mask=at < size, other=0.0)
         du *= tl.load(up_columns + at, mask=at < size, other=0.0)
         tl.store(values + at, (dg * inverse).to(tl.float8e4nv), mask=at < size)
@@ -288,11 +292,9 @@ def swiglu_backward(
     gate_columns: torch.Tensor,
     up_columns: torch.Tensor,
     kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activated: torch.Tensor | None = None,
 ) -> Quantized:
-    """Return the gradients of gate and up side by side [M, 2 I], each column times its number, quantized.
-
-    Without these numbers they are written to the two tensors `kept` [M, I] as well.
-    """
+    """Return the gradients of gate and up, quantized; see `plain.swiglu_backward`."""
     rows, size = gate.shape
     values, scales = _empty(gate, rows, 2 * size)
     block, parts, warps = _blocks(size, wide=True)
@@ -303,10 +305,12 @@ def swiglu_backward(
         gate_columns,
         up_columns,
         *(kept or (gate, up)),
+        gate if activated is None else activated,
         values,
         scales,
         size,
         KEEP=kept is not None,
+        PRODUCT=activated is not None,
         BLOCK=block,
         PARTS=parts,
         num_warps=warps,

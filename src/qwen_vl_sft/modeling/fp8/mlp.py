@@ -116,23 +116,24 @@ class MLPProduct(torch.autograd.Function):
                 grad, gate_part, up_part = grads_of_rows[part], gate[part], up[part]
                 quantized = kernels.quantize_rows(grad, down_scales)
                 inner = product(quantized, to_inner, None, None, emulated).to(gate.dtype)
-                if a_down is not None:
-                    activated = torch.empty_like(gate_part)
-                    kernels.swiglu(gate_part, up_part, activated)
-                    own = _gradients(grad, activated, in_down[part], b_down, scalings[2], a_down, inner)
-                    _accumulate(found, 4, own)
-                    del activated
+                activated = None if a_down is None else torch.empty_like(gate_part)
+                of_inside = None if a_down is None else _add_gradient(inner, grad, b_down, scalings[2], a_down)
                 kept = None if rows is None else (torch.empty_like(gate_part), torch.empty_like(up_part))
                 # Both of one scale a row, so that one product adds up what goes to x.
-                both = kernels.swiglu_backward(inner, gate_part, up_part, gate_scales, up_scales, kept)
+                both = kernels.swiglu_backward(inner, gate_part, up_part, gate_scales, up_scales, kept, activated)
                 del inner
+                if activated is not None:
+                    own = _gradients(grad, activated, in_down[part], of_inside, scalings[2])
+                    _accumulate(found, 4, own)
+                    del activated
                 of_x = product(both, to_x, None, None, emulated, out=x_grad[part])
                 del both
                 if kept is not None:
                     source = rows[part] if rstd is None else Normed(rows[part], rstd[part], weight)
                     for at, (inside, a, b) in enumerate(((in_gate, a_gate, b_gate), (in_up, a_up, b_up))):
                         if a is not None:
-                            own = _gradients(kept[at], source, inside[part], b, scalings[at], a, of_x)
+                            of_inside = _add_gradient(of_x, kept[at], b, scalings[at], a)
+                            own = _gradients(kept[at], source, inside[part], of_inside, scalings[at])
                             _accumulate(found, 2 * at, own)
         shape, dtype = ctx.input
         trained = [None if one is None else one.to(kind) for one, kind in zip(found, ctx.trained, strict=True)]
@@ -154,18 +155,19 @@ def _add(
     return inside
 
 
-def _gradients(
-    grad: torch.Tensor,
-    rows: torch.Tensor | Normed,
-    inside: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float,
-    a: torch.Tensor,
-    x_grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of A and B from that of a layer's output; add the adapter's part to the gradient of its input."""
+def _add_gradient(
+    x_grad: torch.Tensor, grad: torch.Tensor, b: torch.Tensor, scaling: float, a: torch.Tensor
+) -> torch.Tensor:
+    """Add an adapter's part to the gradient of its input, from that of its output; return the gradient of A x."""
     of_inside = (grad @ b) * scaling
     x_grad.addmm_(of_inside, a)
+    return of_inside
+
+
+def _gradients(
+    grad: torch.Tensor, rows: torch.Tensor | Normed, inside: torch.Tensor, of_inside: Any, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of A and B from those of A x and of a layer's output."""
     of_a = rows.times(of_inside) if isinstance(rows, Normed) else of_inside.t() @ rows
     return of_a, (grad.t() @ inside) * scaling
 

@@ -43,11 +43,14 @@ def swiglu_backward(
     gate_columns: torch.Tensor,
     up_columns: torch.Tensor,
     kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activated: torch.Tensor | None = None,
 ) -> Quantized:
     """Return the gradients of gate and up side by side [M, 2 I], each column times its number, quantized.
 
-    Without these numbers they are written to the two tensors `kept` [M, I] as well.
+    Without these numbers they are written to the two tensors `kept` [M, I] as well, and silu(gate) * up to `activated`.
     """
+    if activated is not None:
+        activated.copy_(gate.float() * torch.sigmoid(gate.float()) * up.float())
     both = _swiglu_gradients(grad, gate, up)
     for target, found in zip(kept or (), both, strict=False):
         target.copy_(found)
