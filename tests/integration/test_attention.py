@@ -235,6 +235,13 @@ def has_no_gradient_of_keys(q, k, *args, **options):
     return flash_attn_varlen_func(q, k.detach() + 0 * k, *args, **options)
 
 
+def has_nan_as_gradient_of_values(q, k, v, *args, **options):
+    v = 1 * v
+    if v.requires_grad:
+        v.register_hook(lambda grad: grad * torch.nan)
+    return flash_attn_varlen_func(q, k, v, *args, **options)
+
+
 def forgets_the_scale(*args, softmax_scale, **options):
     return flash_attn_varlen_func(*args, softmax_scale=1.0, **options)
 
@@ -249,6 +256,7 @@ def is_not_made_for_this(*args, **options):
         (sees_other_rows, "computes something else than attention with 4 heads of 16 values, 2 of them with keys"),
         (sees_what_comes_later, "computes something else"),
         (has_no_gradient_of_keys, "% off float32; set attn_implementation: sdpa"),
+        (has_nan_as_gradient_of_values, "it is nan% off float32"),
         (forgets_the_scale, "computes something else"),
         (is_not_made_for_this, "does not run here with 4 heads of 16 values, 2 of them with keys: head_dim must be"),
     ],

@@ -268,6 +268,16 @@ def broken(*arguments):
 
 decode_kernel.attend_to_slots = broken
 print(decode_check.has_decode_kernel(6, cache))
+
+
+def with_a_row_that_nothing_wrote(*arguments):
+    found = right(*arguments)
+    found[-1] = torch.nan
+    return found
+
+
+decode_kernel.attend_to_slots = with_a_row_that_nothing_wrote
+print(decode_check.has_decode_kernel(12, cache))
 decode_kernel.attend_to_slots = right
 print(decode_check.has_decode_kernel(9, cache))
 print(decode_check.has_decode_kernel(9, SimpleNamespace(dtype=torch.float32)))
@@ -307,7 +317,7 @@ def test_kernels_around_experts_do_what_pytorch_does(printed):
 
 
 def test_the_kernel_that_decodes_attends_to_the_slots_of_each_row(printed):
-    off, wrong, fails, failed, right, exact = printed[2].splitlines()[3:]
+    off, wrong, fails, failed, unwritten, refused, right, exact = printed[2].splitlines()[3:]
     assert off == (
         "answers are decoded with PyTorch's own attention of 3 heads of 32 values: the kernel for it is 100.0% off float32"
     )
@@ -315,7 +325,8 @@ def test_the_kernel_that_decodes_attends_to_the_slots_of_each_row(printed):
         "answers are decoded with PyTorch's own attention of 6 heads of 32 values: the kernel for it fails here:"
         " no such card"
     )
-    assert (wrong, failed, right, exact) == ("False", "False", "True", "False")
+    assert unwritten.endswith("attention of 12 heads of 32 values: the kernel for it is nan% off float32")
+    assert (wrong, failed, refused, right, exact) == ("False", "False", "False", "True", "False")
 
 
 def test_the_kernel_for_images_attends_inside_each(printed):

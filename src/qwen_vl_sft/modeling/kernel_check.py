@@ -1,9 +1,11 @@
-"""Compare attention kernels with float32 attention, once for each shape of heads, before they are used."""
+"""Compare kernels with what they stand for before they are used: attention with float32, once for each shape of heads."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,18 +27,36 @@ def is_right(difference: Callable[[], float], otherwise: str) -> bool:
     If not, a line says what is done `otherwise`, and why. `difference` runs it on an example and compares.
     """
     try:
-        apart = difference()
+        with told_as_user_error(f"{otherwise}: the kernel for it fails here"):
+            apart = difference()
+    except UserError as error:
+        logger.warning("%s", error)
+        return False
+    if not apart <= TOLERANCE:
+        logger.warning("%s: the kernel for it is %s off float32", otherwise, f"{apart:.1%}")
+        return False
+    return True
+
+
+@contextmanager
+def told_as_user_error(failure: str, way_out: str = "") -> Iterator[None]:
+    """Raise `UserError` for whatever a compiler or a kernel raises inside, but not where memory runs out."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # Whatever it is that a compiler or a kernel raises.
-        reason = f"fails here: {first_line(error)[:200]}"
-    else:
-        if apart <= TOLERANCE:
-            return True
-        reason = f"is {apart:.1%} off float32"
-    logger.warning("%s: the kernel for it %s", otherwise, reason)
-    return False
+        raise UserError(f"{failure}: {first_line(error)[:200]}{way_out and f'; {way_out}'}") from error
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return |a - b| / |b|."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def farthest(distances: Iterable[float]) -> float:
+    """Return the largest of some distances; NaN, which compares as neither larger nor smaller, is farther than any."""
+    return max(distances, key=lambda one: math.inf if math.isnan(one) else one)
 
 
 class CheckedKernel:
@@ -62,20 +82,13 @@ class CheckedKernel:
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, causal: bool, learns: bool) -> None:
         heads = f"{q.shape[1]} heads of {q.shape[2]} values, {k.shape[1]} of them with keys"
-        try:
+        way_out = "set attn_implementation: sdpa, which is PyTorch's own"
+        with told_as_user_error(f"attn_implementation: {self.name} does not run here with {heads}", way_out):
             apart = difference(self.kernel, q, k, causal, learns)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # Whatever it is that a compiler or a kernel raises.
-            raise UserError(
-                f"attn_implementation: {self.name} does not run here with {heads}:"
-                f" {first_line(error)[:200]}; set attn_implementation: sdpa, which is PyTorch's own"
-            ) from error
         if not apart <= TOLERANCE:
             raise UserError(
                 f"attn_implementation: {self.name} computes something else than attention with {heads}: it is"
-                f" {apart:.1%} off float32; set attn_implementation: sdpa, which is PyTorch's own"
+                f" {apart:.1%} off float32; {way_out}"
             )
 
 
@@ -102,8 +115,7 @@ def difference(kernel: Any, q: torch.Tensor, k: torch.Tensor, causal: bool, lear
     on_its_own = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.set_grad_enabled(learns), torch.autocast(q.device.type, enabled=False), on_its_own:
         found, wanted = (_outputs(function, inputs, grad if learns else None) for function in (from_kernel, in_float32))
-    pairs = zip(found, wanted, strict=True)
-    return max(float((one.float() - other).norm() / other.norm()) for one, other in pairs)
+    return farthest(distance(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def _outputs(function: Any, inputs: list[torch.Tensor], grad: torch.Tensor | None) -> list[torch.Tensor]:

@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import inspect
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.families.gated_delta_net import KEPT, TORCH, Operations, PackedForward, attended
+from qwen_vl_sft.modeling.kernel_check import farthest, told_as_user_error
 
 logger = logging.getLogger(__name__)
 NAME = "linear_attention"
@@ -135,21 +135,16 @@ class CheckedKernels:
 
         heads = f"{layer.num_v_heads} heads of {layer.head_v_dim} values"
         way_out = f"leave {NAME} out of fused_kernels, for PyTorch's own operations"
-        try:
+        with told_as_user_error(f"fused_kernels: {NAME} does not run here with {heads}", way_out):
             # First what Triton tunes on: by the small example it would choose sizes that are slow in training.
             _run(self.operations, layer, dtype, kind, learns)
             if kind == "read":
                 apart = differences_reading(self.operations, layer, dtype)
             else:
                 apart = differences(self.operations, layer, dtype, kind == "shared", learns)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # Whatever it is that a compiler or a kernel raises.
-            raise UserError(
-                f"fused_kernels: {NAME} does not run here with {heads}: {first_line(error)[:200]}; {way_out}"
-            ) from error
-        name, worst = max(apart.items(), key=lambda one: math.inf if math.isnan(one[1]) else one[1])
+        worst = farthest(apart.values())
+        # By identity: NaN equals nothing.
+        name = next(name for name, one in apart.items() if one is worst)
         if not worst <= TOLERANCE:
             raise UserError(
                 f"fused_kernels: {NAME} computes something else than linear attention with {heads}: its {name} is"

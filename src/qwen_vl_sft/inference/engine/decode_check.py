@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qwen_vl_sft.inference.engine.cache import KeyValueCache
-from qwen_vl_sft.modeling.kernel_check import is_right
+from qwen_vl_sft.modeling.kernel_check import distance, farthest, is_right
 
 # Tokens of rows before the new one: the first of a prompt, a whole step of the kernel, and a part of one.
 _LENGTHS = (0, 63, 517)
@@ -51,5 +51,5 @@ def difference(heads: int, of_keys: int, width: int, dtype: torch.dtype, device:
             own = table[rows - row, : length + 1]
             k, v = (tensor[own].float().transpose(0, 1) for tensor in (keys, values))
             wanted = scaled_dot_product_attention(q[row].float()[:, None], k, v, enable_gqa=True)[:, 0]
-            apart.append(float((found[row].float() - wanted).norm() / wanted.norm()))
-    return max(apart)
+            apart.append(distance(found[row], wanted))
+    return farthest(apart)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling.fp8 import kernels, plain, weights
 from qwen_vl_sft.modeling.fp8.weights import E4M3, Quantized
+from qwen_vl_sft.modeling.kernel_check import distance, farthest, told_as_user_error
 
 # No multiple of anything.
 _ROWS = 37
@@ -122,24 +123,15 @@ class CheckedKernels:
         if (name, key, like.device) in self.checked:
             return
         way_out = f"leave {switch} out of fp8_kernels"
-        try:
+        with told_as_user_error(f"fp8_kernels: {name} does not run here", way_out):
             # Each writes to tensors of its own, which are compared too.
             mine, theirs = examples(), examples()
             found, wanted = (getattr(kernels, name)(*mine), mine), (getattr(reference, name)(*theirs), theirs)
-            apart = max(distance(one, other) for one, other in zip(_tensors(found), _tensors(wanted), strict=True))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # Whatever it is that a compiler or a kernel raises.
-            raise UserError(f"fp8_kernels: {name} does not run here: {first_line(error)[:200]}; {way_out}") from error
+            pairs = zip(_tensors(found), _tensors(wanted), strict=True)
+            apart = farthest(distance(one, other) for one, other in pairs)
         if not apart <= TOLERANCE:
             raise UserError(f"fp8_kernels: {name} is {apart:.1%} off PyTorch's own operations here; {way_out}")
         self.checked.add((name, key, like.device))
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return |a - b| / |b|."""
-    return float((one.float() - other.float()).norm() / other.float().norm())
 
 
 def _tensors(found: Any) -> list[torch.Tensor]:
