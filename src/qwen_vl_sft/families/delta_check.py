@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,7 @@ def differences(
     rows = _ROWS if shared else _ROWS_APART
     device = layer.conv1d.weight.device
     numbers = torch.Generator(device).manual_seed(0)
-    fill_free_memory(device)
+    _fill_free_memory(device)
     example, inputs = drawn(layer, sum(LENGTHS), dtype, numbers)
     pieces = pieces_on(device, LENGTHS, PARENTS if shared else [None] * len(LENGTHS), layer.conv_kernel_size)
     grad = torch.randn(1, sum(LENGTHS), layer.value_dim, generator=numbers, device=device).to(dtype)
@@ -57,7 +58,7 @@ def differences(
 def differences_reading(operations: Operations, layer: Any, dtype: torch.dtype) -> dict[str, float]:
     """Return the same of prompts that are read: of the output, and of the states that are left for the next tokens."""
     numbers = torch.Generator(layer.conv1d.weight.device).manual_seed(0)
-    fill_free_memory(numbers.device)
+    _fill_free_memory(numbers.device)
     example, inputs = drawn(layer, sum(LENGTHS), dtype, numbers)
     with torch.no_grad(), torch.autocast(numbers.device.type, enabled=False):
         found = read_example(operations, layer, example, LENGTHS, READ_AFTER, inputs)
@@ -90,12 +91,14 @@ def _apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> d
     }
 
 
-def fill_free_memory(device: torch.device) -> None:
+def _fill_free_memory(device: torch.device) -> None:
     """Put NaN into memory that what is computed next is given: what reads values that nothing wrote shows."""
     if device.type == "cuda":
         for count, size in ((4, 2**26), (64, 2**17)):
-            blocks = [torch.full((size,), torch.nan, device=device) for _ in range(count)]
-            del blocks
+            # Beside a model and its cache there may be less than that.
+            with suppress(torch.OutOfMemoryError):
+                blocks = [torch.full((size,), torch.nan, device=device) for _ in range(count)]
+                del blocks
 
 
 def layer_of(config: Any, device: torch.device) -> Any:
