@@ -47,9 +47,10 @@ from qwen_vl_sft.modeling.partial_rope import rotate_partly
 # Views, as those of attention are; of 24 values 4 are rotated.
 query, key = (torch.randn(2, 5, heads, 24).transpose(1, 2).requires_grad_() for heads in (6, 2))
 angles = torch.randn(2, 5, 2).repeat(1, 1, 2)
-found = rotate_partly(query, key, angles.cos(), angles.sin())
-for one, other in zip(found, apply_rotary_pos_emb(query, key, angles.cos(), angles.sin()), strict=True):
-    same(one, other, query if one is found[0] else key)
+for own in (angles, angles[:1]):
+    found = rotate_partly(query, key, own.cos(), own.sin())
+    for one, other in zip(found, apply_rotary_pos_emb(query, key, own.cos(), own.sin()), strict=True):
+        same(one, other, query if one is found[0] else key)
 print("the same")
 """
 GRADIENT = """

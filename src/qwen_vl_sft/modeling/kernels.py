@@ -269,7 +269,7 @@ def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: t
 
 
 def rotate_first_values(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-    """Rotate the first values of heads [B, heads, T, D] by `cos` and `sin` [B, T, R], whose halves are equal."""
+    """Rotate the first values of heads [B, heads, T, D]; see `partial_rope.rotate_partly`."""
     from qwen_vl_sft.modeling.partial_rope import rotate_partly
 
     return rotate_partly(query, key, cos, sin)

@@ -33,8 +33,9 @@ def _rotate(
 def rotate_partly(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first R values of heads [B, heads, T, D] by `cos` and `sin` [B, T, R], whose halves are equal."""
-    cos, sin = cos.contiguous(), sin.contiguous()
+    """Rotate the first R values of heads [B, heads, T, D] by `cos` and `sin` [B or 1, T, R], whose halves are equal."""
+    # Positions that all rows share may come as those of one: the kernel reads each row's own.
+    cos, sin = (angles.expand(len(query), -1, -1).contiguous() for angles in (cos, sin))
     return _Rotated.apply(query, cos, sin), _Rotated.apply(key, cos, sin)
 
 
