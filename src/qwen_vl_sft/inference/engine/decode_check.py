@@ -32,7 +32,7 @@ def _computes_attention(heads: int, of_keys: int, width: int, dtype: torch.dtype
 
 def difference(heads: int, of_keys: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return how far the kernel is from float32 attention for such heads: |a - b| / |b|, that of the row farthest off."""
-    from qwen_vl_sft.inference.engine.decode_kernel import attend_to_slots
+    from qwen_vl_sft.inference.engine.decode_kernel import MOST_PARTS, attend_to_slots
 
     numbers = torch.Generator(device).manual_seed(0)
 
@@ -45,11 +45,13 @@ def difference(heads: int, of_keys: int, width: int, dtype: torch.dtype, device:
     table = torch.randperm(slots, generator=numbers, device=device)[: (rows + 1) * longest].view(rows + 1, longest)
     places = torch.arange(rows, 0, -1, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        found = attend_to_slots(q, keys, values, table, places, torch.tensor(_LENGTHS, device=device), None)
+        # Many rows are computed whole, by other code than few.
+        lengths = torch.tensor(_LENGTHS, device=device)
+        ways = [attend_to_slots(q, keys, values, table, places, lengths, None, parts) for parts in (1, MOST_PARTS)]
         apart = []
         for row, length in enumerate(_LENGTHS):
             own = table[rows - row, : length + 1]
             k, v = (tensor[own].float().transpose(0, 1) for tensor in (keys, values))
             wanted = scaled_dot_product_attention(q[row].float()[:, None], k, v, enable_gqa=True)[:, 0]
-            apart.append(distance(found[row], wanted))
+            apart += [distance(found[row], wanted) for found in ways]
     return farthest(apart)

@@ -12,7 +12,7 @@ import triton.language as tl
 # Keys of a step of a program: with 2 warps the fastest of 32, 64 and 128 on an H200.
 _KEYS = 32
 # So many programs keep all of a GPU's cores busy; rows are split into more parts until there are as many.
-_PROGRAMS, _MOST_PARTS = 528, 16
+_PROGRAMS, MOST_PARTS = 528, 16
 _LOG2_E = 1.4426950408889634
 
 
@@ -86,18 +86,20 @@ def attend_to_slots(
     places: torch.Tensor,
     lengths: torch.Tensor,
     scale: float | None,
+    parts: int | None = None,
 ) -> torch.Tensor:
     """Attend with one query of each row to the keys of its slots: q [B, heads, D] -> [B, heads, D].
 
     `keys`, `values` [slots, heads of keys, D]; row b reads the first `lengths[b]` + 1 of the slots in
-    `table[places[b]]`.
+    `table[places[b]]`, in so many `parts`, a power of two; None for as many as keep the GPU busy.
     """
     rows, heads, width = q.shape
     of_keys = keys.shape[1]
     group = heads // of_keys
-    parts = 1
-    while rows * of_keys * parts < _PROGRAMS and parts < _MOST_PARTS:
-        parts *= 2
+    if parts is None:
+        parts = 1
+        while rows * of_keys * parts < _PROGRAMS and parts < MOST_PARTS:
+            parts *= 2
     out = torch.empty(rows, heads, width, dtype=q.dtype, device=q.device)
     partial = torch.empty(rows * heads * parts if parts > 1 else 0, width, dtype=torch.float32, device=q.device)
     summed = torch.empty(len(partial), 2, dtype=torch.float32, device=q.device)
