@@ -91,7 +91,9 @@ class ModelSettings:
     model_revision: str = key("main", "branch, tag or commit of the Hub model")
     dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "precision of weights that are not quantized")
     attn_implementation: str = key(
-        "auto", "auto picks flash_attention_3, 4 (packing) or 2 when installed on CUDA, else sdpa"
+        "auto",
+        "auto picks flash_attention_3, 4 (packing) or 2 when installed on CUDA, else sdpa with this package's kernel"
+        " for images",
     )
     fused_kernels: Literal["auto"] | list[str] | None = key(
         None,
