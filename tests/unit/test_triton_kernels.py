@@ -196,7 +196,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from torch.nn.functional import scaled_dot_product_attention
 
-# Of NumPy 2.4 arrays of one number are no indices, as which the interpreter takes the bounds of a loop.
+# The interpreter takes arrays of one number as the bounds of a loop; NumPy 2.4 no longer has these as indices.
 patch_tensors = interpreter._patch_lang_tensor
 
 

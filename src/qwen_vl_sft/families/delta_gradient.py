@@ -1,10 +1,10 @@
 """The part of the gated delta rule's backward pass that Triton 3.4 to 3.7.0 computes wrongly on Hopper, in our own kernel.
 
-flash-linear-attention 0.6.0 raises there and names tilelang, which compiles this part with nvcc. Wrong is a product whose
-first factor is the transpose of another product (https://github.com/fla-org/flash-linear-attention/issues/640): here
-scores of a chunk are computed twice, each way round, so that none is transposed. With tilelang installed its kernel is
-taken; without it this one, which is registered as one of flash-linear-attention's backends. Sizes are fixed: nothing is
-tuned.
+flash-linear-attention 0.6.0 raises there and names tilelang, which compiles this part with nvcc. Triton miscompiles a product
+whose first factor is the transpose of another product (https://github.com/fla-org/flash-linear-attention/issues/640). This
+kernel computes the scores of a chunk and their transpose by a product each, so that no product is transposed. It is
+registered as one of flash-linear-attention's backends, and taken where tilelang is not installed. Sizes are fixed: nothing
+is tuned.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def register() -> None:
     from fla.backends import register as offered
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 
-    class TurnedScores(BaseBackend):  # type: ignore[misc]
+    class TransposedScores(BaseBackend):  # type: ignore[misc]
         """The kernel of this module."""
 
-        backend_type = "turned_scores"
+        backend_type = "transposed_scores"
         default_enable = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
-        env_var = "FLA_TURNED_SCORES"
+        env_var = "FLA_TRANSPOSED_SCORES"
         priority = 9
 
         def chunk_bwd_dqkwg_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
@@ -42,7 +42,7 @@ def register() -> None:
         def chunk_bwd_dqkwg(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
             return chunk_gradients(**kwargs)
 
-    offered("common")(TurnedScores)
+    offered("common")(TransposedScores)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _gradients(
     of_key = tl.zeros([SIZE, KEYS], dtype=tl.float32)
     of_w = tl.zeros([SIZE, KEYS], dtype=tl.float32)
     scores = tl.zeros([SIZE, SIZE], dtype=tl.float32)
-    turned = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    transposed = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     of_end = 0.0
     for start in range(0, V, VALUES):
         at_value = start + tl.arange(0, VALUES)
@@ -91,7 +91,7 @@ def _gradients(
         of_end += tl.sum(before.to(tl.float32) * of_behind.to(tl.float32))
         before, of_behind = before.to(value.dtype), of_behind.to(value.dtype)
         scores = tl.dot(of_output, tl.trans(value), scores)
-        turned = tl.dot(value, tl.trans(of_output), turned)
+        transposed = tl.dot(value, tl.trans(of_output), transposed)
         of_query = tl.dot(of_output, before, of_query)
         of_key = tl.dot(value, of_behind, of_key)
         of_w = tl.dot(of_value, before, of_w)
@@ -108,9 +108,9 @@ def _gradients(
     both = there[:, None] & there[None, :]
     apart = logs[:, None] - logs[None, :]
     scores = tl.where(both & (inside[:, None] >= inside[None, :]), scores * tl.exp2(apart), 0.0) * scale
-    turned = tl.where(both & (inside[:, None] <= inside[None, :]), turned * tl.exp2(-apart), 0.0) * scale
+    transposed = tl.where(both & (inside[:, None] <= inside[None, :]), transposed * tl.exp2(-apart), 0.0) * scale
     of_query = tl.dot(scores.to(key.dtype), key, of_query)
-    of_key = tl.dot(turned.to(key.dtype), query, of_key)
+    of_key = tl.dot(transposed.to(key.dtype), query, of_key)
     of_log = tl.sum(of_query * query.to(tl.float32), 1) - tl.sum(of_key * key.to(tl.float32), 1)
     of_log += tl.where(inside == last, of_end, 0.0)
     tl.store(dq + key_place, of_query.to(dq.dtype.element_ty), mask=key_there)

@@ -12,6 +12,8 @@ import triton.language as tl
 
 # Queries of a program, and keys of one of its steps.
 _QUERIES, _KEYS = 128, 64
+# The two parts in which the values of a head are computed.
+_FIRST, _REST = 64, 16
 _LOG2_E = 1.4426950408889634
 
 
@@ -94,11 +96,13 @@ def attend(
     A head has 65 to 80 values.
     """
     tokens, heads, width = q.shape
+    # Fewer would be read beyond the end of a head, more left out.
+    assert _FIRST < width <= _FIRST + _REST
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     out = torch.empty(tokens, heads, width, dtype=q.dtype, device=q.device)
     _attend[(triton.cdiv(longest, _QUERIES), heads, len(bounds) - 1)](
         q, k, v, out, bounds, (width**-0.5 if scale is None else scale) * _LOG2_E,
         q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1),
-        WIDTH=width, FIRST=64, REST=16, QUERIES=_QUERIES, KEYS=_KEYS, num_warps=8, num_stages=3,
+        WIDTH=width, FIRST=_FIRST, REST=_REST, QUERIES=_QUERIES, KEYS=_KEYS, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out

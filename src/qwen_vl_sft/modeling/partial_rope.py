@@ -1,4 +1,4 @@
-"""A Triton kernel for rotary embeddings of the first values of each head, with gradients; it needs no compiler's minutes."""
+"""A Triton kernel, with gradients, for rotary embeddings that rotate only the first values of each head."""
 
 from __future__ import annotations
 
