@@ -51,6 +51,27 @@ for own in (angles, angles[:1]):
     found = rotate_partly(query, key, own.cos(), own.sin())
     for one, other in zip(found, apply_rotary_pos_emb(query, key, own.cos(), own.sin()), strict=True):
         same(one, other, query if one is found[0] else key)
+
+from qwen_vl_sft.modeling import partial_rope
+from qwen_vl_sft.modeling.rope_check import first_values_rotated
+
+called = []
+
+
+def counted(*arguments):
+    called.append(len(arguments))
+    return apply_rotary_pos_emb(*arguments)
+
+
+turns = angles.cos(), angles.sin()
+checked = first_values_rotated(counted)
+for _ in range(2):
+    same(checked(query, key, *turns)[0], apply_rotary_pos_emb(query, key, *turns)[0], query)
+assert called == [4], "compared once"
+partial_rope.rotate_partly = lambda query, key, cos, sin: (rotate_partly(query, key, cos, sin)[0], key)
+same(checked(query[:, :4], key, *turns)[1], apply_rotary_pos_emb(query, key, *turns)[1], key)
+assert called == [4] * 3
+partial_rope.rotate_partly = rotate_partly
 print("the same")
 """
 GRADIENT = """
@@ -300,7 +321,12 @@ def printed():
 
 
 def test_kernels_do_what_transformers_does(printed):
-    assert printed[0] == "the same\n"
+    told, same = printed[0].splitlines()
+    assert told.startswith(
+        "heads of 24 values, of which 4 are rotated, are rotated in PyTorch's own operations: the kernel"
+    )
+    assert told.endswith("% off float32")
+    assert same == "the same"
 
 
 def test_the_gradient_of_the_gated_delta_rule_is_autograds(printed):

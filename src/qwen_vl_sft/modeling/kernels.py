@@ -24,6 +24,7 @@ from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.experts import compute_fused
 from qwen_vl_sft.modeling.fp8.fused import hands_on_fp8
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, LowerProduct
+from qwen_vl_sft.modeling.rope_check import first_values_rotated
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -235,7 +236,7 @@ def _offer_fused_rope(modeling: Any, functions: RopeFunctions) -> None:
         original = getattr(modeling, name)
         if not hasattr(original, "without_kernel"):
             # liger's kernel works in place, on what the vision tower would first have to copy.
-            text_rope = _text_rope if functions.whole_heads else rotate_first_values
+            text_rope = _text_rope if functions.whole_heads else first_values_rotated(original)
             fused = text_rope if name == functions.language else _vision_rope(_compiled(original))
             setattr(modeling, name, _fused_or_not(fused, original))
 
@@ -266,13 +267,6 @@ def _text_rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: t
     from liger_kernel.ops.rope import LigerRopeFunction
 
     return LigerRopeFunction.apply(query, key, cos, sin)
-
-
-def rotate_first_values(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-    """Rotate the first values of heads [B, heads, T, D]; see `partial_rope.rotate_partly`."""
-    from qwen_vl_sft.modeling.partial_rope import rotate_partly
-
-    return rotate_partly(query, key, cos, sin)
 
 
 # Makes the forward of a layer that a kernel replaces.
