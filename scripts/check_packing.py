@@ -13,7 +13,6 @@ tests/integration/test_packed.py checks the same with small models in float32.
 
 from __future__ import annotations
 
-import json
 import sys
 
 from qwen_vl_sft.config.command_line import parse
@@ -24,16 +23,13 @@ from qwen_vl_sft.tools.options import CheckPackingOptions
 
 @exits_with_user_errors
 def main() -> None:
-    """Compare, write the results, print the table."""
+    """Compare, and print the table."""
     options = parse(CheckPackingOptions, usage=__doc__)
     quiet_libraries(rank=0)
     from qwen_vl_sft.tools.check_packing import COLUMNS, compare
-    from qwen_vl_sft.tools.measuring import format_table, machine_facts
+    from qwen_vl_sft.tools.measuring import format_table
 
     results, good = compare(options)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**machine_facts(), "rows": options.rows, "results": results}, indent=2)
-    (options.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
     print(format_table(results, COLUMNS))
     sys.exit(0 if good else 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from itertools import product
@@ -19,7 +20,7 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError, quoted
 from qwen_vl_sft.modeling.linear_attention import padded_in_torch
-from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, random_model_of
+from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, machine_facts, make_output_dir, random_model_of
 from qwen_vl_sft.tools.options import CheckPackingOptions
 from qwen_vl_sft.tools.prepared_run import IN_16_BITS, set_up
 from qwen_vl_sft.training.prepared_data import PreparedData
@@ -60,10 +61,11 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
 
     Everything is compared with float32, one row at a time, without fused kernels. With `fused_kernels` each precision
     runs without and with them. Returns the results, and whether all are no further from float32 than `TOLERATED` times as
-    far as rows one at a time without kernels in the same precision.
+    far as rows one at a time without kernels in the same precision. Writes results.json after each precision.
     """
-    model_dir = random_model_of(options) if options.config else None
     keys = recipe_values(options.recipe_keys, options)
+    make_output_dir(options.output_dir)
+    model_dir = random_model_of(options) if options.config else None
     results: list[dict[str, Any]] = []
     reference: tuple[Losses, dict[str, torch.Tensor]] | None = None
     good = True
@@ -90,9 +92,16 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
             # That of the first: one row at a time, without kernels.
             limit = limits.setdefault(precision, max(TOLERATED * result["gradient"], ROUNDING))
             good = good and result["gradient"] <= limit
+        _write_results(options, results)
         del trainer
         torch.cuda.empty_cache()
     return results, good
+
+
+def _write_results(options: CheckPackingOptions, results: list[dict[str, Any]]) -> None:
+    # After each precision, so that results are kept if the run ends early.
+    text = json.dumps({**machine_facts(), "rows": options.rows, "results": results}, indent=2)
+    (options.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
 def settings_of(precision: str, all_precisions: Collection[str]) -> dict[str, Any]:
