@@ -77,25 +77,30 @@ def _with_values_as_written(dataset: Any, kept: Mapping[str, Any], written: Mapp
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
             # The JSON of these is decoded when the next step reads the stream.
-            return {column: _value_as_written(row[column], kept[column]) for column in written}
+            return {column: _converted_value(row[column], kept[column], _value_as_written) for column in written}
 
         return dataset.map(convert, features=Features({**dataset.features, **written}))
     order, raw = dataset.column_names, dataset.with_format(None)
     for column, feature in written.items():
-        values = [_value_as_written(value, kept[column]) for value in raw[column]]
+        values = [_converted_value(value, kept[column], _value_as_written) for value in raw[column]]
         # `add_column` does not take values of several kinds.
         converted = Dataset.from_dict({column: values}, features=Features({column: feature}))
         dataset = concatenate_datasets([dataset.remove_columns(column), converted], axis=1)
     return dataset.select_columns(order)
 
 
-def _value_as_written(value: Any, feature: Any) -> Any:
+def _converted_value(value: Any, feature: Any, convert: Callable[[Any, Any], Any]) -> Any:
+    """Convert the values of a column, inside dictionaries and lists too, each by itself and its feature."""
     if value is None:
         return None
     if isinstance(feature, Mapping):
-        return {name: _value_as_written(value.get(name), inner) for name, inner in feature.items()}
+        return {name: _converted_value(value.get(name), inner, convert) for name, inner in feature.items()}
     if isinstance(feature, List | LargeList):
-        return [_value_as_written(part, feature.feature) for part in value]
+        return [_converted_value(part, feature.feature, convert) for part in value]
+    return convert(value, feature)
+
+
+def _value_as_written(value: Any, feature: Any) -> Any:
     if _is_short_float(feature):
         return float(str(_SHORT_FLOATS[feature.dtype](value)))
     if isinstance(feature, Json):
@@ -106,14 +111,13 @@ def _value_as_written(value: Any, feature: Any) -> Any:
     return feature.names[value] if value >= 0 else None
 
 
-def storable(value: Any, feature: Any) -> Any:
-    """Return a value whose parts of several kinds are JSON, so that `datasets` does not take texts in them for JSON."""
-    if value is None:
-        return None
-    if isinstance(feature, Mapping):
-        return {name: storable(value.get(name), inner) for name, inner in feature.items()}
-    if isinstance(feature, List | LargeList):
-        return [storable(part, feature.feature) for part in value]
+def storable(row: Mapping[str, Any], features: Features) -> dict[str, Any]:
+    """Return a row whose values of several kinds are JSON, so that `datasets` does not take texts in them for JSON."""
+    stored: dict[str, Any] = _converted_value(row, features, _as_json)
+    return stored
+
+
+def _as_json(value: Any, feature: Any) -> Any:
     return ujson_dumps(value) if isinstance(feature, Json) and feature.decode else value
 
 

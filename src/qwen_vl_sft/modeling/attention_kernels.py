@@ -71,11 +71,6 @@ def resolve_attention(wanted: str, on_cpu: bool, dtype: str, packing: bool = Fal
     return wanted
 
 
-def may_take_own(wanted: str, on_cpu: bool) -> bool:
-    """Return whether this package's kernel for images may take the place of PyTorch's: nothing else was asked for."""
-    return wanted == "auto" and not on_cpu
-
-
 def _obstacle(name: str, on_cpu: bool, dtype: str) -> str | None:
     """Return why a kernel of `FLASH` cannot be used here, None when it can."""
     if not _is_installed(FLASH[name]):

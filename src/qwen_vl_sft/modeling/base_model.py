@@ -22,7 +22,7 @@ from qwen_vl_sft.errors import UserError, first_line
 from qwen_vl_sft.families.base import PARTS, ModelFamily
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
-from qwen_vl_sft.modeling.attention_kernels import SDPA, may_take_own, resolve_attention
+from qwen_vl_sft.modeling.attention_kernels import SDPA, resolve_attention
 from qwen_vl_sft.modeling.experts import use_quantized_experts
 from qwen_vl_sft.modeling.fp8.computation import use_chosen_fp8_kernels
 from qwen_vl_sft.modeling.fp8.experts import FP8Stack
@@ -169,7 +169,8 @@ def load_model(
         use_quantized_experts(model, "load_in_4bit" if settings.load_in_4bit else "load_in_fp8")
         adapt_4bit_experts()
     if attention == SDPA:
-        use_segmented_vision_attention(model, own=may_take_own(settings.attn_implementation, on_cpu))
+        # This package's kernel for images, unless PyTorch's was asked for.
+        use_segmented_vision_attention(model, own=settings.attn_implementation == "auto" and not on_cpu)
     if on_cpu and settings.load_in_4bit:
         keep_4bit_weights_unpacked(model)
         unpack_rows_by_blocks()

@@ -21,7 +21,7 @@ from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
-from qwen_vl_sft.modeling.attention_kernels import SDPA, may_take_own, varlen_kernel
+from qwen_vl_sft.modeling.attention_kernels import SDPA, varlen_kernel
 from qwen_vl_sft.modeling.base_model import (
     freeze_for_full_training,
     is_vision_frozen,
@@ -52,8 +52,8 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.pad_token_id = pad_token_id
     if recipe.run.packing:
-        own = may_take_own(recipe.model.attn_implementation, context.on_cpu)
-        use_segmented_vision_attention(model, chosen.attention, own)
+        if chosen.attention != SDPA:  # otherwise it was loaded so
+            use_segmented_vision_attention(model, chosen.attention)
         use_packed_attention(model, chosen.attention)
         count_no_placeholders_in_training(model)
         # The auxiliary loss is over all tokens of all layers.
