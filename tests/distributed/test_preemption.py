@@ -150,6 +150,7 @@ def test_a_stopped_run_goes_on_and_forgets_that_it_was_stopped(start):
     keys = {**ENDLESS, "output_dir": running.run, "resume_from_checkpoint": "latest", "max_steps": step + 1}
     finished = run_process(SCRIPT, *words(keys))
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert f"resumes     checkpoint-{step}, after step {step}\n" in finished.stdout
     assert not (running.run / signals.PREEMPTED).exists()
     assert (running.run / "adapter_model.safetensors").is_file()
 

@@ -57,7 +57,10 @@ def find_resume(run: Run, signature: dict[str, Any]) -> Checkpoint | None:
     Raises `UserError` for a checkpoint that does not fit the run, and where processes do not see each other's files.
     """
     shared_folder.check_shared(run.output_dir, run.context)
-    return checkpoint_to_resume(run.recipe, run.context, signature)
+    found = checkpoint_to_resume(run.recipe, run.context, signature)
+    if found and run.context.rank == 0:
+        print(f"resumes     {found.path.name}, after step {found.step}", flush=True)
+    return found
 
 
 def train(
