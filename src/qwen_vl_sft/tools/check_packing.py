@@ -18,7 +18,7 @@ from qwen_vl_sft.batching.packing import StepPlan
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.errors import UserError, quoted
+from qwen_vl_sft.errors import UserError, quoted, raise_all
 from qwen_vl_sft.modeling.linear_attention import padded_in_torch
 from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, machine_facts, make_output_dir, random_model_of
 from qwen_vl_sft.tools.options import CheckPackingOptions
@@ -64,6 +64,7 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
     far as rows one at a time without kernels in the same precision. Writes results.json after each precision.
     """
     keys = recipe_values(options.recipe_keys, options)
+    raise_all([*problems_of(keys, options.precisions)])
     make_output_dir(options.output_dir)
     model_dir = random_model_of(options) if options.config else None
     results: list[dict[str, Any]] = []
@@ -102,6 +103,16 @@ def _write_results(options: CheckPackingOptions, results: list[dict[str, Any]]) 
     # After each precision, so that results are kept if the run ends early.
     text = json.dumps({**machine_facts(), "rows": options.rows, "results": results}, indent=2)
     (options.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def problems_of(keys: Collection[str], precisions: Collection[str]) -> Iterator[str]:
+    """Yield the recipe keys that the comparison sets itself: with others a precision's name would be wrong."""
+    if "packing" in keys:
+        yield "--packing: all ways are compared, packed and not; leave it out"
+    ours = {key: precision for precision in precisions for key in settings_of(precision, precisions)}
+    for key in keys:
+        if key in ours:
+            yield f"--{key}: --precisions {ours[key]} sets it; leave it out, or name other precisions"
 
 
 def settings_of(precision: str, all_precisions: Collection[str]) -> dict[str, Any]:
