@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,8 @@ from qwen_vl_sft.modeling.flops import FlopCounter
 from qwen_vl_sft.modeling.kernels import KERNELS, LORA, use_fused_kernels
 from qwen_vl_sft.modeling.lora import find_targets
 from qwen_vl_sft.modeling.unloaded_weights import add_unloaded_weights
+from qwen_vl_sft.tools.benchmark import build, measure
+from qwen_vl_sft.tools.measuring import TRAINING_ALONE
 
 PROJECTIONS = {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"}
 # Ten questions on one image, four on another, two on both, one alone and text: some shorter than the convolution, some
@@ -199,18 +202,31 @@ def test_an_installed_kernel_that_keeps_no_rows_apart_is_not_called(pair, encode
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
-def test_an_installed_kernel_is_not_called_on_a_cpu(pair, monkeypatch):
-    """Not in padded batches either, where transformers would; nor twice around."""
-    words = {"input_ids": torch.arange(7)[None], "use_cache": True}
-    wanted = pair[0](**words).logits
+def install_kernels(monkeypatch):
+    """Have transformers call kernels of an installed package, which do not run."""
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        original = inspect.unwrap(getattr(modeling, name))
 
         def kernel(*args, **kwargs):
             raise AssertionError("the kernel was called")
 
-        kernel.__wrapped__ = original
+        kernel.__wrapped__ = inspect.unwrap(getattr(modeling, name))
         monkeypatch.setattr(modeling, name, kernel)
+
+
+def test_trls_trainer_is_measured_on_a_cpu_where_kernels_are_installed(hybrid_model, tmp_path, monkeypatch):
+    install_kernels(monkeypatch)
+    keys = {"model_name_or_path": str(hybrid_model), "load_in_4bit": False, "output_dir": str(tmp_path)}
+    rows = {"dataset_train_split": "train[:8]", "dataset_test_split": "val[:4]"}
+    variant = build("trl", Path("recipes/quickstart.yaml"), {**TRAINING_ALONE, **keys, **rows}, repeat=1)
+    assert measure(variant, steps=1, warmup=1)["rows_per_second"] > 0
+
+
+def test_an_installed_kernel_is_not_called_on_a_cpu(pair, monkeypatch):
+    """Not in padded batches either, where transformers would; nor twice around."""
+    words = {"input_ids": torch.arange(7)[None], "use_cache": True}
+    wanted = pair[0](**words).logits
+    install_kernels(monkeypatch)
+    original = inspect.unwrap(modeling.torch_recurrent_gated_delta_rule)
     with pytest.raises(AssertionError, match="the kernel was called"):
         pair[0](**words)
     compute_linear_attention_on_cpu(pair[0])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_vl_sft.compat.for_transformers import use_one_gpu
+from qwen_vl_sft.compat.for_transformers import compute_linear_attention_on_cpu, use_one_gpu
 from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.reading import Recipe
 from qwen_vl_sft.data.dataset import Rows
@@ -229,6 +229,7 @@ def trl_trainer(recipe: Recipe, context: DistributedContext, data: PreparedData)
         attn_implementation="sdpa",
         device_map=None if context.on_cpu else {"": 0},
     )
+    compute_linear_attention_on_cpu(model)
     args = SFTConfig(
         output_dir=str(recipe.output_dir),
         per_device_train_batch_size=TRL_BATCH,
