@@ -58,6 +58,37 @@ def test_the_loss_is_the_token_mean_of_the_global_batch_on_every_model(model, ra
         torch.testing.assert_close(weights[other], weights[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_decay_shrinks_matrices_alone(family, ragged, tiny_processor, tmp_path):
+    model = qwen2_vl() if family == "qwen2_vl" else newer(family)
+    trainer = make_trainer(model, ragged, tiny_processor, tmp_path, weight_decay=0.1)
+    shrunk = {
+        id(parameter)
+        for group in trainer.create_optimizer().param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    decays = {name: id(parameter) in shrunk for name, parameter in model.named_parameters()}
+    assert {decays[name] for name in decays if "norm" in name or "ln_q" in name} == {False}
+    assert {decays[name] for name in decays if name.endswith(("bias", "A_log"))} == {False}
+    assert decays == {name: parameter.dim() > 1 for name, parameter in model.named_parameters()}
+
+
+def test_split_weights_are_shrunk_by_their_whole_shape(ragged, tiny_processor, tmp_path):
+    """Under ZeRO-3 a parameter holds nothing until it is gathered."""
+    trainer = make_trainer(qwen2_vl(), ragged, tiny_processor, tmp_path, weight_decay=0.1)
+    wanted = trainer.get_decay_parameter_names(trainer.model)
+    for parameter in trainer.model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.zeros(0)
+    assert wanted
+    assert trainer.get_decay_parameter_names(trainer.model) == wanted
+
+
+def test_without_weight_decay_the_groups_are_those_of_older_checkpoints(ragged, tiny_processor, tmp_path):
+    trainer = make_trainer(newer("Qwen3_5Config"), ragged, tiny_processor, tmp_path)
+    assert "model.language_model.layers.0.linear_attn.A_log" in trainer.get_decay_parameter_names(trainer.model)
+
+
 @pytest.mark.parametrize("batch", [1, 4, 5])
 def test_the_evaluation_loss_is_the_token_mean_of_all_rows(batch, ragged, tiny_processor, tmp_path):
     model = qwen2_vl()

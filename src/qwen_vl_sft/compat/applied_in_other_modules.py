@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
+import torch
 from torch import nn
 
 from qwen_vl_sft.compat.registry import Patch, embedded_model, source_of
@@ -26,6 +28,19 @@ def _ligers_own_patch_fails() -> bool:
     except ImportError:
         return True
     return False
+
+
+def _decays_norms_and_states() -> bool:
+    """Return whether the Trainer counts norms by other names, and what linear attention forgets by, as matrices."""
+    from transformers import Trainer
+
+    model = nn.Module()
+    for name in ("norm1", "ln_q"):
+        # Qwen2.5-VL's are no layers of `torch.nn`.
+        setattr(model, name, nn.ParameterDict({"weight": torch.ones(2)}))
+    model.A_log = nn.Parameter(torch.zeros(2))
+    trainer: Any = None
+    return bool(Trainer.get_decay_parameter_names(trainer, model))
 
 
 PATCHES = (
@@ -74,6 +89,15 @@ PATCHES = (
                 "output = self.out_proj(core_attn_out)",
             ),
         },
+    ),
+    Patch(
+        name="decay_no_vectors",
+        package="transformers",
+        broken="<=5.23",
+        without="`weight_decay` shrinks the norms of Qwen2.5-VL's tower, and how fast Qwen3.5's linear attention forgets.",
+        applied_by="training.trainer.VisionSFTTrainer",
+        still_needed=_decays_norms_and_states,
+        relies_on={"transformers.Trainer.get_decay_parameter_names": ("model",)},
     ),
     Patch(
         name="use_fused_kernels",

@@ -396,6 +396,21 @@ class VisionSFTTrainer(SFTTrainer):
     def _take(self, sums: torch.Tensor) -> list[float]:
         return self.accelerator.reduce(sums, reduction="sum").tolist()
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Name the parameters that `weight_decay` shrinks: no norm, bias, or other vector of values of channels or heads.
+
+        Overridden because transformers looks for `LayerNorm` and for names with "norm" and "bias", and so takes norms of
+        Qwen2.5-VL's tower (`norm1`, `ln_q`) and `A_log` of linear attention for matrices.
+        """
+        names = super().get_decay_parameter_names(model)
+        if not self.args.weight_decay:
+            # The groups that older checkpoints have.
+            return names
+        # Where ZeRO-3 has split a weight, its whole shape is `ds_shape`.
+        shapes = {name: getattr(value, "ds_shape", value.shape) for name, value in model.named_parameters()}
+        vectors = {name for name, shape in shapes.items() if len(shape) < 2}
+        return [name for name in names if name not in vectors]
+
     # A save
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
