@@ -15,7 +15,7 @@ from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.errors import BadRow
+from qwen_vl_sft.errors import BadRow, UserError
 from qwen_vl_sft.families.registry import family_of
 from qwen_vl_sft.modeling.base_model import freeze_vision_tower, trained_parts
 from qwen_vl_sft.modeling.chosen import Chosen
@@ -23,6 +23,7 @@ from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.training import throughput
 from qwen_vl_sft.training.callbacks import format_log
 from qwen_vl_sft.training.model_setup import finish_model
+from qwen_vl_sft.training.trainer import VisionSFTTrainer
 
 SINGLE = DistributedContext(strategy="single", processes=1, rank=0, local_rank=0, on_cpu=True)
 
@@ -253,6 +254,17 @@ def test_full_weights_resume_from_the_checkpoint_and_not_from_the_base(ragged, t
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     for (name, wanted), found in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(wanted, found), name
+
+
+def test_an_optimizer_of_an_earlier_versions_groups_is_told(ragged, tiny_processor, tmp_path, monkeypatch):
+    arguments = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "weight_decay": 0.1, "max_steps": 2}
+    start = newer("Qwen2_5_VLConfig")
+    with monkeypatch.context() as earlier:
+        earlier.delattr(VisionSFTTrainer, "get_decay_parameter_names")
+        make_trainer(copy.deepcopy(start), ragged, tiny_processor, tmp_path, **arguments).train()
+    resumed = make_trainer(start, ragged, tiny_processor, tmp_path / "again", **arguments)
+    with pytest.raises(UserError, match="checkpoint-1 shrinks other parameters by weight_decay"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
 
 
 @pytest.mark.parametrize("save_steps", [1, 2])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from qwen_vl_sft.checkpointing.checkpoints import Checkpoint
+from qwen_vl_sft.errors import UserError
 
 
 class CorrectState(TrainerCallback):
@@ -31,6 +34,24 @@ def correct_state(state: Any, args: Any, resume: Checkpoint) -> None:
         state.best_model_checkpoint = str(resume.best) if resume.best else None
     if not resume.same_metric_and_eval_rows or (args.load_best_model_at_end and resume.best is None):
         state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+
+
+@contextmanager
+def explained_groups(checkpoint: str | None) -> Iterator[None]:
+    """Tell why the optimizer of a checkpoint does not fit. Raises `UserError`.
+
+    Earlier versions had transformers' groups: with a `weight_decay`, norms of Qwen2.5-VL's tower and `A_log` of Qwen3.5 were
+    among the matrices.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "parameter group" not in str(error):
+            raise
+        raise UserError(
+            f"resume_from_checkpoint: the optimizer of {checkpoint} shrinks other parameters by weight_decay than this"
+            f" version does; start a new run in another output_dir"
+        ) from error
 
 
 def take_schedule(optimizer: Any, scheduler: Any, rate: float) -> None:

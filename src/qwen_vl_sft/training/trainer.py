@@ -21,7 +21,7 @@ from qwen_vl_sft.batching.packing import StepSampler
 from qwen_vl_sft.batching.sampler import EpochSampler, step_loader
 from qwen_vl_sft.checkpointing.checkpoints import folder_of
 from qwen_vl_sft.checkpointing.float32_weights import held_by_deepspeed
-from qwen_vl_sft.checkpointing.resumed_state import take_schedule
+from qwen_vl_sft.checkpointing.resumed_state import explained_groups, take_schedule
 from qwen_vl_sft.checkpointing.save_errors import explained_save
 from qwen_vl_sft.compat.for_torch import end_workers
 from qwen_vl_sft.compat.packed_batches import already_training
@@ -483,7 +483,8 @@ class VisionSFTTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Overridden because the schedule that was saved would win over the recipe's.
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with explained_groups(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             take_schedule(self.optimizer, self.lr_scheduler, self.args.learning_rate)
 
