@@ -401,6 +401,27 @@ def test_blocks_give_output_and_gradient_of_a_reference_that_rounds_the_same(for
     assert distance(x.grad.view(10, 384), in_parts(grad.view(10, 256), backward) @ weight) < 1e-6
 
 
+def test_layers_in_blocks_quantize_an_input_that_they_share_once():
+    taken = []
+
+    def noted(rows, columns=None):
+        taken.append(rows.shape)
+        return quantize_rows(rows, columns)
+
+    layers = [FP8BlockLinear(256, 128, False, Computation(emulated=True, quantize=noted)) for _ in range(3)]
+    for layer in layers:
+        layer.weight.data.copy_(torch.randn(128, 256).to(E4M3).view(torch.uint8))
+        layer.weight_scale_inv.fill_(1.0)
+        layer.finish()
+    x = torch.randn(2, 5, 256)
+    first, *others = (layer(x) for layer in layers)
+    assert taken == [(20, 128)]
+    assert not any(torch.equal(first, other) for other in others)
+    x.mul_(2)
+    assert torch.equal(layers[0](x), 2 * first)
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize(("forward", "backward"), [(True, True), (False, True), (True, False)])
 def test_experts_give_output_and_gradient_of_a_reference_that_rounds_the_same(forward, backward):
     torch.manual_seed(0)
@@ -496,8 +517,8 @@ import torch
 from qwen_vl_sft.modeling.fp8 import kernels, plain, weights
 
 torch.manual_seed(0)
-for size in (48, 9008):
-    x = torch.randn(5, size).to(weights.E4M3).float() * 2.0 ** torch.arange(-4, 6, 2)[:, None]
+for size in (48, 128, 300, 9008):
+    x = torch.randn(35, size).to(weights.E4M3).float() * 2.0 ** (torch.arange(35)[:, None] % 11 - 5)
     columns = 2.0 ** torch.randint(-1, 2, (size,)).float()
     for found, wanted in (
         (kernels.quantize_rows(x.bfloat16()), weights.quantize_rows(x.bfloat16())),

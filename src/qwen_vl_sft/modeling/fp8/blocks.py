@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, computed_type
+from qwen_vl_sft.modeling.fp8.linear import Computation, FP8Linear, QuantizedInput, computed_type
 from qwen_vl_sft.modeling.fp8.weights import BLOCK, E4M3, Quantized, dequantize
 
 _HOPPER = 9
 # Scales of an input lie column after column, in columns of a multiple of this.
 _ROWS = 4
+# Inputs with a scale for each part; those of `linear` have one for each row.
+_INPUTS = QuantizedInput()
 
 
 class FP8BlockLinear(FP8Linear):
@@ -39,16 +41,22 @@ class FP8BlockLinear(FP8Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute `x` [..., in] -> [..., out] in the type of `x`, or that of autocast."""
-        return BlockProduct.apply(x, self.values, self.scales, self.bias, self.computation)  # type: ignore[no-any-return]
+        quantized = None
+        if self.computation.forward and in_blocks(self.values, self.computation.emulated):
+            quantized = _INPUTS.of(x, lambda rows: quantize_parts(rows, self.computation))
+        return BlockProduct.apply(  # type: ignore[no-any-return]
+            x, quantized, self.values, self.scales, self.bias, self.computation
+        )
 
 
 class BlockProduct(torch.autograd.Function):
-    """x W^T + bias and the gradient of x, with a weight in blocks."""
+    """x W^T + bias and the gradient of x, with a weight in blocks; without `quantized`, x is multiplied in its own type."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        quantized: Quantized | None,
         values: torch.Tensor,
         scales: torch.Tensor,
         bias: torch.Tensor | None,
@@ -58,12 +66,12 @@ class BlockProduct(torch.autograd.Function):
         ctx.save_for_backward(values, scales)
         ctx.computation, ctx.input = computation, (x.shape, x.dtype)
         dtype = computed_type(x)
-        rows = x.reshape(-1, x.shape[-1])
-        if computation.forward and in_blocks(values, computation.emulated):
-            found = block_product(quantize_parts(rows, computation), values, scales, computation.emulated).to(dtype)
+        if quantized is not None:
+            found = block_product(quantized, values, scales, computation.emulated).to(dtype)
             if bias is not None:
                 found = found + bias.to(dtype)
         else:
+            rows = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
                 weight = dequantize(values, scales).to(dtype)
                 found = nn.functional.linear(rows.to(dtype), weight, None if bias is None else bias.to(dtype))
@@ -73,7 +81,7 @@ class BlockProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Compute the gradient of x."""
         if not ctx.needs_input_grad[0]:
-            return (None,) * 5
+            return (None,) * 6
         values, scales = ctx.saved_tensors
         computation, (shape, dtype) = ctx.computation, ctx.input
         rows = grads[0].reshape(-1, len(values))
@@ -82,7 +90,7 @@ class BlockProduct(torch.autograd.Function):
             found = block_product(quantize_parts(rows, computation), *transposed, computation.emulated)
         else:
             found = rows @ dequantize(values, scales).to(rows.dtype)
-        return found.to(dtype).view(shape), *(None,) * 4
+        return found.to(dtype).view(shape), *(None,) * 5
 
 
 def in_blocks(values: torch.Tensor, emulated: bool) -> bool:
@@ -110,9 +118,12 @@ def block_product(left: Quantized, right: torch.Tensor, scales: torch.Tensor, em
             return (left.values.float() * spread) @ dequantize(right, scales).t()
     kinds: Any = nn.functional
     rows = len(left.values)
-    padding = (0, 0, 0, -rows % _ROWS)
-    values = nn.functional.pad(left.values.view(torch.uint8), padding).view(E4M3)
-    by_column = nn.functional.pad(left.scales, padding).t().contiguous().t()
+    values, spread = left
+    if rows % _ROWS:
+        padding = (0, 0, 0, -rows % _ROWS)
+        values = nn.functional.pad(values.view(torch.uint8), padding).view(E4M3)
+        spread = nn.functional.pad(spread, padding)
+    by_column = spread.t().contiguous().t()
     found = kinds.scaled_mm(
         values,
         right.t(),

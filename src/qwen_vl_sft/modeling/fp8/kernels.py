@@ -17,6 +17,8 @@ from qwen_vl_sft.modeling.fp8.weights import E4M3, Quantized
 _LONGEST_IN_ONE = 8192
 _PART, _WARPS = 4096, 16
 _TILE = 128
+# Rows of at most so many values, as the parts of a row that have a scale each, are quantized by so many in a program.
+_SHORT, _SHORT_ROWS = 256, 32
 
 
 @triton.jit
@@ -68,6 +70,17 @@ def _quantize_rows(
                 part *= tl.load(columns + at, mask=at < size, other=0.0)
             tl.store(values + at, (part * inverse).to(tl.float8e4nv), mask=at < size)
     tl.store(scales + row, _scale(bits))
+
+
+@triton.jit
+def _quantize_short_rows(x, values, scales, stride, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (at < size)
+    part = tl.load(x + row[:, None] * stride + at, mask=inside, other=0.0).to(tl.float32)
+    bits = _scale_bits(tl.max(tl.abs(part), 1))
+    tl.store(values + row[:, None] * size + at, (part * _inverse(bits)[:, None]).to(tl.float8e4nv), mask=inside)
+    tl.store(scales + row, _scale(bits), mask=row < rows)
 
 
 @triton.jit
@@ -217,6 +230,11 @@ def quantize_rows(x: torch.Tensor, columns: torch.Tensor | None = None) -> Quant
         x = x.contiguous()
     rows, size = x.shape
     values, scales = _empty(x, rows, size)
+    if size <= _SHORT and columns is None:
+        sizes = {"ROWS": _SHORT_ROWS, "BLOCK": triton.next_power_of_2(size)}
+        grid = (triton.cdiv(rows, _SHORT_ROWS),)
+        _quantize_short_rows[grid](x, values, scales, x.stride(0), rows, size, **sizes, num_warps=8)
+        return Quantized(values, scales)
     block, parts, warps = _blocks(size)
     _quantize_rows[(rows,)](
         x,
