@@ -50,8 +50,9 @@ def run_vision_in_every_batch(model: Any) -> None:
     """Have a batch without images run the vision tower too, on one empty patch group whose features count for nothing.
 
     Where weights are split over processes, or the tower is trained on several, a process whose batch holds no image would
-    leave the others waiting for it. It runs between the embeddings and the language model, as in a batch with images:
-    ZeRO-3 and FSDP2 expect modules in the same order everywhere. Batches that bring features run it nowhere.
+    leave the others waiting for it. ZeRO-3 would move a tower without a gradient by its last one again. It runs between
+    the embeddings and the language model, as in a batch with images: ZeRO-3 and FSDP2 expect modules in the same order
+    everywhere. Batches that bring features run it nowhere.
     """
     backbone, family = model.model, family_of(model.config)
     _, visual = family.tower_of(model)

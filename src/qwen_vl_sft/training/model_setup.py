@@ -18,6 +18,7 @@ from qwen_vl_sft.compat.vision_tower import (
     run_vision_in_every_batch,
 )
 from qwen_vl_sft.distributed import launch
+from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.errors import UserError
 from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.attention import use_packed_attention, use_segmented_vision_attention
@@ -85,6 +86,14 @@ def ready_kernels(run: Run, dtype: torch.dtype) -> list[str]:
     return names
 
 
+def needs_vision_in_every_batch(context: DistributedContext, vision_frozen: bool) -> bool:
+    """Return whether a batch without images must run the vision tower too."""
+    if context.strategy == "zero3" and not vision_frozen:
+        # A weight without a gradient would be moved by its last one again, on one process too.
+        return True
+    return context.processes > 1 and (context.strategy in ("zero3", "fsdp2") or not vision_frozen)
+
+
 def finish_model(model: Any, accelerator: Any, run: Run) -> None:
     """Do what can be done once the model has its adapter, before a strategy wraps it."""
     recipe, context = run.recipe, run.context
@@ -112,7 +121,7 @@ def finish_model(model: Any, accelerator: Any, run: Run) -> None:
     base = model.get_base_model() if recipe.model.use_peft else model
     if recipe.run.packing:
         score_places_as_they_come(base)
-    if context.processes > 1 and (context.strategy in ("zero3", "fsdp2") or not vision_frozen):
+    if needs_vision_in_every_batch(context, vision_frozen):
         run_vision_in_every_batch(base)
     if context.strategy == "fsdp2":
         call_head_after_backbone(base)
