@@ -1,6 +1,7 @@
 """The scripts that measure: benchmark.py and benchmark_answers.py side by side, check_plan.py --measure run by run."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,27 @@ def test_bases_are_read_before_anything_is_made(bases, told, tmp_path):
     with pytest.raises(UserError, match=f"--bases: {told}; name two or more of bf16, nf4, fp8"):
         compare_bases(CompareBasesOptions(bases=bases, output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("session", "options", "told"),
+    [
+        (run_session, {"config": "x", "variants": "trl,packed+fp8", "rounds": 1}, "--variants packed+fp8 sets it"),
+        (compare_bases, {"bases": ("nf4", "bf16"), "seeds": (0,)}, "--bases bf16 sets it"),
+    ],
+)
+def test_keys_that_a_name_stands_for_are_refused_before_anything_is_made(session, options, told, tmp_path):
+    kind = BenchmarkOptions if session is run_session else CompareBasesOptions
+    own = kind(**options, output_dir=tmp_path / "out", recipe_keys={"load_in_4bit": ["true"]})
+    with pytest.raises(UserError, match=re.escape(f"--load_in_4bit: {told}; leave it out")):
+        session(own)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_seed_of_a_comparison_of_bases_is_refused(tmp_path):
+    options = CompareBasesOptions(bases=("nf4", "bf16"), output_dir=tmp_path / "out", recipe_keys={"seed": ["3"]})
+    with pytest.raises(UserError, match="--seed: --seeds sets it; leave it out"):
+        compare_bases(options)
 
 
 def test_losses_are_compared_as_means_of_steps_at_every_tenth():

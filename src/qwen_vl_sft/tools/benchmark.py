@@ -25,7 +25,7 @@ from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
-from qwen_vl_sft.errors import UserError
+from qwen_vl_sft.errors import UserError, raise_all
 from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.base_model import load_family, quantization_config
 from qwen_vl_sft.modeling.flops import BatchStats, FlopCounter, peak_flops
@@ -33,6 +33,7 @@ from qwen_vl_sft.modeling.lora import lora_config
 from qwen_vl_sft.tools.measuring import (
     TEXT,
     TRAINING_ALONE,
+    contradictions,
     format_table,
     machine_facts,
     make_output_dir,
@@ -124,7 +125,7 @@ class Variant:
 def read_names(text: str) -> list[str]:
     """Read variants between commas. Raises `UserError` for an unknown one, and for none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [repr(name) for name in names if split_name(name) is None]
+    unknown = [repr(name) for name in names if not _is_known(name)]
     if unknown or not names:
         what = f"unknown variant {', '.join(unknown)}" if unknown else "names none"
         raise UserError(
@@ -133,12 +134,15 @@ def read_names(text: str) -> list[str]:
     return names
 
 
-def split_name(name: str) -> tuple[str, str | None] | None:
-    """Return a variant and the base that its name asks for, if any; None for an unknown name."""
+def _is_known(name: str) -> bool:
     variant, plus, base = name.partition("+")
-    if variant not in VARIANTS or (plus and base not in BASES):
-        return None
-    return variant, base or None
+    return variant in VARIANTS and (not plus or base in BASES)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Return what a known variant changes in the recipe, and its base."""
+    variant, _, base = name.partition("+")
+    return {**(VARIANTS[variant] or NOT_PACKED), **(BASES[base] if base else {})}
 
 
 def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) -> Variant:
@@ -146,10 +150,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
 
     Raises `UserError` for a recipe that cannot work.
     """
-    split = split_name(name)
-    assert split is not None, "read_names knows it"
-    changed = VARIANTS[split[0]]
-    keys = {**keys, **(changed or NOT_PACKED), **(BASES[split[1]] if split[1] else {})}
+    keys = {**keys, **settings_of(name)}
     if "cache_image_features" in keys:
         keys.setdefault("image_features_dir", str(Path(keys["output_dir"]).with_name("image_features")))
     run, data = set_up(recipe_file, keys)
@@ -157,7 +158,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     data = with_train_rows(run, data, repeated(data.train, repeat))
     scan: Any = data.train
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    if changed is None:
+    if name.partition("+")[0] == "trl":
         trainer, rows = trl_trainer(run.recipe, run.context, data), TRL_BATCH
     else:
         trainer = build_trainer(run, sft_config(run), data)
@@ -341,6 +342,7 @@ def run_session(options: BenchmarkOptions) -> str:
     """Run everything and write the results; returns the table. Raises `UserError`."""
     names = read_names(options.variants)
     keys = recipe_values(options.recipe_keys, options)
+    raise_all([*contradictions(keys, "variants", {name: settings_of(name) for name in names})])
     make_output_dir(options.output_dir)
     model_dir = random_model_of(options)
     variants = []

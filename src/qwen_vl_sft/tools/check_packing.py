@@ -20,7 +20,14 @@ from qwen_vl_sft.config.reading import read_recipe
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.errors import UserError, quoted, raise_all
 from qwen_vl_sft.modeling.linear_attention import padded_in_torch
-from qwen_vl_sft.tools.measuring import TEXT, TRAINING_ALONE, machine_facts, make_output_dir, random_model_of
+from qwen_vl_sft.tools.measuring import (
+    TEXT,
+    TRAINING_ALONE,
+    contradictions,
+    machine_facts,
+    make_output_dir,
+    random_model_of,
+)
 from qwen_vl_sft.tools.options import CheckPackingOptions
 from qwen_vl_sft.tools.prepared_run import IN_16_BITS, set_up
 from qwen_vl_sft.training.prepared_data import PreparedData
@@ -109,10 +116,8 @@ def problems_of(keys: Collection[str], precisions: Collection[str]) -> Iterator[
     """Yield the recipe keys that the comparison sets itself: with others a precision's name would be wrong."""
     if "packing" in keys:
         yield "--packing: all ways are compared, packed and not; leave it out"
-    ours = {key: precision for precision in precisions for key in settings_of(precision, precisions)}
-    for key in keys:
-        if key in ours:
-            yield f"--{key}: --precisions {ours[key]} sets it; leave it out, or name other precisions"
+    settings = {precision: settings_of(precision, precisions) for precision in precisions}
+    yield from contradictions(keys, "precisions", settings)
 
 
 def settings_of(precision: str, all_precisions: Collection[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from qwen_vl_sft.config.command_line import recipe_values
-from qwen_vl_sft.errors import UserError, quoted
+from qwen_vl_sft.errors import UserError, quoted, raise_all
 from qwen_vl_sft.tools.benchmark import BASES as PRECISIONS
 from qwen_vl_sft.tools.measuring import (
     TEXT,
     TRAINING_ALONE,
+    contradictions,
     format_table,
     machine_facts,
     make_output_dir,
@@ -65,10 +66,19 @@ def check_bases(bases: Sequence[str]) -> None:
         raise UserError(f"--bases: {what}; name two or more of {', '.join(BASES)}")
 
 
+def problems_of(keys: Collection[str], bases: Sequence[str]) -> Iterator[str]:
+    """Yield the recipe keys that the comparison sets itself."""
+    for key, option in {"seed": "seeds", "max_steps": "steps"}.items():
+        if key in keys:
+            yield f"--{key}: --{option} sets it; leave it out"
+    yield from contradictions(keys, "bases", {base: BASES[base] for base in bases})
+
+
 def run_session(options: CompareBasesOptions) -> str:
     """Train every base with every seed, write the results after each run; returns the table. Raises `UserError`."""
     check_bases(options.bases)
     keys = recipe_values(options.recipe_keys, options)
+    raise_all([*problems_of(keys, options.bases)])
     make_output_dir(options.output_dir)
     own = {"model_name_or_path": str(random_model_of(options))} if options.config else {}
     runs: list[dict[str, Any]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,14 @@ TRAINING_ALONE = {
     "disable_tqdm": True,
 }
 TEXT = "{}"  # the style of a column of words, which stands left; numbers stand right
+
+
+def contradictions(keys: Collection[str], option: str, settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the recipe keys that what `option` names sets itself, by `settings`: with other values a name would be wrong."""
+    ours = {key: name for name, own in settings.items() for key in own}
+    for key in keys:
+        if key in ours:
+            yield f"--{key}: --{option} {ours[key]} sets it; leave it out, or name other {option}"
 
 
 def make_output_dir(folder: Path) -> None:
