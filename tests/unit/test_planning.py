@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import re
+import statistics
 import sys
 import threading
 from dataclasses import replace
@@ -861,6 +862,23 @@ def test_kernels_of_linear_attention_keep_a_fraction(tmp_path):
     assert delta_bytes(fast.training) < delta_bytes(slow.training) / 5
     assert memory_of(fast.training, BATCH, 0).total < memory_of(slow.training, BATCH, 0).total
     assert "linear attention" not in describe(fast)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "shared"), [("packed", 8192, False), ("packed 16k", 16384, False), ("shared 16k", 16384, True)]
+)
+def test_plans_of_a_hybrid_agree_with_what_was_measured(name, tokens, shared):
+    """Rows and memory of Qwen3.5-9B on an H200; the time that its kernels take was fitted to them."""
+    file = REPOSITORY / "benchmarks/qwen3_5_9b_h200.json"
+    rounds = [one[name] for one in json.loads(file.read_text())["rounds"]["rounds"]]
+    keys = {"model_name_or_path": "Qwen/Qwen3.5-9B", "lora_target_modules": "null", "lora_scope": "language"}
+    keys |= {"lora_r": 16, "lora_dropout": 0.0, "packing": True, "share_prefixes": shared, "tokens_per_batch": tokens}
+    keys |= {"fused_kernels": list(KERNELS_OF_AUTO), "global_batch_size": 112, "gradient_checkpointing": False}
+    planned = plan(**keys)
+    speed = statistics.median(one["rows_per_second"] for one in rounds)
+    assert planned.rows_per_step / planned.step.seconds == pytest.approx(speed, rel=0.15)
+    most = max(one["peak_memory_gib"] for one in rounds)
+    assert most < planned.memory.total / 2**30 < 1.05 * most
 
 
 def test_a_hybrid_is_planned(tmp_path):

@@ -31,6 +31,9 @@ ATTENTION, FLASH_ATTENTION = 0.17, 0.2
 TRAFFIC, TRAFFIC_AGAIN = 7.4, 3.5
 # How often what goes into a layer with LoRA, and what comes out of it, are read or written for the adapter alone.
 ADAPTERS = 1.9
+# How often queries, keys, values and gates of linear attention are read or written, by its kernels and between them;
+# fitted to runs of Qwen3.5-9B (benchmarks/qwen3_5_9b_h200.json). Without the kernels it takes longer.
+DELTA_TRAFFIC = 96
 # Seconds of the host for a layer's forward and backward pass, whose kernels it starts one by one.
 HOST_SECONDS = {
     "single": 0.0027,
@@ -116,6 +119,8 @@ def _traffic(training: Training, work: Work, micro_batches: float, checkpointed:
         entry.count * (entry.inputs + entry.outputs) for entry in training.adapted or () if entry.part == "language"
     )
     language += adapted * training.computed * work.tokens * ADAPTERS
+    if delta := shape.text.delta:
+        language += DELTA_TRAFFIC * delta.layers * (delta.mixed + delta.values) * training.computed * work.tokens
     vision = shape.vision
     patch = training.computed * (12 * vision.width + 3 * vision.mlp) * vision.depth
     tower = 0.0

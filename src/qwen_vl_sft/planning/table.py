@@ -10,7 +10,7 @@ from qwen_vl_sft.families.shape_reading import read_shape
 from qwen_vl_sft.planning.cards import CARDS, Card
 from qwen_vl_sft.planning.inputs import Launch
 from qwen_vl_sft.planning.rows import assumed_sizes
-from qwen_vl_sft.planning.run import RunPlan
+from qwen_vl_sft.planning.run import KERNELS_OF_AUTO, RunPlan
 
 METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"load_in_4bit": True},
@@ -23,7 +23,7 @@ COLUMNS = ("l4", "rtx4090", "l40s", "a100-80", "h100", "h200", "b200")
 _COUNTS = (1, 2, 4, 8)
 _KEYS = {
     "packing": True,
-    "fused_kernels": "auto",
+    "fused_kernels": list(KERNELS_OF_AUTO),
     "gradient_checkpointing": "auto",
     "tokens_per_batch": 8192,
     "global_batch_size": 64,
@@ -57,7 +57,6 @@ def _cell(model: str, method: str, card: Card) -> str:
             plan = RunPlan(recipe, shape, assumed_sizes(shape.vision), card, Launch(strategy, count))
             if plan.fits:
                 rate = plan.rows_per_step / plan.step.seconds
-                # Of linear attention the time is not known.
-                shown = "fits" if plan.shape.text.delta else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+                shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
                 return shown if count == 1 else f"{shown} ({count} GPUs)"
     return "-"
