@@ -4,7 +4,8 @@
 # error, no warning, with ZeRO-1, 2 and 3; the trained weights are right.
 #
 # Guess before it was run: a universal checkpoint brings back what the checkpoint brings back that it was made from; frozen weights
-# have been in those of ZeRO-3 since 2023 (issue 3090 is their loss there), and ds_to_universal reads the files that hold them.
+# have been in those of ZeRO-3 since 2023 (https://github.com/deepspeedai/DeepSpeed/issues/3090 is their loss there), and
+# ds_to_universal reads the files that hold them.
 #
 # Seen (Python 3.11, Linux, CPU, gloo, DeepSpeed 0.19.8, torch 2.11.0), saved by two processes, resumed by a script that starts from
 # other weights; is what was saved back?

@@ -15,8 +15,8 @@
 #   ZeRO-3, universal, 1 process   0.0001 / 0.1   0.0001 / 0.1   0.0001 / 0.1                   14
 #   the same, the way around       0.0001 / 0.1   0.01 / 0.1     0.001 / 0.0                    8
 # Why: load_hp_checkpoint_state_from_checkpoint_dir_stage3 copies param_groups[0] into all groups, and puts one tensor, the count of
-# the first parameter, into the state of each group, where Adam adds to it in place. (Pull request 7585 made such checkpoints of
-# several groups convertible.)
+# the first parameter, into the state of each group, where Adam adds to it in place. (Checkpoints of several groups can be
+# converted since https://github.com/deepspeedai/DeepSpeed/pull/7585.)
 # Who is hurt: who trains tower, merger and language model at rates of their own, and resumes on another number of GPUs; and every
 # run of transformers' Trainer with a weight decay: it has a second group of norms and biases, which decay from then on. A schedule
 # may set the rates again with its next step; it does not set the decay.

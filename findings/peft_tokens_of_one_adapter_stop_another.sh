@@ -16,7 +16,8 @@
 # The errors: 'token_adapter.trainable_tokens_delta.second' while saving, and '...embed_tokens.token_adapter.trainable_tokens_delta'
 # while loading; neither says what to do. The second adapter that could not be loaded stays in the model, untrained.
 # Why: the wrapper around the embeddings names the tokens' weights for whichever adapter is asked for, whether it has any or not;
-# the wrapper of modules_to_save looks whether it has (issue 2422 was that case).
+# the wrapper of modules_to_save looks whether it has (https://github.com/huggingface/peft/issues/2422 was
+# that case).
 # Who is hurt: who taught new tokens to a model with one adapter, and trains a second task or goes on with a new adapter on top of it:
 # the error comes with the first checkpoint, after the training that it was to keep.
 # Way around: give every adapter of the model trainable_token_indices; to rescue a trained adapter, take the embeddings' wrapper out

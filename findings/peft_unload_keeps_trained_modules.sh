@@ -5,7 +5,8 @@
 #
 # Guess before it was run: what unload() returns is the base model, as under disable_adapter(), which uses the modules' originals;
 # PEFT keeps a copy of them for that ("or they might want to unload the base model. To allow this functionality, we need to keep a
-# copy of the original weights", a maintainer in huggingface/peft issue 551).
+# copy of the original weights", a maintainer in
+# https://github.com/huggingface/peft/issues/551).
 #
 # Seen (Python 3.11, Linux, peft 0.21.2, transformers 5.23.0, torch 2.11.0), a Qwen2-VL after 20 steps of AdamW; how far the logits
 # are from the base model's, as a share of what training changed:
@@ -16,7 +17,8 @@
 #   LoRA, embed_tokens in full        0%                 67%         0%
 #   LoRA, the merger in full          0%                 83%         0%
 # Why: unload() and merge_and_unload() share one function, which puts the active adapter's module in the place of each wrapper,
-# whether it merges or not. (Pull request 3455 mended a crash of that function, not what it returns.)
+# whether it merges or not. (https://github.com/huggingface/peft/pull/3455 mended a crash of that function, not what it
+# returns.)
 # Who is hurt: who trains the merger or the output head beside LoRA, as recipes for new domains and new tokens do, and scores the base
 # next to the tuned model with unload(): the base's score is that of a mixture; so is what is saved, or trained further.
 # Way around: disable_adapter(), or load the base again; or put the originals back first, as below.

@@ -5,7 +5,7 @@
 # from qwen-vl-utils.
 #
 # Guess before it was run: transparent is white, in whatever file the same picture lies, as the function says that reads images
-# (to_rgb pastes on white since pull request 661 of QwenLM/Qwen3-VL), and as in the processor that the images go to next.
+# (to_rgb pastes on white since https://github.com/QwenLM/Qwen3-VL/pull/661), and as in the processor that the images go to next.
 #
 # Seen (Python 3.11, Linux, qwen-vl-utils 0.0.14, pillow 12.3.0, transformers 5.23.0), a black word on a transparent ground; mean of the
 # pixels, 0 to 255, and whether the word can be told from its ground:
@@ -17,8 +17,8 @@
 #   PNG, gray with alpha              LA       0 black             244 seen
 #   PNG, gray, 255 transparent        L      244 seen              244 seen
 # Why: to_rgb looks at the mode RGBA alone, and leaves the rest to Pillow's convert("RGB"), which drops the transparency; that of a
-# GIF becomes a mark that black is transparent, by which the processor makes all black white, the word too. (transformers' issue
-# 49003 is about other models' own functions there.)
+# GIF becomes a mark that black is transparent, by which the processor makes all black white, the word too.
+# (https://github.com/huggingface/transformers/issues/49003 is about other models' own functions there.)
 # Who is hurt: who trains with transformers or TRL and answers with process_vision_info, as the model cards of Qwen-VL show, or the
 # other way round, on charts, formulas and logos from the web, which are often such files: the model is shown an empty picture.
 # Way around: open such images oneself, and give process_vision_info image.convert("RGBA").

@@ -61,6 +61,7 @@ for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"):
 PY
 export CUDA_VISIBLE_DEVICES=
 "$work/venv/bin/python" "$work/decay.py" "$work/run" 2> "$work/log" | grep '^qwen' | tee "$work/seen" || { tail -20 "$work/log"; exit 1; }
-grep -q '^qwen2_vl none' "$work/seen" && grep -q '^qwen3_vl none' "$work/seen"
+grep -q '^qwen2_vl none' "$work/seen"
+grep -q '^qwen3_vl none' "$work/seen"
 grep -q '^qwen2_5_vl .*norm1.weight.*norm2.weight.*ln_q.weight to 0.904' "$work/seen"
 grep -q '^qwen3_5 layers.N.linear_attn.A_log' "$work/seen"
