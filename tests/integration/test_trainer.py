@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fixtures.models import FAMILIES, newer, qwen2_vl
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import pad
+from qwen_vl_sft.checkpointing.resumed_state import explained_groups
 from qwen_vl_sft.compat.vision_tower import run_frozen_vision_without_gradients
 from qwen_vl_sft.config.reading import build
 from qwen_vl_sft.data.dataset import Rows
@@ -265,6 +267,20 @@ def test_an_optimizer_of_an_earlier_versions_groups_is_told(ragged, tiny_process
     resumed = make_trainer(start, ragged, tiny_processor, tmp_path / "again", **arguments)
     with pytest.raises(UserError, match="checkpoint-1 shrinks other parameters by weight_decay"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+
+
+def test_groups_that_fsdp2_leaves_without_settings_are_told():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    matrix, vectors = model[0].weight, [model[0].bias, model[1].bias]
+
+    def grouped(shrunk, others):
+        return torch.optim.AdamW([{"params": shrunk, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+
+    earlier, now = grouped([matrix, model[1].weight], vectors), grouped([matrix], [*vectors, model[1].weight])
+    with pytest.raises(UserError, match="checkpoint-1 shrinks other parameters"), explained_groups("checkpoint-1", now):
+        set_optimizer_state_dict(model, now, get_optimizer_state_dict(model, earlier))
+    with explained_groups("checkpoint-2", earlier):
+        set_optimizer_state_dict(model, earlier, get_optimizer_state_dict(model, earlier))
 
 
 @pytest.mark.parametrize("save_steps", [1, 2])

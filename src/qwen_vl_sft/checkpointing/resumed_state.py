@@ -37,21 +37,25 @@ def correct_state(state: Any, args: Any, resume: Checkpoint) -> None:
 
 
 @contextmanager
-def explained_groups(checkpoint: str | None) -> Iterator[None]:
+def explained_groups(checkpoint: str | None, optimizer: Any) -> Iterator[None]:
     """Tell why the optimizer of a checkpoint does not fit. Raises `UserError`.
 
     Earlier versions had transformers' groups: with a `weight_decay`, norms of Qwen2.5-VL's tower and `A_log` of Qwen3.5 were
     among the matrices.
     """
+    problem: ValueError | None = None
     try:
         yield
     except ValueError as error:
         if "parameter group" not in str(error):
             raise
+        problem = error
+    # FSDP2's loading raises nothing: it leaves a group without settings.
+    if problem or (checkpoint and not all("weight_decay" in group for group in optimizer.param_groups)):
         raise UserError(
             f"resume_from_checkpoint: the optimizer of {checkpoint} shrinks other parameters by weight_decay than this"
             f" version does; start a new run in another output_dir"
-        ) from error
+        ) from problem
 
 
 def take_schedule(optimizer: Any, scheduler: Any, rate: float) -> None:

@@ -483,7 +483,7 @@ class VisionSFTTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Overridden because the schedule that was saved would win over the recipe's.
-        with explained_groups(checkpoint):
+        with explained_groups(checkpoint, self.optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             take_schedule(self.optimizer, self.lr_scheduler, self.args.learning_rate)
