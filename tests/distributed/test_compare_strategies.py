@@ -82,6 +82,15 @@ def test_results_need_a_folder(tmp_path, monkeypatch):
         compare_strategies.plan_experiment(options)
 
 
+def test_keys_that_a_mode_stands_for_are_refused_before_anything_is_made(tmp_path):
+    options = CompareStrategiesOptions(
+        modes=("qlora", "lora"), output_dir=tmp_path / "out", recipe_keys={"load_in_4bit": ["true"]}
+    )
+    with pytest.raises(UserError, match="--load_in_4bit: --modes lora sets it; leave it out, or name other modes"):
+        compare_strategies.plan_experiment(options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_batches_may_not_depend_on_the_number_of_processes():
     with pytest.raises(UserError, match="--global_batch_size N"):
         recipe_of({"per_device_train_batch_size": 4}, "lora", {})

@@ -24,10 +24,10 @@ from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.model_rules import LORA_KEYS
 from qwen_vl_sft.config.reading import read_file
 from qwen_vl_sft.distributed.ports import free_port
-from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError
+from qwen_vl_sft.errors import EXIT_USER_ERROR, UserError, raise_all
 from qwen_vl_sft.shipped_files import launch_config, script
 from qwen_vl_sft.tools.kill_and_resume import kill_family
-from qwen_vl_sft.tools.measuring import TRAINING_ALONE, make_output_dir, random_model_of
+from qwen_vl_sft.tools.measuring import TRAINING_ALONE, contradictions, make_output_dir, random_model_of
 from qwen_vl_sft.tools.options import CompareStrategiesOptions
 
 STEPS = 20
@@ -57,6 +57,7 @@ def plan_experiment(options: CompareStrategiesOptions) -> tuple[Experiment, list
     """Check the request, make the random model if one is asked for, and write a recipe a mode. Raises `UserError`."""
     cases = list(grid(options.strategies, options.processes, options.modes))
     keys = {"max_steps": STEPS, **recipe_values(options.recipe_keys, options)}
+    raise_all([*contradictions(keys, "modes", {case.mode: MODES.get(case.mode, {}) for case in cases})])
     steps = keys["max_steps"]
     if not isinstance(steps, int) or not 0 <= options.warmup < steps:
         raise UserError(f"--warmup {options.warmup} leaves nothing of --max_steps {steps}; give more steps")
