@@ -15,7 +15,7 @@
 # ("The image alone": the same two micro-batches in a run whose tower had no gradient before.)
 # Why: gradients are kept in averaged_gradients and in a buffer for accumulation; a micro-batch with number 0 overwrites the places of
 # those weights that have one, and nothing clears the others before the step reads all. (That processes wait for each other where
-# only some have an image is well known, QwenLM/Qwen3-VL issue 126; here all have text alone, and none waits.)
+# only some have an image is well known, https://github.com/QwenLM/Qwen3-VL/issues/126; here all have text alone, and none waits.)
 # Who is hurt: who trains tower or merger with ZeRO-3 on a mixture of rows with and without images: an image is learned as often as
 # batches of text follow it, and gradients of the step before are added to those of this one. Loss and logs look as ever.
 # Way around: give the tower a gradient of zeros: run it on a small blank image in each batch without one, times 0.
