@@ -79,16 +79,18 @@ def test_rows_that_are_packed_wrong_end_with_code_1(fault, check, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "precisions", "told"),
+    ("keys", "precisions", "told"),
     [
-        ("packing", ("float32",), "--packing: all ways are compared"),
-        ("dtype", ("float32", "bfloat16"), "--dtype: --precisions bfloat16 sets it"),
-        ("load_in_4bit", ("float32", "nf4"), "--load_in_4bit: --precisions nf4 sets it"),
-        ("load_in_4bit", ("float32", "bfloat16"), None),
+        ({"packing": False}, ("float32",), "--packing: all ways are compared"),
+        ({"dtype": "float16"}, ("float32", "bfloat16"), "--dtype: --precisions bfloat16 sets it"),
+        ({"load_in_4bit": False}, ("float32", "nf4"), "--load_in_4bit: --precisions nf4 sets it"),
+        ({"lora_dropout": 0.1}, ("float32",), "--lora_dropout: the comparison needs 0.0"),
+        ({"tf32": True}, ("float32",), "--tf32: the comparison needs false"),
+        ({"load_in_4bit": False, "tf32": False, "lora_dropout": 0}, ("float32", "bfloat16"), None),
     ],
 )
-def test_keys_that_a_precision_sets_are_refused(key, precisions, told):
-    problems = [*problems_of([key], precisions)]
+def test_keys_that_a_precision_sets_are_refused(keys, precisions, told):
+    problems = [*problems_of(keys, precisions)]
     assert [problem[: len(told)] for problem in problems] == [told] if told else not problems
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -60,6 +60,9 @@ LORA_B_STD = 0.02
 TOLERATED = 1.5
 ROUNDING = 1e-4  # of float32 kernels that add up in another order
 
+# What the comparison needs: dropout would draw other numbers for each way, and float32 is what all is compared with.
+NEEDED: Mapping[str, Any] = {"lora_dropout": 0.0, "tf32": False}
+
 Losses = dict[int, list[float]]
 
 
@@ -83,8 +86,7 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
         own: dict[str, Any] = {**settings_of(precision, options.precisions), "packing": True}
         if own.get("load_in_fp8") and not fused:
             own["fp8_kernels"] = None
-        own |= {"output_dir": str(options.output_dir / "runs"), "lora_dropout": 0.0, "gradient_checkpointing": False}
-        own |= {"tf32": False}  # float32 is what all is compared with
+        own |= {"output_dir": str(options.output_dir / "runs"), **NEEDED, "gradient_checkpointing": False}
         own |= {"model_name_or_path": str(model_dir)} if model_dir else {}
         trainer, data = _load(options, {**TRAINING_ALONE, **own, **keys, "fused_kernels": fused})
         for name, batches in _ways(data, trainer.data_collator, options.rows, options.tokens_per_batch):
@@ -112,8 +114,11 @@ def _write_results(options: CheckPackingOptions, results: list[dict[str, Any]]) 
     (options.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
-def problems_of(keys: Collection[str], precisions: Collection[str]) -> Iterator[str]:
+def problems_of(keys: Mapping[str, Any], precisions: Collection[str]) -> Iterator[str]:
     """Yield the recipe keys that the comparison sets itself: with others a precision's name would be wrong."""
+    for key, value in NEEDED.items():
+        if keys.get(key, value) != value:
+            yield f"--{key}: the comparison needs {str(value).lower()}; leave it out"
     if "packing" in keys:
         yield "--packing: all ways are compared, packed and not; leave it out"
     settings = {precision: settings_of(precision, precisions) for precision in precisions}
