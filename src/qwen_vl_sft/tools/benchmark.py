@@ -158,7 +158,7 @@ def build(name: str, recipe_file: Path, keys: Mapping[str, Any], repeat: int) ->
     data = with_train_rows(run, data, repeated(data.train, repeat))
     scan: Any = data.train
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    if name.partition("+")[0] == "trl":
+    if VARIANTS[name.partition("+")[0]] is None:
         trainer, rows = trl_trainer(run.recipe, run.context, data), TRL_BATCH
     else:
         trainer = build_trainer(run, sft_config(run), data)
