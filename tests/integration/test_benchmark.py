@@ -265,6 +265,11 @@ def test_runs_for_plans_are_measured_with_the_sizes_of_what_they_computed(tmp_pa
     assert (one["keys"]["use_peft"], full["keys"]["use_peft"]) == (True, False)
     with pytest.raises(UserError, match="--measure needs --processor"):
         measure_plan.measure_points(replace(options, processor=None))
+    more = {name: [word] for name, word in (keys | {"load_in_4bit": "true", "tokens_per_batch": "4096"}).items()}
+    with pytest.raises(UserError) as refused:
+        measure_plan.measure_points(replace(options, recipe_keys=more), groups)
+    assert "--load_in_4bit: --methods full sets it; leave it out, or name other methods" in str(refused.value)
+    assert "--tokens_per_batch: each of the measured runs sets it; leave it out" in str(refused.value)
 
 
 def _steps(seconds, planned=None, driver=None, epoch=100):

@@ -13,7 +13,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qwen_vl_sft.config.command_line import recipe_values
 from qwen_vl_sft.config.model_rules import LORA_KEYS
 from qwen_vl_sft.config.reading import read_file
 from qwen_vl_sft.data.scan import Scan
-from qwen_vl_sft.errors import UserError, first_line
+from qwen_vl_sft.errors import UserError, first_line, raise_all
 from qwen_vl_sft.families.released import released_config
 from qwen_vl_sft.modeling.attention_kernels import SDPA
 from qwen_vl_sft.modeling.flops import BatchStats
@@ -37,7 +37,7 @@ from qwen_vl_sft.planning.options import CheckPlanOptions
 from qwen_vl_sft.planning.rows import ASSUMED, measured_sizes
 from qwen_vl_sft.planning.run import RunPlan
 from qwen_vl_sft.tools.benchmark import ALL_PROJECTIONS, KERNELS, PACKED, RARELY
-from qwen_vl_sft.tools.measuring import TRAINING_ALONE, machine_facts
+from qwen_vl_sft.tools.measuring import TRAINING_ALONE, contradictions, machine_facts
 from qwen_vl_sft.tools.prepared_run import set_up
 from qwen_vl_sft.tools.random_model import make_random_model
 from qwen_vl_sft.tools.settled_steps import ALIKE, WORK, Steps, counting, have_settled
@@ -53,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"load_in_4bit": False, **ALL_PROJECTIONS},
     "full": {"load_in_4bit": False, "use_peft": False},
 }
+# What each run has of its own (`Setting`).
+OF_EACH_RUN = ("packing", "share_prefixes", "tokens_per_batch", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,14 @@ def measure_points(options: CheckPlanOptions, groups: Sequence[Group] = GROUPS) 
 
     Models have random weights, lie in `options.model_dir` while they are needed, and are removed afterwards. No run begins
     once `options.seconds` are over. A group that fails is told in the file, and the others go on. Raises `UserError` for
-    a processor or data that cannot be used.
+    a processor, keys or data that cannot be used.
     """
     assert options.measure is not None
     if options.processor is None:
         raise UserError("--measure needs --processor, a local folder or Hub id with a tokenizer and an image processor")
     keys, began = recipe_values(options.recipe_keys, options), time.monotonic()
+    groups = [group for group in groups if _wanted(options, group)]
+    raise_all([*_problems(keys, {group.method for group in groups})])
     stored: dict[str, Any] = {
         "what": "runs on random weights, measured by scripts/check_plan.py --measure",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -150,7 +154,6 @@ def measure_points(options: CheckPlanOptions, groups: Sequence[Group] = GROUPS) 
         "failed": {},
         "points": [],
     }
-    groups = [group for group in groups if _wanted(options, group)]
     for number, group in enumerate(groups):
         model, method = group.model, group.method
         if time.monotonic() - began > options.seconds:
@@ -172,6 +175,14 @@ def measure_points(options: CheckPlanOptions, groups: Sequence[Group] = GROUPS) 
         if model not in {later.model for later in groups[number + 1 :]}:
             shutil.rmtree(options.model_dir / model.replace("/", "--"), ignore_errors=True)
     return torch.cuda.is_available()
+
+
+def _problems(keys: Mapping[str, Any], methods: Collection[str]) -> Iterator[str]:
+    """Yield the recipe keys that runs or methods set themselves: with other values, points would be told as others."""
+    for key in keys:
+        if key in OF_EACH_RUN:
+            yield f"--{key}: each of the measured runs sets it; leave it out"
+    yield from contradictions(keys, "methods", {method: METHODS[method] for method in sorted(methods)})
 
 
 def _wanted(options: CheckPlanOptions, group: Group) -> bool:
