@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from qwen_vl_sft.data.dataset import open_rows
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
+from qwen_vl_sft.modeling import gathered_keys, gathered_keys_kernel
 from qwen_vl_sft.modeling.attention import use_packed_attention
 
 
@@ -100,6 +102,25 @@ def test_keys_and_values_are_gathered_in_the_order_of_the_rows(model, encoded):
     one = list(range(text + shared, text + shared + first))
     other = list(range(text + shared + first, text + shared + first + second))
     assert batch["kv_index"].tolist() == [*range(text), *prefix, *prefix, *one, *prefix, *other]
+
+
+def test_gradients_of_gathered_keys_are_pytorchs(model, encoded, monkeypatch):
+    """On a GPU a kernel sums them; PyTorch stands in for it here."""
+    batch = join([[encoded[place] for place in group] for group in GROUPS], Positions(model.config))
+    wanted, called = gradients(model, token_losses(model, batch)), []
+
+    def sum_copies(grad, order, starts):
+        called.append(starts)
+        return torch.stack([grad[order[start:stop]].sum(0) for start, stop in itertools.pairwise(starts.tolist())])
+
+    monkeypatch.setattr(gathered_keys_kernel, "sum_copies", sum_copies)
+    monkeypatch.setattr(gathered_keys, "_has_kernel", lambda tensor: True)
+    assert largest_difference(gradients(model, token_losses(model, batch)), wanted) < 1e-12
+    assert called
+    assert all(starts is called[0] for starts in called), "sorted once a micro-batch"
+    called.clear()
+    del batch
+    assert not gathered_keys._KNOWN
 
 
 def test_padded_batches_go_on_as_before(model, encoded):

@@ -304,13 +304,40 @@ decode_kernel.attend_to_slots = right
 print(decode_check.has_decode_kernel(9, cache))
 print(decode_check.has_decode_kernel(9, SimpleNamespace(dtype=torch.float32)))
 """
+# Behind ATTENTION, which lets the interpreter take bounds of a loop.
+GATHERED = """
+import torch
+from qwen_vl_sft.modeling import gathered_keys, gathered_keys_kernel
+from qwen_vl_sft.modeling.gathered_keys import Gathered, copies_of
+
+# Tokens with three copies, with one, and with none; heads whose values are no power of two.
+index = torch.tensor([4, 0, 1, 2, 0, 1, 5, 1])
+copies = copies_of(index, 7)
+for shape, kind in (((3, 20), torch.float32), ((2, 8), torch.float16)):
+    x = torch.randn(7, *shape, dtype=kind, requires_grad=True)
+    taken = Gathered.apply(x, index, *copies)
+    assert torch.equal(taken, x[index])
+    grad = torch.randn(shape[0], len(index), shape[1]).to(kind).transpose(0, 1)
+    (found,) = torch.autograd.grad(taken, x, grad)
+    wanted = torch.zeros(7, *shape, dtype=torch.float64).index_add_(0, index, grad.double())
+    assert torch.equal(found, wanted.to(kind)) or kind == torch.float32
+    assert torch.allclose(found.double(), wanted, atol=1e-3 if kind == torch.float16 else 1e-6)
+# One after another in float32: in float16, or in another order, this would not be 1.
+one_by_one = gathered_keys_kernel.sum_copies(torch.tensor([[9e7], [-9e7], [1.0]]), *copies_of(torch.tensor([0, 0, 0]), 1))
+assert one_by_one.item() == 1
+assert gathered_keys._is_right(48, torch.float16, torch.device("cpu"))
+sum_copies = gathered_keys_kernel.sum_copies
+gathered_keys_kernel.sum_copies = lambda grad, order, starts: sum_copies(grad.flip(0), order, starts)
+assert not gathered_keys._is_right(24, torch.float16, torch.device("cpu"))
+gathered_keys_kernel.sum_copies = sum_copies
+"""
 
 
 @pytest.fixture(scope="module")
 def printed():
     """What each of the scripts prints; all are run by one process."""
     end = "---"
-    scripts = (INTERPRETED, EXPERTS, ATTENTION, GRADIENT)
+    scripts = (INTERPRETED, EXPERTS, ATTENTION, GRADIENT, GATHERED)
     script = "".join(f"exec({one!r}, {{'__name__': '__main__'}})\nprint({end!r})\n" for one in scripts)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     # Warnings too, in their order.
@@ -363,3 +390,8 @@ def test_the_kernel_for_images_attends_inside_each(printed):
         "False",
         "True",
     ]
+
+
+def test_gradients_of_shared_keys_are_summed_in_float32_and_in_order(printed):
+    (told,) = printed[4].splitlines()
+    assert told.startswith("gradients of 24 values of keys that rows share are added by PyTorch: the kernel for it is")

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qwen_vl_sft.modeling.attention_kernels import FLASH, SDPA, has_varlen_kernel, varlen_kernel
+from qwen_vl_sft.modeling.gathered_keys import gather
 from qwen_vl_sft.modeling.image_attention import attend_to_images, takes_images
 from qwen_vl_sft.modeling.plain_attention import attend_by_piece
 
@@ -92,7 +93,7 @@ def _packed_attention(
         )
     q, k, v = _in_one_row(query, key, value, attention_mask, dropout)
     if kv_index is not None:
-        k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
+        k, v = gather(k, kv_index), gather(v, kv_index)
     if has_varlen_kernel(value):
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return varlen_kernel(kernel)(q, k, v, *bounds, scale=scaling, causal=True)[None], None
