@@ -374,6 +374,18 @@ def test_every_difference_is_told_at_once():
     assert "was trained on 8 rows, now 9" in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("load_in_fp8", True), ("fp8_gradients", True), ("train_router", True)])
+def test_what_stands_in_a_mark_only_where_it_is_set_is_compared_too(name, value):
+    with_it, without = written_by("single", 1, **{name: value}), written_by("single", 1)
+    assert check(with_it, with_it) == []
+    for was, now, words in (
+        (with_it, without, f"{name} True, this run False"),
+        (without, with_it, f"{name} False, this"),
+    ):
+        with pytest.raises(UserError, match=f"has {words}.*; set it back"):
+            check(was, now)
+
+
 def test_the_same_base_in_other_files_is_noted_and_another_base_refused(tmp_path):
     def based(base, weights):
         return {**written_by("single", 1, base=base), "base_weights": weights}

@@ -26,6 +26,15 @@ _WHOLE = ("single", "ddp")
 # their own settings from it, and no other schedule could read that.
 SCHEDULE_KEYS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 _FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+# What a manifest leaves out where it is not set; those of earlier versions also the first.
+_UNSET = {
+    "cache_image_features": None,
+    "enable_thinking": False,
+    "train_router": False,
+    "router_aux_loss_coef": 0.0,
+    "load_in_fp8": False,
+    "fp8_gradients": False,
+}
 
 
 def checkpoint_to_resume(recipe: Recipe, context: DistributedContext, signature: dict[str, Any]) -> Checkpoint | None:
@@ -134,8 +143,7 @@ def check(checkpoint: Checkpoint, signature: dict[str, Any], dropout: float) -> 
 def _settings(signature: dict[str, Any]) -> dict[str, Any]:
     """Return the compared values by key. Manifests of earlier versions lack some, or have `learning_rate` at the top."""
     rate = {"learning_rate": signature["learning_rate"]} if "learning_rate" in signature else {}
-    # Formerly written only where it was set.
-    return {"cache_image_features": None, **signature["same"], **rate, **signature.get("schedule", {})}
+    return {**_UNSET, **signature["same"], **rate, **signature.get("schedule", {})}
 
 
 def _has_same_weights(checkpoint: Checkpoint, signature: dict[str, Any]) -> bool:
