@@ -24,6 +24,7 @@ from qwen_vl_sft.modeling.fp8 import fused, plain
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.experts import expert_product, packed_stack, selected_rows, transposed_stack
 from qwen_vl_sft.modeling.fp8.fused import NormProduct, _base_and_adapter, _Norm
+from qwen_vl_sft.modeling.fp8.gradients import ProductWithFP8Gradient
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, Normed, QuantizedInput, packed, transpose
 from qwen_vl_sft.modeling.fp8.mlp import AdapterPair, SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, Quantized, dequantize, quantize_rows, scale_of
@@ -112,6 +113,20 @@ def test_output_and_gradient_are_those_of_a_reference_that_rounds_the_same(bias)
     gradient = rounded(grad.view(10, 48), scales) @ layer.values.double()
     assert distance(x.grad.view(10, 64), gradient) < 1e-6
     assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_16_bit_layer_may_have_its_inputs_gradient_in_fp8(autocast):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, 5, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ProductWithFP8Gradient.apply(x, weight, bias, EMULATED)
+        assert torch.equal(y, nn.functional.linear(x, weight, bias))
+    grad = torch.randn(2, 5, 48).to(y.dtype)
+    y.backward(grad)
+    values, scales = quantize_rows(weight)
+    wanted = rounded(grad.view(10, 48), scales.view(-1)) @ values.double()
+    assert distance(x.grad.view(10, 64), wanted) < (4e-3 if autocast else 1e-6)
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(False, False), (True, False), (False, True)])
@@ -473,6 +488,19 @@ def problems(on_cpu=True, strategy="single", **keys):
         ({"fp8_backward": False}, "fp8_backward is set but load_in_fp8 is not"),
         ({"fp8_backward": True}, None),
         ({"load_in_fp8": "emulation", "fp8_backward": False, "strategy": "fsdp2"}, None),
+        ({"fp8_gradients": True}, "fp8_gradients: CPUs have no products in FP8; leave it out"),
+        (
+            {"fp8_gradients": "emulation", "load_in_4bit": True},
+            "fp8_gradients with load_in_4bit: it is for a base in 16",
+        ),
+        ({"fp8_gradients": "emulation", "use_peft": False}, "it is for frozen layers"),
+        (
+            {"fp8_gradients": "emulation", "fp8_kernels": ["mlp"]},
+            "mlp work with load_in_fp8 alone; fp8_gradients has quan",
+        ),
+        ({"fp8_gradients": "emulation", "fp8_forward": False}, "fp8_forward is set but load_in_fp8 is not"),
+        ({"fp8_modules": ["merger"]}, "fp8_modules is set but neither load_in_fp8 nor fp8_gradients is"),
+        ({"fp8_gradients": "emulation", "fp8_modules": ["merger"], "strategy": "fsdp2"}, None),
     ],
     ids=str,
 )

@@ -18,7 +18,9 @@ LORA_KEYS = (
     "use_dora",
 )
 QUANTIZED = ("load_in_4bit", "load_in_8bit", "load_in_fp8")
-FP8_KEYS = ("fp8_modules", "fp8_forward", "fp8_backward", "fp8_kernels")
+FP8_KEYS = ("fp8_forward", "fp8_backward")
+# Of layers in FP8, and of layers in 16 bits whose gradients are FP8 products.
+SHARED_FP8_KEYS = ("fp8_modules", "fp8_kernels")
 
 
 def _quantization(recipe: Recipe, context: Launched) -> Iterator[str]:
@@ -45,6 +47,18 @@ def _fp8(recipe: Recipe, context: Launched) -> Iterator[str]:
         yield "load_in_fp8 does not run under zero3: DeepSpeed cannot split FP8 weights; use fsdp2, zero2 or ddp"
 
 
+def _fp8_gradients(recipe: Recipe, context: Launched) -> Iterator[str]:
+    model = recipe.model
+    if not model.fp8_gradients:
+        return
+    if keys := [key for key in QUANTIZED if getattr(model, key)]:
+        yield f"fp8_gradients with {keys[0]}: it is for a base in 16 bits; keep one"
+    if not model.use_peft:
+        yield "fp8_gradients with use_peft: false: it is for frozen layers; set use_peft: true, or leave it out"
+    if model.fp8_gradients is True and model.dtype != "bfloat16":
+        yield f"fp8_gradients with dtype: {model.dtype}: products in FP8 give bfloat16; set dtype: bfloat16"
+
+
 def _without_effect(recipe: Recipe, context: Launched) -> Iterator[str]:
     for name in () if recipe.model.use_peft else LORA_KEYS:
         if recipe.sets(name):
@@ -52,6 +66,11 @@ def _without_effect(recipe: Recipe, context: Launched) -> Iterator[str]:
     for name in () if recipe.model.load_in_fp8 else FP8_KEYS:
         if recipe.sets(name):
             yield f"{name} is set but load_in_fp8 is not, so it has no effect; remove it, or set load_in_fp8: true"
+    for name in () if recipe.model.load_in_fp8 or recipe.model.fp8_gradients else SHARED_FP8_KEYS:
+        if recipe.sets(name):
+            yield (
+                f"{name} is set but neither load_in_fp8 nor fp8_gradients is, so it has no effect; remove it, or set one"
+            )
 
 
 def _frozen(recipe: Recipe, context: Launched) -> Iterator[str]:
@@ -91,6 +110,14 @@ def _precision_in_full(recipe: Recipe, context: Launched) -> Iterator[str]:
         )
 
 
-MODEL_RULES: tuple[Rule, ...] = (_quantization, _fp8, _frozen, _precision, _precision_in_full, _router_loss)
+MODEL_RULES: tuple[Rule, ...] = (
+    _quantization,
+    _fp8,
+    _fp8_gradients,
+    _frozen,
+    _precision,
+    _precision_in_full,
+    _router_loss,
+)
 # Keys that another one turns off: a plan may pass over them.
 IDLE_RULES: tuple[Rule, ...] = (_without_effect,)

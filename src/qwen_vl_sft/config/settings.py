@@ -111,13 +111,20 @@ class ModelSettings:
         " with products in float32 on any device, slow, for tests",
     )
     fp8_modules: list[str] | None = key(
-        None, "load_in_fp8: modules whose linear layers are FP8 beside the language model's, such as visual.blocks"
+        None,
+        "load_in_fp8, fp8_gradients: modules whose linear layers are FP8 beside the language model's, such as visual.blocks",
     )
     fp8_forward: bool = key(True, "load_in_fp8: products of the forward pass in FP8; false computes them in dtype")
     fp8_backward: bool = key(True, "load_in_fp8: products that give gradients of inputs in FP8; false: in dtype")
     fp8_kernels: Literal["auto"] | list[str] | None = key(
         "auto",
-        "load_in_fp8: auto for all Triton kernels, or a list of quantize, transpose, rms_norm, mlp; unset disables them",
+        "load_in_fp8: auto for all Triton kernels, or a list of quantize, transpose, rms_norm, mlp; unset disables them."
+        " fp8_gradients: of the first two",
+    )
+    fp8_gradients: bool | Literal["emulation"] = key(
+        False,
+        "base in 16 bits: products that give gradients of inputs in FP8, those of the forward pass in dtype: Ada, Hopper or"
+        " newer; emulation as for load_in_fp8",
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type")
     use_bnb_nested_quant: bool = key(True, "quantize the quantization constants too (double quantization)")
@@ -169,6 +176,9 @@ class ModelSettings:
         if self.load_in_4bit:
             double = ", double quantization" if self.use_bnb_nested_quant else ""
             return f"4-bit {self.bnb_4bit_quant_type} weights{double}, computed in {self.dtype}"
+        if self.fp8_gradients:
+            emulated = ", emulated in float32" if self.fp8_gradients == "emulation" else ""
+            return f"{self.dtype}, gradients of inputs by products in FP8{emulated}"
         return self.dtype
 
 

@@ -22,7 +22,7 @@ from qwen_vl_sft.modeling.lora import EXPERTS, trained_in_full
 
 
 def _fp8(recipe: Recipe, context: DistributedContext) -> Iterator[str]:
-    if recipe.model.load_in_fp8:
+    if recipe.model.load_in_fp8 or recipe.model.fp8_gradients:
         if problem := problem_of_fp8(recipe.model, context.on_cpu):
             yield problem
         yield from problems_of_fp8_kernels(recipe.model, context.on_cpu)
@@ -81,7 +81,7 @@ def problems_of_structure(model: Any, settings: ModelSettings) -> Iterator[str]:
 def _fp8_modules(model: Any, settings: ModelSettings) -> Iterator[str]:
     family = family_of(model.config)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for path in (settings.fp8_modules or ()) if settings.load_in_fp8 else ():
+    for path in (settings.fp8_modules or ()) if settings.load_in_fp8 or settings.fp8_gradients else ():
         matched = [name for name in names if is_inside(name, path)]
         if not matched:
             yield f"fp8_modules: {shortened(path)} holds no linear layer of the model; name a part such as visual.blocks"

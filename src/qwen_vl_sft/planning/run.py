@@ -288,6 +288,8 @@ def refusals(plan: RunPlan) -> list[str]:
     problems = [problem for rule in _RULES for problem in rule(plan.recipe, plan.launch)]
     if model.load_in_fp8 is True and not plan.card.fp8:
         problems.append(f"load_in_fp8: {plan.card.name} has no products in FP8; use load_in_4bit, or a base in 16 bits")
+    if model.fp8_gradients is True and not plan.card.fp8:
+        problems.append(f"fp8_gradients: {plan.card.name} has no products in FP8; leave it out")
     if model.load_in_8bit and experts:
         problems.append(
             "load_in_8bit does not reach experts, most of the model's weights; use load_in_4bit or load_in_fp8"

@@ -75,6 +75,7 @@ BASES: dict[str, Mapping[str, Any]] = {
     "bf16": IN_16_BITS,
     "nf4": {**IN_16_BITS, "load_in_4bit": True},
     "fp8": {**IN_16_BITS, "load_in_fp8": True},
+    "fp8_gradients": {**IN_16_BITS, "fp8_gradients": True},
 }
 TRL_BATCH = 4
 COLUMNS = {

@@ -52,6 +52,7 @@ BASES: dict[str, dict[str, Any]] = {
     "fp8_forward": {"load_in_fp8": True, "fp8_backward": False},
     "fp8_backward": {"load_in_fp8": True, "fp8_forward": False},
     "emulation": {"load_in_fp8": "emulation"},
+    "fp8_gradients": {"fp8_gradients": True},
 }
 PADDED_ROWS = 4
 # LoRA begins at zero, where half of its gradients are.
@@ -84,7 +85,7 @@ def compare(options: CheckPackingOptions) -> tuple[list[dict[str, Any]], bool]:
     limits: dict[str, float] = {}
     for precision, fused in product(options.precisions, (None, kernels) if kernels else (None,)):
         own: dict[str, Any] = {**settings_of(precision, options.precisions), "packing": True}
-        if own.get("load_in_fp8") and not fused:
+        if (own.get("load_in_fp8") or own.get("fp8_gradients")) and not fused:
             own["fp8_kernels"] = None
         own |= {"output_dir": str(options.output_dir / "runs"), **NEEDED, "gradient_checkpointing": False}
         own |= {"model_name_or_path": str(model_dir)} if model_dir else {}

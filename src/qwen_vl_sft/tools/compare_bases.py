@@ -38,6 +38,7 @@ BASES: dict[str, Mapping[str, Any]] = {
     "emulation": _EMULATION,
     "emulation_forward": {**_EMULATION, "fp8_backward": False},
     "emulation_backward": {**_EMULATION, "fp8_forward": False},
+    "emulation_gradients": {**PRECISIONS["fp8_gradients"], "fp8_gradients": "emulation"},
 }
 COLUMNS = {
     "base": ("base", TEXT),

@@ -95,7 +95,7 @@ class CheckPackingOptions(RecipeOptions):
     precisions: tuple[str, ...] = option(
         ("float32", "bfloat16"),
         "precisions to compare, some of float32, bfloat16, nf4 and fp8 (with bfloat16), fp8_forward and fp8_backward (FP8 in"
-        " one direction), emulation (FP8 on any device)",
+        " one direction), fp8_gradients (bfloat16, with FP8 products in the backward pass), emulation (FP8 on any device)",
         parse=names,
         shown="float32,bfloat16",
     )
@@ -107,8 +107,9 @@ class CompareBasesOptions(RecipeOptions):
 
     bases: tuple[str, ...] = option(
         ("bf16", "fp8", "nf4"),
-        "two or more of bf16, float32, nf4, fp8, emulation (FP8 on any device), and these two with _forward or _backward"
-        " (FP8 in one direction); the first is what the others are compared with",
+        "two or more of bf16, float32, nf4, fp8, emulation (FP8 on any device), these two with _forward or _backward"
+        " (FP8 in one direction) or _gradients (a base in 16 bits, with FP8 products in the backward pass); the first is"
+        " what the others are compared with",
         parse=names,
         shown="bf16,fp8,nf4",
     )

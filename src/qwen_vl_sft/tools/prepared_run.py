@@ -13,7 +13,12 @@ from qwen_vl_sft.training.prepared_data import PreparedData, prepare_data
 from qwen_vl_sft.training.resolve import Run, resolve
 
 # What a base in 16 bits sets in place of the recipe's.
-IN_16_BITS: Mapping[str, Any] = {"load_in_4bit": False, "load_in_8bit": False, "load_in_fp8": False}
+IN_16_BITS: Mapping[str, Any] = {
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "load_in_fp8": False,
+    "fp8_gradients": False,
+}
 
 
 def set_up(recipe_file: Path | None, keys: Mapping[str, Any]) -> tuple[Run, PreparedData]:

@@ -31,6 +31,7 @@ from qwen_vl_sft.modeling.base_model import (
     trained_parts,
 )
 from qwen_vl_sft.modeling.experts import check_adapted, use_grouped_lora
+from qwen_vl_sft.modeling.fp8.gradients import use_fp8_gradients
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.lora import EXPERTS
 from qwen_vl_sft.training.resolve import Run
@@ -60,6 +61,8 @@ def prepare_model(run: Run, pad_token_id: int) -> Any:
         # The auxiliary loss is over all tokens of all layers.
         take_packed_batches(model, spares_last_layer=not recipe.model.router_aux_loss_coef)
     use_fused_kernels(model, kernels)
+    if recipe.model.fp8_gradients:
+        use_fp8_gradients(model, recipe.model, context.on_cpu)
     return model
 
 

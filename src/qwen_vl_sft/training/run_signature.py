@@ -74,6 +74,8 @@ def run_signature(run: Run, data: PreparedData) -> dict[str, Any]:
     same |= {name: value for name in _ROUTER_KEYS if (value := getattr(recipe.model, name))}
     if recipe.model.load_in_fp8:
         same |= {name: getattr(recipe.model, name) for name in _FP8_KEYS}
+    if recipe.model.fp8_gradients:
+        same |= {name: getattr(recipe.model, name) for name in ("fp8_gradients", "fp8_modules")}
     if isinstance(data.train, Scan):
         same |= {"rows": len(data.train.rows), "data": fingerprint(data.train)}
     weights = weights_of_base(recipe.model)

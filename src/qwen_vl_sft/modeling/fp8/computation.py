@@ -22,20 +22,32 @@ KERNELS = {
 }
 
 
+# Those that layers in 16 bits have a use for, whose gradients are FP8 products.
+OF_GRADIENTS = ("quantize", "transpose")
+
+
 def chosen_fp8_kernels(settings: ModelSettings, on_cpu: bool) -> list[str]:
     """Return the kernels that FP8 layers use: those that the recipe names; for "auto" all, where they run."""
-    if not settings.load_in_fp8 or settings.fp8_kernels == "auto":
-        runs = settings.load_in_fp8 and settings.load_in_fp8 != EMULATION and not on_cpu
-        return list(KERNELS) if runs else []
+    fp8 = settings.load_in_fp8 or settings.fp8_gradients
+    if not fp8 or settings.fp8_kernels == "auto":
+        runs = fp8 and fp8 != EMULATION and not on_cpu
+        return _known_kernels(settings) if runs else []
     return list(settings.fp8_kernels or ())
+
+
+def _known_kernels(settings: ModelSettings) -> list[str]:
+    return list(KERNELS if settings.load_in_fp8 else OF_GRADIENTS)
 
 
 def problems_of_fp8_kernels(settings: ModelSettings, on_cpu: bool) -> Iterator[str]:
     """Yield why the kernels that a recipe names cannot be used."""
     wanted = chosen_fp8_kernels(settings, on_cpu)
-    unknown = [name for name in wanted if name not in KERNELS]
-    if unknown:
-        yield f"fp8_kernels: {shortened(', '.join(unknown))} is unknown; known are {', '.join(KERNELS)}"
+    known = _known_kernels(settings)
+    unknown = [name for name in wanted if name not in known]
+    if unknown and set(unknown) <= set(KERNELS):
+        yield f"fp8_kernels: {', '.join(unknown)} work with load_in_fp8 alone; fp8_gradients has {', '.join(known)}"
+    elif unknown:
+        yield f"fp8_kernels: {shortened(', '.join(unknown))} is unknown; known are {', '.join(known)}"
     elif wanted and on_cpu:
         yield f"fp8_kernels: {', '.join(wanted)} run on CUDA only; leave the key out on a CPU"
     elif wanted and not (settings.fp8_forward and settings.fp8_backward) and "mlp" in (settings.fp8_kernels or ()):
@@ -44,16 +56,18 @@ def problems_of_fp8_kernels(settings: ModelSettings, on_cpu: bool) -> Iterator[s
 
 def problem_of_fp8(settings: ModelSettings, on_cpu: bool) -> str | None:
     """Return why the recipe's FP8 cannot be computed on this device, with the way out."""
-    if not settings.load_in_fp8 or settings.load_in_fp8 == EMULATION:
+    key = "load_in_fp8" if settings.load_in_fp8 else "fp8_gradients"
+    if not getattr(settings, key) or getattr(settings, key) == EMULATION:
         return None
     problem = problem_of_device(on_cpu)
-    return problem and f"load_in_fp8: {problem}; use load_in_4bit, or a base in 16 bits (load_in_fp8: false)"
+    way_out = "use load_in_4bit, or a base in 16 bits (load_in_fp8: false)" if settings.load_in_fp8 else "leave it out"
+    return problem and f"{key}: {problem}; {way_out}"
 
 
 def computation_of(settings: ModelSettings, on_cpu: bool) -> Computation:
     """Return how the layers of a recipe compute."""
     forward, backward = settings.fp8_forward, settings.fp8_backward
-    plain = Computation(forward, backward, settings.load_in_fp8 == EMULATION)
+    plain = Computation(forward, backward, EMULATION in (settings.load_in_fp8, settings.fp8_gradients))
     wanted = chosen_fp8_kernels(settings, on_cpu)
     if not wanted:
         return plain
