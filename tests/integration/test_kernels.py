@@ -73,6 +73,34 @@ def test_fused_lora_rounds_no_more_than_peft():
     assert distance(outcome(model, inputs, autocast=True), expected) < 1.2 * peft
 
 
+@pytest.mark.parametrize("bits", [4, 16, 32])
+def test_the_gradient_of_an_adapted_layers_input_is_added_by_its_products(bits):
+    """Of a layer without an input that learns too."""
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    layer = Linear4bit(64, 24, compute_dtype=dtype, quant_type="nf4") if bits == 4 else nn.Linear(64, 24)
+    layer = nn.Sequential(layer.to("cpu") if bits == 4 else layer.to(dtype))
+    model = get_peft_model(layer, LoraConfig(r=4, lora_alpha=6, target_modules=["0"])).train()
+    nn.init.normal_(next(value for name, value in model.named_parameters() if "lora_B" in name))
+    inputs = torch.randn(2, 5, 64, dtype=dtype)
+    outcomes = []
+    for fused in (False, True):
+        assert not fused or use_fused_lora(model) == 1
+        for learns in (False, True):
+            x = inputs.clone().requires_grad_(learns)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bits != 32):
+                output = model(x)
+            assert (type(output.grad_fn).__name__ == "_AdaptedBackward") == fused
+            wanted = [p for p in model.parameters() if p.requires_grad] + [x] * learns
+            found = torch.autograd.grad(output.float().square().sum(), wanted)
+            assert found[0].dtype == torch.float32
+            outcomes.append([output.detach().float(), *(grad.float() for grad in found)])
+    for expected, found in zip(outcomes[:2], outcomes[2:], strict=True):
+        assert distance(found, expected) < (1e-6 if bits == 32 else 2e-2)
+
+
 @pytest.mark.parametrize("how", ["disabled", "merged", "bfloat16 without autocast"])
 def test_fused_lora_leaves_all_else_to_peft(how):
     bfloat16 = how.startswith("bfloat16")

@@ -24,6 +24,7 @@ from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.experts import compute_fused
 from qwen_vl_sft.modeling.fp8.fused import hands_on_fp8
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, LowerProduct
+from qwen_vl_sft.modeling.lora_product import adapted, fits
 from qwen_vl_sft.modeling.rope_check import first_values_rotated
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def _lora(
     """Compute a layer with one adapter, `x` [..., in] -> [..., out]; call `otherwise` for all else.
 
     PEFT copies the layer's output, scales the product and adds both: each a pass over the widest activations. Here the
-    matrix product adds to the output, which is rounded once and not three times.
+    matrix product adds to the output, which is rounded once and not three times; and to the gradient of the input too
+    where the layer is a plain one.
     """
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or args or kwargs:
@@ -214,8 +216,10 @@ def _lora(
     split = hasattr(up.weight, "ds_id")
     if split or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype):
         return otherwise(x)
-    result = layer.base_layer(x)
-    dropped = layer.lora_dropout[adapter](x)
+    dropped, base = layer.lora_dropout[adapter](x), layer.base_layer
+    if dropped is x and torch.is_grad_enabled() and fits(base, x):
+        return adapted(base, x, down.weight, up.weight, layer.scaling[adapter])
+    result = base(x)
     normed = INPUTS.norm_of(dropped)
     reduced = down(dropped) if normed is None else LowerProduct.apply(dropped, down.weight, *normed)
     product = torch.addmm(result.flatten(0, -2), reduced.flatten(0, -2), up.weight.t(), alpha=layer.scaling[adapter])
