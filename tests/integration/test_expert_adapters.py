@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fixtures.models import WideTorch, newer, write_newer
-from fixtures.packed_rows import GROUPS, one_at_a_time, token_losses
+from fixtures.packed_rows import GROUPS, in_order, one_at_a_time, token_losses
 from qwen_vl_sft.batching.packed_collator import join
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat import quantized_experts
@@ -69,7 +69,7 @@ def differences(ours, theirs, encoded, share):
     """Largest difference of a token's loss, and |a - b| / |b| of all gradients of the adapters together."""
     groups = GROUPS if share else [[row] for group in GROUPS for row in group]
     batch = join([[encoded[row] for row in group] for group in groups], Positions(ours.config))
-    wanted, found = one_at_a_time(theirs, encoded), token_losses(ours, batch)
+    wanted, found = one_at_a_time(theirs, [encoded[row] for row in in_order(groups)]), token_losses(ours, batch)
     one, other = gradients(ours, found), gradients(theirs, wanted)
     assert one.keys() == other.keys()
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in one} >= {"experts", "base_layer", "q_proj"}
@@ -147,7 +147,7 @@ def compare(theirs, ours, keys, encoded):
     theirs, ours = adapted(theirs, keys).train(), adapted(packing(ours), keys).train()
     use_grouped_lora(ours)
     groups = [[encoded[row] for row in group] for group in GROUPS]
-    wanted, found = one_at_a_time(theirs, encoded), token_losses(ours, join(groups, Positions(ours.config)))
+    wanted, found = one_at_a_time(theirs, in_order(groups)), token_losses(ours, join(groups, Positions(ours.config)))
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
     one, other = gradients(ours, found), gradients(theirs, wanted)
     assert one.keys() == other.keys()

@@ -14,7 +14,7 @@ import torch
 
 from fixtures.messages import conversation_row, png
 from fixtures.models import FAMILIES, newer, qwen2_vl
-from fixtures.packed_rows import GROUPS, losses_of, one_at_a_time, token_losses
+from fixtures.packed_rows import GROUPS, in_order, losses_of, one_at_a_time, token_losses
 from fixtures.processes import launch, run_process
 from fixtures.trainers import make_trainer
 from qwen_vl_sft import tiny
@@ -74,12 +74,12 @@ def refuse_to_run(*args):
 @pytest.mark.parametrize("share", [False, True])
 def test_losses_are_those_of_rows_one_at_a_time(share, model, encoded, tmp_path):
     cached = stored(model, encoded, cache_of(model, tmp_path))
-    groups = [[cached[place] for place in group] for group in GROUPS]
-    batch = join(groups if share else [[row] for row in cached], Positions(model.config))
+    groups = GROUPS if share else [[row] for group in GROUPS for row in group]
+    batch = join([[cached[place] for place in group] for group in groups], Positions(model.config))
     assert not {"pixel_values", "image_grid_thw"} & batch.keys()
     assert batch["stats"]["patches"] == 0
     assert batch["stats"]["images"] == 2
-    wanted = one_at_a_time(model, encoded)
+    wanted = one_at_a_time(model, [encoded[place] for place in in_order(groups)])
     hook = backbone_of(model).visual.register_forward_pre_hook(refuse_to_run)
     try:
         torch.testing.assert_close(token_losses(model, batch), wanted, rtol=0, atol=1e-5)

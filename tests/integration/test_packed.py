@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.models import FAMILIES, newer, qwen2_vl
-from fixtures.packed_rows import GROUPS, ROWS, losses_of, one_at_a_time, token_losses
+from fixtures.packed_rows import GROUPS, ROWS, in_order, losses_of, one_at_a_time, token_losses
 from fixtures.processes import launch, run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import Collator, pad
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_those_of_rows_one_at_a_time(share, model, tole
         groups = [[row] for group in groups for row in group]
     batch = join(groups, Positions(model.config))
     assert ("kv_index" in batch) == share
-    wanted, found = one_at_a_time(model, encoded), token_losses(model, batch)
+    wanted, found = one_at_a_time(model, in_order(groups)), token_losses(model, batch)
     torch.testing.assert_close(found, wanted, **tolerated)
     # A branch begins a chunk of the delta rule anew, which in float32 rounds otherwise: of gradients up to 4, by 4e-5.
     rounds = wanted.dtype == torch.float32 and any("A_log" in name for name in model.state_dict())
@@ -83,7 +83,8 @@ def test_an_image_goes_through_the_vision_tower_once(share, model, encoded):
     assert len(batch["pixel_values"]) == batch["stats"]["patches"] == 2 * len(one)
     torch.testing.assert_close(batch["pixel_values"][: len(one)], one, rtol=0, atol=0)
     assert batch["image_index"] == ([0, 0, 0, 1, 1] if share else [0, 0, 0, 0, 1, 0, 1, 1])
-    torch.testing.assert_close(token_losses(model, batch), one_at_a_time(model, encoded), rtol=0, atol=1e-12)
+    wanted = one_at_a_time(model, [encoded[place] for place in in_order(groups)])
+    torch.testing.assert_close(token_losses(model, batch), wanted, rtol=0, atol=1e-12)
     wrong = {**batch, "image_index": [1 - number for number in batch["image_index"]]}
     assert (token_losses(model, wrong) - token_losses(model, batch)).abs().max() > 1e-4
 
@@ -236,7 +237,7 @@ def test_any_mix_of_rows(mixed, picked, share):
         groups.setdefault(family if together else -1 - number, []).append(place)
     # A row twice in a group is one branch twice.
     batch = join([[encoded[place] for place in group] for group in groups.values()], Positions(model.config))
-    wanted = one_at_a_time(model, [encoded[place] for group in groups.values() for place in group])
+    wanted = one_at_a_time(model, [encoded[place] for place in in_order(groups.values())])
     torch.testing.assert_close(token_losses(model, batch), wanted, rtol=0, atol=1e-12)
 
 

@@ -15,7 +15,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from fixtures.messages import BLUE, RED, conversation_row, write_messages
 from fixtures.models import WideTorch, newer
-from fixtures.packed_rows import one_at_a_time, token_losses
+from fixtures.packed_rows import in_order, one_at_a_time, token_losses
 from qwen_vl_sft.batching.packed_collator import join
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.for_transformers import compute_linear_attention_on_cpu
@@ -88,7 +88,7 @@ def gradients(model, losses):
 def differences(pair, encoded, groups=GROUPS, change=lambda batch: batch):
     """Largest difference of a token's loss, and |a - b| / |b| of all gradients together."""
     plain, model = pair
-    wanted = one_at_a_time(plain, [encoded[place] for group in groups for place in group])
+    wanted = one_at_a_time(plain, [encoded[place] for place in in_order(groups)])
     found = token_losses(model, change(packed(model, encoded, groups)))
     ours, theirs = gradients(model, found), gradients(plain, wanted)
     return float((found - wanted).detach().abs().max()), float((ours - theirs).norm() / theirs.norm())
@@ -131,9 +131,8 @@ def run_on(batch):
 
 def from_nothing(batch):
     """Every branch begins from an empty state, as with `cu_seqlens` of pieces alone."""
-    kept = {name: value for name, value in batch[PIECES].items() if name not in ("parents", "order", "back")}
-    places, back = batch[PIECES]["positions"], batch[PIECES]["back"]
-    return {**batch, PIECES: {**kept, "positions": places[back], "lengths": [batch["cu_seq_lens_q"].diff().tolist()]}}
+    kept = {name: value for name, value in batch[PIECES].items() if name != "parents"}
+    return {**batch, PIECES: {**kept, "lengths": [batch["cu_seq_lens_q"].diff().tolist()]}}
 
 
 def convolved_from_nothing(batch):
@@ -148,7 +147,7 @@ def convolved_from_nothing(batch):
 def test_the_comparisons_notice_a_leak_and_a_lost_state(wrong, pair, encoded):
     plain, model = pair
     with torch.no_grad():
-        wanted = one_at_a_time(plain, [encoded[place] for group in GROUPS for place in group])
+        wanted = one_at_a_time(plain, [encoded[place] for place in in_order(GROUPS)])
         found = token_losses(model, wrong(packed(model, encoded)))
     assert (found - wanted).abs().max() > 0.1
 
@@ -195,7 +194,7 @@ def test_an_installed_kernel_that_keeps_no_rows_apart_is_not_called(pair, encode
 
     kernel.__wrapped__ = original
     groups = [GROUPS[2], GROUPS[4]]
-    wanted = one_at_a_time(plain, [encoded[place] for group in groups for place in group])
+    wanted = one_at_a_time(plain, [encoded[place] for place in in_order(groups)])
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", kernel)
     monkeypatch.setattr(modeling, "causal_conv1d_fn", kernel)
     found = token_losses(model, packed(model, encoded, groups))
@@ -251,25 +250,27 @@ def test_a_last_layer_of_any_kind_is_computed(layers, encoded):
 
 
 def test_pieces_of_a_layout():
-    """A row, a prefix of two tokens with two branches, and a row: before a branch stand zero and both."""
-    found = pieces_of(PackedLayout([2, 2, 1, 2, 1], [None, None, 1, 1, None], torch.zeros(0)), 4)
+    """A row, a prefix of two tokens, and a row; then two branches of the prefix: before each stand zero and both."""
+    found = pieces_of(PackedLayout([2, 2, 1, 1, 2], [None, None, None, 1, 1], torch.zeros(0)), 4)
     zero = [8] * 3
-    assert found["history"].tolist() == [*zero, 0, 1, *zero, 2, 3, 8, 2, 3, 4, 8, 2, 3, 5, 6, *zero, 7]
+    assert found["history"].tolist() == [*zero, 0, 1, *zero, 2, 3, *zero, 4, 8, 2, 3, 5, 8, 2, 3, 6, 7]
     assert found["lengths"] == [[2, 2, 1], [1, 2]]
     assert found["parents"].tolist() == [1, 1]
-    assert found["order"].tolist() == [0, 1, 2, 3, 7, 4, 5, 6]
-    assert found["back"].tolist() == [0, 1, 2, 3, 5, 6, 7, 4]
-    # Kernels take the bounds of the pieces, their chunks, and the three inputs before each behind one that is not read.
-    assert found["before"].tolist() == [[-1] * 4, [-1] * 4, [-1, -1, 2, 3], [-1, -1, 2, 3], [-1] * 4]
     assert [bounds.tolist() for bounds in found["round_bounds"]] == [[0, 2, 4, 5], [0, 1, 3]]
-    assert found["bounds"].tolist() == [0, 2, 4, 5, 7, 8]
-    assert found["chunks"].tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0]]
-    long = pieces_of(PackedLayout([CHUNK, CHUNK + 1], [None, None], torch.zeros(0)), 4)
-    assert long["chunks"].tolist() == long["round_chunks"][0].tolist() == [[0, 0], [1, 0], [1, 1]]
     # Of the convolved sequence, which is three shorter.
-    assert [found["history"].tolist()[place + 3] for place in found["positions"]] == found["order"].tolist()
-    alone = pieces_of(PackedLayout([2, 1], [None, None], torch.zeros(0)), 4)
-    assert not {"parents", "before", "order", "back"} & alone.keys()
+    assert [found["history"].tolist()[place + 3] for place in found["positions"]] == [*range(8)]
+    # For kernels the inputs before each token, the nearest first.
+    before = [[-1] * 3, [0, -1, -1], [-1] * 3, [2, -1, -1], [-1] * 3, [3, 2, -1], [3, 2, -1], [6, 3, 2]]
+    assert found["window"].tolist() == before
+    # The inputs of the prefix, and what of the branches takes each: a token, and how far before it that is.
+    assert found["taken"].tolist() == [2, 3]
+    assert found["taken_bounds"].tolist() == [0, 3, 6]
+    assert found["takers"].tolist() == [[5, 2], [6, 2], [7, 3], [5, 1], [6, 1], [7, 2]]
+    long = pieces_of(PackedLayout([CHUNK, CHUNK + 1], [None, None], torch.zeros(0)), 4)
+    assert long["round_chunks"][0].tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert not {"parents", "taken", "taken_bounds", "takers"} & long.keys()
+    with pytest.raises(AssertionError, match="pieces without a parent stand first"):
+        pieces_of(PackedLayout([2, 1, 2], [None, 0, None], torch.zeros(0)), 4)
 
 
 def test_lora_reaches_the_projections_of_linear_attention(hybrid_model):

@@ -44,17 +44,12 @@ def layer(**changes):
     return SimpleNamespace(**sizes | changes)
 
 
-def convolution(x, weight, bias, initial_state, activation, cu_seqlens, chunk_indices):
-    """As fla's `causal_conv1d`: states have as many columns as the kernel, and the first is not read."""
-    assert bias is None
-    assert activation == "silu"
-    assert len(chunk_indices) == int((-(-cu_seqlens.diff() // 64)).sum())
-    found = []
-    for number, part in enumerate(x[0].split(cu_seqlens.diff().tolist())):
-        before = x.new_zeros(3, x.shape[-1]) if initial_state is None else initial_state[number, :, 1:].T
-        inputs = torch.cat([before, part]).T[None]
-        found.append(F.silu(F.conv1d(inputs.float(), weight.float()[:, None], groups=len(weight))).to(x.dtype)[0].T)
-    return torch.cat(found)[None], None
+def convolution(x, weight, pieces):
+    """As our kernel: each token behind the inputs that its window names."""
+    window = pieces["window"].long()
+    known = F.pad(x[0].float(), (0, 0, 0, 1))  # -1 is the last one
+    inputs = torch.cat([known[: len(window), None], known[window]], dim=1).flip(1)
+    return F.silu((inputs * weight.float().T).sum(1)).to(x.dtype)[None]
 
 
 def chunk_rule(q, k, v, g, beta, initial_state, output_final_state, cu_seqlens, chunk_indices):
@@ -88,14 +83,13 @@ def kernels(monkeypatch):
     """The operations on flash-linear-attention, with functions that take the same arguments in its place."""
     for name, functions in {
         "fla": {},
-        "fla.modules": {},
-        "fla.modules.causal_conv1d": {"causal_conv1d": convolution},
         "fla.ops": {},
         "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_rule},
     }.items():
         module = ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(delta_kernels, "convolved", convolution)
     monkeypatch.setattr(delta_kernels, "normalised", l2norm)
     monkeypatch.setattr(delta_kernels, "gated_norm", gated_norm)
     monkeypatch.setattr(delta_kernels, "complete", lambda: None)
@@ -179,9 +173,11 @@ def wrong(kernels, what):
     def convolve(of, projected, pieces, before):
         if what != "no first inputs":
             return kernels.convolve(of, projected, pieces, before)
-        return kernels.convolve(of, projected, {name: pieces[name] for name in pieces if name != "before"}, None)
+        window = pieces["window"]
+        near = torch.arange(len(window))[:, None] - torch.arange(1, 1 + window.shape[1])
+        return kernels.convolve(of, projected, {**pieces, "window": window.where(window == near, -1)}, None)
 
-    return Operations(convolve, rule, kernels.norm)
+    return Operations(convolve, kernels.heads, rule, kernels.norm)
 
 
 @pytest.mark.parametrize("what", ["no first state", "leaks", "no gradient into the state", "no first inputs"])
@@ -223,8 +219,9 @@ def test_a_kernel_that_does_not_run_is_told_in_one_message(kernels):
     def fails(*_):
         raise RuntimeError("no kernel image\nfor this device")
 
+    failing = Operations(kernels.convolve, kernels.heads, fails, kernels.norm)
     with pytest.raises(UserError) as error:
-        CheckedKernels(Operations(kernels.convolve, fails, kernels.norm)).for_layer(layer(), torch.bfloat16, "packed")
+        CheckedKernels(failing).for_layer(layer(), torch.bfloat16, "packed")
     assert str(error.value) == (
         "fused_kernels: linear_attention does not run here with 4 heads of 16 values: no kernel image; leave"
         " linear_attention out of fused_kernels, for PyTorch's own operations"

@@ -6,6 +6,25 @@ import sys
 
 import pytest
 
+# Before all others.
+PREPARED = """
+import logging
+import sys
+import triton.runtime.interpreter as interpreter
+
+# Warnings are printed too, in their order.
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+# The interpreter takes arrays of one number as the bounds of a loop; NumPy 2.4 no longer has these as indices.
+patch_tensors = interpreter._patch_lang_tensor
+
+
+def with_indices(tensor, scope):
+    patch_tensors(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = with_indices
+"""
 # A process of its own: Triton reads the variable when it is imported.
 INTERPRETED = """
 import torch
@@ -145,6 +164,45 @@ compare(None, 0.25)
 compare((15, 30), 40.0)
 print("autograd's")
 """
+CONVOLUTION = """
+import torch
+from types import SimpleNamespace
+from qwen_vl_sft.families import delta_convolution
+from qwen_vl_sft.families.base import PackedLayout
+from qwen_vl_sft.families.delta_kernels import convolve
+from qwen_vl_sft.families.gated_delta_net import TORCH, pieces_of, round_behind_states
+
+delta_convolution._SIZES["CHANNELS"] = 16
+torch.manual_seed(0)
+weight = torch.nn.Parameter(torch.randn(20, 1, 4))
+layer = SimpleNamespace(activation="silu", conv1d=SimpleNamespace(weight=weight, bias=None))
+
+
+def compare(pieces, tokens, before=None, leaves=True):
+    # A view, whose rows stand apart.
+    x = torch.randn(1, tokens, 25)[..., :20].requires_grad_(leaves)
+    found, wanted = (convolve_with(layer, x, pieces, before) for convolve_with in (convolve, TORCH.convolve))
+    outputs = [[found], [wanted]]
+    if leaves:
+        grad = torch.randn_like(wanted)
+        for outcome in outputs:
+            outcome += torch.autograd.grad(outcome[0], (x, weight), grad)
+    for one, other in zip(*outputs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5), (one - other).abs().max()
+
+
+# Rows apart; prefixes, one shorter than the kernel, with branches of which some are.
+compare(pieces_of(PackedLayout([37, 2, 1, 5], [None] * 4, None), 4), 45)
+compare(pieces_of(PackedLayout([2, 17, 9, 1, 3, 2, 20], [None, None, None, 1, 1, 0, 0], None), 4), 54)
+# The first branch stands right behind its prefix.
+compare(pieces_of(PackedLayout([18, 6, 5, 2], [None, None, 1, 1], None), 4), 31)
+# Behind inputs that stand outside of the sequence, or behind none.
+with torch.no_grad():
+    for known in (True, False):
+        before = torch.randn(3, 20, 3) if known else None
+        compare(round_behind_states([5, 1, 19], 4, known), 25, before, leaves=False)
+print("the same")
+"""
 EXPERTS = """
 import torch
 from torch import nn
@@ -214,19 +272,7 @@ except ValueError as error:
 """
 ATTENTION = """
 import torch
-import triton.runtime.interpreter as interpreter
 from torch.nn.functional import scaled_dot_product_attention
-
-# The interpreter takes arrays of one number as the bounds of a loop; NumPy 2.4 no longer has these as indices.
-patch_tensors = interpreter._patch_lang_tensor
-
-
-def with_indices(tensor, scope):
-    patch_tensors(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-
-interpreter._patch_lang_tensor = with_indices
 
 from qwen_vl_sft.inference.engine import decode_check, decode_kernel
 from qwen_vl_sft.inference.engine.attention import DecodeStep, SlotStep
@@ -337,12 +383,10 @@ gathered_keys_kernel.sum_copies = sum_copies
 def printed():
     """What each of the scripts prints; all are run by one process."""
     end = "---"
-    scripts = (INTERPRETED, EXPERTS, ATTENTION, GRADIENT, GATHERED)
+    scripts = (INTERPRETED, EXPERTS, ATTENTION, GRADIENT, GATHERED, CONVOLUTION)
     script = "".join(f"exec({one!r}, {{'__name__': '__main__'}})\nprint({end!r})\n" for one in scripts)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    # Warnings too, in their order.
-    log = "import logging, sys\nlogging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
-    done = subprocess.run([sys.executable, "-c", log + script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PREPARED + script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split(f"{end}\n")
 
@@ -358,6 +402,10 @@ def test_kernels_do_what_transformers_does(printed):
 
 def test_the_gradient_of_the_gated_delta_rule_is_autograds(printed):
     assert printed[3] == "autograd's\n"
+
+
+def test_the_convolution_and_its_gradients_are_pytorchs(printed):
+    assert printed[5] == "the same\n"
 
 
 def test_kernels_around_experts_do_what_pytorch_does(printed):

@@ -1,8 +1,9 @@
 """Packed micro-batches: rows one after another in one sequence, none of which sees another, prefixes computed once.
 
-A sequence is a chain of groups. A group of several rows is their common prefix, up to the last image before the first
-answer, followed by what each row has after it. Every token keeps the position it has in its own row, and attends to its
-own row alone: a branch to the prefix and to itself.
+Rows of a group share their common prefix, up to the last image before the first answer; what a row has after it is a
+branch. First in the sequence stand the prefixes, and the rows that share none; then all branches, so that layers which
+carry a state compute both runs without reordering tokens. Every token keeps the position it has in its own row, and
+attends to its own row alone: a branch to its prefix and to itself.
 """
 
 from __future__ import annotations
@@ -103,12 +104,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions, in_bytes: bo
     the model's family adds (`ModelFamily.packed_entries`); and `stats`, a `BatchStats` as a dictionary. There is no
     attention mask.
     """
-    pieces: list[Piece] = []
-    total = 0
-    for group in groups:
-        for piece in _pieces(group, positions, total):
-            pieces.append(piece)
-            total += len(piece)
+    pieces = _pieces(groups, positions)
     lengths = [len(piece) for piece in pieces]
     reach = [len(piece) + len(piece.before) for piece in pieces]
     starts = [0, *itertools.accumulate(lengths)]
@@ -170,18 +166,25 @@ def prefix_length(row: Encoded) -> int:
     return int(found[-1]) + 2 if len(found) else 0
 
 
-def _pieces(group: Sequence[Encoded], positions: Positions, start: int) -> list[Piece]:
-    first = group[0]
-    shared = prefix_length(first) if len(group) > 1 else 0
-    if not shared:
-        assert len(group) == 1, "rows of a group share a prefix"
-        return [Piece(first, positions(first), 0, len(first.input_ids), range(0))]
-    prefix = first.input_ids[:shared]
-    for row in group[1:]:
-        assert torch.equal(row.input_ids[:shared], prefix), "rows of a group begin alike"
-        assert bool((row.labels[: shared + 1] == IGNORE_INDEX).all()), "nothing is learned in a prefix"
-    branches = [Piece(row, positions(row), shared, len(row.input_ids), range(start, start + shared)) for row in group]
-    return [Piece(first, branches[0].positions, 0, shared, range(0)), *branches]
+def _pieces(groups: Sequence[Sequence[Encoded]], positions: Positions) -> list[Piece]:
+    """Return the prefixes, and the rows that share none, then the branches."""
+    roots: list[Piece] = []
+    branches: list[Piece] = []
+    total = 0
+    for group in groups:
+        first, own = group[0], positions(group[0])
+        shared = prefix_length(first) if len(group) > 1 else 0
+        assert shared or len(group) == 1, "rows of a group share a prefix"
+        roots.append(Piece(first, own, 0, shared or len(first.input_ids), range(0)))
+        if shared:
+            before = range(total, total + shared)
+            for row in group:
+                assert torch.equal(row.input_ids[:shared], first.input_ids[:shared]), "rows of a group begin alike"
+                assert bool((row.labels[: shared + 1] == IGNORE_INDEX).all()), "nothing is learned in a prefix"
+                places = own if row is first else positions(row)
+                branches.append(Piece(row, places, shared, len(row.input_ids), before))
+        total += len(roots[-1])
+    return roots + branches
 
 
 def _labels(piece: Piece) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Gated delta-net layers of packed sequences with the kernels of flash-linear-attention, compared with float32 first.
 
-The rule (`chunk_gated_delta_rule`) and the convolution (`causal_conv1d`) take the bounds of pieces and first states, and
-give gradients for both (https://github.com/fla-org/flash-linear-attention, 0.6.0). They are called so that a change of
-rows is no new call to tune: Triton tunes by heads, by sizes and by which of the states there are.
+The rule (`chunk_gated_delta_rule`) takes the bounds of pieces and first states, and gives gradients for both
+(https://github.com/fla-org/flash-linear-attention, 0.6.0). It is called so that a change of rows is no new call to tune:
+Triton tunes by heads, by sizes and by which of the states there are. Convolution and norms are kernels of ours.
 """
 
 from __future__ import annotations
@@ -12,38 +12,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from qwen_vl_sft.families import delta_gradient
+from qwen_vl_sft.families.delta_convolution import convolved
 from qwen_vl_sft.families.delta_norms import gated_norm, normalised
-from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, RoundRule, in_order_of_rounds
+from qwen_vl_sft.families.gated_delta_net import TORCH, Operations, RoundRule, heads
 
 
 def convolve(layer: Any, projected: torch.Tensor, pieces: dict[str, Any], before: torch.Tensor | None) -> torch.Tensor:
-    """Convolve each piece behind the inputs before it: [1, T, C] -> [1, T, C], in the order of the rounds."""
-    from fla.modules.causal_conv1d import causal_conv1d
-
-    if layer.activation not in ("silu", "swish"):
+    """Convolve each piece behind the inputs before it: [1, T, C] -> [1, T, C]."""
+    if layer.activation not in ("silu", "swish") or layer.conv1d.bias is not None:
         return TORCH.convolve(layer, projected, pieces, before)
-    # [S, C, kernel]; of its first input no output is made.
-    first = None
     if before is not None:
-        first = F.pad(before.to(projected.dtype), (1, 0))
-    elif "before" in pieces:
-        places = pieces["before"]
-        inputs = projected[0].index_select(0, places.flatten().clamp(min=0)).unflatten(0, places.shape)
-        first = inputs.masked_fill((places < 0).unsqueeze(-1), 0).transpose(1, 2).contiguous()
-    weight = layer.conv1d.weight.squeeze(1)
-    mixed, _ = causal_conv1d(
-        projected,
-        weight,
-        layer.conv1d.bias,
-        initial_state=first,
-        activation="silu",
-        cu_seqlens=pieces["bounds"],
-        chunk_indices=pieces["chunks"],
-    )
-    return in_order_of_rounds(mixed, pieces)
+        projected = torch.cat([projected, before.transpose(1, 2).flatten(0, 1)[None].to(projected.dtype)], dim=1)
+    return convolved(projected, layer.conv1d.weight.squeeze(1), pieces)
+
+
+def normalised_heads(layer: Any, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split what was convolved [1, T, C] into query, key and value [1, T, heads, D], the first two of length one."""
+    query, key, value = heads(layer, mixed)
+    return normalised(query), normalised(key), value
 
 
 def rule(layer: Any) -> RoundRule:
@@ -66,8 +54,8 @@ def delta_rule(
 
     query, key, value, decay, beta = inputs
     found: tuple[torch.Tensor, torch.Tensor] = chunk_gated_delta_rule(
-        normalised(query),
-        normalised(key),
+        query,
+        key,
         value,
         g=decay,
         beta=beta,
@@ -84,4 +72,4 @@ def norm(layer: Any, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor
     return gated_norm(attended, gate, layer.norm.weight, layer.norm.variance_epsilon)
 
 
-KERNELS = Operations(convolve, rule, norm)
+KERNELS = Operations(convolve, normalised_heads, rule, norm)

@@ -3,7 +3,8 @@
 Such a layer (https://arxiv.org/abs/2412.06464) carries two things from token to token: the last inputs of a short causal
 convolution, and a state that the gated delta rule writes to. transformers 5.23 lets both run from one packed row into the
 next. Here an index puts the last inputs of its parent before each piece, zeros for a piece without one; the rule runs over
-all pieces without a parent, and then over the others, each from its parent's last state. Gradients flow back through both.
+all pieces without a parent, which stand first, and then over the others, each from its parent's last state. Gradients flow
+back through both.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ class Operations:
 
     Attributes:
         convolve: takes a layer, the projected inputs [1, T, C], `PIECES`, and the inputs before each piece [S, C, kernel - 1]
-            where these stand outside of the sequence, else None; gives [1, T, C] in the order of the rounds.
+            where these stand outside of the sequence, else None; gives [1, T, C].
+        heads: takes a layer and what was convolved, and gives query, key and value [1, T, heads, D] as the rule takes them.
         rule: gives the gated delta rule of a layer.
         norm: takes a layer, attended values and their gate [N, D], and normalises: [N, D].
     """
 
     convolve: Callable[[Any, torch.Tensor, dict[str, Any], torch.Tensor | None], torch.Tensor]
+    heads: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     rule: Callable[[Any], RoundRule]
     norm: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -58,33 +61,47 @@ Choice = Callable[[Any, torch.Tensor, dict[str, Any]], Operations]
 def pieces_of(layout: PackedLayout, kernel_size: int) -> dict[str, Any]:
     """Return what layers with a convolution over `kernel_size` tokens need of a packed sequence of T tokens, S pieces.
 
-    The rule takes pieces in rounds: those without a parent, then those with one. `history` [T + S * (kernel_size - 1)]
-    puts the inputs before each piece in front of it, by their positions, T for one that is zero; `positions` [T] are those
-    in the convolved sequence of the tokens in the order of the rounds; `lengths` has the tokens of the pieces of each
-    round. `bounds` [S + 1] int32 and `chunks` [chunks, 2] int32 (the piece, and its chunk) are what kernels take of the
-    sequence, `round_bounds` and `round_chunks` of each round. Where some have a parent, `parents` are the numbers of
-    theirs in the first round, `before` [S, kernel_size] the positions whose inputs stand before a piece, -1 for zero, the
-    first of them always, `order` [T] the position of each token of the rounds, and `back` [T] its opposite.
+    The rule takes pieces in rounds: those without a parent, which stand first, then those with one. `lengths` has the tokens
+    of the pieces of each round, `round_bounds` [pieces + 1] int32 where they begin and end in it, and `round_chunks` [chunks,
+    2] int32 the piece and the chunk of each chunk.
+
+    `history` [T + S * (kernel_size - 1)] puts the inputs before each piece in front of it, by their positions, T for one that
+    is zero; `positions` [T] are those of the tokens in the convolved sequence. `window` [T, kernel_size - 1] int32 has the
+    same for kernels: the positions of the inputs before each token, the nearest first, -1 for zero.
+
+    Where some have a parent, `parents` are the numbers of theirs in the first round. Inputs at `taken` [N] int32 stand before
+    tokens that do not follow them in the sequence: number i before those of `takers` [`taken_bounds`[i] to
+    `taken_bounds`[i + 1], 2] int32, a token and how far before it.
     """
     width, total = kernel_size - 1, sum(layout.lengths)
+    roots = sum(parent is None for parent in layout.parents)
+    assert None not in layout.parents[roots:], "pieces without a parent stand first"
     tokens = torch.arange(total).split(list(layout.lengths))
     nothing = torch.full((width,), total)
     past = [nothing if parent is None else torch.cat([nothing, tokens[parent]])[-width:] for parent in layout.parents]
-    roots = [number for number, parent in enumerate(layout.parents) if parent is None]
-    branches = [number for number, parent in enumerate(layout.parents) if parent is not None]
-    found = _in_rounds(layout.lengths, past, [numbers for numbers in (roots, branches) if numbers])
-    if branches:
-        places = {number: place for place, number in enumerate(roots)}
-        parents = [layout.parents[number] for number in branches]
-        assert all(parent in places for parent in parents), "a prefix goes on from nothing"
-        found["parents"] = torch.tensor([places[parent] for parent in parents if parent is not None])
-        found["order"] = torch.cat([tokens[number] for number in [*roots, *branches]])
-        found["back"] = found["order"].argsort()
-        inputs = [nothing if parent is None else torch.cat([nothing, tokens[parent]]) for parent in layout.parents]
-        before = torch.stack([torch.cat([nothing, own])[-kernel_size:] for own in inputs])
-        before[:, 0] = total
-        found["before"] = before.where(before < total, -1)
+    rounds = [run for run in (layout.lengths[:roots], layout.lengths[roots:]) if run]
+    found = _in_rounds(rounds, past)
+    found["window"] = found["window"].where(found["window"] < total, -1)
+    if roots < len(layout.lengths):
+        parents = layout.parents[roots:]
+        assert all(parent is not None and parent < roots for parent in parents), "a prefix goes on from nothing"
+        found["parents"] = torch.tensor(parents)
+        found |= _taken(found["window"])
     return found
+
+
+def _taken(window: torch.Tensor) -> dict[str, Any]:
+    """Return which inputs tokens take that do not follow them in the sequence, and which tokens do (`pieces_of`)."""
+    steps = torch.arange(1, window.shape[1] + 1)
+    elsewhere = (window >= 0) & (window != torch.arange(len(window))[:, None] - steps)
+    takers, places = elsewhere.nonzero(as_tuple=True)
+    taken, order = window[takers, places].sort(stable=True)
+    inputs, counts = taken.unique_consecutive(return_counts=True)
+    return {
+        "taken": inputs.int(),
+        "taken_bounds": F.pad(counts.cumsum(0), (1, 0)).int(),
+        "takers": torch.stack([takers[order], places[order] + 1], dim=1).int(),
+    }
 
 
 def round_behind_states(lengths: Sequence[int], kernel_size: int, known: bool) -> dict[str, Any]:
@@ -98,24 +115,27 @@ def round_behind_states(lengths: Sequence[int], kernel_size: int, known: bool) -
     past = list(outside if known else torch.full_like(outside, total))
     tokens = torch.arange(total).split(list(lengths))
     ends = [torch.cat(pair)[-width:] for pair in zip(outside, tokens, strict=True)]
-    return {**_in_rounds(lengths, past, [list(range(len(lengths)))]), "ends": torch.stack(ends), KEPT: True}
+    found = _in_rounds([lengths], past)
+    if not known:
+        found["window"] = found["window"].where(found["window"] < total, -1)
+    return {**found, "ends": torch.stack(ends), KEPT: True}
 
 
-def _in_rounds(lengths: Sequence[int], past: Sequence[torch.Tensor], rounds: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _in_rounds(rounds: Sequence[Sequence[int]], past: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Return the entries of `pieces_of` that every sequence has, for the positions of the inputs before each piece."""
-    tokens = torch.arange(sum(lengths)).split(list(lengths))
+    lengths, width = [length for run in rounds for length in run], len(past[0])
+    tokens = torch.arange(sum(lengths)).split(lengths)
+    history = torch.cat([run for runs in zip(past, tokens, strict=True) for run in runs])
     # A convolution without padding gives fewer values for each piece.
-    convolved = [own + number * len(past[0]) for number, own in enumerate(tokens)]
-    found: dict[str, Any] = {
-        "history": torch.cat([run for runs in zip(past, tokens, strict=True) for run in runs]),
-        "positions": torch.cat([convolved[number] for numbers in rounds for number in numbers]),
-        "lengths": [[lengths[number] for number in numbers] for numbers in rounds],
-        "bounds": _bounds(lengths),
-        "chunks": _chunks(lengths),
+    positions = torch.cat([own + number * width for number, own in enumerate(tokens)])
+    return {
+        "history": history,
+        "positions": positions,
+        "window": history[positions[:, None] + width - 1 - torch.arange(width)].int(),
+        "lengths": [list(run) for run in rounds],
+        "round_bounds": [_bounds(run) for run in rounds],
+        "round_chunks": [_chunks(run) for run in rounds],
     }
-    found["round_bounds"] = [_bounds(own) for own in found["lengths"]]
-    found["round_chunks"] = [_chunks(own) for own in found["lengths"]]
-    return found
 
 
 def _bounds(lengths: Sequence[int]) -> torch.Tensor:
@@ -207,8 +227,7 @@ def attended(
     Returns [1, T, heads * values].
     """
     tokens = projected.shape[1]
-    query, key, value = heads(layer, operations.convolve(layer, projected, pieces, None))
-    beta, decay = (in_order_of_rounds(part, pieces) for part in (beta, decay))
+    query, key, value = operations.heads(layer, operations.convolve(layer, projected, pieces, None))
     found = delta_rule_in_rounds(operations.rule(layer), pieces, query, key, value, decay, beta)
     width = layer.head_v_dim
     normed = operations.norm(layer, found.reshape(-1, width), gate.reshape(-1, width))
@@ -228,7 +247,7 @@ def heads(layer: Any, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 def _convolved(
     layer: Any, projected: torch.Tensor, pieces: dict[str, Any], before: torch.Tensor | None
 ) -> torch.Tensor:
-    """Convolve each piece behind the inputs before it: [1, T, C] -> [1, T, C], in the order of the rounds."""
+    """Convolve each piece behind the inputs before it: [1, T, C] -> [1, T, C]."""
     weight = layer.conv1d.weight
     if before is None:
         known = F.pad(projected, (0, 0, 0, 1))
@@ -246,9 +265,9 @@ def delta_rule_in_rounds(rule: RoundRule, pieces: dict[str, Any], *inputs: torch
     Args:
         rule: gives outputs and last states of a round.
         pieces: of `pieces_of`.
-        *inputs: query, key, value [1, T, heads, D], decay and beta [1, T, heads], in the order of the rounds.
+        *inputs: query, key, value [1, T, heads, D], decay and beta [1, T, heads].
 
-    Returns the output [1, T, heads, D] in the order of the sequence.
+    Returns the output [1, T, heads, D].
     """
     rounds = pieces["lengths"]
     if "parents" not in pieces:
@@ -257,30 +276,7 @@ def delta_rule_in_rounds(rule: RoundRule, pieces: dict[str, Any], *inputs: torch
     first, second = zip(*(tensor.split(totals, dim=1) for tensor in inputs), strict=True)
     prefixes, states = rule(pieces, 0, first, None, True)
     branches, _ = rule(pieces, 1, second, states.index_select(0, pieces["parents"]), False)
-    found: torch.Tensor = _Reordered.apply(torch.cat([prefixes, branches], dim=1), pieces["back"], pieces["order"])
-    return found
-
-
-def in_order_of_rounds(tensor: torch.Tensor, pieces: dict[str, Any]) -> torch.Tensor:
-    """Put what a sequence's tokens have, [1, T, ...], into the order of the rounds of `pieces_of`."""
-    if "order" not in pieces:
-        return tensor
-    found: torch.Tensor = _Reordered.apply(tensor, pieces["order"], pieces["back"])
-    return found
-
-
-class _Reordered(torch.autograd.Function):
-    """Another order of [1, T, ...], whose gradient is read in the opposite one: PyTorch would add it up by atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(back)
-        return tensor.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grad.index_select(1, back), None, None
+    return torch.cat([prefixes, branches], dim=1)
 
 
 def by_piece(rule: Rule) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -335,4 +331,4 @@ def _rounds_in_torch(layer: nn.Module) -> RoundRule:
     return lambda pieces, number, inputs, first, keep: rule(pieces["lengths"][number], inputs, first)
 
 
-TORCH = Operations(_convolved, _rounds_in_torch, lambda layer, attended, gate: layer.norm(attended, gate))
+TORCH = Operations(_convolved, heads, _rounds_in_torch, lambda layer, attended, gate: layer.norm(attended, gate))

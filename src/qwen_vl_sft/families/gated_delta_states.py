@@ -98,7 +98,7 @@ def read(
         if one.begins is not None:
             before, first = (kept.index_select(0, one.begins) for kept in (inputs, states))
         mixed = operations.convolve(layer, projected, one.pieces, before)
-        out, last = rule(one.pieces, 0, [*heads(layer, mixed), decay, beta], first, True)
+        out, last = rule(one.pieces, 0, [*operations.heads(layer, mixed), decay, beta], first, True)
         past = inputs.new_zeros(len(one.ends), *inputs.shape[1:]) if before is None else before
         behind = torch.cat([projected[0], past.transpose(1, 2).flatten(0, 1).to(projected.dtype)])
         ends = behind.index_select(0, one.pieces["ends"].flatten()).view(-1, width, behind.shape[-1])

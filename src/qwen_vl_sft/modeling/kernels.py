@@ -39,7 +39,7 @@ KERNELS = {
     "experts": "what stands around the products of a mixture of experts",
     "patch_embed": "the vision tower's first layer, as a matrix product",
     linear_attention.NAME: "gated delta rule, convolution and norm of linear attention",
-    LORA: "the adapter's product, scaled and added in one call",
+    LORA: "the adapter's products, added to the output and to the gradient of the input",
 }
 FROM_LIGER = ("rms_norm", "swiglu", "rope")
 PLAIN_PYTORCH = ("patch_embed", LORA)

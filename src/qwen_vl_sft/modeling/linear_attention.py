@@ -186,13 +186,9 @@ def tune(config: Any, dtype: torch.dtype, device: torch.device, shared: bool) ->
 
 def _example(shared: bool) -> tuple[list[int], list[int | None]]:
     """Return lengths and parents of pieces like those of a run."""
-    lengths: list[int] = []
-    parents: list[int | None] = []
-    for length in _TUNED_ROWS:
-        prefix = len(lengths)
-        lengths += [length, 60, 40] if shared else [length]
-        parents += [None, prefix, prefix] if shared else [None]
-    return lengths, parents
+    branches = [(place, length) for place in range(len(_TUNED_ROWS)) for length in (60, 40)] if shared else []
+    lengths = [*_TUNED_ROWS, *(length for _, length in branches)]
+    return lengths, [*[None] * len(_TUNED_ROWS), *(place for place, _ in branches)]
 
 
 def _run(operations: Operations, layer: Any, dtype: torch.dtype, kind: Kind, learns: bool) -> None:
