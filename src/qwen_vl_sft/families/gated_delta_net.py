@@ -38,7 +38,7 @@ RoundRule = Callable[
 
 @dataclass(frozen=True)
 class Operations:
-    """What computes the three parts of a layer that are no linear layers.
+    """What computes the parts of a layer that are no linear layers.
 
     Attributes:
         convolve: takes a layer, the projected inputs [1, T, C], `PIECES`, and the inputs before each piece [S, C, kernel - 1]
