@@ -172,7 +172,7 @@ from qwen_vl_sft.families.base import PackedLayout
 from qwen_vl_sft.families.delta_kernels import convolve
 from qwen_vl_sft.families.gated_delta_net import TORCH, pieces_of, round_behind_states
 
-delta_convolution._SIZES["CHANNELS"] = 16
+delta_convolution._SIZES |= {"TOKENS": 32, "CHANNELS": 16}
 torch.manual_seed(0)
 weight = torch.nn.Parameter(torch.randn(20, 1, 4))
 layer = SimpleNamespace(activation="silu", conv1d=SimpleNamespace(weight=weight, bias=None))
@@ -191,11 +191,9 @@ def compare(pieces, tokens, before=None, leaves=True):
         assert torch.allclose(one, other, atol=1e-5), (one - other).abs().max()
 
 
-# Rows apart; prefixes, one shorter than the kernel, with branches of which some are.
-compare(pieces_of(PackedLayout([37, 2, 1, 5], [None] * 4, None), 4), 45)
-compare(pieces_of(PackedLayout([2, 17, 9, 1, 3, 2, 20], [None, None, None, 1, 1, 0, 0], None), 4), 54)
-# The first branch stands right behind its prefix.
-compare(pieces_of(PackedLayout([18, 6, 5, 2], [None, None, 1, 1], None), 4), 31)
+# Rows apart; prefixes, one shorter than the kernel, with branches of which some are, and one right behind its prefix.
+compare(pieces_of(PackedLayout([31, 2, 1, 5], [None] * 4, None), 4), 39)
+compare(pieces_of(PackedLayout([2, 14, 9, 3, 1, 2, 5], [None, None, None, 2, 1, 0, 0], None), 4), 36)
 # Behind inputs that stand outside of the sequence, or behind none.
 with torch.no_grad():
     for known in (True, False):
