@@ -76,6 +76,8 @@ class PackedCollator:
         # Questions on one image are mostly in one micro-batch; longer than that, decoded images are not kept.
         read_media = reading_once(self.features.read_image if self.features else self.rows.encoder.read_media)
         encoded = [self.rows.encode_all([{"row": row} for row in group], read_media) for group in groups]
+        # Rows that share no prefix end first in the sequence, whose order the row ids have.
+        encoded.sort(key=lambda group: len(group) > 1)
         filled = [group for group in encoded if group] or [[self.rows.filler_row([], read_media)]]
         batch = join(filled, self.positions, self.rows.in_bytes)
         if self.features:
