@@ -42,7 +42,7 @@ from qwen_vl_sft.modeling.attention import use_segmented_vision_attention
 from qwen_vl_sft.modeling.experts import use_grouped_lora
 from qwen_vl_sft.modeling.kernels import use_fused_kernels
 from qwen_vl_sft.planning import find_rows
-from qwen_vl_sft.planning.advice import changes
+from qwen_vl_sft.planning.advice import _faster, changes
 from qwen_vl_sft.planning.cards import CARDS, card_of_device, find_card
 from qwen_vl_sft.planning.check import compare_all, format_table
 from qwen_vl_sft.planning.inputs import Launch, find_shape, read_launch
@@ -665,12 +665,18 @@ def test_what_is_written():
 
 
 def test_a_base_in_fp8_takes_a_byte_a_weight_and_less_time_where_the_card_has_fp8():
-    nf4, fp8, plain = (
+    nf4, fp8, gradients, plain = (
         plan(**{"load_in_4bit": False, "gradient_checkpointing": False, **keys})
-        for keys in ({"load_in_4bit": True}, {"load_in_fp8": True}, {})
+        for keys in ({"load_in_4bit": True}, {"load_in_fp8": True}, {"fp8_gradients": True}, {})
     )
     assert nf4.memory.weights < fp8.memory.weights < 0.65 * plain.memory.weights
     assert fp8.step.seconds < 0.85 * plain.step.seconds
+    assert gradients.memory == plain.memory
+    assert fp8.step.seconds < gradients.step.seconds < 0.95 * plain.step.seconds
+    assert {"fp8_gradients: true", "load_in_fp8: true"} <= {change.text for change in _faster(plain)}
+    assert "load_in_fp8: true, fp8_gradients: false" in {change.text for change in _faster(gradients)}
+    with pytest.raises(UserError, match="fp8_gradients: A100 80 GB has no products in FP8"):
+        plan(("gpu", "a100-80"), load_in_4bit=False, fp8_gradients=True)
     with pytest.raises(UserError, match="A100 80 GB has no products in FP8; use load_in_4bit"):
         plan(("gpu", "a100-80"), load_in_4bit=False, load_in_fp8=True)
     with pytest.raises(UserError, match="DeepSpeed cannot split FP8 weights"):

@@ -73,9 +73,12 @@ def _faster(plan: RunPlan) -> Iterator[Change]:
         yield Change("cache_image_features: bfloat16", plan.changed(cache_image_features="bfloat16"))
     dense = plan.shape.text.experts is None
     if model.use_peft and dense and plan.card.fp8 and not model.load_in_fp8 and not model.use_dora:
-        in_fp8 = plan.changed(load_in_4bit=False, load_in_8bit=False, load_in_fp8=True)
-        instead = "".join(f", {key}: false" for key in ("load_in_4bit", "load_in_8bit") if getattr(model, key))
+        others = ("load_in_4bit", "load_in_8bit", "fp8_gradients")
+        in_fp8 = plan.changed(load_in_4bit=False, load_in_8bit=False, fp8_gradients=False, load_in_fp8=True)
+        instead = "".join(f", {key}: false" for key in others if getattr(model, key))
         yield Change(f"load_in_fp8: true{instead}", in_fp8, same=False)
+        if not instead:
+            yield Change("fp8_gradients: true", plan.changed(fp8_gradients=True), same=False)
     if model.load_in_4bit or model.load_in_8bit:
         yield Change(
             "load_in_4bit: false" if model.load_in_4bit else "load_in_8bit: false",
@@ -151,7 +154,7 @@ def _packed(plan: RunPlan) -> Change:
 
 def _in_4bit(plan: RunPlan) -> tuple[dict[str, Any], str]:
     """Return the keys of a base in 4 bits in place of 8, and their text."""
-    others = ("load_in_8bit", "load_in_fp8")
+    others = ("load_in_8bit", "load_in_fp8", "fp8_gradients")
     text = "".join(f", {key}: false" for key in others if getattr(plan.recipe.model, key))
     return {"load_in_4bit": True, **dict.fromkeys(others, False)}, f"load_in_4bit: true{text}"
 

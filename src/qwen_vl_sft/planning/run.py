@@ -76,6 +76,7 @@ class RunPlan:
             else 16,
             nested=model.use_bnb_nested_quant,
             fp8=bool(model.load_in_fp8),
+            fp8_gradients=bool(model.fp8_gradients),
             stored=4 if model.dtype == "float32" else 2,
             mixed=bool(recipe.mixed_precision),
             adapted=adapted,

@@ -78,11 +78,11 @@ def step_time(training: Training, card: Card, work: Work, micro_batches: float, 
     device = (computed.weights / PRODUCTS + computed.attention / attention) / card.flops
     device += _unaligned_flops(training, work) * (1 / UNALIGNED - 1 / PRODUCTS) / card.flops
     device += _expert_flops(training, work, checkpointed) * (1 / GROUPED - 1 / PRODUCTS) / card.flops
-    if training.fp8:
+    if training.fp8 or training.fp8_gradients:
         # The frozen layers' products of the forward pass, of the gradients, and of layers computed again; those of experts
         # are taken to be as fast as in half precision.
-        layers = training.quantized_weights - training.shape.expert_weights
-        in_fp8 = 2 * layers * work.tokens * (2 + passes_of(training, checkpointed).recomputed)
+        passes = 2 + passes_of(training, checkpointed).recomputed if training.fp8 else 1
+        in_fp8 = 2 * training.language_weights * work.tokens * passes
         device -= in_fp8 * (1 / PRODUCTS - 1 / FP8_PRODUCTS) / card.flops
     device += _traffic(training, work, micro_batches, checkpointed) / (card.bandwidth * BANDWIDTH)
     again = HOST_AGAIN * checkpointed / training.blocks + HOST_FULL * training.full
@@ -131,6 +131,9 @@ def _traffic(training: Training, work: Work, micro_batches: float, checkpointed:
     if training.fp8:
         # Transposed for the backward pass: read, written.
         unpacked = 2 * training.quantized_weights * micro_batches
+    elif training.fp8_gradients:
+        # Quantized and transposed for the backward pass: read and written twice.
+        unpacked = (training.stored + 3) * training.language_weights * micro_batches
     elif training.bits in (4, 8):
         # Unpacked once for the forward pass and once for the backward pass: read, written, read.
         unpacked = 2 * weights * (NF4_NESTED_BYTES + 2 * training.computed) * micro_batches

@@ -35,6 +35,7 @@ class Training:
         bits: of the base's linear weights: 4, 8, 16 or 32.
         nested: 4-bit constants are quantized too.
         fp8: 8-bit weights are FP8, those of the language model alone, and so are its products.
+        fp8_gradients: products that give gradients of inputs are FP8 in the language model, whose weights are not.
         stored: bytes of every other weight of the base.
         mixed: layers compute in half precision, whatever their weights are stored in.
         adapted: the layers with LoRA; None when the model's own weights train.
@@ -58,6 +59,7 @@ class Training:
     bits: int = 16
     nested: bool = True
     fp8: bool = False
+    fp8_gradients: bool = False
     stored: int = HALF
     mixed: bool = True
     adapted: tuple[Linear, ...] | None = ()
@@ -100,8 +102,13 @@ class Training:
     @property
     def quantized_weights(self) -> int:
         """Return the number of weights of linear layers and experts that are held in `bits`."""
-        layers = sum(entry.weights for entry in self.shape.linears if not self.fp8 or entry.part == "language")
+        layers = self.language_weights if self.fp8 else sum(entry.weights for entry in self.shape.linears)
         return layers + self.shape.expert_weights
+
+    @property
+    def language_weights(self) -> int:
+        """Return the number of weights of the language model's linear layers, without experts."""
+        return sum(entry.weights for entry in self.shape.linears if entry.part == "language")
 
     @property
     def trained_weights(self) -> int:
