@@ -71,6 +71,10 @@ def test_keys_without_an_effect_are_told(keys, told):
         ({"fp16": True}, "float32, computed in float16"),
         ({"dtype": "bfloat16", "use_peft": False}, "bfloat16, what trains is kept in float32"),
         ({"dtype": "bfloat16"}, "bfloat16"),
+        (
+            {"dtype": "bfloat16", "fp8_gradients": "emulation"},
+            "bfloat16, gradients of inputs by products in FP8, emulated in float32",
+        ),
     ],
 )
 def test_the_plan_tells_what_is_computed_in(keys, told):

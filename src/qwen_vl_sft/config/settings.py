@@ -176,9 +176,6 @@ class ModelSettings:
         if self.load_in_4bit:
             double = ", double quantization" if self.use_bnb_nested_quant else ""
             return f"4-bit {self.bnb_4bit_quant_type} weights{double}, computed in {self.dtype}"
-        if self.fp8_gradients:
-            emulated = ", emulated in float32" if self.fp8_gradients == "emulation" else ""
-            return f"{self.dtype}, gradients of inputs by products in FP8{emulated}"
         return self.dtype
 
 

@@ -21,6 +21,7 @@ from qwen_vl_sft.evaluation.metrics import headline_in_log
 from qwen_vl_sft.families.base import BoxForm
 from qwen_vl_sft.modeling import linear_attention
 from qwen_vl_sft.modeling.base_model import format_parameters
+from qwen_vl_sft.modeling.fp8.computation import EMULATION
 from qwen_vl_sft.modeling.kernels import FROM_LIGER
 from qwen_vl_sft.modeling.structure import ModelStructure
 from qwen_vl_sft.training.plan_warnings import (
@@ -93,9 +94,12 @@ def _precision(recipe: Recipe, on_cpu: bool = False) -> str:
     words = recipe.model.precision
     # A CPU has no mixed precision of float16.
     mixed = None if on_cpu and recipe.get("fp16") else recipe.mixed_precision
+    fp8 = recipe.model.fp8_gradients
+    emulated = ", emulated in float32" * (fp8 == EMULATION)
+    gradients = f", gradients of inputs by products in FP8{emulated}" if fp8 else ""
     if words == "float32" and mixed:
-        return f"{words}, computed in {mixed}"
-    return f"{words}{', what trains is kept in float32' * keeps_float32(recipe)}"
+        return f"{words}, computed in {mixed}{gradients}"
+    return f"{words}{gradients}{', what trains is kept in float32' * keeps_float32(recipe)}"
 
 
 def _kernel_lines(
