@@ -24,6 +24,7 @@ from qwen_vl_sft.modeling.fp8 import plain
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.fused import use_fp8_kernels
 from qwen_vl_sft.modeling.fp8.linear import FP8Linear
+from qwen_vl_sft.modeling.fp8.projections import join_projections
 from qwen_vl_sft.modeling.fp8.weights import dequantize, quantize_rows
 from qwen_vl_sft.modeling.kernels import use_fused_kernels
 
@@ -85,10 +86,11 @@ def test_fused_layers_compute_what_the_model_does_and_stay():
     expected = outcome()
     layers = len(model.model.language_model.layers)
     assert use_fp8_kernels(model, ["rms_norm", "mlp"], plain) == {"rms_norm": 2 * layers, "mlp": layers}
+    assert join_projections(model, plain) == layers
     # liger's kernels, of which none runs on a CPU, leave all but the last norm alone.
     assert use_fused_kernels(model, ["rms_norm", "swiglu"]) == {"rms_norm": 1, "swiglu": 0}
     del model.model.language_model.norm.forward
-    # Sums in another order round a few values the other way, and gate and up share the scales of their gradients; in four
+    # Sums in another order round a few values the other way, and layers of one input share the scales of gradients; in four
     # layers that comes to less than what rounding costs.
     for found, wanted in zip(outcome(), expected, strict=True):
         assert (found - wanted).norm() < 0.05 * wanted.norm()

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +22,15 @@ from qwen_vl_sft.config.settings import ModelSettings
 from qwen_vl_sft.distributed.context import DistributedContext
 from qwen_vl_sft.modeling.base_model import build_on_meta
 from qwen_vl_sft.modeling.fp8 import fused, plain
+from qwen_vl_sft.modeling.fp8.adapters import AdapterPair, base_and_adapter
 from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
+from qwen_vl_sft.modeling.fp8.computation import problems_of_fp8_kernels
 from qwen_vl_sft.modeling.fp8.experts import expert_product, packed_stack, selected_rows, transposed_stack
-from qwen_vl_sft.modeling.fp8.fused import NormProduct, _base_and_adapter, _Norm
+from qwen_vl_sft.modeling.fp8.fused import NormProduct, _Norm
 from qwen_vl_sft.modeling.fp8.gradients import ProductWithFP8Gradient
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, Normed, QuantizedInput, packed, transpose
-from qwen_vl_sft.modeling.fp8.mlp import AdapterPair, SwiGLUProduct, mlp
+from qwen_vl_sft.modeling.fp8.mlp import SwiGLUProduct, mlp
+from qwen_vl_sft.modeling.fp8.projections import join_projections
 from qwen_vl_sft.modeling.fp8.weights import E4M3, LARGEST, Quantized, dequantize, quantize_rows, scale_of
 from qwen_vl_sft.modeling.kernels import use_fused_lora
 from qwen_vl_sft.modeling.model_rules import DEVICE_RULES, problems_of_structure
@@ -283,7 +287,7 @@ def test_adapters_behind_a_norm_do_not_keep_its_output(where):
             INPUTS.keep(normed, INPUTS.of(normed, quantize_rows))
         if where == "attention":
             return adapted[0](normed) * adapted[1](normed)
-        gate, up, down = (_base_and_adapter(layer, normed) for layer in adapted)
+        gate, up, down = (base_and_adapter(layer, normed) for layer in adapted)
         return mlp(normed, [gate, up, down], plain)
 
     found = []
@@ -341,6 +345,79 @@ def test_adapters_of_a_fused_mlp_are_those_of_its_layers(adapted, monkeypatch):
         torch.autograd.grad(found, [x, *trained], grad), torch.autograd.grad(wanted, [x, *trained], grad), strict=True
     )
     assert max(distance(one, other) for one, other in pairs) < 0.06
+
+
+class Attention(nn.Module):
+    """The projections of an attention, and outputs that depend on all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = fp8_layer(48, 32, True)[0], fp8_layer(16, 32, True, seed=1)[0]
+        self.v_proj = fp8_layer(16, 32, seed=2)[0]
+
+    def forward(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return torch.cat([q, k * v, k.square()], -1)
+
+
+def attention(targets):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=targets)
+    model = get_peft_model(nn.Sequential(Attention()), config) if targets else nn.Sequential(Attention())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]])
+@pytest.mark.parametrize("normed", [False, True])
+def test_projections_of_one_input_compute_together_what_they_do_alone(targets, normed):
+    model, trained = attention(targets)
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    norm = SimpleNamespace(weight=torch.rand(32), variance_epsilon=1e-6)
+
+    def outcome():
+        y = model(_Norm(plain)(norm, x) if normed else x)
+        return y.detach(), torch.autograd.grad(y.sin().sum(), [x, *trained])
+
+    alone, wanted = outcome()
+    assert join_projections(model, plain) == 1
+    together, found = outcome()
+    assert distance(together, alone) < 1e-6
+    assert distance(found[0], wanted[0]) < 0.05, "gradients are rounded with one scale"
+    apart = [distance(one, other) for one, other in zip(found[1:], wanted[1:], strict=True)]
+    assert max(apart, default=0) < 1e-5, apart
+    with torch.no_grad():
+        assert torch.equal(model(x.detach()), model(x.detach()))
+    # What is not computed in their order, or for another input, is computed alone.
+    (attention_layer,) = [module for module in model.modules() if isinstance(module, Attention)]
+    other = torch.randn(3, 32)
+    attention_layer.q_proj(x)
+    assert distance(attention_layer.k_proj(other), attention_layer.k_proj(other.clone())) < 1e-6
+    # An input without a gradient, as the first layer's.
+    y = model(x.detach())
+    assert not trained or all(grad.abs().sum() > 0 for grad in torch.autograd.grad(y.sum(), trained))
+
+
+def test_one_scale_for_the_gradients_of_all_projections_loses_nothing():
+    """The gradient of their input is as near the unrounded one as that of each alone, added up."""
+    model, _ = attention([])
+    x = torch.randn(64, 32, requires_grad=True)
+
+    def gradient():
+        (found,) = torch.autograd.grad(model(x).sin().sum(), x)
+        return found
+
+    alone = gradient()
+    join_projections(model, plain)
+    together = gradient()
+    bases = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    for base in bases:
+        base.computation = Computation(True, False, emulated=True)
+        del base.forward
+    exact = gradient()
+    assert distance(together, exact) < 1.1 * distance(alone, exact)
 
 
 def test_layers_that_are_computed_again_give_the_same_gradients():
@@ -510,6 +587,15 @@ def test_what_cannot_work_in_fp8_is_refused(keys, told):
     assert told is None or told in found[0]
 
 
+def test_kernels_of_both_directions_are_refused_where_one_is_in_16_bits():
+    settings = ModelSettings(model_name_or_path=str(tiny.MODEL_DIR), load_in_fp8=True, fp8_forward=False)
+    assert not list(problems_of_fp8_kernels(settings, on_cpu=False))
+    named = replace(settings, fp8_kernels=["quantize", "projections", "mlp"])
+    told = list(problems_of_fp8_kernels(named, on_cpu=False))
+    assert [problem.split(" computes")[0] for problem in told] == ["fp8_kernels: mlp", "fp8_kernels: projections"]
+    assert not list(problems_of_fp8_kernels(replace(named, fp8_forward=True), on_cpu=False))
+
+
 @pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
 def test_gpus_without_products_in_fp8_are_refused(capability, works, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -555,6 +641,11 @@ for size in (48, 128, 300, 9008):
         assert torch.equal(found.scales, wanted.scales)
         apart = (found.values.float() - wanted.values.float()).abs()
         assert (apart <= 2.0**-8).all(), apart.max()
+    parts = [x[:, start:].contiguous() for start in (0, size // 3, size // 2)]
+    numbers = [columns[-part.shape[1] :] for part in parts]
+    found, wanted = (f(parts, numbers) for f in (kernels.quantize_together, plain.quantize_together))
+    assert torch.equal(found.scales, wanted.scales)
+    assert ((found.values.float() - wanted.values.float()).abs() <= 2.0**-8).all()
 gate, up, grad = (torch.randn(4, 5000) for _ in range(3))
 kept, own = torch.empty_like(gate), torch.empty_like(gate)
 assert torch.equal(kernels.swiglu(gate, up, kept).scales, plain.swiglu(gate, up, own).scales)

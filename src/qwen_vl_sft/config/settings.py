@@ -118,8 +118,8 @@ class ModelSettings:
     fp8_backward: bool = key(True, "load_in_fp8: products that give gradients of inputs in FP8; false: in dtype")
     fp8_kernels: Literal["auto"] | list[str] | None = key(
         "auto",
-        "load_in_fp8: auto for all Triton kernels, or a list of quantize, transpose, rms_norm, mlp; unset disables them."
-        " fp8_gradients: of the first two",
+        "load_in_fp8: auto for all Triton kernels, or a list of quantize, transpose, rms_norm, projections, mlp; unset"
+        " disables them. fp8_gradients: of the first two",
     )
     fp8_gradients: bool | Literal["emulation"] = key(
         False,

@@ -31,6 +31,7 @@ from qwen_vl_sft.modeling.base_model import (
     trained_parts,
 )
 from qwen_vl_sft.modeling.experts import check_adapted, use_grouped_lora
+from qwen_vl_sft.modeling.fp8.computation import join_chosen_projections
 from qwen_vl_sft.modeling.fp8.gradients import use_fp8_gradients
 from qwen_vl_sft.modeling.kernels import LORA, use_fused_kernels, use_fused_lora
 from qwen_vl_sft.modeling.lora import EXPERTS
@@ -110,6 +111,7 @@ def finish_model(model: Any, accelerator: Any, run: Run) -> None:
                 print(f"experts     each of the {count:,} has an adapter that trains", flush=True)
         if LORA in run.chosen.fused_kernels:
             use_fused_lora(model)
+        join_chosen_projections(model, recipe.model, context.on_cpu)
     elif recipe.get("bf16") and context.strategy in ("single", "ddp"):
         # ZeRO and FSDP2 see to it themselves. Without bf16 there is nothing to compute in but the weights as they are.
         keep_trained_weights_in_float32(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ class CheckedKernels:
 
         self._check("quantize", (x.shape[1], x.dtype, columns is None), "quantize_rows", weights, x, examples)
         return kernels.quantize_rows(x, columns)
+
+    def quantize_together(self, parts: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> Quantized:
+        """Quantize rows side by side; see `plain.quantize_together`."""
+
+        def examples() -> Any:
+            own = [_numbers(part, part.shape[1]).flip(0) for part in parts]
+            return own, [_columns(part) for part in own]
+
+        key = *(part.shape[1] for part in parts), parts[0].dtype
+        self._check("projections", key, "quantize_together", plain, parts[0], examples)
+        return kernels.quantize_together(parts, columns)
 
     def transpose(self, *parts: torch.Tensor) -> torch.Tensor:
         """Transpose weights; see `plain.transpose`."""

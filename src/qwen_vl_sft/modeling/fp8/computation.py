@@ -12,12 +12,14 @@ from qwen_vl_sft.errors import shortened
 from qwen_vl_sft.modeling.fp8.fused import use_fp8_kernels
 from qwen_vl_sft.modeling.fp8.linear import Computation
 from qwen_vl_sft.modeling.fp8.products import problem_of_device
+from qwen_vl_sft.modeling.fp8.projections import join_projections
 
 EMULATION: Final = "emulation"
 KERNELS = {
     "quantize": "scale and values of a row in one pass",
     "transpose": "a weight, for the gradient of its input",
     "rms_norm": "normalisation that quantizes its output",
+    "projections": "q, k and v as one function, with one product for the gradient of their input",
     "mlp": "gate, up, activation and down with everything between the products in one pass each way",
 }
 
@@ -50,8 +52,10 @@ def problems_of_fp8_kernels(settings: ModelSettings, on_cpu: bool) -> Iterator[s
         yield f"fp8_kernels: {shortened(', '.join(unknown))} is unknown; known are {', '.join(known)}"
     elif wanted and on_cpu:
         yield f"fp8_kernels: {', '.join(wanted)} run on CUDA only; leave the key out on a CPU"
-    elif wanted and not (settings.fp8_forward and settings.fp8_backward) and "mlp" in (settings.fp8_kernels or ()):
-        yield "fp8_kernels: mlp computes both directions in FP8; leave it out, or set fp8_forward and fp8_backward"
+    elif not (settings.fp8_forward and settings.fp8_backward) and isinstance(settings.fp8_kernels, list):
+        for name in sorted({"projections", "mlp"}.intersection(wanted)):
+            way_out = "leave it out, or set fp8_forward and fp8_backward"
+            yield f"fp8_kernels: {name} computes both directions in FP8; {way_out}"
 
 
 def problem_of_fp8(settings: ModelSettings, on_cpu: bool) -> str | None:
@@ -81,6 +85,15 @@ def computation_of(settings: ModelSettings, on_cpu: bool) -> Computation:
         kernels.quantize_rows if "quantize" in wanted else plain.quantize,
         kernels.transpose if "transpose" in wanted else plain.transpose,
     )
+
+
+def join_chosen_projections(model: nn.Module, settings: ModelSettings, on_cpu: bool) -> int:
+    """Have q, k and v of a model with its adapter compute together where a recipe chooses it; return how many layers do."""
+    if "projections" not in chosen_fp8_kernels(settings, on_cpu):
+        return 0
+    from qwen_vl_sft.modeling.fp8.checked import CheckedKernels
+
+    return join_projections(model, CheckedKernels())
 
 
 def use_chosen_fp8_kernels(model: nn.Module, settings: ModelSettings, on_cpu: bool) -> dict[str, int]:

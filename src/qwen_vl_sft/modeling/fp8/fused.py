@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from qwen_vl_sft.families.registry import family_of
+from qwen_vl_sft.modeling.fp8.adapters import base_and_adapter
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, Normed
-from qwen_vl_sft.modeling.fp8.mlp import AdapterPair, SwiGLUProduct, mlp
+from qwen_vl_sft.modeling.fp8.mlp import SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
 # The longest row that the norm's kernel takes.
@@ -86,6 +87,8 @@ class NormProduct(torch.autograd.Function):
         normed, quantized, rstd = kernels.rms_norm(rows, weight, epsilon)
         ctx.save_for_backward(rows, weight, rstd)
         ctx.shape, ctx.kernels = x.shape, kernels
+        # Autograd would write zeros for the others.
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*quantized, rstd)
         return normed.view(x.shape), *quantized, rstd
 
@@ -101,34 +104,10 @@ class _MLP(_Fused):
     """The forward of an MLP."""
 
     def __call__(self, layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        found = [_base_and_adapter(one, hidden_states) for one in (layer.gate_proj, layer.up_proj, layer.down_proj)]
+        found = [base_and_adapter(one, hidden_states) for one in (layer.gate_proj, layer.up_proj, layer.down_proj)]
         if None not in found and all(base.computation.backward for base, _ in found):  # type: ignore[misc]
             return mlp(hidden_states, found, self.kernels)  # type: ignore[arg-type]
         gate, up = layer.gate_proj(hidden_states), layer.up_proj(hidden_states)
         activated, values, scales = SwiGLUProduct.apply(gate, up, self.kernels)
         INPUTS.keep(activated, Quantized(values, scales))
         return layer.down_proj(activated)  # type: ignore[no-any-return]
-
-
-def _base_and_adapter(layer: nn.Module, x: torch.Tensor) -> tuple[FP8Linear, AdapterPair | None] | None:
-    """Return an FP8 layer with what its one active adapter adds; None where it is another layer, or adds otherwise."""
-    from peft.tuners.lora import LoraLayer
-
-    if isinstance(layer, FP8Linear):
-        return layer, None
-    if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), FP8Linear):
-        return None
-    base: Any = layer.get_base_layer()
-    if layer.disable_adapters:
-        return base, None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.lora_variant or any(layer.lora_bias.values()):
-        return None
-    (name,) = active
-    dropout: Any = layer.lora_dropout[name]
-    down: Any = layer.lora_A[name].weight
-    up: Any = layer.lora_B[name].weight
-    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-    if drops or not (torch.is_autocast_enabled(x.device.type) or x.dtype == down.dtype):
-        return None
-    return base, AdapterPair(down, up, layer.scaling[name])

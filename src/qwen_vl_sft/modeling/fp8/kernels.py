@@ -6,6 +6,8 @@ bit of an exponential or a square root.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -81,6 +83,38 @@ def _quantize_short_rows(x, values, scales, stride, rows, size, ROWS: tl.constex
     bits = _scale_bits(tl.max(tl.abs(part), 1))
     tl.store(values + row[:, None] * size + at, (part * _inverse(bits)[:, None]).to(tl.float8e4nv), mask=inside)
     tl.store(scales + row, _scale(bits), mask=row < rows)
+
+
+@triton.jit
+def _folded(x, columns, start, size, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    part = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    return part * tl.load(columns + start + at, mask=at < size, other=0.0)
+
+
+@triton.jit
+def _put(values, part, inverse, size, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(values + at, (part * inverse).to(tl.float8e4nv), mask=at < size)
+
+
+@triton.jit
+def _quantize_three(
+    x, y, z, columns, values, scales, x_size, y_size, z_size, X: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    size = x_size + y_size + z_size
+    one = _folded(x + row * x_size, columns, 0, x_size, X)
+    two = _folded(y + row * y_size, columns, x_size, y_size, Y)
+    three = _folded(z + row * z_size, columns, x_size + y_size, z_size, Z)
+    largest = tl.maximum(tl.maximum(tl.max(tl.abs(one), 0), tl.max(tl.abs(two), 0)), tl.max(tl.abs(three), 0))
+    bits = _scale_bits(largest)
+    inverse = _inverse(bits)
+    values += row * size
+    _put(values, one, inverse, x_size, X)
+    _put(values + x_size, two, inverse, y_size, Y)
+    _put(values + x_size + y_size, three, inverse, z_size, Z)
+    tl.store(scales + row, _scale(bits))
 
 
 @triton.jit
@@ -248,6 +282,17 @@ def quantize_rows(x: torch.Tensor, columns: torch.Tensor | None = None) -> Quant
         PARTS=parts,
         num_warps=warps,
     )
+    return Quantized(values, scales)
+
+
+def quantize_together(parts: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> Quantized:
+    """Quantize three parts of rows side by side; see `plain.quantize_together`."""
+    sizes = [part.shape[1] for part in parts]
+    values, scales = _empty(parts[0], len(parts[0]), sum(sizes))
+    blocks = dict(zip("XYZ", map(triton.next_power_of_2, sizes), strict=True))
+    warps = min(16, max(1, triton.next_power_of_2(sum(sizes)) // 512))
+    numbers = torch.cat(list(columns))
+    _quantize_three[(len(scales),)](*parts, numbers, values, scales, *sizes, **blocks, num_warps=warps)
     return Quantized(values, scales)
 
 

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from qwen_vl_sft.modeling.fp8.adapters import AdapterPair, add, add_gradient, as_rows, gradients
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, Normed, computed_type
 from qwen_vl_sft.modeling.fp8.products import product
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
 # Rows that the backward pass takes at once: the widest values of all rows are never there together.
 CHUNK = 8192
-
-
-class AdapterPair(NamedTuple):
-    """What LoRA adds to a layer: `scaling` * B A x, with A [r, in] and B [out, r]."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
 
 
 def mlp(x: torch.Tensor, layers: Sequence[tuple[FP8Linear, AdapterPair | None]], kernels: Any) -> torch.Tensor:
@@ -44,7 +37,7 @@ class SwiGLUProduct(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.kernels = kernels
         kept = torch.empty_like(gate)
-        quantized = kernels.swiglu(_rows(gate), _rows(up), _rows(kept))
+        quantized = kernels.swiglu(as_rows(gate), as_rows(up), as_rows(kept))
         ctx.mark_non_differentiable(*quantized)
         return kept, *quantized
 
@@ -52,7 +45,7 @@ class SwiGLUProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Compute the gradients of gate and up."""
         gate, up = ctx.saved_tensors
-        found = ctx.kernels.swiglu_gradients(_rows(grads[0]), _rows(gate), _rows(up))
+        found = ctx.kernels.swiglu_gradients(as_rows(grads[0]), as_rows(gate), as_rows(up))
         return *(grad.view(gate.shape) for grad in found), None
 
 
@@ -82,16 +75,16 @@ class MLPProduct(torch.autograd.Function):
         dtype = computed_type(x)
         adapters = [None if part is None else part.to(dtype) for part in parts[9:]]
         a_gate, b_gate, a_up, b_up, a_down, b_down = adapters
-        rows = _rows(x).to(dtype) if a_gate is not None or a_up is not None else None
+        rows = as_rows(x).to(dtype) if a_gate is not None or a_up is not None else None
         # With autocast the adapters' products would be cast once more.
         with torch.autocast(x.device.type, enabled=False):
             gate = product(quantized, *gate_layer, emulated=emulated).to(dtype)
             up = product(quantized, *up_layer, emulated=emulated).to(dtype)
-            in_gate = _add(gate, rows, a_gate, b_gate, scalings[0])
-            in_up = _add(up, rows, a_up, b_up, scalings[1])
+            in_gate = add(gate, rows, a_gate, b_gate, scalings[0])
+            in_up = add(up, rows, a_up, b_up, scalings[1])
             kept = None if a_down is None else torch.empty_like(gate)
             found = product(kernels.swiglu(gate, up, kept), *down_layer, emulated=emulated).to(dtype)
-            in_down = _add(found, kept, a_down, b_down, scalings[2])
+            in_down = add(found, kept, a_down, b_down, scalings[2])
         frozen = (*gate_layer[:2], *up_layer[:2], *down_layer[:2])
         made_of = (rows, None, None) if rows is None or normed is None else normed
         ctx.save_for_backward(*made_of, gate, up, in_gate, in_up, in_down, *frozen, *adapters)
@@ -107,7 +100,7 @@ class MLPProduct(torch.autograd.Function):
         a_gate, b_gate, a_up, b_up, a_down, b_down = saved[6:]
         kernels, emulated, scalings = ctx.kernels, ctx.emulated, ctx.scalings
         found: list[torch.Tensor | None] = [None] * 6
-        grads_of_rows = _rows(grads[0]).contiguous()
+        grads_of_rows = as_rows(grads[0]).contiguous()
         x_grad = grads_of_rows.new_empty(len(gate), gate_values.shape[1], dtype=gate.dtype)
         with torch.autocast(gate.device.type, enabled=False):
             to_inner, to_x = kernels.transpose(down_values), kernels.transpose(gate_values, up_values)
@@ -117,13 +110,13 @@ class MLPProduct(torch.autograd.Function):
                 quantized = kernels.quantize_rows(grad, down_scales)
                 inner = product(quantized, to_inner, None, None, emulated).to(gate.dtype)
                 activated = None if a_down is None else torch.empty_like(gate_part)
-                of_inside = None if a_down is None else _add_gradient(inner, grad, b_down, scalings[2], a_down)
+                of_inside = None if a_down is None else add_gradient(inner, grad, b_down, scalings[2], a_down)
                 kept = None if rows is None else (torch.empty_like(gate_part), torch.empty_like(up_part))
                 # Both of one scale a row, so that one product adds up what goes to x.
                 both = kernels.swiglu_backward(inner, gate_part, up_part, gate_scales, up_scales, kept, activated)
                 del inner
                 if activated is not None:
-                    own = _gradients(grad, activated, in_down[part], of_inside, scalings[2])
+                    own = gradients(grad, activated, in_down[part], of_inside, scalings[2])
                     _accumulate(found, 4, own)
                     del activated
                 of_x = product(both, to_x, None, None, emulated, out=x_grad[part])
@@ -132,44 +125,12 @@ class MLPProduct(torch.autograd.Function):
                     source = rows[part] if rstd is None else Normed(rows[part], rstd[part], weight)
                     for at, (inside, a, b) in enumerate(((in_gate, a_gate, b_gate), (in_up, a_up, b_up))):
                         if a is not None:
-                            of_inside = _add_gradient(of_x, kept[at], b, scalings[at], a)
-                            own = _gradients(kept[at], source, inside[part], of_inside, scalings[at])
+                            of_inside = add_gradient(of_x, kept[at], b, scalings[at], a)
+                            own = gradients(kept[at], source, inside[part], of_inside, scalings[at])
                             _accumulate(found, 2 * at, own)
         shape, dtype = ctx.input
         trained = [None if one is None else one.to(kind) for one, kind in zip(found, ctx.trained, strict=True)]
         return x_grad.to(dtype).view(shape) if ctx.needs_input_grad[0] else None, *(None,) * 14, *trained
-
-
-def _add(
-    output: torch.Tensor,
-    rows: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor | None:
-    """Add scaling * B A x to a layer's output in place; return A x [M, r], None without an adapter."""
-    if rows is None or a is None or b is None:
-        return None
-    inside = rows @ a.t()
-    output.addmm_(inside, b.t(), alpha=scaling)
-    return inside
-
-
-def _add_gradient(
-    x_grad: torch.Tensor, grad: torch.Tensor, b: torch.Tensor, scaling: float, a: torch.Tensor
-) -> torch.Tensor:
-    """Add an adapter's part to the gradient of its input, from that of its output; return the gradient of A x."""
-    of_inside = (grad @ b) * scaling
-    x_grad.addmm_(of_inside, a)
-    return of_inside
-
-
-def _gradients(
-    grad: torch.Tensor, rows: torch.Tensor | Normed, inside: torch.Tensor, of_inside: Any, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of A and B from those of A x and of a layer's output."""
-    of_a = rows.times(of_inside) if isinstance(rows, Normed) else of_inside.t() @ rows
-    return of_a, (grad.t() @ inside) * scaling
 
 
 def _accumulate(found: list[torch.Tensor | None], at: int, parts: Sequence[torch.Tensor]) -> None:
@@ -177,7 +138,3 @@ def _accumulate(found: list[torch.Tensor | None], at: int, parts: Sequence[torch
     for number, part in enumerate(parts, at):
         before = found[number]
         found[number] = part.float() if before is None else before.add_(part)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])

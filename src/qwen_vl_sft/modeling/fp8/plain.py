@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qwen_vl_sft.modeling.fp8.linear import transpose as transpose_one
@@ -55,6 +57,11 @@ def swiglu_backward(
     for target, found in zip(kept or (), both, strict=False):
         target.copy_(found)
     return quantize_rows(torch.cat(both, 1), torch.cat([gate_columns, up_columns]))
+
+
+def quantize_together(parts: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> Quantized:
+    """Quantize rows [M, N] side by side [M, sum of N], each column times its number: all of one scale a row."""
+    return quantize_rows(torch.cat(list(parts), 1), torch.cat(list(columns)))
 
 
 def transpose(*parts: torch.Tensor) -> torch.Tensor:
