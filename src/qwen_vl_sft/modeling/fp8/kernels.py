@@ -14,10 +14,11 @@ import triton.language as tl
 
 from qwen_vl_sft.modeling.fp8.weights import E4M3, Quantized
 
-# A row that is longer is read in parts, twice: the second time from the L2 cache, which holds the rows of more of the blocks
-# that run at once the more warps each has. Of six sizes these were the fastest on an H200 at 18,944 values.
-_LONGEST_IN_ONE = 8192
-_PART, _WARPS = 4096, 16
+# A row that is longer is read in parts, which a program keeps in its registers until it knows the scale of all. One block of
+# the next power of two would leave many of them empty. The second is of rows of several tensors.
+_LONGEST, _LONGEST_WIDE = 8192, 4096
+# Values that a warp reads at once: eight, 16 bytes, a thread.
+_OF_A_WARP = 256
 _TILE = 128
 # Rows of at most so many values, as the parts of a row that have a scale each, are quantized by so many in a program.
 _SHORT, _SHORT_ROWS = 256, 32
@@ -47,30 +48,19 @@ def _quantize_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
-    values += row * size
-    if PARTS == 1:
-        at = tl.arange(0, BLOCK)
+    largest, held = tl.zeros([BLOCK], tl.float32), ()
+    for number in tl.static_range(PARTS):
+        at = number * BLOCK + tl.arange(0, BLOCK)
         part = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
         if FOLD:
             part *= tl.load(columns + at, mask=at < size, other=0.0)
-        bits = _scale_bits(tl.max(tl.abs(part), 0))
-        tl.store(values + at, (part * _inverse(bits)).to(tl.float8e4nv), mask=at < size)
-    else:
-        largest = tl.zeros([BLOCK], tl.float32)
-        for number in range(PARTS):
-            at = number * BLOCK + tl.arange(0, BLOCK)
-            part = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-            if FOLD:
-                part *= tl.load(columns + at, mask=at < size, other=0.0)
-            largest = tl.maximum(largest, tl.abs(part))
-        bits = _scale_bits(tl.max(largest, 0))
-        inverse = _inverse(bits)
-        for number in range(PARTS):
-            at = number * BLOCK + tl.arange(0, BLOCK)
-            part = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-            if FOLD:
-                part *= tl.load(columns + at, mask=at < size, other=0.0)
-            tl.store(values + at, (part * inverse).to(tl.float8e4nv), mask=at < size)
+        largest = tl.maximum(largest, tl.abs(part))
+        held += (part,)  # type: ignore[assignment]
+    bits = _scale_bits(tl.max(largest, 0))
+    inverse = _inverse(bits)
+    for number in tl.static_range(PARTS):
+        at = number * BLOCK + tl.arange(0, BLOCK)
+        tl.store(values + row * size + at, (held[number] * inverse).to(tl.float8e4nv), mask=at < size)
     tl.store(scales + row, _scale(bits))
 
 
@@ -157,26 +147,21 @@ def _silu_product(gate, up, at, size):
 @triton.jit
 def _swiglu(gate, up, kept, values, scales, size, KEEP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    gate += row * size
-    up += row * size
-    values += row * size
-    largest = tl.zeros([BLOCK], tl.float32)
-    for number in range(PARTS):
+    largest, held = tl.zeros([BLOCK], tl.float32), ()
+    for number in tl.static_range(PARTS):
         at = number * BLOCK + tl.arange(0, BLOCK)
-        part = _silu_product(gate, up, at, size)
+        part = _silu_product(gate + row * size, up + row * size, at, size)
         if KEEP:
             rounded = part.to(kept.dtype.element_ty)
             tl.store(kept + row * size + at, rounded, mask=at < size)
             part = rounded.to(tl.float32)
         largest = tl.maximum(largest, tl.abs(part))
+        held += (part,)  # type: ignore[assignment]
     bits = _scale_bits(tl.max(largest, 0))
     inverse = _inverse(bits)
-    for number in range(PARTS):
+    for number in tl.static_range(PARTS):
         at = number * BLOCK + tl.arange(0, BLOCK)
-        part = _silu_product(gate, up, at, size)
-        if KEEP:
-            part = part.to(kept.dtype.element_ty).to(tl.float32)
-        tl.store(values + at, (part * inverse).to(tl.float8e4nv), mask=at < size)
+        tl.store(values + row * size + at, (held[number] * inverse).to(tl.float8e4nv), mask=at < size)
     tl.store(scales + row, _scale(bits))
 
 
@@ -224,8 +209,8 @@ def _swiglu_backward(
     of_gate += row * size
     of_up += row * size
     values += row * size * 2
-    largest = tl.zeros([BLOCK], tl.float32)
-    for number in range(PARTS):
+    largest, held = tl.zeros([BLOCK], tl.float32), ()
+    for number in tl.static_range(PARTS):
         at = number * BLOCK + tl.arange(0, BLOCK)
         dg, du, both = _swiglu_gradients(grad, gate, up, at, size)
         if KEEP:
@@ -233,18 +218,16 @@ def _swiglu_backward(
             tl.store(of_up + at, du.to(of_up.dtype.element_ty), mask=at < size)
         if PRODUCT:
             tl.store(product + row * size + at, both.to(product.dtype.element_ty), mask=at < size)
-        dg *= tl.load(gate_columns + at, mask=at < size, other=0.0)
-        du *= tl.load(up_columns + at, mask=at < size, other=0.0)
+        dg *= tl.load(gate_columns + at, mask=at < size, other=0.0).to(tl.float32)
+        du *= tl.load(up_columns + at, mask=at < size, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.maximum(tl.abs(dg), tl.abs(du)))
+        held += (dg, du)  # type: ignore[assignment]
     bits = _scale_bits(tl.max(largest, 0))
     inverse = _inverse(bits)
-    for number in range(PARTS):
+    for number in tl.static_range(PARTS):
         at = number * BLOCK + tl.arange(0, BLOCK)
-        dg, du, _ = _swiglu_gradients(grad, gate, up, at, size)
-        dg *= tl.load(gate_columns + at, mask=at < size, other=0.0)
-        du *= tl.load(up_columns + at, mask=at < size, other=0.0)
-        tl.store(values + at, (dg * inverse).to(tl.float8e4nv), mask=at < size)
-        tl.store(values + size + at, (du * inverse).to(tl.float8e4nv), mask=at < size)
+        tl.store(values + at, (held[2 * number] * inverse).to(tl.float8e4nv), mask=at < size)
+        tl.store(values + size + at, (held[2 * number + 1] * inverse).to(tl.float8e4nv), mask=at < size)
     tl.store(scales + row, _scale(bits))
 
 
@@ -269,7 +252,7 @@ def quantize_rows(x: torch.Tensor, columns: torch.Tensor | None = None) -> Quant
         grid = (triton.cdiv(rows, _SHORT_ROWS),)
         _quantize_short_rows[grid](x, values, scales, x.stride(0), rows, size, **sizes, num_warps=8)
         return Quantized(values, scales)
-    block, parts, warps = _blocks(size)
+    block, parts, warps = _blocks(size, _LONGEST)
     _quantize_rows[(rows,)](
         x,
         x if columns is None else columns,
@@ -304,7 +287,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[tor
         x.new_empty(rows, dtype=torch.float32),
     )
     values, scales = _empty(x, rows, size)
-    block, _, warps = _blocks(size)
+    block, _, warps = _blocks(size, _LONGEST)
     _rms_norm[(rows,)](x, weight, y, values, scales, rstd, size, epsilon, BLOCK=block, num_warps=warps)
     return y, Quantized(values, scales), rstd
 
@@ -312,7 +295,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[tor
 def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the rows that `rms_norm` took."""
     out, size = torch.empty_like(x), x.shape[1]
-    block, _, warps = _blocks(size)
+    block, _, warps = _blocks(size, _LONGEST)
     _rms_norm_backward[(len(x),)](grad, x, weight, rstd, out, size, BLOCK=block, num_warps=warps)
     return out
 
@@ -321,7 +304,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, kept: torch.Tensor | None = Non
     """Return silu(gate) * up of rows [M, I], quantized; written to `kept` as well, from which it is then quantized."""
     rows, size = gate.shape
     values, scales = _empty(gate, rows, size)
-    block, parts, warps = _blocks(size, wide=True)
+    block, parts, warps = _blocks(size, _LONGEST_WIDE)
     _swiglu[(rows,)](
         gate,
         up,
@@ -341,7 +324,7 @@ def swiglu_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     """Return the gradients of gate and up [M, I] from that of silu(gate) * up, in their type."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     rows, size = gate.shape
-    block = min(_PART, triton.next_power_of_2(size))
+    block = min(_LONGEST_WIDE, triton.next_power_of_2(size))
     _swiglu_both_gradients[(rows, triton.cdiv(size, block))](
         grad.contiguous(), gate, up, of_gate, of_up, size, BLOCK=block, num_warps=8
     )
@@ -357,16 +340,19 @@ def swiglu_backward(
     kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     activated: torch.Tensor | None = None,
 ) -> Quantized:
-    """Return the gradients of gate and up, quantized; see `plain.swiglu_backward`."""
+    """Return the gradients of gate and up, quantized; see `plain.swiglu_backward`.
+
+    The numbers of the columns are powers of two, which are exact in bfloat16: every row reads all of them.
+    """
     rows, size = gate.shape
     values, scales = _empty(gate, rows, 2 * size)
-    block, parts, warps = _blocks(size, wide=True)
+    block, parts, warps = _blocks(size, _LONGEST_WIDE, kept=2 if kept is None and activated is None else 3)
     _swiglu_backward[(rows,)](
         grad,
         gate,
         up,
-        gate_columns,
-        up_columns,
+        gate_columns.to(torch.bfloat16),
+        up_columns.to(torch.bfloat16),
         *(kept or (gate, up)),
         gate if activated is None else activated,
         values,
@@ -396,9 +382,20 @@ def _empty(like: torch.Tensor, rows: int, size: int) -> tuple[torch.Tensor, torc
     return like.new_empty(rows, size, dtype=E4M3), like.new_empty(rows, 1, dtype=torch.float32)
 
 
-def _blocks(size: int, wide: bool = False) -> tuple[int, int, int]:
-    """Return how many values are read at once, how often, and by how many warps; `wide` rows are of several tensors."""
+def _blocks(size: int, longest: int, kept: int = 1) -> tuple[int, int, int]:
+    """Return how many values of a row are read at once, how often, and by how many warps.
+
+    Up to `longest` they are read at once. A program keeps one number of each value, or two, or more while it also writes
+    others. Of 8, 16 and 32 warps these were the fastest on an H200, for 4,864 to 29,568 values.
+    """
     whole = triton.next_power_of_2(size)
-    if whole <= (_PART if wide else _LONGEST_IN_ONE):
+    if whole <= longest:
         return whole, 1, min(16, max(1, whole // 512))
-    return _PART, triton.cdiv(size, _PART), _WARPS
+    if size <= 10_240:
+        warps = 8
+    elif kept == 1:
+        warps = 16 if size <= 20_480 else 32
+    else:
+        # Of two numbers 32 warps have registers for three parts.
+        warps = 32 if kept == 2 and 16_384 < size <= 24_576 else 16
+    return _OF_A_WARP * warps, triton.cdiv(size, _OF_A_WARP * warps), warps

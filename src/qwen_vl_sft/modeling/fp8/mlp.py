@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from qwen_vl_sft.modeling.fp8.linear import INPUTS, FP8Linear, Normed, computed_
 from qwen_vl_sft.modeling.fp8.products import product
 from qwen_vl_sft.modeling.fp8.weights import Quantized
 
-# Rows that the backward pass takes at once: the widest values of all rows are never there together.
-CHUNK = 8192
+# Rows that the backward pass takes at once, at most: the widest values of all rows are never there together.
+CHUNK = 16384
 
 
 def mlp(x: torch.Tensor, layers: Sequence[tuple[FP8Linear, AdapterPair | None]], kernels: Any) -> torch.Tensor:
@@ -38,6 +39,7 @@ class SwiGLUProduct(torch.autograd.Function):
         ctx.kernels = kernels
         kept = torch.empty_like(gate)
         quantized = kernels.swiglu(as_rows(gate), as_rows(up), as_rows(kept))
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*quantized)
         return kept, *quantized
 
@@ -104,8 +106,10 @@ class MLPProduct(torch.autograd.Function):
         x_grad = grads_of_rows.new_empty(len(gate), gate_values.shape[1], dtype=gate.dtype)
         with torch.autocast(gate.device.type, enabled=False):
             to_inner, to_x = kernels.transpose(down_values), kernels.transpose(gate_values, up_values)
-            for start in range(0, len(gate), CHUNK):
-                part = slice(start, start + CHUNK)
+            # Of one size, as products of few rows are slower.
+            count = math.ceil(len(gate) / CHUNK)
+            for number in range(count):
+                part = slice(len(gate) * number // count, len(gate) * (number + 1) // count)
                 grad, gate_part, up_part = grads_of_rows[part], gate[part], up[part]
                 quantized = kernels.quantize_rows(grad, down_scales)
                 inner = product(quantized, to_inner, None, None, emulated).to(gate.dtype)
