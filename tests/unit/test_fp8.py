@@ -1,10 +1,12 @@
 """FP8 layers in the emulation, and their kernels in Triton's interpreter."""
 
+import copy
 import functools
 import math
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,7 +29,7 @@ from qwen_vl_sft.modeling.fp8.blocks import FP8BlockLinear
 from qwen_vl_sft.modeling.fp8.computation import problems_of_fp8_kernels
 from qwen_vl_sft.modeling.fp8.experts import expert_product, packed_stack, selected_rows, transposed_stack
 from qwen_vl_sft.modeling.fp8.fused import NormProduct, _Norm
-from qwen_vl_sft.modeling.fp8.gradients import ProductWithFP8Gradient
+from qwen_vl_sft.modeling.fp8.gradients import ProductWithFP8Gradient, _Forward
 from qwen_vl_sft.modeling.fp8.linear import INPUTS, Computation, FP8Linear, Normed, QuantizedInput, packed, transpose
 from qwen_vl_sft.modeling.fp8.mlp import SwiGLUProduct, mlp
 from qwen_vl_sft.modeling.fp8.projections import join_projections
@@ -131,6 +133,21 @@ def test_a_16_bit_layer_may_have_its_inputs_gradient_in_fp8(autocast):
     values, scales = quantize_rows(weight)
     wanted = rounded(grad.view(10, 48), scales.view(-1)) @ values.double()
     assert distance(x.grad.view(10, 64), wanted) < (4e-3 if autocast else 1e-6)
+
+
+def test_a_copy_that_trains_in_full_computes_as_any_linear_layer():
+    """As PEFT makes it of a layer in `lora_modules_to_save`."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48).requires_grad_(False)
+    layer.forward = types.MethodType(_Forward(EMULATED), layer)
+    trained = copy.deepcopy(layer).requires_grad_(True)
+    x, plain = torch.randn(5, 64, requires_grad=True), nn.Linear(64, 48)
+    plain.load_state_dict(layer.state_dict())
+    grads = [torch.autograd.grad(one(x).square().sum(), x)[0] for one in (layer, trained, plain)]
+    assert torch.equal(grads[1], grads[2])
+    assert 0 < distance(grads[0], grads[2]) < 0.1
+    trained(x).sum().backward()
+    assert trained.weight.grad is not None
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(False, False), (True, False), (False, True)])
