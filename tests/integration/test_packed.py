@@ -13,13 +13,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fixtures.messages import write_messages
 from fixtures.models import FAMILIES, newer, qwen2_vl
 from fixtures.packed_rows import GROUPS, ROWS, in_order, losses_of, one_at_a_time, token_losses
 from fixtures.processes import launch, run_process
 from qwen_vl_sft import tiny
 from qwen_vl_sft.batching.collator import Collator, pad
 from qwen_vl_sft.batching.global_batch import GlobalBatch
-from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join, prefix_length
+from qwen_vl_sft.batching.packed_collator import MICRO_BATCHES, PackedCollator, join, opening_length, prefix_length
 from qwen_vl_sft.batching.packing import StepPlan, StepSampler
 from qwen_vl_sft.batching.positions import Positions
 from qwen_vl_sft.compat.packed_batches import take_packed_batches
@@ -103,6 +104,49 @@ def test_keys_and_values_are_gathered_in_the_order_of_the_rows(model, encoded):
     one = list(range(text + shared, text + shared + first))
     other = list(range(text + shared + first, text + shared + first + second))
     assert batch["kv_index"].tolist() == [*range(text), *prefix, *prefix, *one, *prefix, *other]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_processor, tmp_path_factory):
+    """Encode rows of `GROUPS` behind a system message: `ROWS`, of which the one without an image begins otherwise."""
+    system = {"role": "system", "content": "Answer in a word or two, in English."}
+    rows = [{**row, "messages": [system, *row["messages"]]} for row in ROWS]
+    data = open_rows(str(write_messages(tmp_path_factory.mktemp("opened"), rows, (84, 56))), "train")
+    return [data.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(rows))]
+
+
+def test_rows_that_begin_alike_are_computed_on_one_opening(model, tolerated, opened):
+    groups = [[opened[place] for place in group] for group in GROUPS]
+    positions = Positions(model.config)
+    if not positions.family.shared_openings:
+        with pytest.raises(AssertionError, match="stand first"):
+            join(groups, positions, share_openings=True)
+        return
+    batch, apart = join(groups, positions, share_openings=True), join(groups, positions)
+    opening = opening_length(opened[0])
+    assert opening > 8
+    # Three of the four groups begin with it; the row without an image has none.
+    assert batch["input_ids"].shape[1] == apart["input_ids"].shape[1] - 2 * opening
+    assert batch["stats"]["tokens"] == batch["input_ids"].shape[1]
+    # Each token attends to as many as before, but for two of the three openings.
+    assert batch["stats"]["tokens_squared"] == apart["stats"]["tokens_squared"] - 2 * opening**2
+    for name in ("shift_labels", "pixel_values", "image_index"):
+        assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(apart[name]))
+    wanted, found = one_at_a_time(model, in_order(groups)), token_losses(model, batch)
+    torch.testing.assert_close(found, wanted, **tolerated)
+    assert largest_difference(gradients(model, wanted), gradients(model, found)) < 1e-5
+
+
+def test_openings_that_differ_are_not_shared(model, encoded, opened):
+    positions = Positions(model.config)
+    pair = [[encoded[0]], [opened[0]]]
+    assert "kv_index" not in join(pair, positions, share_openings=True)
+    if positions.family.shared_openings:
+        both = join([*pair, [encoded[3]], [opened[3]]], positions, share_openings=True)
+        lengths = both["cu_seq_lens_q"].diff().tolist()
+        assert lengths[:2] == [opening_length(encoded[0]), opening_length(opened[0])]
+        wanted = one_at_a_time(model, [encoded[0], opened[0], encoded[3], opened[3]])
+        torch.testing.assert_close(token_losses(model, both), wanted, rtol=0, atol=1e-12)
 
 
 def test_gradients_of_gathered_keys_are_pytorchs(model, encoded, monkeypatch):

@@ -1,9 +1,10 @@
 """Packed micro-batches: rows one after another in one sequence, none of which sees another, prefixes computed once.
 
 Rows of a group share their common prefix, up to the last image before the first answer; what a row has after it is a
-branch. First in the sequence stand the prefixes, and the rows that share none; then all branches, so that layers which
-carry a state compute both runs without reordering tokens. Every token keeps the position it has in its own row, and
-attends to its own row alone: a branch to its prefix and to itself.
+branch. All rows that begin with the same text, as those with one system message do, can share this opening too, up to the
+first image. Openings stand first in the sequence; then the prefixes, and the rows that share none; then all branches, so
+that layers which carry a state compute both runs without reordering tokens. Every token keeps the position it has in its
+own row, and attends to its own row alone: a branch to its opening, to its prefix and to itself.
 """
 
 from __future__ import annotations
@@ -34,16 +35,21 @@ PIXEL_DTYPE = "pixel_dtype"
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of tokens of one row of T tokens. It attends to the token range `before` of the sequence, and to itself."""
+    """A run of tokens of one row of T tokens. It attends to the token ranges `before` of the sequence, and to itself."""
 
     row: Encoded
     positions: torch.Tensor
     start: int
     stop: int
-    before: range
+    before: tuple[range, ...] = ()
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def reach(self) -> int:
+        """Return how many tokens its last one attends to."""
+        return len(self) + sum(map(len, self.before))
 
 
 class PackedCollator:
@@ -54,6 +60,7 @@ class PackedCollator:
         positions: M-RoPE positions of a row.
         dtype: of pixel values, that of the vision tower's input, and of features.
         features: batches bring what the vision tower made of their images before, and no pixels.
+        share_prefixes: rows that come together in no group share their opening, if the family can.
     """
 
     def __init__(
@@ -62,11 +69,17 @@ class PackedCollator:
         positions: Positions,
         dtype: torch.dtype = torch.float32,
         features: FeatureCache | None = None,
+        share_prefixes: bool = False,
     ) -> None:
         self.rows = rows
         self.positions = positions
         self.dtype = dtype
         self.features = features
+        self.share_prefixes = share_prefixes
+
+    def sharing(self, share_prefixes: bool) -> PackedCollator:
+        """Return one that differs in this alone."""
+        return PackedCollator(self.rows, self.positions, self.dtype, self.features, share_prefixes)
 
     def __call__(self, step: Sequence[MicroBatch]) -> dict[str, Any]:
         """Return the micro-batches of a step under `MICRO_BATCHES`, each as `join` makes it."""
@@ -79,7 +92,8 @@ class PackedCollator:
         # Rows that share no prefix end first in the sequence, whose order the row ids have.
         encoded.sort(key=lambda group: len(group) > 1)
         filled = [group for group in encoded if group] or [[self.rows.filler_row([], read_media)]]
-        batch = join(filled, self.positions, self.rows.in_bytes)
+        share = self.share_prefixes and self.positions.family.shared_openings
+        batch = join(filled, self.positions, self.rows.in_bytes, share)
         if self.features:
             # Also where no image is shown: the tower then runs in no batch.
             batch.setdefault("image_features", torch.zeros(0, self.features.width))
@@ -95,8 +109,12 @@ class PackedCollator:
         return batch
 
 
-def join(groups: Sequence[Sequence[Encoded]], positions: Positions, in_bytes: bool = False) -> dict[str, Any]:
+def join(
+    groups: Sequence[Sequence[Encoded]], positions: Positions, in_bytes: bool = False, share_openings: bool = False
+) -> dict[str, Any]:
     """Pack groups of rows with a common prefix into one sequence of T tokens and S pieces that show I different images.
+
+    With `share_openings` groups that begin with the same text before their first image are computed on one copy of it.
 
     Returns `input_ids` [1, T]; `shift_labels` [1, N], the target tokens, and `logit_positions` [N], the positions that
     predict them; `position_ids` [3, 1, T], without a row of text positions, in which transformers would look for the
@@ -106,9 +124,9 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions, in_bytes: bo
     the model's family adds (`ModelFamily.packed_entries`); and `stats`, a `BatchStats` as a dictionary. There is no
     attention mask.
     """
-    pieces = _pieces(groups, positions)
+    pieces = _pieces(groups, positions, share_openings)
     lengths = [len(piece) for piece in pieces]
-    reach = [len(piece) + len(piece.before) for piece in pieces]
+    reach = [piece.reach for piece in pieces]
     starts = [0, *itertools.accumulate(lengths)]
     batch: dict[str, Any] = {
         "input_ids": torch.cat([piece.row.input_ids[piece.start : piece.stop] for piece in pieces])[None],
@@ -123,7 +141,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions, in_bytes: bo
         runs = [
             run
             for piece, start in zip(pieces, starts, strict=False)
-            for run in (piece.before, range(start, start + len(piece)))
+            for run in (*piece.before, range(start, start + len(piece)))
         ]
         batch["kv_index"] = torch.cat([torch.arange(run.start, run.stop) for run in runs])
     shown = [image for piece in pieces for image in _images(piece)]
@@ -133,7 +151,7 @@ def join(groups: Sequence[Sequence[Encoded]], positions: Positions, in_bytes: bo
     visual = torch.cat([piece.row.mm_token_type_ids[piece.start : piece.stop] for piece in pieces]).nonzero()[:, 0]
     assert len(visual) == merged, f"{len(visual)} image tokens for {merged} merged patches"
     by_start = {start: number for number, start in enumerate(starts[:-1])}
-    parents = [by_start[piece.before.start] if piece.before else None for piece in pieces]
+    parents = [by_start[piece.before[-1].start] if piece.before else None for piece in pieces]
     batch |= positions.packed_entries(PackedLayout(lengths, parents, visual))
     batch["stats"] = asdict(_stats(groups, pieces, shown, batch))
     return batch
@@ -168,25 +186,43 @@ def prefix_length(row: Encoded) -> int:
     return int(found[-1]) + 2 if len(found) else 0
 
 
-def _pieces(groups: Sequence[Sequence[Encoded]], positions: Positions) -> list[Piece]:
-    """Return the prefixes, and the rows that share none, then the branches."""
+def opening_length(row: Encoded) -> int:
+    """Return where the text ends that rows can share whatever their images are: before the first, before any answer."""
+    image = row.mm_token_type_ids[: prefix_length(row)].nonzero()
+    return int(image[0]) if len(image) else 0
+
+
+def _pieces(groups: Sequence[Sequence[Encoded]], positions: Positions, share_openings: bool) -> list[Piece]:
+    """Return the openings, then the prefixes, and the rows that share none, then the branches."""
+    places = [positions(group[0]) for group in groups]
+    begins = [opening_length(group[0]) if share_openings else 0 for group in groups]
+    texts = [tuple(group[0].input_ids[:begin].tolist()) for group, begin in zip(groups, begins, strict=True)]
+    openings: list[Piece] = []
     roots: list[Piece] = []
     branches: list[Piece] = []
     total = 0
-    for group in groups:
-        first, own = group[0], positions(group[0])
+    opened: dict[tuple[int, ...], range] = {}
+    for group, own, text in zip(groups, places, texts, strict=True):
+        if text and text not in opened and texts.count(text) > 1:
+            openings.append(Piece(group[0], own, 0, len(text)))
+            opened[text] = range(total, total + len(text))
+            total += len(text)
+    for group, own, text in zip(groups, places, texts, strict=True):
+        first = group[0]
         shared = prefix_length(first) if len(group) > 1 else 0
         assert shared or len(group) == 1, "rows of a group share a prefix"
-        roots.append(Piece(first, own, 0, shared or len(first.input_ids), range(0)))
+        before: tuple[range, ...] = (opened[text],) if text in opened else ()
+        begin = sum(map(len, before))
+        assert bool((first.labels[: begin + 1] == IGNORE_INDEX).all()), "nothing is learned in an opening"
+        roots.append(Piece(first, own, begin, shared or len(first.input_ids), before))
         if shared:
-            before = range(total, total + shared)
+            before += (range(total, total + len(roots[-1])),)
             for row in group:
                 assert torch.equal(row.input_ids[:shared], first.input_ids[:shared]), "rows of a group begin alike"
                 assert bool((row.labels[: shared + 1] == IGNORE_INDEX).all()), "nothing is learned in a prefix"
-                places = own if row is first else positions(row)
-                branches.append(Piece(row, places, shared, len(row.input_ids), before))
+                branches.append(Piece(row, own if row is first else positions(row), shared, len(row.input_ids), before))
         total += len(roots[-1])
-    return roots + branches
+    return openings + roots + branches
 
 
 def _labels(piece: Piece) -> torch.Tensor:
@@ -226,7 +262,7 @@ def _stats(
     return BatchStats(
         tokens=sum(len(piece) for piece in pieces),
         # A piece of n tokens after p others attends to n * p + n * n / 2 of them, a row of n tokens to n * n / 2.
-        tokens_squared=sum(len(piece) ** 2 + 2 * len(piece) * len(piece.before) for piece in pieces),
+        tokens_squared=sum(len(piece) * (2 * piece.reach - len(piece)) for piece in pieces),
         target_tokens=int((batch["shift_labels"] != IGNORE_INDEX).sum()),
         images=len({image.content_hash for image in shown}),
         patches=int(patches.sum()),

@@ -301,6 +301,7 @@ class ModelFamily:
         thinking: whether `enable_thinking` chooses between answers with a thought and answers without one.
         packing: whether rows can be packed.
         shared_prefixes: whether packed rows can share their prefix.
+        shared_openings: whether prefixes that are shared can in turn share the text that they begin with.
         feature_cache: whether features of a frozen tower can be kept on disk.
     """
 
@@ -334,6 +335,7 @@ class ModelFamily:
     thinking: Capability = "its chat template decides by itself whether an answer begins with a thought"
     packing: Capability = True
     shared_prefixes: Capability = True
+    shared_openings: bool = True
     feature_cache: Capability = True
 
     def chat_with(self, enable_thinking: bool) -> ChatFormat:

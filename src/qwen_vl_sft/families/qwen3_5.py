@@ -110,4 +110,6 @@ FAMILY = ModelFamily(
     adapt_template=_adapt_template,
     slow="linear attention, in PyTorch's own operations: exact, slow on a GPU",
     thinking=True,
+    # Its layers compute two rounds of pieces, the second from the states of the first.
+    shared_openings=False,
 )

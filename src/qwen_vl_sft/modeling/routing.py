@@ -159,10 +159,12 @@ class _Tokens:
         if not rows:
             found = torch.zeros_like(ids.flatten())
         elif "kv_index" in batch:
-            # Its own piece takes a token's key once, and each branch of a prefix once more.
-            index = batch["kv_index"]
-            taken = torch.zeros_like(ids.flatten()).index_add_(0, index, torch.ones_like(index))
-            found = (taken - 1).clamp(min=1)
+            # A row ends in a piece whose keys no other piece takes; its tokens are those whose keys that piece takes.
+            index, none = batch["kv_index"], torch.zeros_like(ids.flatten())
+            taken = none.index_add(0, index, torch.ones_like(index))
+            ends = taken[batch["cu_seq_lens_q"][:-1].long()] == 1
+            reach = batch["cu_seq_lens_k"].diff()
+            found = none.index_add(0, index, ends.to(none.dtype).repeat_interleave(reach, output_size=len(index)))
         elif batch.get("attention_mask") is not None:
             found = batch["attention_mask"].flatten().to(ids.dtype)
         else:

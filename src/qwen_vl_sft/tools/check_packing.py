@@ -158,7 +158,7 @@ def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator
         yield name, (padded([{"row": row} for row in group]) for group in groups)
     for name, share in (("packed", False), ("packed, shared", True)):
         (batches,) = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=share).split(chosen)
-        yield name, (batch for micro in batches for batch in collator([[micro]][0])[MICRO_BATCHES])
+        yield name, (batch for micro in batches for batch in collator.sharing(share)([micro])[MICRO_BATCHES])
 
 
 def _losses_and_gradients(

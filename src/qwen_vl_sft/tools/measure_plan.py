@@ -250,6 +250,7 @@ def _measure(prepared: Prepared, setting: Setting, options: CheckPlanOptions) ->
     plan = StepPlan(plan.sizes, plan.batch, setting.tokens_per_batch, plan.processes, plan.seed, setting.share_prefixes)
     layers = Checkpointed(trainer, setting.checkpointed)
     trainer.sampler.take(plan)
+    trainer.data_collator = trainer.data_collator.sharing(setting.share_prefixes)
     trainer.args.max_steps = options.most_steps
     with _segments(setting.expandable), watched_fetching(trainer) as fetched:
         steps = Steps(fetched, _planned(run), layers.count, len(plan), options.warmup, options.steps)

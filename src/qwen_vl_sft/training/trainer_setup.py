@@ -103,9 +103,8 @@ def build_trainer(
     collator: Any = train_collator
     if recipe.run.packing:
         # The vision tower casts pixels to its own type first thing; half the bytes then go to the GPU.
-        collator = PackedCollator(
-            train_collator, positions, model.dtype, data.features.cache if data.features else None
-        )
+        cache = data.features.cache if data.features else None
+        collator = PackedCollator(train_collator, positions, model.dtype, cache, recipe.run.share_prefixes)
     evaluation = data.evaluation
     counter = FlopCounter.of(model.config, recipe.model.use_peft, run.structure.trained_parts, recipe.run.packing)
     safeguards = make_safeguards(
