@@ -53,6 +53,7 @@ BASES: dict[str, dict[str, Any]] = {
     "fp8_backward": {"load_in_fp8": True, "fp8_forward": False},
     "emulation": {"load_in_fp8": "emulation"},
     "fp8_gradients": {"fp8_gradients": True},
+    "emulation_gradients": {"fp8_gradients": "emulation"},
 }
 PADDED_ROWS = 4
 # LoRA begins at zero, where half of its gradients are.

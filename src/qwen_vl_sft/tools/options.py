@@ -95,7 +95,8 @@ class CheckPackingOptions(RecipeOptions):
     precisions: tuple[str, ...] = option(
         ("float32", "bfloat16"),
         "precisions to compare, some of float32, bfloat16, nf4 and fp8 (with bfloat16), fp8_forward and fp8_backward (FP8 in"
-        " one direction), fp8_gradients (bfloat16, with FP8 products in the backward pass), emulation (FP8 on any device)",
+        " one direction), fp8_gradients (bfloat16, with FP8 products in the backward pass), emulation and"
+        " emulation_gradients (the same on any device)",
         parse=names,
         shown="float32,bfloat16",
     )
