@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -148,6 +149,19 @@ def test_a_copy_that_trains_in_full_computes_as_any_linear_layer():
     assert 0 < distance(grads[0], grads[2]) < 0.1
     trained(x).sum().backward()
     assert trained.weight.grad is not None
+
+
+def test_an_adapter_leaves_the_fp8_gradient_of_its_layer_as_it_is():
+    found = []
+    for fused_lora in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 48).requires_grad_(False)
+        layer.forward = types.MethodType(_Forward(EMULATED), layer)
+        model = get_peft_model(nn.Sequential(layer), LoraConfig(r=4, target_modules=["0"]))
+        assert not fused_lora or use_fused_lora(model) == 1
+        x = torch.randn(5, 64, requires_grad=True)
+        found += torch.autograd.grad(model(x).square().sum(), x)
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(False, False), (True, False), (False, True)])
@@ -406,7 +420,11 @@ def test_projections_of_one_input_compute_together_what_they_do_alone(targets, n
     apart = [distance(one, other) for one, other in zip(found[1:], wanted[1:], strict=True)]
     assert max(apart, default=0) < 1e-5, apart
     with torch.no_grad():
-        assert torch.equal(model(x.detach()), model(x.detach()))
+        inputs = torch.randn(2, 7, 32)
+        assert torch.equal(model(inputs), model(inputs))
+        held = weakref.ref(inputs)
+        del inputs
+        assert held() is None, "an evaluation would keep the input of each layer"
     # What is not computed in their order, or for another input, is computed alone.
     (attention_layer,) = [module for module in model.modules() if isinstance(module, Attention)]
     other = torch.randn(3, 32)

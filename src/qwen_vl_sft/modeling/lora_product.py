@@ -20,6 +20,9 @@ _IN_4_BITS = "Linear4bit"
 
 def fits(base: Any, x: torch.Tensor) -> bool:
     """Return whether a layer is a linear one that does not learn and computes in the type of its input."""
+    if "forward" in vars(base):
+        # Its gradient is not that of its type, as with `fp8_gradients`.
+        return False
     if type(base) is nn.Linear:
         dtype = base.weight.dtype
     elif type(base).__name__ == _IN_4_BITS:

@@ -51,7 +51,8 @@ class Joined:
         """Compute one of the layers."""
         if number == 0:
             self._outputs = self._compute(x) if not args and not kwargs and torch.is_grad_enabled() else {}
-            self._input = x
+            # Kept while something is still to be asked for: no longer, as it is large.
+            self._input = x if self._outputs else None
         if x is not self._input or number not in self._outputs:
             return self._alone[number](x, *args, **kwargs)  # type: ignore[no-any-return]
         output = self._outputs.pop(number)
