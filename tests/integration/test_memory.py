@@ -75,14 +75,14 @@ def test_the_largest_micro_batch_is_as_large_as_any(tiny_processor):
         plan = StepPlan(data.lengths, GlobalBatch(rows_per_step), 700, 2, seed=1, share_prefixes=share)
 
         def cost(batch, plan=plan):
-            return sum(plan.sizes.of(group) for group in batch).sum()
+            return plan.costs(batch).sum() if batch else 0
 
         met = max(
             cost(batch) for epoch in (0, 1) for step in plan.steps(epoch) for batches in step for batch in batches
         )
         largest = largest_micro_batch(plan)
         assert cost(largest) >= met
-        assert sum(plan.sizes.of(group)[0] for group in largest) <= 700
+        assert plan.tokens_of(largest) <= 700
         assert sum(len(group) for group in largest) <= rows_per_step
 
 
@@ -91,10 +91,17 @@ def test_the_largest_step_is_limited_by_its_rows():
     assert largest_micro_batch(plan) == [[1], [3]]
 
 
+def test_the_largest_micro_batch_has_an_opening_once():
+    sizes = sizes_of([30] * 6, prefix=[*range(6)], prefix_tokens=[25] * 6, opening_tokens=20)
+    plan = StepPlan(sizes, GlobalBatch(6), 50, 1, seed=0, share_prefixes=True)
+    largest = largest_micro_batch(plan)
+    assert (len(largest), plan.tokens_of(largest)) == (3, 20 + 3 * 10)
+
+
 def most_met(plan, epochs=4):
-    """Tokens, and tokens with patches, of the micro-batches of some epochs that have most of them."""
+    """Tokens, and tokens with patches, of the micro-batches of some epochs that have most of them, openings aside."""
     batches = [batch for epoch in range(epochs) for step in plan.steps(epoch) for part in step for batch in part]
-    costs = [sum(plan.sizes.of(group) for group in batch) for batch in batches if batch]
+    costs = [plan.costs(batch).sum(axis=0) for batch in batches if batch]
     return max(tokens for tokens, _ in costs), max(sum(cost) for cost in costs)
 
 
@@ -115,13 +122,15 @@ def test_a_step_shows_more_images_than_whole_groups_would(rows_per_step, images)
 @st.composite
 def questions_on_images(draw):
     """Images of 4 patches a token with up to 30 questions on each, and rows of text."""
-    rows = []
+    rows, opening = [], draw(st.one_of(st.just(0), st.integers(1, 40)))
     images = draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(1, 20)), max_size=8))
     for number, (picture, questions, longest) in enumerate(images):
         lengths = draw(st.lists(st.integers(1, longest), min_size=questions, max_size=questions))
         rows += [(picture + length, 4 * picture, number, picture, 4 * picture) for length in lengths]
     rows += [(length, 0, -1, 0, 0) for length in draw(st.lists(st.integers(1, 80), min_size=not rows, max_size=20))]
-    return sizes_of(*(list(column) for column in zip(*draw(st.permutations(rows)), strict=True)))
+    rows = [(opening + row[0], *row[1:3], opening * (row[2] >= 0) + row[3], row[4]) for row in rows]
+    columns = (list(column) for column in zip(*draw(st.permutations(rows)), strict=True))
+    return sizes_of(*columns, opening_tokens=opening)
 
 
 @settings(max_examples=80)
@@ -130,15 +139,15 @@ def questions_on_images(draw):
     st.one_of(
         st.integers(1, 40).map(GlobalBatch), st.integers(80, 1500).map(lambda tokens: GlobalBatch(tokens=tokens))
     ),
-    st.integers(80, 500),
+    st.integers(120, 540),
     st.integers(1, 3),
     st.booleans(),
 )
 def test_no_micro_batch_needs_more_than_the_one_that_is_tried_but_for_a_row(sizes, batch, budget, processes, share):
     plan = StepPlan(sizes, batch, budget, processes, seed=3, share_prefixes=share)
     largest = largest_micro_batch(plan)
-    tokens, patches = sum(sizes.of(group) for group in largest)
-    assert tokens <= budget
+    tokens, patches = plan.costs(largest).sum(axis=0)
+    assert plan.tokens_of(largest) <= budget
     assert sum(map(len, largest)) <= batch.most(sizes.tokens)[0]
     assert len({row for group in largest for row in group}) == sum(map(len, largest))
     assert most_met(plan)[1] <= tokens + patches + (sizes.tokens + sizes.patches).max()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
-from fixtures.messages import write_messages
+from fixtures.family_runs import write_recipe
+from fixtures.messages import conversation_row, png, write_messages
 from fixtures.models import FAMILIES, newer, qwen2_vl
 from fixtures.packed_rows import GROUPS, ROWS, in_order, losses_of, one_at_a_time, token_losses
 from fixtures.processes import launch, run_process
@@ -30,6 +33,9 @@ from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.modeling import gathered_keys, gathered_keys_kernel
 from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.previewing.inspection import _batches
+from qwen_vl_sft.tools.prepared_run import set_up
+from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
 
 
 def pixels(row):
@@ -147,6 +153,63 @@ def test_openings_that_differ_are_not_shared(model, encoded, opened):
         assert lengths[:2] == [opening_length(encoded[0]), opening_length(opened[0])]
         wanted = one_at_a_time(model, [encoded[0], opened[0], encoded[3], opened[3]])
         torch.testing.assert_close(token_losses(model, both), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def charts(tiny_processor, tmp_path_factory):
+    """Scan rows with and without a system message, two or three on an image each, and return them with those encoded."""
+    system = {"role": "system", "content": "Answer in a word or two, in English."}
+    folder, rows = tmp_path_factory.mktemp("charts"), []
+    for number in range(12):
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / f"images/{number}.png").write_bytes(png("red", (56 + 28 * (number % 3), 56 + 28 * (number % 5))))
+        for question in ("Which color?", "Is it blue? " * (1 + number % 4), "a")[: 2 + number % 2]:
+            rows.append(conversation_row(f"<image>{question}", "red " * (1 + number % 3), [f"images/{number}.png"]))
+
+    def scanned(name, rows):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = scan(open_rows(str(folder / f"{name}.jsonl"), "train"), Encoder(tiny_processor))
+        return data.lengths, [data.rows.encode({"row": index}, Encoder(tiny_processor)) for index in range(len(rows))]
+
+    behind = [{**row, "messages": [system, *row["messages"]]} for row in rows]
+    return {"one opening": scanned("alike", behind), "two openings": scanned("mixed", [*behind[:15], *rows[15:]])}
+
+
+def test_scanned_openings_are_those_of_the_encoded_rows(charts, encoded, tiny_processor, messages_folder):
+    lengths, rows = charts["one opening"]
+    assert {opening_length(row) for row in rows} == {lengths.opening_tokens}
+    assert lengths.opening_tokens > 8
+    assert lengths.select(np.array([3, 1])).opening_tokens == lengths.opening_tokens
+    assert charts["two openings"][0].opening_tokens == 0
+    # A row without an image has none, so that not all rows begin with it.
+    for count, opening in ((5, opening_length(encoded[0])), (6, 0)):
+        found = scan(open_rows(str(messages_folder(ROWS[:count])), "train"), Encoder(tiny_processor))
+        assert found.lengths.opening_tokens == opening
+
+
+@settings(max_examples=60)
+@given(st.data(), st.sampled_from(["one opening", "two openings"]), st.integers(90, 600), st.sampled_from([1, 2, 3]))
+def test_micro_batches_have_the_tokens_that_are_planned(charts, data, name, budget, processes):
+    lengths, rows = charts[name]
+    picked = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1, unique=True))
+    assert lengths.tokens.max() <= 90
+    plan = StepPlan(lengths, GlobalBatch(rows=40), budget, processes, 0, share_prefixes=True)
+    stub = SimpleNamespace(
+        encode_all=lambda items, read_media: [rows[item["row"]] for item in items],
+        filler_row=lambda items, read_media: rows[0],
+        encoder=SimpleNamespace(read_media=None),
+        in_bytes=False,
+    )
+    collator = PackedCollator(stub, Positions(AutoConfig.from_pretrained(tiny.MODEL_DIR)), share_prefixes=True)
+    for step in plan.split(picked):
+        for groups, batch in zip(step, collator(step)[MICRO_BATCHES], strict=True):
+            tokens = batch["stats"]["tokens"]
+            assert tokens <= budget
+            if groups:
+                # Of rows that begin in several ways the collator shares more than is planned.
+                assert (
+                    (tokens == plan.tokens_of(groups)) if lengths.opening_tokens else (tokens <= plan.tokens_of(groups))
+                )
 
 
 def test_gradients_of_gathered_keys_are_pytorchs(model, encoded, monkeypatch):
@@ -283,6 +346,23 @@ def test_any_mix_of_rows(mixed, picked, share):
     batch = join([[encoded[place] for place in group] for group in groups.values()], Positions(model.config))
     wanted = one_at_a_time(model, [encoded[place] for place in in_order(groups.values())])
     torch.testing.assert_close(token_losses(model, batch), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_run_plans_the_openings_that_its_model_shares(shares, hybrid_model, tmp_path):
+    """The layers of a hybrid share none."""
+    model = tiny.MODEL_DIR if shares else hybrid_model
+    keys = yaml.safe_load(write_recipe(tmp_path / "recipe.yaml", model, tokens_per_batch=300).read_text())
+    run, data = set_up(None, {**keys, "output_dir": str(tmp_path / "run"), "eval_strategy": "no", "use_cpu": True})
+    assert data.train.lengths.opening_tokens > 0
+    assert (data.step_plan.opening > 0) == shares
+    collator = build_trainer(run, sft_config(run), data).data_collator
+    for step in data.step_plan.split(range(40)):
+        for groups, batch in zip(step, collator(step)[MICRO_BATCHES], strict=True):
+            assert batch["stats"]["tokens"] == data.step_plan.tokens_of(groups) <= 300
+    (*_, shared) = _batches(run.recipe, SimpleNamespace(lengths=data.train.lengths, is_good=np.ones(1)))
+    assert shared.way == "packed, prefixes shared"
+    assert shared.filled == data.step_plan.packing_stats().filled
 
 
 @pytest.fixture

@@ -16,8 +16,12 @@ BUDGET = 100
 
 @st.composite
 def any_sizes(draw):
-    """Rows with and without a prefix; all rows of a prefix have the same one, and something after it."""
-    prefixes = draw(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 300)), max_size=6))
+    """Rows with and without a prefix; all rows of a prefix have the same one, and something after it.
+
+    Some begin with one opening, all of them.
+    """
+    prefixes = draw(st.lists(st.tuples(st.integers(1, 45), st.integers(0, 300)), max_size=6))
+    opening = draw(st.one_of(st.just(0), st.integers(1, 15)))
     rows = draw(
         st.lists(
             st.tuples(st.integers(-1, len(prefixes) - 1), st.integers(1, 40), st.integers(0, 100)),
@@ -28,8 +32,9 @@ def any_sizes(draw):
     columns = []
     for prefix, own_tokens, own_patches in rows:
         tokens, patches = prefixes[prefix] if prefix >= 0 else (0, 0)
-        columns.append((tokens + own_tokens, patches + own_patches, prefix, tokens, patches))
-    return sizes_of(*(list(column) for column in zip(*columns, strict=True)))
+        begins = tokens + opening if prefix >= 0 else 0
+        columns.append((opening + tokens + own_tokens, patches + own_patches, prefix, begins, patches))
+    return sizes_of(*(list(column) for column in zip(*columns, strict=True)), opening_tokens=opening)
 
 
 # No row of `any_sizes` is longer than 100 tokens.
@@ -54,7 +59,10 @@ def test_an_epoch_visits_each_row_once_within_the_budget(sizes, batch, processes
         assert len({len(batches) for batches in step}) == 1  # every process waits for as many micro-batches
         for batches in step:
             for groups in batches:
-                assert sum(sizes.of(group)[0] for group in groups) <= BUDGET
+                opening = sizes.opening_tokens if share and groups else 0
+                tokens = opening + sum(sizes.of(group)[0] - opening for group in groups)
+                assert tokens <= BUDGET
+                assert not groups or tokens == plan.tokens_of(groups)
                 for group in groups:
                     assert len(group) == 1 or (share and len({int(sizes.prefix[row]) for row in group}) == 1)
 
@@ -65,6 +73,9 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(sizes, batc
     plans = [StepPlan(sizes, batch, BUDGET, processes, 7, share) for processes in (1, 2, 3, 8)]
     found = [[rows_of(step) for step in plan.steps(1)] for plan in plans]
     assert found[1:] == found[:1] * 3
+    # Nor on whether an opening is shared: a run goes on from a checkpoint that was made without.
+    apart = StepPlan(sizes.without_opening(), batch, BUDGET, 1, 7, share)
+    assert [rows_of(step) for step in apart.steps(1)] == found[0]
 
 
 @settings(max_examples=200)
@@ -85,15 +96,16 @@ def test_steps_of_so_many_tokens_are_alike_and_as_many_in_every_epoch(lengths, t
 def plainly_split(plan, rows):
     """Split a step by the rules as they are written down, one comparison at a time."""
     sizes, groups = plan.sizes, plan.groups(rows)
-    total = sum(sizes.of(group)[0] for group in groups)
-    for count in range(max(1, math.ceil(total / (plan.processes * BUDGET))), len(rows) + 1):
+    opening = np.array([sizes.opening_tokens if plan.share_prefixes else 0, 0])
+    total, room = sum(sizes.of(group)[0] - opening[0] for group in groups), BUDGET - opening[0]
+    for count in range(max(1, math.ceil(total / (plan.processes * room))), len(rows) + 1):
         parts = list(groups)
         while len(parts) < count * plan.processes and any(len(group) > 1 for group in parts):
             largest = max((group for group in parts if len(group) > 1), key=lambda group: sizes.of(group)[0])
             parts.remove(largest)
             parts += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-        things = [(sizes.of(group), group) for group in parts]
-        bins = plainly_filled(things, [(np.zeros(2), []) for _ in range(count * plan.processes)], most=BUDGET)
+        things = [(sizes.of(group) - opening, group) for group in parts]
+        bins = plainly_filled(things, [(np.zeros(2), []) for _ in range(count * plan.processes)], most=room)
         if bins:
             dealt = plainly_filled(bins, [(np.zeros(2), []) for _ in range(plan.processes)], full=count)
             return [batches for _, batches in dealt]
@@ -162,6 +174,21 @@ def test_a_shared_prefix_counts_once_and_many_questions_are_cut():
     groups = [group for batch in step[0] for group in batch]
     assert all(sizes.of(group)[0] <= BUDGET for group in groups)
     assert len(groups) <= 5
+
+
+def test_an_opening_counts_once_in_a_micro_batch():
+    """Six rows of 30 tokens, 20 of which all begin with: 20 + 6 x 10 are one micro-batch of 100, where 180 were two."""
+    sizes = sizes_of([30] * 6, prefix=[*range(6)], prefix_tokens=[25] * 6, opening_tokens=20)
+    plan = StepPlan(sizes, GlobalBatch(6), BUDGET, 1, 0, share_prefixes=True)
+    (step,) = plan.steps(0)
+    assert [plan.tokens_of(batch) for batch in step[0]] == [80]
+    stats = plan.packing_stats()
+    assert (stats.micro_batches, stats.filled, stats.computed) == (1, 0.8, 80 / 180)
+    for others in (sizes.without_opening(), sizes.select(np.arange(6)).without_patches()):
+        found = StepPlan(others, GlobalBatch(6), BUDGET, 1, 0, share_prefixes=True).packing_stats()
+        assert found.micro_batches == (1 if others.opening_tokens else 2)
+    apart = StepPlan(sizes, GlobalBatch(6), BUDGET, 1, 0).packing_stats()
+    assert (apart.micro_batches, apart.computed) == (2, 1)
 
 
 def test_one_question_a_process_is_better_than_idle_processes():

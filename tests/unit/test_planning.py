@@ -101,6 +101,7 @@ def test_weights_and_flops_are_those_of_the_model(name):
     else:
         model = newer(name)
     shape = read_shape(model.config.to_dict())
+    assert shape.shared_openings == family_of(model.config).shared_openings
     assert shape.parameters == {part: count.total for part, count in count_parameters(model).items()}
 
     stats = BatchStats(tokens=900, tokens_squared=450_000, target_tokens=9, patches=3000, patches_squared=4_000_000)
@@ -454,6 +455,9 @@ def test_rows_of_jsonl_are_sampled(tmp_path):
     assert found.images == 1
     assert found.distinct_images == 0.2
     assert found.computed == pytest.approx(1 - (7 * 200 + 4) / 2078)
+    assert (found.groups, found.opening) == (0.2, 0)
+    behind = find_rows.sample(DataSettings(dataset_name=str(tmp_path), system_message="x" * 80), vision)
+    assert (behind.opening, behind.tokens) == (20, found.tokens + 20)
     sliced = find_rows.sample(DataSettings(dataset_name=str(tmp_path), dataset_train_split="train[:50%]"), vision)
     assert sliced.rows == 5
 
@@ -502,6 +506,8 @@ def test_what_a_check_measured_is_used_until_the_data_changes(tmp_path):
     found = measured_sizes(lengths)
     assert (found.rows, found.tokens, found.longest, found.images) == (4, 112.5, 200, 1)
     assert found.computed == 1 - 80 / 450
+    assert (found.groups, found.opening) == (3 / 4, 0)
+    assert measured_sizes(replace(lengths, opening_tokens=20)).opening == 20
     assert found.patches_squared == (320**2 * 2 + 640**2 / 2) / 4
     find_rows.remember_sizes(data, SEVEN, found)
     kept = find_rows.row_sizes(data, SEVEN, find_shape(SEVEN).vision)
@@ -755,7 +761,14 @@ def test_a_shape_that_is_read_by_the_script_says_what_is_wrong(monkeypatch, tmp_
 
 def test_sharing_computes_fewer_tokens():
     shared, alone = plan(share_prefixes=True, lora_dropout=0), plan()
-    assert shared.computed_share == pytest.approx(0.62)
+    # 32 rows a step on 19.2 charts come to two micro-batches, with an opening of 98 tokens each.
+    assert shared.micro_batches == 2
+    assert shared.computed_share == pytest.approx(0.62 - (0.6 * 32 - 2) * 98 / (32 * shared.rows.tokens))
+    assert shared.work.patches == pytest.approx(0.62 * alone.work.patches)
+    assert shared.work.tokens_squared < 0.62 * alone.work.tokens_squared
+    apart = replace(shared, rows=replace(shared.rows, opening=0))
+    assert apart.computed_share == 0.62
+    assert apart.hours > shared.hours
     assert shared.hours < alone.hours
     assert isinstance(shared, RunPlan)
 

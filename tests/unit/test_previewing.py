@@ -1,6 +1,7 @@
 """Statistics of rows: how lengths spread, rows that repeat others, padding, pixel limits, odd images, and their charts."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,10 @@ def test_ways_to_batch_compute_less_one_after_another():
     assert (padded.computed, padded.padding) == (6300, 1 - 1500 / 6300)
     assert (packed.computed, packed.padding, packed.filled) == (1500, 0, 0.75)
     assert shared.computed == 1500 - 3 * 80
+    # The opening is in each of two micro-batches once, not once for each of four groups.
+    assert ways_to_batch(replace(lengths, opening_tokens=10), 7, GlobalBatch(rows=7), 1000, 0)[2].computed == (
+        shared.computed - 2 * 10
+    )
     # A row that fits no micro-batch is left out, and nothing is shared where every prefix is another.
     ways = ways_to_batch(sizes_of([100, 5000], prefix=[0, 1]), 2, GlobalBatch(rows=2), 1000, seed=0)
     assert [way.computed for way in ways] == [10_000, 100]

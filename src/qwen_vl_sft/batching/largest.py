@@ -21,7 +21,7 @@ def largest_micro_batch(plan: StepPlan) -> MicroBatch:
     """
     search = _Search(plan)
     found = [search.filled_up(weight, begun) for weight, begun in itertools.product(_WEIGHTS, (False, True))]
-    return max(found, key=lambda batch: plan.sizes.of_each(batch).sum())
+    return max(found, key=lambda batch: plan.costs(batch).sum())
 
 
 class _Search:
@@ -29,6 +29,7 @@ class _Search:
 
     def __init__(self, plan: StepPlan) -> None:
         self.sizes = sizes = plan.sizes
+        self.opening = plan.opening
         self.alone = sizes.tokens + sizes.patches
         groups = plan.groups(range(len(sizes.tokens)))
         self.groups = [sorted(group, key=self.alone.__getitem__, reverse=True) for group in groups]
@@ -36,11 +37,12 @@ class _Search:
         rows = np.fromiter(itertools.chain.from_iterable(self.groups), np.int64, int(counts.sum()))
         starts = counts.cumsum() - counts
         self.first_rows = first = rows[starts]
-        self.shortest = np.minimum.reduceat(sizes.tokens[rows], starts).tolist()
+        # Beside the opening, which a micro-batch has once.
+        self.shortest = (np.minimum.reduceat(sizes.tokens[rows], starts) - plan.opening).tolist()
         whole = np.add.reduceat(sizes.tokens[rows], starts)
-        tokens = whole - (counts - 1) * sizes.prefix_tokens[first]
+        tokens = whole - (counts - 1) * sizes.prefix_tokens[first] - plan.opening
         patches = np.add.reduceat(sizes.patches[rows], starts) - (counts - 1) * sizes.prefix_patches[first]
-        self.limits = np.array([plan.tokens_per_batch, *plan.batch.most(sizes.tokens)], dtype=np.float64)
+        self.limits = np.array([plan.room, *plan.batch.most(sizes.tokens)], dtype=np.float64)
         # Tokens of a micro-batch, then rows and their tokens in a step, where those of a shared prefix count for each.
         self.shares = np.stack([tokens, counts, whole], axis=1) / self.limits
         self.costs = tokens + patches
@@ -74,4 +76,4 @@ class _Search:
         return part
 
     def _use(self, group: PrefixGroup) -> np.ndarray:
-        return np.array([self.sizes.of(group)[0], len(group), self.sizes.tokens[group].sum()])
+        return np.array([self.sizes.of(group)[0] - self.opening, len(group), self.sizes.tokens[group].sum()])

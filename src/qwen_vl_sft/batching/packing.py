@@ -49,7 +49,8 @@ class StepPlan:
         tokens_per_batch: most tokens of a micro-batch.
         processes: number of processes.
         seed: seed of the order.
-        share_prefixes: rows with the same prefix stay together, and are computed on one copy of it.
+        share_prefixes: rows with the same prefix stay together, and are computed on one copy of it; the opening of all
+            rows, if `sizes` have one, is computed once in each micro-batch.
     """
 
     def __init__(
@@ -68,6 +69,9 @@ class StepPlan:
         self.processes = processes
         self.seed = seed
         self.share_prefixes = share_prefixes
+        self.opening = sizes.opening_tokens if share_prefixes else 0
+        # What a micro-batch holds beside the opening.
+        self.room = tokens_per_batch - self.opening
 
     def __len__(self) -> int:
         """Return the optimizer steps of an epoch."""
@@ -94,11 +98,12 @@ class StepPlan:
 
     def packing_stats(self) -> PackingStats:
         """Return statistics of the first steps of a run, at most `STATS_OF_STEPS`."""
-        found, tokens, rows, rows_alone = [], 0.0, 0, 0
+        found, tokens, rows, rows_alone = [], 0, 0, 0
         for step in itertools.islice(self.steps(0), STATS_OF_STEPS):
             found.append(len(step[0]))
-            groups = [group for batches in step for batch in batches for group in batch]
-            tokens += float(self.sizes.of_each(groups)[:, 0].sum())
+            filled = [batch for batches in step for batch in batches if batch]
+            groups = [group for batch in filled for group in batch]
+            tokens += sum(map(self.tokens_of, filled))
             rows += sum(len(group) for group in groups)
             rows_alone += int(self.sizes.tokens[[row for group in groups for row in group]].sum())
         room = sum(found) * self.processes * self.tokens_per_batch
@@ -113,13 +118,21 @@ class StepPlan:
     def split(self, rows: Sequence[int]) -> list[list[MicroBatch]]:
         """Return micro-batches by process for the rows of one step: as few as the budget allows, as equal as possible."""
         groups = self.groups(rows)
-        costs = self.sizes.of_each(groups)
+        costs = self.costs(groups)
         tokens = costs[:, 0].sum()
-        for count in range(max(1, math.ceil(tokens / (self.processes * self.tokens_per_batch))), len(rows) + 1):
+        for count in range(max(1, math.ceil(tokens / (self.processes * self.room))), len(rows) + 1):
             bins = self._fill(*self._enough(groups, costs, count * self.processes), count * self.processes)
             if bins is not None:
                 return self._deal(*bins, count)
         raise AssertionError("every row fits a micro-batch of its own")
+
+    def costs(self, groups: Sequence[PrefixGroup]) -> np.ndarray:
+        """Return tokens, without those of the opening, and patches of G groups: [G, 2] float64."""
+        return self.sizes.of_each(groups) - [self.opening, 0]
+
+    def tokens_of(self, batch: MicroBatch) -> int:
+        """Return the tokens that a micro-batch of some rows computes."""
+        return self.opening + int(self.costs(batch)[:, 0].sum())
 
     def groups(self, rows: Sequence[int]) -> list[PrefixGroup]:
         """Return these rows in groups on one prefix that each fit a micro-batch; single rows when nothing is shared."""
@@ -152,9 +165,9 @@ class StepPlan:
             for place, part in zip(numbers, (group[:half], group[half:]), strict=False):
                 parts[place] = part
                 if len(part) > 1:
-                    heapq.heappush(largest, (-self.sizes.of(part)[0], place))
+                    heapq.heappush(largest, (self.opening - self.sizes.of(part)[0], place))
         cut = list(parts.values())
-        return cut, self.sizes.of_each(cut)
+        return cut, self.costs(cut)
 
     def _fill(
         self, groups: list[PrefixGroup], costs: np.ndarray, bins: int
@@ -167,8 +180,8 @@ class StepPlan:
         filled: list[MicroBatch] = [[] for _ in range(bins)]
         for place in _heaviest_first(costs, [group[0] for group in groups]):
             lightest = loads.lightest_with(place)
-            if loads.after[0, lightest] > self.tokens_per_batch:
-                over = loads.after[0] > self.tokens_per_batch
+            if loads.after[0, lightest] > self.room:
+                over = loads.after[0] > self.room
                 if over.all():
                     return None
                 lightest = loads.lightest_with(place, over)

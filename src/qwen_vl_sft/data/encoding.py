@@ -170,18 +170,20 @@ class Encoder:
 
     def _prefix(
         self, ids: list[int], is_target: list[bool], files: list[MediaFile], patches: list[int], media_tokens: list[int]
-    ) -> tuple[str, int, int]:
-        """Return `RowLength.prefix` and its costs, from ids with one token for each picture."""
+    ) -> tuple[str, int, int, str, int]:
+        """Return `RowLength.prefix` and `opening` with their costs, from ids with one token for each picture."""
         before_answers = ids[: is_target.index(True)] if True in is_target else ids
         shown = [place for place, token in enumerate(before_answers) if token in self.media_token_ids.values()]
         if not shown:
-            return "", 0, 0
+            return "", 0, 0, "", 0
         # A picture is closed by one more token; the tokenizer never merges text into it.
         stop, count = shown[-1] + 2, len(shown)
         digest = hashlib.sha256(repr(ids[:stop]).encode())
         for file in files[:count]:
             digest.update(hashlib.sha256(file.origin).digest())
-        return digest.hexdigest(), stop - count + sum(media_tokens[:count]), sum(patches[:count])
+        opening = hashlib.blake2b(repr(ids[: shown[0]]).encode(), digest_size=16).hexdigest()
+        tokens = stop - count + sum(media_tokens[:count])
+        return digest.hexdigest(), tokens, sum(patches[:count]), opening, shown[0]
 
     def _with_media(
         self, ids: list[int], is_target: list[bool], conversation: Conversation, read_media: ReadMedia

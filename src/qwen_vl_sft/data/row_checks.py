@@ -43,6 +43,8 @@ _SCHEMA = pa.schema(
         "overlong": pa.bool_(),
         **dict.fromkeys((ROW_ID, *COUNTS), pa.int64()),
         "prefix": pa.large_string(),
+        "opening": pa.large_string(),
+        "opening_tokens": pa.int64(),
         "files": pa.large_list(pa.large_string()),
         "content_hashes": pa.large_list(pa.large_string()),
         "image_patches": pa.large_list(pa.int64()),
@@ -54,12 +56,12 @@ _SCHEMA = pa.schema(
 )
 # A row that cannot be used has none of these.
 _NOTHING: dict[str, Any] = {
-    **dict.fromkeys((*COUNTS, "answer_tokens"), 0),
-    **dict.fromkeys(("prefix", "question", "answer"), ""),
+    **dict.fromkeys((*COUNTS, "opening_tokens", "answer_tokens"), 0),
+    **dict.fromkeys(("prefix", "opening", "question", "answer"), ""),
     **{name: [] for name in ("content_hashes", "image_patches", "image_sides")},
 }
 # Raise it when reading, refusing or measuring of rows changes: what was found before is then ignored.
-_VERSION = 8
+_VERSION = 9
 # Rows that a process checks at a time, and rows that are worth a process.
 _PIECE, _WORTH_A_PROCESS = 32, 256
 # Files on a network answer slowly, but many at a time.

@@ -94,7 +94,9 @@ def scan(
 def row_lengths(found: pa.Table) -> RowLengths:
     """Return the lengths of the rows that `check_rows` found something in."""
     counts: dict[str, Any] = {name: found[name].to_numpy() for name in COUNTS}
-    return RowLengths(**counts, prefix=_number_prefixes(found["prefix"]))
+    alike = pc.count_distinct(found["opening"]).as_py() == 1
+    opening_tokens = found["opening_tokens"][0].as_py() if alike else 0
+    return RowLengths(**counts, prefix=_number_prefixes(found["prefix"]), opening_tokens=opening_tokens)
 
 
 def named_problems(rows: Rows, found: pa.Table, chosen: np.ndarray) -> list[str]:

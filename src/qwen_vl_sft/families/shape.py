@@ -251,6 +251,11 @@ class ModelShape:
         return frozenset({*_UNFIT.get(self.model_type, ()), *experts, *linear})
 
     @property
+    def shared_openings(self) -> bool:
+        """Return what its family's `shared_openings` is; a test compares them."""
+        return self.text.delta is None
+
+    @property
     def embedding_weights(self) -> int:
         """Count the weights of the token embeddings."""
         return self.text.vocabulary * self.text.hidden

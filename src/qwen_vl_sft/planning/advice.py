@@ -50,7 +50,7 @@ def _faster(plan: RunPlan) -> Iterator[Change]:
     model, run = plan.recipe.model, plan.recipe.run
     if not run.packing:
         yield _packed(plan)
-    if run.packing and not run.share_prefixes and plan.rows.computed < 0.95:
+    if run.packing and not run.share_prefixes and plan.changed(share_prefixes=True).computed_share < 0.95:
         if model.use_peft and model.lora_dropout:
             # One draw of the dropout would hold for all questions on an image, so the two are refused together.
             without = plan.changed(share_prefixes=True, lora_dropout=0.0)

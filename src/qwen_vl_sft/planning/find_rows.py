@@ -122,10 +122,11 @@ class _Sample:
         self.read: list[tuple[float, float, list[int]]] = []
         self.images: list[str] = []
         self.contents: list[tuple[str, ...]] = []
-        template = _TEMPLATE_TOKENS + len(data.system_message or "") / _CHARACTERS_A_TOKEN
+        self.system = len(data.system_message or "") / _CHARACTERS_A_TOKEN
         if data.system_message is None:
             named = f"{data.dataset_format} {data.dataset_name}".lower()
-            template += sum(tokens for name, tokens in _SYSTEM_TOKENS.items() if name in named)
+            self.system = sum(tokens for name, tokens in _SYSTEM_TOKENS.items() if name in named)
+        template = _TEMPLATE_TOKENS + self.system
         for row in _some_rows(files, SAMPLED):
             self._add(row, template)
         self.rows = _sliced(self.rows, data.dataset_train_split)
@@ -175,6 +176,9 @@ class _Sample:
             images=images / count,
             distinct_images=len(set(self.images)) / max(len(self.images), 1),
             computed=self._computed(tokens, patches),
+            groups=(len({*self.contents} - {()}) + self.contents.count(())) / count,
+            # Images come before other text in most data.
+            opening=int(self.system) if all(self.contents) else 0,
             source=f"estimated from {count} of {self.rows:,} rows",
         )
 

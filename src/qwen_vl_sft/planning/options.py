@@ -91,7 +91,8 @@ def _stated(rows: RowSizes, options: PlanOptions) -> RowSizes:
         rows = replace(_of_tokens(rows, options.row_tokens), source=f"{rows.source}; --row_tokens")
     if None not in (options.rows, options.image_tokens, options.row_tokens):
         rows = replace(rows, source="as --rows, --image_tokens and --row_tokens say")
-    return rows
+    # No more than there is text.
+    return replace(rows, opening=min(rows.opening, max(0, int(rows.tokens - rows.patches / 4))))
 
 
 def _of_tokens(rows: RowSizes, tokens: float) -> RowSizes:

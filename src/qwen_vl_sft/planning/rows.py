@@ -24,7 +24,9 @@ class RowSizes:
         patches_squared: mean of the sum of each image's squared.
         images: of a row, mean.
         distinct_images: share of the images that are different ones.
-        computed: share of the tokens that are computed once prefixes are shared.
+        computed: share of the tokens that are computed once prefixes are shared, without openings.
+        groups: prefixes, and rows without one, a row.
+        opening: tokens of the text that all rows begin with before their first image, 0 where they do not.
         source: says where these are from.
     """
 
@@ -38,6 +40,8 @@ class RowSizes:
     images: float
     distinct_images: float
     computed: float
+    groups: float
+    opening: int
     source: str
 
     def with_pixels(self, factor: float) -> RowSizes:
@@ -68,6 +72,8 @@ ASSUMED = RowSizes(
     images=1,
     distinct_images=0.6,
     computed=0.62,
+    groups=0.6,
+    opening=98,
     source="assumed: charts as in ChartQA",
 )
 
@@ -109,6 +115,8 @@ def measured_sizes(lengths: Any, images: Sequence[Any] = ()) -> RowSizes:
         images=float(lengths.images.mean()),
         distinct_images=distinct,
         computed=1 - shared / float(tokens.sum()),
+        groups=float((first | ~prefixes).mean()),
+        opening=lengths.opening_tokens,
         source="measured",
     )
 

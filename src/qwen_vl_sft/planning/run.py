@@ -116,10 +116,28 @@ class RunPlan:
         return float(min(per_device * self.launch.processes, self.rows.rows))
 
     @property
-    def computed_share(self) -> float:
-        """Return the share of the tokens that are computed: fewer where rows share their prefix."""
+    def _prefix_share(self) -> float:
+        """Return the share of the tokens that are computed where rows share their prefix, but no opening."""
         run = self.recipe.run
         return self.rows.computed if run.packing and run.share_prefixes else 1.0
+
+    @property
+    def _opening(self) -> int:
+        """Return the tokens that each micro-batch computes once; 0 where no opening is shared."""
+        run = self.recipe.run
+        return self.rows.opening if run.packing and run.share_prefixes and self.shape.shared_openings else 0
+
+    @property
+    def _spared_openings(self) -> float:
+        """Return how many openings a GPU does not compute in a step: all but one of each micro-batch."""
+        groups = self.rows_per_step * self.rows.groups / self.launch.processes
+        return max(0.0, groups - self.micro_batches) if self._opening else 0.0
+
+    @property
+    def computed_share(self) -> float:
+        """Return the share of the tokens that are computed: fewer where rows share their prefix or their opening."""
+        tokens = self.rows_per_step * self.rows.tokens / self.launch.processes
+        return self._prefix_share - self._opening * self._spared_openings / tokens
 
     @property
     def micro_batches(self) -> int:
@@ -127,8 +145,9 @@ class RunPlan:
         if not self.recipe.run.packing:
             rows = self.recipe.get("per_device_train_batch_size")
             return max(1, math.ceil(self.rows_per_step / self.launch.processes / rows))
-        tokens = self.rows_per_step * self.rows.tokens * self.computed_share / self.launch.processes
-        return max(1, math.ceil(tokens / (self.recipe.run.tokens_per_batch * _FILLED)))
+        rows, opening = self.rows, self._opening
+        tokens = self.rows_per_step * (rows.tokens * self._prefix_share - opening * rows.groups) / self.launch.processes
+        return max(1, math.ceil(tokens / max(1.0, self.recipe.run.tokens_per_batch * _FILLED - opening)))
 
     def largest(self) -> BatchSizes:
         """Return the micro-batch that is tried before the first step: full, as far as a step has rows for it."""
@@ -136,7 +155,7 @@ class RunPlan:
         if run.packing:
             tokens = min(run.tokens_per_batch, max(self.rows_per_step * self.computed_share, 1.0) * rows.longest)
             count = tokens / (rows.tokens * self.computed_share)
-            patches = tokens * rows.patches / rows.tokens
+            patches = count * rows.patches * self._prefix_share
         else:
             count = self.recipe.get("per_device_train_batch_size")
             tokens, patches = count * rows.longest, count * rows.patches * rows.longest / rows.tokens
@@ -148,12 +167,13 @@ class RunPlan:
     @property
     def work(self) -> Work:
         """Return what a GPU computes in a step, on average."""
-        rows, share = self.rows, self.computed_share
+        rows, share, spared = self.rows, self._prefix_share, self._spared_openings
         count = self.rows_per_step / self.launch.processes
         padded = 1.0 if self.recipe.run.packing else min(1.0 / _FILLED, rows.longest / rows.tokens)
         return Work(
-            tokens=count * rows.tokens * share * padded,
-            tokens_squared=count * rows.tokens_squared * share * padded,
+            tokens=count * rows.tokens * self.computed_share * padded,
+            # Other tokens attend to an opening as before.
+            tokens_squared=count * rows.tokens_squared * share * padded - self._opening**2 * spared,
             target_tokens=count * rows.target_tokens,
             patches=count * rows.patches * share,
             patches_squared=count * rows.patches_squared * share,

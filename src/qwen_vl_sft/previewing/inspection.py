@@ -14,7 +14,7 @@ from qwen_vl_sft.data.dataset import in_memory
 from qwen_vl_sft.data.encoding import Encoder
 from qwen_vl_sft.data.row_checks import Checks, check_rows
 from qwen_vl_sft.errors import raise_all
-from qwen_vl_sft.modeling.base_model import load_processor
+from qwen_vl_sft.modeling.base_model import load_family, load_processor
 from qwen_vl_sft.planning.find_rows import remember_sizes
 from qwen_vl_sft.planning.rows import measured_sizes
 from qwen_vl_sft.previewing.checked_split import CheckedSplit
@@ -107,7 +107,9 @@ def _batches(recipe: Recipe, train: CheckedSplit) -> list[Batches]:
     if not train.is_good.any():
         return []
     rows, batch = recipe.get("per_device_train_batch_size"), resolve_batch(recipe, 1)
-    return ways_to_batch(train.lengths, rows, batch, recipe.run.tokens_per_batch, recipe.data_seed)
+    shared = load_family(recipe.model).shared_openings
+    lengths = train.lengths if shared else train.lengths.without_opening()
+    return ways_to_batch(lengths, rows, batch, recipe.run.tokens_per_batch, recipe.data_seed)
 
 
 def _limits(recipe: Recipe, train: CheckedSplit, image_processor: Any) -> list[PixelLimit]:

@@ -21,7 +21,6 @@ from qwen_vl_sft.data.dataset import Rows
 from qwen_vl_sft.data.encoding import Encoded, Encoder
 from qwen_vl_sft.data.media import ReadMedia
 from qwen_vl_sft.data.row_files import parse_texts
-from qwen_vl_sft.data.row_lengths import RowLengths
 from qwen_vl_sft.data.scan import Scan
 from qwen_vl_sft.distributed import launch
 from qwen_vl_sft.distributed.context import DistributedContext
@@ -191,14 +190,12 @@ class RepeatedRows(Rows):
 
 def repeated(scan: Scan, times: int) -> Scan:
     """Repeat the rows, so that an epoch is long; the images of each repetition count as different."""
-    arrays: dict[str, Any] = {
-        field.name: np.tile(getattr(scan.lengths, field.name), times) for field in dataclasses.fields(scan.lengths)
-    }
+    lengths = scan.lengths.select(np.tile(np.arange(len(scan.lengths)), times))
     apart = np.repeat(np.arange(times), len(scan.rows)) * (int(scan.lengths.prefix.max()) + 1)
-    arrays["prefix"] = np.where(arrays["prefix"] < 0, -1, arrays["prefix"] + apart)
+    lengths = dataclasses.replace(lengths, prefix=np.where(lengths.prefix < 0, -1, lengths.prefix + apart))
     rows = scan.rows.select([*range(len(scan.rows))] * times)
     rows = RepeatedRows(rows.dataset, rows.format, rows.name, rows.folder, once=len(scan.rows))
-    return dataclasses.replace(scan, rows=rows, kept=np.tile(scan.kept, times), lengths=RowLengths(**arrays))
+    return dataclasses.replace(scan, rows=rows, kept=np.tile(scan.kept, times), lengths=lengths)
 
 
 def mean_work(scan: Scan) -> BatchStats:

@@ -153,6 +153,8 @@ def _ways(data: PreparedData, collator: Any, rows: int, budget: int) -> Iterator
     padded: Collator = collator.rows
     # All rows, so that rows of one image are together.
     sizes, batch = data.train.lengths, GlobalBatch(rows=rows)
+    if not collator.positions.family.shared_openings:
+        sizes = sizes.without_opening()
     chosen = StepPlan(sizes, batch, budget, 1, 0, share_prefixes=True).order(0)[:rows].tolist()
     for name, size in (("one at a time", 1), (f"{PADDED_ROWS} padded", PADDED_ROWS)):
         groups = [chosen[start : start + size] for start in range(0, rows, size)]

@@ -121,6 +121,8 @@ def _plan_steps(run: Run, train: Scan, has_features: bool) -> tuple[StepPlan | N
         return None, steps
     # Where the vision tower does not run, nobody waits for another's large images.
     sizes = train.lengths.without_patches() if has_features else train.lengths
+    if not load_family(recipe.model).shared_openings:
+        sizes = sizes.without_opening()
     budget, share = recipe.run.tokens_per_batch, recipe.run.share_prefixes
     return StepPlan(sizes, batch, budget, run.context.processes, recipe.data_seed, share), steps
 
