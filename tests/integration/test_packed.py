@@ -384,7 +384,8 @@ def three_steps(start, data, processor, folder, share, budget):
     trainer = make_trainer(model, data.rows, processor, folder, train_rows=len(data.rows), max_steps=3)
     plan = StepPlan(data.lengths, GlobalBatch(6), budget, 1, seed=0, share_prefixes=share)
     trainer.sampler = StepSampler(plan, 0)
-    trainer.data_collator = PackedCollator(Collator(data.rows, Encoder(processor)), Positions(model.config))
+    rows = Collator(data.rows, Encoder(processor))
+    trainer.data_collator = PackedCollator(rows, Positions(model.config), share_prefixes=share)
     trainer._train_batch_size = trainer.args.gradient_accumulation_steps = 1
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
