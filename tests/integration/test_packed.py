@@ -33,6 +33,7 @@ from qwen_vl_sft.data.media.image_file import ImageFile
 from qwen_vl_sft.data.scan import scan
 from qwen_vl_sft.modeling import gathered_keys, gathered_keys_kernel
 from qwen_vl_sft.modeling.attention import use_packed_attention
+from qwen_vl_sft.modeling.routing import _Tokens
 from qwen_vl_sft.previewing.inspection import _batches
 from qwen_vl_sft.tools.prepared_run import set_up
 from qwen_vl_sft.training.trainer_setup import build_trainer, sft_config
@@ -153,6 +154,15 @@ def test_openings_that_differ_are_not_shared(model, encoded, opened):
         assert lengths[:2] == [opening_length(encoded[0]), opening_length(opened[0])]
         wanted = one_at_a_time(model, [encoded[0], opened[0], encoded[3], opened[3]])
         torch.testing.assert_close(token_losses(model, both), wanted, rtol=0, atol=1e-12)
+
+
+def test_a_router_counts_a_token_for_each_row_that_has_it(model, opened):
+    positions = Positions(model.config)
+    groups = [[opened[place] for place in group] for group in GROUPS]
+    for shares in {False, positions.family.shared_openings}:
+        batch = join(groups, positions, share_openings=shares)
+        found = batch["input_ids"][0].bincount(_Tokens.of(batch, len(opened)).rows_of, minlength=1000)
+        assert torch.equal(found.long(), torch.cat([row.input_ids for row in opened]).bincount(minlength=1000))
 
 
 @pytest.fixture(scope="module")
