@@ -64,7 +64,7 @@ class _Adapted(torch.autograd.Function):
         result.addmm_(reduced, own.t())
         ctx.save_for_backward(x, scaled, own, reduced)
         ctx.weight, ctx.scaling, ctx.types = _weight(base), scaling, (down.dtype, up.dtype)
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], len(up))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
