@@ -295,6 +295,25 @@ def kept_for_backward(work):
         return work(), kept
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("what", ["norm", "activation"])
+def test_outputs_that_nothing_learns_from_take_no_gradient(what):
+    x = torch.randn(3, 32, requires_grad=True)
+    norm = SimpleNamespace(weight=torch.rand(32), variance_epsilon=1e-6)
+    y = _Norm(plain)(norm, x) if what == "norm" else SwiGLUProduct.apply(x, x, plain)[0]
+    (x.sum() + WithoutGradient.apply(y).sum()).backward()
+    assert torch.equal(x.grad, torch.ones(3, 32))
+
+
 @pytest.mark.parametrize("where", ["attention", "mlp"])
 def test_adapters_behind_a_norm_do_not_keep_its_output(where):
     torch.manual_seed(0)
@@ -620,6 +639,12 @@ def test_what_cannot_work_in_fp8_is_refused(keys, told):
     found = problems(**keys)
     assert len(found) == (told is not None), found
     assert told is None or told in found[0]
+
+
+def test_fp8_with_fp16_is_refused():
+    told = problems(load_in_fp8=True, dtype="bfloat16", fp16=True)
+    assert told[0] == "load_in_fp8 with fp16: products in FP8 give bfloat16; set bf16: true in place of fp16"
+    assert not problems(load_in_fp8="emulation", dtype="bfloat16", fp16=True)
 
 
 def test_kernels_of_both_directions_are_refused_where_one_is_in_16_bits():

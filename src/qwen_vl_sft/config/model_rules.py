@@ -41,6 +41,8 @@ def _fp8(recipe: Recipe, context: Launched) -> Iterator[str]:
         return
     if model.load_in_fp8 is True and model.dtype != "bfloat16":
         yield f"load_in_fp8 with dtype: {model.dtype}: products in FP8 give bfloat16; set dtype: bfloat16"
+    if model.load_in_fp8 is True and recipe.get("fp16"):
+        yield "load_in_fp8 with fp16: products in FP8 give bfloat16; set bf16: true in place of fp16"
     if model.use_dora:
         yield "use_dora with load_in_fp8: DoRA reads the base's weights as numbers; set use_dora: false, or load_in_4bit"
     if context.strategy == "zero3":

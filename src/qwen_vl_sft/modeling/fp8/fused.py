@@ -95,6 +95,8 @@ class NormProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Compute the gradient of x."""
+        if grads[0] is None:
+            return (None,) * 4
         rows, weight, rstd = ctx.saved_tensors
         grad = grads[0].reshape(rows.shape).contiguous()
         return ctx.kernels.rms_norm_backward(grad, rows, weight, rstd).view(ctx.shape), None, None, None

@@ -46,6 +46,8 @@ class SwiGLUProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Compute the gradients of gate and up."""
+        if grads[0] is None:
+            return (None,) * 3
         gate, up = ctx.saved_tensors
         found = ctx.kernels.swiglu_gradients(as_rows(grads[0]), as_rows(gate), as_rows(up))
         return *(grad.view(gate.shape) for grad in found), None
