@@ -303,6 +303,11 @@ def test_other_forms_of_quantized_checkpoints_are_refused(changes, told, tmp_pat
         load_model(ModelSettings(model_name_or_path=str(folder), dtype="float32", **FP8), on_cpu=True)
 
 
+# One process takes two micro-batches a step, and of two processes each takes one of them: sums in another order round values
+# of the next layer the other way.
+TWO_MICRO_BATCHES = {"tokens_per_batch": 500, "predict_with_generate": False}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "own", "bf16", "apart"),
@@ -318,7 +323,7 @@ def test_other_forms_of_quantized_checkpoints_are_refused(changes, told, tmp_pat
 )
 def test_two_processes_give_the_losses_of_one(config, own, bf16, apart, trained, tmp_path):
     """FSDP2 gathers the bytes bit by bit, which every run checks when it begins."""
-    keys = {**own, "predict_with_generate": False, "bf16": bf16}
+    keys = {**own, **TWO_MICRO_BATCHES, "bf16": bf16}
     recipe = functools.partial(write_recipe, tmp_path / "recipe.yaml", tiny.MODEL_DIR)
     done = launch(config, "scripts/sft.py", "--recipe", recipe(**keys), "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -329,7 +334,7 @@ def test_two_processes_give_the_losses_of_one(config, own, bf16, apart, trained,
 @pytest.mark.parametrize("official", [False, True], ids=["rows", "blocks"])
 def test_a_run_that_fsdp2_splits_resumes_and_is_merged(official, tmp_path):
     base = write_official(tmp_path / "official")[0] if official else tiny.MODEL_DIR
-    keys = {**FP8, "predict_with_generate": False, "bf16": False}
+    keys = {**FP8, **TWO_MICRO_BATCHES, "bf16": False}
     (tmp_path / "one").mkdir()
     one = losses_of(trainer_of(base, tmp_path / "one")(**keys))
     # Scales of blocks are no powers of two, so sums in another order round a value of the next layer the other way.
