@@ -163,8 +163,9 @@ class _Tokens:
             index, none = batch["kv_index"], torch.zeros_like(ids.flatten())
             taken = none.index_add(0, index, torch.ones_like(index))
             ends = taken[batch["cu_seq_lens_q"][:-1].long()] == 1
-            reach = batch["cu_seq_lens_k"].diff()
-            found = none.index_add(0, index, ends.to(none.dtype).repeat_interleave(reach, output_size=len(index)))
+            stops = batch["cu_seq_lens_k"][1:]
+            pieces = torch.searchsorted(stops, torch.arange(len(index), device=stops.device), right=True)
+            found = none.index_add(0, index, ends.to(none.dtype)[pieces])
         elif batch.get("attention_mask") is not None:
             found = batch["attention_mask"].flatten().to(ids.dtype)
         else:
