@@ -163,7 +163,7 @@ class _Tokens:
             index, none = batch["kv_index"], torch.zeros_like(ids.flatten())
             taken = none.index_add(0, index, torch.ones_like(index))
             ends = taken[batch["cu_seq_lens_q"][:-1].long()] == 1
-            stops = batch["cu_seq_lens_k"][1:]
+            stops = batch["cu_seq_lens_k"][1:].to(index.dtype)
             pieces = torch.searchsorted(stops, torch.arange(len(index), device=stops.device), right=True)
             found = none.index_add(0, index, ends.to(none.dtype)[pieces])
         elif batch.get("attention_mask") is not None:
