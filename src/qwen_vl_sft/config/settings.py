@@ -193,7 +193,9 @@ class RunSettings:
     tokens_per_batch: int = key(
         8192, "packing: limit of tokens of a micro-batch; the rows of an optimizer step do not depend on it"
     )
-    share_prefixes: bool = key(False, "packing: train questions on the same images on one copy of them; exact")
+    share_prefixes: bool = key(
+        False, "packing: train questions on the same images, and rows that begin alike, on one copy of that; exact"
+    )
     gradient_checkpointing: bool | Literal["auto"] = key(
         True, "recompute activations instead of keeping them; auto: in as few layers as GPU memory allows"
     )
