@@ -97,6 +97,7 @@ def test_fused_layers_compute_what_the_model_does_and_stay():
         assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.long
 def test_a_base_in_16_bits_may_have_gradients_by_fp8_products(trained):
     keys = {"predict_with_generate": False}
     plain_losses, losses = losses_of(trained(**keys, **FUSED)), losses_of(trained(**keys, **GRADIENTS))
